@@ -1,0 +1,78 @@
+"""The one error a user can cause, and the place in their code that it points at."""
+
+from __future__ import annotations
+
+import linecache
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SourceLocation:
+    """Where a node comes from: the user's file and line, and the module path of its layer."""
+
+    file: str = ""
+    line: int = 0
+    layer: str = ""
+
+    @property
+    def text(self) -> str:
+        """The source line itself, stripped; empty when the file is not at hand."""
+        return linecache.getline(self.file, self.line).strip() if self.file else ""
+
+    @property
+    def short(self) -> str:
+        """`file.py:12`, with at most one parent folder, for dumps."""
+        if not self.file:
+            return ""
+        return f"{'/'.join(self.file.split('/')[-1:])}:{self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else ""
+
+
+class RingCompileError(Exception):
+    """Something the user can mend: one message, the source line it is about, and a hint.
+
+    Args:
+        message: what is wrong, with the values involved.
+        hint: what to do next.
+        location: the user's own source line.
+        node: name of the graph node.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        location: SourceLocation | None = None,
+        node: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.location = location
+        self.node = node
+
+    def __str__(self) -> str:
+        at = str(self.location) if self.location else ""
+        lines = [f"{at}: error: {self.message}" if at else f"error: {self.message}"]
+        if self.location and self.location.text:
+            lines.append(f"    {self.location.text}")
+        if self.node:
+            lines.append(f"  node: %{self.node}")
+        if self.location and self.location.layer:
+            lines.append(f"  layer: {self.location.layer}")
+        if self.hint:
+            lines.append(f"  hint: {self.hint}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders: the default would lose the keyword arguments.
+        return (_rebuild, (self.message, self.hint, self.location, self.node))
+
+
+def _rebuild(
+    message: str, hint: str | None, location: SourceLocation | None, node: str | None
+) -> RingCompileError:
+    return RingCompileError(message, hint=hint, location=location, node=node)

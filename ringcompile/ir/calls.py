@@ -1,0 +1,75 @@
+"""Reading and rebuilding the arguments of graph calls by their schema names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch import fx
+
+
+@lru_cache(maxsize=4096)
+def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...]:
+    """(name, keyword only, default) of each argument of an operator."""
+    return tuple(
+        (arg.name, arg.kwarg_only, arg.default_value if arg.has_default_value() else None)
+        for arg in target._schema.arguments
+    )
+
+
+class Call:
+    """A call node seen through its operator's schema; arguments at their default are filled in."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+        self.target: Any = node.target
+        self.arguments: dict[str, Any] = {}
+        for i, (name, _, default) in enumerate(_signature(node.target)):
+            if i < len(node.args):
+                self.arguments[name] = node.args[i]
+            else:
+                self.arguments[name] = node.kwargs.get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    @property
+    def operands(self) -> list[fx.Node]:
+        """The nodes among the arguments, in order, one entry an occurrence."""
+        return operands(self.node)
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes a node reads, in order, one entry an occurrence."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
+def replace_operands(node: fx.Node, new: list[fx.Node]) -> tuple[Any, Any]:
+    """The args and kwargs of a node with its operands replaced, in order of occurrence."""
+    supply: Iterator[fx.Node] = iter(new)
+    return fx.map_arg((node.args, node.kwargs), lambda _: next(supply))  # type: ignore[return-value]
+
+
+def with_argument(node: fx.Node, args: Any, kwargs: Any, name: str, value: Any) -> tuple[Any, Any]:
+    """args and kwargs with the named argument of the node's operator set."""
+    for i, (argument, keyword_only, _) in enumerate(_signature(node.target)):
+        if argument == name:
+            if i < len(args) and not keyword_only:
+                return (*args[:i], value, *args[i + 1 :]), kwargs
+            return args, {**kwargs, name: value}
+    raise AssertionError(f"{node.target} has no argument {name}")
+
+
+def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to every leaf of nested args; nodes are leaves too."""
+    if isinstance(value, list | tuple):
+        return type(value)(map_values(v, change) for v in value)
+    if isinstance(value, dict):
+        return {key: map_values(v, change) for key, v in value.items()}
+    return change(value)

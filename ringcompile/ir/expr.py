@@ -1,0 +1,176 @@
+"""Sizes, offsets and mesh coordinates as integer expressions.
+
+A graph's arguments hold numbers that are known (an int) or not known yet (a sympy expression): the
+global sequence length `s`, the length `n` of one rank's share, a mesh coordinate such as `ring`.
+`bind` fills symbols in; what remains symbolic stays symbolic. Expressions are written to files as
+text and read back by a small parser that knows five functions and never evaluates anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from torch.utils._sympy import functions as torch_functions
+
+from ringcompile.errors import RingCompileError
+
+Size = int | sympy.Expr
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    "Mod": sympy.Mod,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+}
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+}
+# torch.export writes integer division and remainder with functions of its own.
+_FROM_TORCH: dict[Any, Callable[..., Any]] = {
+    torch_functions.FloorDiv: lambda a, b: sympy.floor(a / b),
+    torch_functions.CleanDiv: lambda a, b: a / b,
+    torch_functions.Mod: sympy.Mod,
+    torch_functions.PythonMod: sympy.Mod,
+    torch_functions.CeilToInt: sympy.ceiling,
+    torch_functions.FloorToInt: sympy.floor,
+    torch_functions.Max: sympy.Max,
+    torch_functions.Min: sympy.Min,
+}
+
+
+@lru_cache
+def symbol(name: str) -> sympy.Symbol:
+    """The positive integer symbol of that name."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+@lru_cache
+def coordinate(axis: str) -> sympy.Symbol:
+    """This rank's coordinate on a mesh axis, as a symbol."""
+    return sympy.Symbol(axis, integer=True, nonnegative=True)
+
+
+def simplify(value: Any) -> Size:
+    """An int where the expression is a known integer, else the expression."""
+    if isinstance(value, int):
+        return value
+    return int(value) if value.is_Integer else value
+
+
+def is_symbolic(value: object) -> bool:
+    """Whether `value` is an expression with symbols in it."""
+    return isinstance(value, sympy.Basic)
+
+
+def equal(a: Size, b: Size) -> bool:
+    """Whether two sizes are equal for every value of their symbols, as far as can be told."""
+    return a == b or bool(sympy.expand(a - b) == 0)
+
+
+@lru_cache(maxsize=65536)
+def _bind(expression: sympy.Expr, values: tuple[tuple[str, int], ...]) -> Size:
+    known = dict(values)
+    return simplify(expression.xreplace(
+        {s: sympy.Integer(known[s.name]) for s in expression.free_symbols if s.name in known}
+    ))
+
+
+def bind(value: Size, values: Mapping[str, int]) -> Size:
+    """Fill in the symbols named in `values`."""
+    if isinstance(value, int):
+        return value
+    return _bind(value, tuple(sorted(values.items())))
+
+
+def divide(a: Size, b: Size) -> Size | None:
+    """a / b where that is an integer for all values of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    quotient = sympy.cancel(sympy.sympify(a) / b)
+    return simplify(quotient) if quotient.is_integer else None
+
+
+def product(sizes: Any) -> Size:
+    """The product of sizes, expanded so that equal products compare equal."""
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return simplify(sympy.expand(result)) if is_symbolic(result) else int(result)
+
+
+def from_torch(expression: sympy.Expr, renamed: Mapping[str, sympy.Symbol]) -> Size:
+    """Read an expression of a torch SymInt; `renamed` maps torch's symbols to ours.
+
+    Raises:
+        RingCompileError: a symbol that is not the size of an input (the value depends on data),
+            or a function that sizes are not expected to hold.
+    """
+    if expression.is_Symbol:
+        if expression.name not in renamed:
+            raise RingCompileError(
+                f"a size depends on the data (torch calls it {expression.name})",
+                hint="sizes may depend on the lengths of inputs, not on their values",
+            )
+        return renamed[expression.name]
+    if expression.is_Number:
+        return simplify(expression)
+    arguments = [from_torch(argument, renamed) for argument in expression.args]
+    convert = _FROM_TORCH.get(expression.func)
+    if convert is not None:
+        return simplify(convert(*map(sympy.sympify, arguments)))
+    if expression.func in (sympy.Add, sympy.Mul, sympy.Pow, *_FUNCTIONS.values()):
+        return simplify(expression.func(*arguments))
+    raise RingCompileError(f"a size is computed by {expression.func.__name__}, which is not known")
+
+
+def to_text(value: Size) -> str:
+    """The expression as text that `parse` reads back."""
+    return str(value)
+
+
+@lru_cache(maxsize=65536)
+def parse(text: str) -> Size:
+    """Read an expression; raises RingCompileError on anything but integer arithmetic."""
+    try:
+        return simplify(_build(ast.parse(text, mode="eval").body))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise RingCompileError(f"'{text[:80]}' is not a size expression") from None
+
+
+def _build(node: ast.AST) -> Any:
+    match node:
+        case ast.Constant(value=int() as number):
+            return sympy.Integer(number)
+        case ast.Name(id=name):
+            return symbol(name) if name in _SIZE_NAMES else coordinate(name)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_build(left), _build(right))
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)):
+            if not 0 <= power <= _MAX_POWER:
+                raise ValueError(power)
+            return _build(left) ** power
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_build(operand)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*map(_build, args))
+    raise ValueError(node)
+
+
+# A file must not be able to ask for a number with a million digits.
+_MAX_POWER = 8
+
+# Lengths are named from this list; any other name in an expression is a mesh coordinate.
+SEQUENCE = "s"
+LOCAL = "n"
+OTHER_LENGTHS = tuple(f"s{i}" for i in range(2, 10))
+_SIZE_NAMES = frozenset({SEQUENCE, LOCAL, *OTHER_LENGTHS})

@@ -1,0 +1,182 @@
+"""A program: one fx.Graph with typed, located nodes, and what it needs from outside.
+
+Weights are names and shapes, never data: the data stays with a `WeightSource` until something runs
+or is saved. Every node's `meta` holds `type` (see types.py) and `loc` (the user's source line), and
+nodes that a pass made hold `why`, one phrase that dumps print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.ir.expr import SEQUENCE, Size, bind
+from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
+from ringcompile.mesh import Mesh
+
+# How a program gets the data of a weight: by its name in the weight table.
+WeightSource = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, buffer or constant of the model, by its qualified name."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor the caller passes: its name and its global type."""
+
+    name: str
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How outputs are nested: a tensor, or a tuple, list or dict of structures.
+
+    Attributes:
+        kind: "tensor", "none", "tuple", "list" or "dict".
+        keys: the keys of a dict, in order.
+        children: the nested structures, in order.
+    """
+
+    kind: str
+    keys: tuple[str, ...] = ()
+    children: tuple[Structure, ...] = ()
+
+    def build(self, leaves: Iterable[Any]) -> Any:
+        """Nest the leaves, taken in order."""
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Any) -> Any:
+        if self.kind == "tensor":
+            return next(leaves)
+        if self.kind == "none":
+            return None
+        built = [child._build(leaves) for child in self.children]
+        if self.kind == "dict":
+            return dict(zip(self.keys, built, strict=True))
+        return tuple(built) if self.kind == "tuple" else built
+
+
+@dataclass
+class Program:
+    """A graph, its inputs, weights and outputs, and how far it has been compiled.
+
+    Attributes:
+        graph: placeholders for weights and inputs, calls, one output node with a flat tuple.
+        inputs: what the caller passes, in order, with global types.
+        placeholders: placeholder name -> the input it takes (one input may be taken in two layouts).
+        weights: placeholder name -> weight.
+        output_structure: how the flat outputs are nested for the caller.
+        source: where the data of weights comes from, when something needs it.
+        length_range: smallest and largest sequence length the captured code is valid for.
+        mesh, sequence: the parallel plan, once `place` has run.
+        coordinates: this rank's place on the mesh, once `specialize` has run.
+        passes: the passes that ran, in order.
+        stage: how far it is compiled; see `STAGES`.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    placeholders: dict[str, str]
+    weights: dict[str, Weight]
+    output_structure: Structure
+    length_range: tuple[int, int | None] = (2, None)
+    name: str = "model"
+    source: WeightSource | None = None
+    mesh: Mesh | None = None
+    sequence: SequenceSplit | None = None
+    coordinates: dict[str, int] | None = None
+    passes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    lengths: dict[str, int] = field(default_factory=dict)
+
+    def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
+        """The same program over another graph."""
+        return replace(self, graph=graph, **changes)
+
+    @property
+    def output_node(self) -> fx.Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes the program returns."""
+        return tuple(self.output_node.args[0])  # type: ignore[arg-type]
+
+    def bindings(self, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+        """The lengths in these inputs; raises RingCompileError where shapes do not fit the program.
+
+        Args:
+            inputs: whole (unsplit) tensors by input name.
+        """
+        lengths: dict[str, int] = dict(self.lengths)
+        for spec in self.inputs:
+            tensor = inputs[spec.name]
+            expected = "[" + ", ".join(map(str, spec.type.shape)) + "]"
+            if tensor.dim() != len(spec.type.shape) or tensor.dtype != spec.type.dtype:
+                raise RingCompileError(
+                    f"input '{spec.name}' is {tensor.dtype} {list(tensor.shape)}, "
+                    f"the program takes {spec.type.dtype} {expected}"
+                )
+            for size, dim in zip(tensor.shape, spec.type.shape, strict=True):
+                _match(spec.name, size, dim, lengths, list(tensor.shape), expected)
+        return self._checked(lengths)
+
+    def _checked(self, lengths: dict[str, int]) -> dict[str, int]:
+        low, high = self.length_range
+        length = lengths.get(SEQUENCE)
+        if length is not None and (length < low or (high is not None and length > high)):
+            raise RingCompileError(
+                f"sequence length {length} is outside {low}..{high if high is not None else ''}",
+                hint="the model's own code fixes this range (a position table, or a guard)",
+            )
+        if self.sequence is not None and length is not None:
+            lengths.update(self.sequence.bindings(length))
+        return lengths
+
+
+def _match(
+    name: str, size: int, dim: Size, lengths: dict[str, int], shape: list[int], expected: str
+) -> None:
+    wanted = bind(dim, lengths)
+    if not isinstance(wanted, int):
+        lengths[str(wanted)] = size
+    elif wanted != size:
+        raise RingCompileError(
+            f"input '{name}' has shape {shape}, the program takes {expected}"
+            + (f" with {lengths}" if lengths else ""),
+            hint="lengths may change from run to run; other sizes are fixed at capture",
+        )
+
+
+def type_of(node: fx.Node) -> TensorType:
+    """The tensor type of a node that returns one tensor."""
+    value: ValueType = node.meta["type"]
+    assert isinstance(value, TensorType), f"{node.name} returns several tensors"
+    return value
+
+
+def location_of(node: fx.Node) -> SourceLocation:
+    """The user's line behind a node."""
+    return node.meta.get("loc", SourceLocation())
+
+
+def error_at(node: fx.Node, message: str, hint: str | None = None) -> RingCompileError:
+    """An error about a node, with the user's own source line."""
+    return RingCompileError(message, hint=hint, location=location_of(node), node=node.name)

@@ -1,0 +1,145 @@
+"""The mechanism behind the rule table: dims are tied by named factors, and layouts follow factors.
+
+A row names a factor for each dim of each operand and of the output, einsum-like. A factor that
+stands in the output passes a split through. A dim without a factor (None), and a factor that is
+contracted away, must be whole. `forward` reads layouts off the operands; `backward` says what the
+operands would have to be for a wanted output, which is how a slice of a position table, of a
+rotary angle or of a mask is computed directly instead of being cut out of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.layout import WHOLE, DimLayout, Layout, regroup
+from ringcompile.ir.program import type_of
+
+Names = tuple[Hashable | None, ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factor of each dim of each operand, and of the output."""
+
+    operands: tuple[Names, ...]
+    output: Names
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The layouts an op needs of its operands, and the one it gives."""
+
+    operands: tuple[Layout, ...]
+    output: Layout
+
+
+class Conflict(Exception):
+    """Two dims of the output would be split over one axis: there is no row for these layouts."""
+
+
+class Rule:
+    """One row of the table.
+
+    Attributes:
+        shape_argument: the argument that spells out the output's shape; it is rewritten from the
+            local shape, never searched for.
+        cheap: recomputing the op on whole operands costs less than sending its output.
+    """
+
+    shape_argument: str | None
+    cheap: bool
+
+    def forward(
+        self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
+    ) -> Placement:
+        """The placement that keeps as much split as the row allows.
+
+        Raises:
+            Conflict: two output dims would be split over one axis.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self, call: Call, wanted: Layout, axis_sizes: dict[str, int]
+    ) -> tuple[Layout, ...] | None:
+        """The operand layouts from which each rank computes its piece of `wanted`, or None."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FactorRule(Rule):
+    """A row given by factors, which may depend on the call's arguments and shapes."""
+
+    factors: Callable[[Call], Factors]
+    shape_argument: str | None = None
+    cheap: bool = True
+
+    def forward(
+        self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
+    ) -> Placement:
+        names = self.factors(call)
+        passing = set(names.output)
+        assigned: dict[Hashable, DimLayout] = {}
+        for dims, layout in zip(names.operands, layouts, strict=True):
+            for factor, dim in zip(dims, layout.dims, strict=True):
+                if dim and factor is not None and factor in passing:
+                    assigned.setdefault(factor, dim)
+        return self._placement(names, assigned)
+
+    def backward(
+        self, call: Call, wanted: Layout, axis_sizes: dict[str, int]
+    ) -> tuple[Layout, ...] | None:
+        names = self.factors(call)
+        assigned: dict[Hashable, DimLayout] = {}
+        for factor, dim in zip(names.output, wanted.dims, strict=True):
+            if dim and factor is None:
+                return None
+            if dim:
+                assigned[factor] = dim
+        return self._placement(names, assigned).operands
+
+    @staticmethod
+    def _placement(names: Factors, assigned: dict[Hashable, DimLayout]) -> Placement:
+        def layout(dims: Names) -> Layout:
+            return Layout(tuple(assigned.get(f, WHOLE) if f is not None else WHOLE for f in dims))
+
+        output = layout(names.output)
+        if len(set(output.axes)) < len(output.axes):
+            raise Conflict
+        return Placement(tuple(map(layout, names.operands)), output)
+
+
+@dataclass(frozen=True)
+class ViewRule(Rule):
+    """A view with the same elements in the same order; see `layout.regroup`."""
+
+    shape_argument: str | None = "shape"
+    cheap: bool = True
+
+    def forward(
+        self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
+    ) -> Placement:
+        source, target = type_of(call.operands[0]).shape, type_of(call.node).shape
+        output = regroup(source, layouts[0], target, axis_sizes)
+        if output is None:
+            return Placement((Layout.whole(len(source)),), Layout.whole(len(target)))
+        return Placement((layouts[0],), output)
+
+    def backward(
+        self, call: Call, wanted: Layout, axis_sizes: dict[str, int]
+    ) -> tuple[Layout, ...] | None:
+        source, target = type_of(call.operands[0]).shape, type_of(call.node).shape
+        operand = regroup(target, wanted, source, axis_sizes)
+        return None if operand is None else (operand,)
+
+
+def shapes(call: Call) -> list[tuple[object, ...]]:
+    """The global shapes of a call's operands."""
+    return [type_of(node).shape for node in call.operands]
+
+
+def rank_of(call: Call) -> int:
+    """The number of dims of a call's output."""
+    return len(type_of(call.node).shape)

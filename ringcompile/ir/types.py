@@ -1,0 +1,147 @@
+"""What is known of a value while compiling: dtype, global shape, and layout over the mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ringcompile.ir.expr import LOCAL, SEQUENCE, Size, bind, divide, equal, product, symbol
+from ringcompile.ir.layout import Atom, Layout, format_dim
+from ringcompile.mesh import Mesh
+
+_DTYPES = {
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+}
+DTYPE_NAMES = {dtype: name for dtype, name in _DTYPES.items()}
+DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """dtype, global shape and layout of a tensor; prints as `f16[1, 4096/ring, 8192]`."""
+
+    dtype: torch.dtype
+    shape: tuple[Size, ...]
+    layout: Layout
+
+    @classmethod
+    def whole(cls, dtype: torch.dtype, shape: tuple[Size, ...]) -> TensorType:
+        return cls(dtype, shape, Layout.whole(len(shape)))
+
+    def with_layout(self, layout: Layout) -> TensorType:
+        return replace(self, layout=layout)
+
+    def __str__(self) -> str:
+        dims = (
+            format_dim(size, dim) for size, dim in zip(self.shape, self.layout.dims, strict=True)
+        )
+        return f"{_DTYPES.get(self.dtype, str(self.dtype))}[{', '.join(dims)}]"
+
+
+def state_type(out: TensorType) -> tuple[TensorType, TensorType]:
+    """The type of a state (out, lse) of attention whose result is `out` [B,H,S,E]."""
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    return out, TensorType(dtype, out.shape[:3], Layout(out.layout.dims[:3]))
+
+
+# A node's type: one tensor, or the several an op returns.
+ValueType = TensorType | tuple[TensorType, ...]
+
+
+def format_type(value: ValueType) -> str:
+    """The text of a node's type."""
+    if isinstance(value, TensorType):
+        return str(value)
+    return "(" + ", ".join(map(str, value)) + ")"
+
+
+@dataclass(frozen=True)
+class SequenceSplit:
+    """How one length of the model is divided over mesh axes.
+
+    The sequence is padded to a multiple of `num_chunks`, cut into that many equal chunks, and each
+    rank holds one chunk (`contiguous`) or two (`zigzag`: rank r holds chunk r and its mirror, so
+    that causal attention costs every rank the same). `s` is the true length, `n` a rank's share.
+    """
+
+    axis: str
+    num_ranks: int
+    order: str = "contiguous"
+
+    @property
+    def chunks_per_rank(self) -> int:
+        return 2 if self.order == "zigzag" else 1
+
+    @property
+    def num_chunks(self) -> int:
+        return self.num_ranks * self.chunks_per_rank
+
+    @property
+    def length(self) -> Size:
+        return symbol(SEQUENCE)
+
+    @property
+    def local(self) -> Size:
+        return symbol(LOCAL)
+
+    @property
+    def chunk(self) -> Size:
+        """The length of one chunk."""
+        return symbol(LOCAL) / self.chunks_per_rank
+
+    def chunks(self, rank: Size) -> tuple[Size, ...]:
+        """The indices of the chunks that a rank (a number or a coordinate) holds, increasing."""
+        if self.order == "zigzag":
+            return (rank, self.num_chunks - 1 - rank)
+        return (rank,)
+
+    def local_length(self, length: int) -> int:
+        """The number of tokens each rank holds of a sequence of `length`, padding included."""
+        return -(-length // self.num_chunks) * self.chunks_per_rank
+
+    def bindings(self, length: int) -> dict[str, int]:
+        """The values of `s` and `n` for a sequence of `length`."""
+        return {SEQUENCE: length, LOCAL: self.local_length(length)}
+
+
+def local_size(atom: Atom, mesh: Mesh | None, sequence: SequenceSplit | None) -> Size | None:
+    """The size of one rank's piece of an atom, or None where it cannot be cut evenly."""
+    if not atom.axes:
+        return atom.size
+    if sequence is not None and atom.axes == (sequence.axis,) and equal(atom.size, sequence.length):
+        return sequence.local
+    assert mesh is not None
+    return divide(atom.size, product(mesh.size(axis) for axis in atom.axes))
+
+
+def local_shape(
+    type_: TensorType, mesh: Mesh | None, sequence: SequenceSplit | None
+) -> tuple[Size, ...]:
+    """The shape of the piece that one rank holds."""
+    shape = []
+    for size, dim in zip(type_.shape, type_.layout.dims, strict=True):
+        pieces = [local_size(atom, mesh, sequence) for atom in dim] if dim else [size]
+        assert None not in pieces, f"{type_} cannot be cut evenly"
+        shape.append(product(pieces))
+    return tuple(shape)
+
+
+def bind_type(type_: ValueType, values: dict[str, int]) -> ValueType:
+    """Fill known lengths into a type."""
+    if isinstance(type_, tuple):
+        return tuple(bind_type(t, values) for t in type_)  # type: ignore[misc]
+    dims = tuple(
+        tuple(Atom(bind(atom.size, values), atom.axes) for atom in dim) for dim in type_.layout.dims
+    )
+    return TensorType(type_.dtype, tuple(bind(s, values) for s in type_.shape), Layout(dims))

@@ -1,0 +1,47 @@
+"""What must hold of a program after every pass; a failure here is our bug, not the user's."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ringcompile.ir.program import Program
+
+# Their first operand is updated in place, so nothing else may read it.
+CONSUMING = frozenset({"ringcompile.merge.default"})
+_STARTS = "ringcompile.shift_start.default"
+_WAITS = "ringcompile.wait.default"
+
+
+def verify_program(program: Program) -> None:
+    """Check the graph's own rules.
+
+    Every node has a type; every placeholder is a weight or an input; what an op consumes is read by
+    it alone; every transfer that starts is waited for exactly once.
+
+    Raises:
+        AssertionError: with the node and the passes that ran.
+    """
+    ran = " -> ".join(program.passes)
+    for node in program.graph.nodes:
+        problem = _problem(program, node)
+        assert problem is None, f"after {ran}: %{node.name} ({node.target}): {problem}"
+    program.graph.lint()
+
+
+def _problem(program: Program, node: fx.Node) -> str | None:
+    if node.op == "output":
+        return None
+    if "type" not in node.meta and node.users:
+        return "has no type"
+    if node.op == "placeholder":
+        known = node.name in program.weights or node.name in program.placeholders
+        return None if known else "is neither a weight nor an input"
+    if node.op != "call_function":
+        return f"is a {node.op}"
+    target = str(node.target)
+    if target in CONSUMING and isinstance(node.args[0], fx.Node) and len(node.args[0].users) > 1:
+        return f"uses up %{node.args[0].name}, which others read"
+    waits = [user for user in node.users if str(user.target) == _WAITS]
+    if target == _STARTS and len(waits) != 1:
+        return f"starts a transfer that {len(waits)} nodes wait for"
+    return None

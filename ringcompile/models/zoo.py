@@ -1,0 +1,199 @@
+"""Named reference models: the paper's dense workload, small versions of it, and token models.
+
+`dense-4l` is the paper's dense model: 4 layers of 16 heads x 512 (hidden 8192) and a plain MLP of
+32768, FP16. The paper names no vocabulary, so it takes hidden states and returns hidden states:
+its linear weights are exactly the paper's 4 * (4 * 8192^2 + 2 * 8192 * 32768) * 2 bytes = 6.44 GB,
+and nothing but the norms (147 kB) comes on top. The paper names no positions either; rotary ones
+add no weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from ringcompile.models.transformer import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the zoo: what it is, its sizes, and the sequence length of its example inputs."""
+
+    description: str
+    config: TransformerConfig
+    default_sequence: int
+
+
+_DENSE_4L: Final = TransformerConfig(
+    vocab_size=0,
+    num_layers=4,
+    hidden_size=8192,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=512,
+    mlp_hidden=32768,
+    mlp="plain",
+    inputs="hidden",
+    max_positions=1 << 20,
+    dtype="float16",
+)
+_SMALL_TOKENS: Final = TransformerConfig(
+    vocab_size=512,
+    num_layers=2,
+    hidden_size=64,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    mlp_hidden=256,
+    max_positions=512,
+)
+
+ENTRIES: Final = {
+    "dense-4l": Entry(
+        "the paper's dense model: hidden states in and out, MHA 16 x 512, MLP 32768, float16",
+        _DENSE_4L,
+        default_sequence=16384,
+    ),
+    "dense-4l-small": Entry(
+        "dense-4l with 8 heads x 32, hidden 256, MLP 1024, float32",
+        dataclasses.replace(
+            _DENSE_4L,
+            hidden_size=256,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=32,
+            mlp_hidden=1024,
+            dtype="float32",
+        ),
+        default_sequence=192,
+    ),
+    "dense-4l-tiny": Entry(
+        "dense-4l with 4 heads x 16, hidden 64, MLP 256, float32",
+        dataclasses.replace(
+            _DENSE_4L,
+            hidden_size=64,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=16,
+            mlp_hidden=256,
+            dtype="float32",
+        ),
+        default_sequence=48,
+    ),
+    "gpt-tiny": Entry(
+        "GPT-2 type decoder: learned positions, LayerNorm, GELU MLP, biases, tied head",
+        dataclasses.replace(
+            _SMALL_TOKENS,
+            positions="learned",
+            norm="layer",
+            mlp="plain",
+            bias=True,
+            tie_embeddings=True,
+        ),
+        default_sequence=64,
+    ),
+    "llama-tiny": Entry(
+        "Llama type decoder: rotary, RMSNorm, gated SiLU MLP, grouped-query 6 heads / 2 KV heads",
+        dataclasses.replace(
+            _SMALL_TOKENS, hidden_size=96, num_heads=6, num_kv_heads=2, max_positions=1 << 16
+        ),
+        default_sequence=64,
+    ),
+    "bert-tiny": Entry(
+        "BERT type encoder: learned positions, LayerNorm, GELU MLP, biases, key padding mask",
+        dataclasses.replace(
+            _SMALL_TOKENS, causal=False, positions="learned", norm="layer", mlp="plain", bias=True
+        ),
+        default_sequence=48,
+    ),
+}
+
+
+def names() -> list[str]:
+    """Every zoo name, in the table's order."""
+    return list(ENTRIES)
+
+
+def entry(name: str) -> Entry:
+    """The row of ``name``.
+
+    Raises:
+        KeyError: No such name; the message lists those there are.
+    """
+    if name not in ENTRIES:
+        raise KeyError(f"no model {name!r} in the zoo; there are {', '.join(ENTRIES)}")
+    return ENTRIES[name]
+
+
+def describe(name: str) -> str:
+    """One line on ``name``. Raises KeyError as ``entry`` does."""
+    return entry(name).description
+
+
+def build(
+    name: str,
+    *,
+    batch: int = 1,
+    sequence: int | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Build a model and example inputs, under whatever mode and default device are active.
+
+    Under FakeTensorMode nothing is allocated. Weights and inputs depend on ``seed`` alone: other
+    devices hold the same values, other dtypes the same values rounded.
+
+    Args:
+        name: A zoo name.
+        batch: Rows of the example inputs.
+        sequence: Their length; the entry's own by default.
+        dtype: Name of the parameters' dtype instead of the config's, such as ``'float64'``.
+        seed: Seed of weights and inputs.
+
+    Returns:
+        The module in eval mode, and its positional inputs: token ids [B, S] int64 or hidden states
+        [B, S, E], and for an encoder the padding mask [B, S] int64.
+
+    Raises:
+        KeyError: No such name.
+        ValueError: ``batch``, ``sequence`` or ``dtype`` does not fit.
+    """
+    row = entry(name)
+    config = row.config if dtype is None else dataclasses.replace(row.config, dtype=dtype)
+    sequence = row.default_sequence if sequence is None else sequence
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: must be positive")
+    if not 1 <= sequence <= config.max_positions:
+        raise ValueError(
+            f"sequence is {sequence}: {name!r} takes 1 to {config.max_positions} (max_positions)"
+        )
+    model = Transformer(config, seed=seed).eval()
+    return model, _example_inputs(config, batch, sequence, seed)
+
+
+def _example_inputs(
+    config: TransformerConfig, batch: int, sequence: int, seed: int
+) -> tuple[Tensor, ...]:
+    device = torch.get_default_device()
+    generator = torch.Generator().manual_seed(seed + 1)  # the weights' first draws used `seed`
+    shape = (batch, sequence)
+    if config.inputs == "hidden":
+        hidden = torch.randn((*shape, config.hidden_size), generator=generator, device="cpu")
+        inputs = hidden.to(device, config.torch_dtype)
+    else:
+        tokens = torch.randint(config.vocab_size, shape, generator=generator, device="cpu")
+        inputs = tokens.to(device)
+    if config.causal:
+        return (inputs,)
+    return inputs, _padding_mask(batch, sequence)
+
+
+def _padding_mask(batch: int, sequence: int) -> Tensor:
+    """[B, S] int64: row i ends in about i + 1 eighths of padding, and always keeps a token."""
+    lengths = [max(1, sequence - max(1, (row + 1) * sequence // 8)) for row in range(batch)]
+    mask = torch.arange(sequence)[None, :] < torch.tensor(lengths)[:, None]
+    return mask.to(torch.int64)

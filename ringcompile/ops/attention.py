@@ -1,0 +1,196 @@
+"""Bodies of the attention ops, over the kernels of kernels.py.
+
+Everything here is per rank and knows only positions: which mesh, and how blocks travel, is decided
+in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ringcompile.ops import kernels
+from ringcompile.ops.blocks import Band, Piece, pieces
+
+State = list[torch.Tensor]
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float,
+    lower: int | None = None,
+    upper: int | None = None,
+) -> torch.Tensor:
+    """Attention of whole queries over whole keys: [B,H,Sq,D], [B,G,Sk,D], [B,G,Sk,E] -> [B,H,Sq,E].
+
+    Args:
+        key_mask: [B|1, 1, 1, Sk], bool (True is visible) or additive.
+        mask: [B|1, H|1, Sq|1, Sk], bool or additive.
+        lower, upper: the band of visible positions, see `blocks.Band`.
+    """
+    state = block_attention(
+        q, pack(k, v), key_mask, mask, head_dim=q.shape[-1], queries=None, keys=None, chunk=0,
+        limit=max(q.shape[2], k.shape[2]), scale=scale, lower=lower, upper=upper,
+    )
+    return finish(state, dtype=q.dtype)
+
+
+def pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Keys and values in one buffer [B,G,S,D+E], so that one transfer carries both."""
+    return torch.cat([k, v], -1)
+
+
+def block_attention(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    head_dim: int,
+    queries: Sequence[int] | None,
+    keys: Sequence[int] | None,
+    chunk: int,
+    limit: int,
+    scale: float,
+    lower: int | None = None,
+    upper: int | None = None,
+) -> State:
+    """Attention of the queries over one block of keys, as a state [out, lse].
+
+    Args:
+        q: [B,H,Sq,D]. kv: [B,G,Sk,D+E], packed.
+        key_mask, mask: as in `attention`; their key dim spans the whole sequence, the query dim of
+            `mask` only these queries.
+        head_dim: D.
+        queries, keys: the chunks that the rows of q and kv are, by index; None for positions
+            0, 1, 2, ...
+        chunk: length of a chunk.
+        limit: the true length; keys from here on are padding.
+    """
+    band = Band(lower, upper)
+    k, v = kv[..., :head_dim], kv[..., head_dim:]
+    rows = pieces(queries, chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
+    columns = pieces(keys, chunk, limit, num_rows=kv.shape[2])
+    if band.is_causal and key_mask is None and mask is None and queries == keys:
+        # Positions rise along both, in step: the kernel's own causal mask is the right one, and
+        # padding sits behind every token that could see it.
+        return list(kernels.attend(q, k, v, scale=scale, causal=True))
+    plan = [(row, _visible(row, columns, band)) for row in rows]
+    states = [
+        _attend_rows(q, k, v, key_mask, mask, run, seen, band, scale) for run, seen in _runs(plan)
+    ]
+    if len(states) == 1:
+        return states[0]
+    return [torch.cat([state[i] for state in states], 2) for i in (0, 1)]
+
+
+# Larger than any sequence: query rows are never cut off, padded ones are dropped at the exit.
+_NO_LIMIT = 2**62
+_Seen = tuple[tuple[Piece, str], ...]
+
+
+def _visible(row: Piece, columns: Sequence[Piece], band: Band) -> _Seen:
+    """The columns a run of rows sees, each with its relation."""
+    relations = (
+        (
+            column,
+            band.relation(
+                row.start - (column.start + column.length - 1),
+                row.start + row.length - 1 - column.start,
+            ),
+        )
+        for column in columns
+    )
+    return tuple((column, relation) for column, relation in relations if relation != "empty")
+
+
+def _runs(plan: list[tuple[Piece, _Seen]]) -> list[tuple[tuple[Piece, ...], _Seen]]:
+    """Join neighbouring rows that see the same columns in full: one kernel call serves them."""
+    runs: list[tuple[tuple[Piece, ...], _Seen]] = []
+    for row, seen in plan:
+        if runs and runs[-1][1] == seen and all(relation == "full" for _, relation in seen):
+            runs[-1] = ((*runs[-1][0], row), seen)
+        else:
+            runs.append(((row,), seen))
+    return runs
+
+
+def _attend_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    rows: tuple[Piece, ...],
+    seen: _Seen,
+    band: Band,
+    scale: float,
+) -> State:
+    """One kernel call: these rows over the columns that they see."""
+    first, num_rows = rows[0].offset, sum(row.length for row in rows)
+    columns = [column for column, _ in seen]
+    q = q.narrow(2, first, num_rows)
+    k, v = (_take(x, [(c.offset, c.length) for c in columns], 2) for x in (k, v))
+    by_position = [(c.start, c.length) for c in columns]
+    parts = []
+    if any(relation == "partial" for _, relation in seen):
+        parts.append(
+            band.mask(
+                torch.cat([row.positions(q.device) for row in rows]),
+                torch.cat([column.positions(q.device) for column in columns]),
+            )
+        )
+    if key_mask is not None:
+        parts.append(_take(key_mask, by_position, 3))
+    if mask is not None:
+        mask = mask if mask.shape[2] == 1 else mask.narrow(2, first, num_rows)
+        parts.append(_take(mask, by_position, 3))
+    return list(kernels.attend(q, k, v, scale=scale, mask=_combine(parts, q.dtype)))
+
+
+def _take(x: torch.Tensor, runs: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
+    """The runs (start, length) of a dim, one behind the other; a view where they are one run."""
+    if not runs:
+        return x.narrow(dim, 0, 0)
+    if all(a[0] + a[1] == b[0] for a, b in zip(runs, runs[1:], strict=False)):
+        return x.narrow(dim, runs[0][0], sum(length for _, length in runs))
+    return torch.cat([x.narrow(dim, start, length) for start, length in runs], dim)
+
+
+def _combine(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    """One mask from several: bool ones are and-ed, additive ones added, bool into additive."""
+    flags = [part for part in parts if part.dtype == torch.bool]
+    biases = [part for part in parts if part.dtype != torch.bool]
+    visible = flags[0] if flags else None
+    for flag in flags[1:]:
+        visible = visible & flag
+    if not biases:
+        return visible
+    bias = biases[0]
+    for extra in biases[1:]:
+        bias = bias + extra
+    return bias if visible is None else torch.where(visible, bias, float("-inf")).to(dtype)
+
+
+def merge(state: State, block: State, *, start: int) -> State:
+    """Fold a block's result into the state's rows from `start` on; the state is used up.
+
+    The accumulator is float32 whatever the inputs are, and float64 for float64.
+    """
+    out, lse = state
+    if out.dtype != lse.dtype:
+        out = out.to(lse.dtype)
+    num_rows = block[1].shape[2]
+    kernels.merge(out.narrow(2, start, num_rows), lse.narrow(2, start, num_rows), *block)
+    return [out, lse]
+
+
+def finish(state: State, *, dtype: torch.dtype) -> torch.Tensor:
+    """The attention output [B,H,S,E] of a state, in the model's dtype."""
+    return state[0].to(dtype)

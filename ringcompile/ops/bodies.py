@@ -1,0 +1,36 @@
+"""The table from op name to what runs it; ops that communicate are run by the runtime instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ringcompile.ops import attention, schemas
+from ringcompile.ops.sequence import positions
+
+
+def _redistribute(x: torch.Tensor, *, layout: str) -> torch.Tensor:
+    """On one device every layout is the same tensor."""
+    return x
+
+
+BODIES: dict[str, Callable[..., Any]] = {
+    "attention": attention.attention,
+    "redistribute": _redistribute,
+    "positions": positions,
+    "pack": attention.pack,
+    "block_attention": attention.block_attention,
+    "merge": attention.merge,
+    "finish": attention.finish,
+}
+
+# Ops that make tensors out of nothing and so must be told the device.
+CREATION = frozenset({"aten.full.default", "aten.arange.start_step", "ringcompile.positions.default"})
+
+
+def body_of(target: Any) -> Callable[..., Any]:
+    """What runs an op that does not communicate: our body, or torch's operator itself."""
+    name = schemas.name_of(target)
+    return BODIES[name] if name is not None else target  # type: ignore[no-any-return]

@@ -1,0 +1,275 @@
+"""Give every tensor a layout: seeded at the inputs, carried by the op rules, changed only in sight.
+
+The graph keeps its global meaning. Where an op needs an operand in another layout, `place` first
+tries to compute it there directly (a slice of positions, of a table, of a mask costs nothing), and
+otherwise writes a `redistribute` node, which `partition` turns into a local slice or a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import Call, replace_operands
+from ringcompile.ir.expr import equal
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.program import Program, error_at, type_of
+from ringcompile.ir.rules import Conflict, FactorRule, Factors, Placement, Rule, find_rule
+from ringcompile.ir.types import SequenceSplit, TensorType
+from ringcompile.mesh import Mesh
+from ringcompile.passes.base import Builder, Pass
+
+_ATTENTION = torch.ops.ringcompile.attention.default
+_SUPPORTED_AXES = ("ring",)
+ORDERS = ("contiguous", "zigzag")
+
+
+@dataclass(frozen=True)
+class Place(Pass):
+    """Layouts for a mesh.
+
+    Attributes:
+        mesh: the parallel plan.
+        order: which positions a rank holds; `auto` is zigzag where all attention is causal.
+        gather_unknown: compute what has no rule on whole operands, on every rank, instead of
+            refusing it.
+    """
+
+    name: ClassVar[str] = "place"
+    mesh: Mesh
+    order: str = "auto"
+    gather_unknown: bool = False
+
+    def run(self, program: Program) -> Program:
+        sequence = SequenceSplit("ring", self.mesh.size("ring"), self._order(program))
+        self._check_mesh()
+        placer = _Placer(program, self.mesh, sequence, self.gather_unknown)
+        return placer.run()
+
+    def _check_mesh(self) -> None:
+        for axis, size in self.mesh.axes:
+            if axis not in _SUPPORTED_AXES and size > 1:
+                raise RingCompileError(
+                    f"mesh axis '{axis}' has no placement rules yet",
+                    hint=f"axes that work: {', '.join(_SUPPORTED_AXES)}",
+                )
+
+    def _order(self, program: Program) -> str:
+        if self.order in ORDERS:
+            return self.order
+        if self.order != "auto":
+            raise RingCompileError(
+                f"unknown order '{self.order}'", hint=f"orders are: auto, {', '.join(ORDERS)}"
+            )
+        calls = [Call(node) for node in program.graph.nodes if node.target is _ATTENTION]
+        causal = calls and all(c["lower"] == 0 and c["upper"] is None for c in calls)
+        return "zigzag" if causal else "contiguous"
+
+
+class _Placer:
+    def __init__(
+        self, program: Program, mesh: Mesh, sequence: SequenceSplit, gather_unknown: bool
+    ) -> None:
+        self.program, self.mesh, self.sequence = program, mesh, sequence
+        self.gather_unknown = gather_unknown
+        self.axis_sizes = dict(mesh.axes)
+        self.builder = Builder()
+        self.placeholders: dict[str, str] = {}
+        self.requests: dict[tuple[fx.Node, Layout], fx.Node | None] = {}
+        self.notes: list[str] = []
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            self.builder.at(node)
+            if node.op == "placeholder":
+                self.builder.env[node] = self._placeholder(node)
+            elif node.op == "call_function":
+                self.builder.env[node] = self._call(node)
+            else:
+                self.builder.output(tuple(self.builder.env[n] for n in node.args[0]))
+        return self.program.with_graph(
+            _placeholders_first(self.builder.graph),
+            placeholders=self.placeholders,
+            mesh=self.mesh,
+            sequence=self.sequence,
+            notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        type_ = type_of(node)
+        if node.name in self.program.weights:
+            return self.builder.placeholder(node.name, type_)
+        self.placeholders[node.name] = self.program.placeholders[node.name]
+        layout = Layout.whole(len(type_.shape))
+        dims = [i for i, size in enumerate(type_.shape) if equal(size, self.sequence.length)]
+        if dims:
+            layout = Layout.split(
+                len(type_.shape), dims[0], self.sequence.length, (self.sequence.axis,)
+            )
+        return self.builder.placeholder(node.name, type_.with_layout(layout))
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        rule = self._rule(node)
+        call = Call(node)
+        operands = [self.builder.env[n] for n in call.operands]
+        layouts = [type_of(n).layout for n in operands]
+        placement = self._placement(node, rule, call, layouts)
+        new = [
+            self._request(n, wanted) for n, wanted in zip(operands, placement.operands, strict=True)
+        ]
+        return self._emit(node, new, placement.output)
+
+    def _rule(self, node: fx.Node) -> Rule:
+        rule = find_rule(node.target)
+        if rule is not None and isinstance(node.meta.get("type"), TensorType):
+            return rule
+        if self.gather_unknown and isinstance(node.meta.get("type"), TensorType):
+            self._note(node, f"{node.target} has no rule: computed whole on every rank")
+            return _WHOLE_RULE
+        raise error_at(
+            node,
+            f"{node.target} has no rule for split tensors",
+            hint="add a row to ringcompile/ir/rules/table.py, or pass --gather-unknown to compute "
+            "it whole on every rank",
+        )
+
+    def _placement(
+        self, node: fx.Node, rule: Rule, call: Call, layouts: Sequence[Layout]
+    ) -> Placement:
+        if node.target is _ATTENTION:
+            return self._attention(rule, call, layouts)
+        try:
+            return rule.forward(call, layouts, self.axis_sizes)
+        except Conflict:
+            if self.gather_unknown:
+                self._note(node, "rows and columns both along the sequence: gathered")
+                kept = [layouts[0], *(Layout.whole(len(x.dims)) for x in layouts[1:])]
+                return rule.forward(call, kept, self.axis_sizes)
+            raise error_at(
+                node,
+                "this pairs every token with every other and is not an attention that is "
+                "understood (both operands are split along the sequence)",
+                hint="use torch.nn.functional.scaled_dot_product_attention, or pass "
+                "--gather-unknown to gather the second operand whole on every rank",
+            ) from None
+
+    def _attention(self, rule: Rule, call: Call, layouts: Sequence[Layout]) -> Placement:
+        """Keys and values may stay split along the sequence as queries are: that is the ring."""
+        q, k, v = layouts[:3]
+        placement = rule.forward(call, layouts, self.axis_sizes)
+        if not q.dims[2]:
+            return placement
+        wanted = list(placement.operands)
+        for i, x in ((1, k), (2, v)):
+            split = x.dims[2] == q.dims[2] or k.dims[2] == q.dims[2]
+            if split and equal(type_of(call.operands[i]).shape[2], self.sequence.length):
+                wanted[i] = Layout((*wanted[i].dims[:2], q.dims[2], wanted[i].dims[3]))
+        return Placement(tuple(wanted), placement.output)
+
+    def _note(self, node: fx.Node, text: str) -> None:
+        place = node.meta["loc"].short if "loc" in node.meta else ""
+        self.notes.append(f"{place}: %{node.name}: {text}".lstrip(": "))
+
+    def _emit(self, node: fx.Node, operands: list[fx.Node], layout: Layout) -> fx.Node:
+        args, kwargs = replace_operands(node, operands)
+        new = self.builder.call(
+            node.target, args, type_of(node).with_layout(layout), name=node.name, **kwargs
+        )
+        new.meta["loc"] = node.meta.get("loc")
+        return new
+
+    # -- requests: a value that exists in one layout, wanted in another ---------------------------
+
+    def _request(self, node: fx.Node, wanted: Layout) -> fx.Node:
+        """`node` (of the new graph) in the wanted layout."""
+        have = type_of(node).layout
+        if have == wanted:
+            return node
+        found = self._recomputed(node, wanted)
+        return found if found is not None else self._redistributed(node, wanted)
+
+    def _recomputed(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        """The node computed in the wanted layout from operands that are to be had without sending.
+
+        From whole to split this always saves work; from split to whole only cheap ops on
+        token-sized inputs are computed again.
+        """
+        key = (node, wanted)
+        if key not in self.requests:
+            self.requests[key] = self._recompute(node, wanted)
+        return self.requests[key]
+
+    def _recompute(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        type_ = type_of(node)
+        if type_.layout == wanted:
+            return node
+        shrinking = type_.layout.is_whole
+        if node.op == "placeholder":
+            return self._input_again(node, wanted)
+        rule = find_rule(node.target)
+        if rule is None or not (rule.cheap or shrinking):
+            return None
+        call = Call(node)
+        wants = rule.backward(call, wanted, self.axis_sizes)
+        if wants is None:
+            return None
+        operands = []
+        for operand, want in zip(call.operands, wants, strict=True):
+            found = self._recomputed(operand, want)
+            if found is None and shrinking:
+                found = self._redistributed(operand, want)
+            if found is None:
+                return None
+            operands.append(found)
+        return self._emit(node, operands, wanted)
+
+    def _input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        """An input the caller passes can be passed in a second layout, if it is small."""
+        large = type_of(node).dtype.is_floating_point and len(type_of(node).shape) > 2
+        if node.name not in self.placeholders or large:
+            return None
+        again = self.builder.placeholder(
+            f"{node.name}_{'whole' if wanted.is_whole else 'split'}",
+            type_of(node).with_layout(wanted),
+        )
+        self.placeholders[again.name] = self.placeholders[node.name]
+        return again
+
+    def _redistributed(self, node: fx.Node, wanted: Layout) -> fx.Node:
+        key = (node, wanted)
+        if self.requests.get(key) is None:
+            have = type_of(node).layout
+            why = "sliced" if have.is_whole else "gathered"
+            self.requests[key] = self.builder.call(
+                torch.ops.ringcompile.redistribute.default,
+                (node,),
+                type_of(node).with_layout(wanted),
+                layout=str(wanted),
+                why=why,
+            )
+        found = self.requests[key]
+        assert found is not None
+        return found
+
+
+def _placeholders_first(graph: fx.Graph) -> fx.Graph:
+    """Inputs taken a second time were added where they were wanted; move them to the front."""
+    nodes = list(graph.nodes)
+    first_call = next(node for node in nodes if node.op != "placeholder")
+    for node in nodes[nodes.index(first_call) :]:
+        if node.op == "placeholder":
+            first_call.prepend(node)
+    return graph
+
+
+def _all_whole(call: Call) -> Factors:
+    operands = tuple((None,) * len(type_of(n).shape) for n in call.operands)
+    return Factors(operands, (None,) * len(type_of(call.node).shape))
+
+
+_WHOLE_RULE = FactorRule(_all_whole, cheap=False)

@@ -1,0 +1,37 @@
+"""Fill in the mesh coordinates: from one program for all ranks to the program of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ringcompile.ir.calls import map_values
+from ringcompile.ir.expr import bind, is_symbolic
+from ringcompile.ir.program import Program
+from ringcompile.passes.base import Builder, Pass
+
+
+@dataclass(frozen=True)
+class Specialize(Pass):
+    """Replace coordinate symbols by numbers.
+
+        p = positions([ring, 7 - ring], ...)   ->   p = positions([1, 6], ...)      (rank 1 of 4)
+    """
+
+    name: ClassVar[str] = "specialize"
+    rank: int
+
+    def run(self, program: Program) -> Program:
+        assert program.mesh is not None
+        coordinates = program.mesh.coordinates(self.rank)
+
+        def number(value: Any) -> Any:
+            return bind(value, coordinates) if is_symbolic(value) else value
+
+        builder = Builder()
+        for node in program.graph.nodes:
+            new = builder.copy(node)
+            if node.op == "call_function":
+                new.args, new.kwargs = map_values((new.args, dict(new.kwargs)), number)
+            builder.env[node] = new
+        return program.with_graph(builder.graph, coordinates=coordinates)

@@ -1,0 +1,203 @@
+"""Runs one rank's program, node by node; where ranks must meet it asks whoever drives it.
+
+`Executor.run` is a generator: it computes until the program communicates, yields a request, and
+goes on with the answer. A driver over torch.distributed answers at once; the lock-step driver
+answers when the other ranks, which it runs too, have come as far. The same code runs in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import map_values
+from ringcompile.ir.expr import bind, is_symbolic
+from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.types import local_shape
+from ringcompile.ops import schemas
+from ringcompile.ops.bodies import CREATION, body_of
+from ringcompile.ops.sequence import join
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Start sending `tensor` to one neighbour and receiving from another; answered by a handle."""
+
+    node: str
+    axis: str
+    tensor: torch.Tensor
+    to: int | None
+    source: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait for a transfer; answered by the tensor that arrived, empty if none was expected."""
+
+    node: str
+    handle: Any
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Exchange tensors with all ranks of an axis; answered by the list of them."""
+
+    node: str
+    axis: str
+    tensor: torch.Tensor
+
+
+Request = Shift | Wait | Gather
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a node's value in prepared arguments."""
+
+    index: int
+
+
+@dataclass
+class _Step:
+    node: fx.Node
+    function: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    fill: list[tuple[int, int]]
+    nested: bool
+    out: int
+    frees: list[int]
+    communicates: str | None
+
+
+class Executor:
+    """A rank's program prepared for given lengths.
+
+    Args:
+        program: a program of one rank (or one for a single device).
+        lengths: the values of its length symbols.
+        device: where tensors that the program makes are put.
+    """
+
+    def __init__(
+        self, program: Program, lengths: dict[str, int], device: torch.device | str = "cpu"
+    ) -> None:
+        self.program, self.lengths = program, lengths
+        self.device = torch.device(device)
+        nodes = list(program.graph.nodes)
+        self.slots = {node: i for i, node in enumerate(nodes)}
+        self.placeholders = [node for node in nodes if node.op == "placeholder"]
+        last_use: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            for operand in node.all_input_nodes:
+                last_use[operand] = node
+        frees: dict[fx.Node, list[int]] = {}
+        for operand, user in last_use.items():
+            frees.setdefault(user, []).append(self.slots[operand])
+        self.steps = [
+            self._prepare(node, frees.get(node, [])) for node in nodes if node.op == "call_function"
+        ]
+
+    def _prepare(self, node: fx.Node, frees: list[int]) -> _Step:
+        args, kwargs = map_values((list(node.args), dict(node.kwargs)), self._argument)
+        if str(node.target) in CREATION:
+            kwargs["device"] = self.device
+        name = schemas.name_of(node.target)
+        communicates = name if name in schemas.COMMUNICATION else None
+        fill = [(i, a.index) for i, a in enumerate(args) if isinstance(a, _Slot)]
+        nested = _holds_slot([a for a in args if not isinstance(a, _Slot)]) or _holds_slot(kwargs)
+        if not node.users:
+            frees = [*frees, self.slots[node]]
+        function = node.target if communicates else body_of(node.target)
+        return _Step(
+            node, function, args, kwargs, fill, nested, self.slots[node], frees, communicates
+        )
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return _Slot(self.slots[value])
+        return bind(value, self.lengths) if is_symbolic(value) else value
+
+    def run(
+        self, values: dict[str, torch.Tensor]
+    ) -> Generator[Request, Any, tuple[torch.Tensor, ...]]:
+        """Run once.
+
+        Args:
+            values: by placeholder name: weights, and this rank's share of the inputs.
+
+        Returns:
+            this rank's share of every output, in order.
+        """
+        held: list[Any] = [None] * len(self.slots)
+        for node in self.placeholders:
+            held[self.slots[node]] = values[node.name]
+        for step in self.steps:
+            args, kwargs = _filled(step, held)
+            if step.communicates is None:
+                held[step.out] = step.function(*args, **kwargs)
+            else:
+                held[step.out] = yield from self._communicate(step, args, kwargs)
+            for slot in step.frees:
+                held[slot] = None
+        return tuple(held[self.slots[node]] for node in self.program.outputs)
+
+    def _communicate(
+        self, step: _Step, args: list[Any], kwargs: dict[str, Any]
+    ) -> Generator[Request, Any, Any]:
+        name = step.node.name
+        if step.communicates == "wait":
+            return (yield Wait(name, args[0]))
+        if step.communicates == "shift_start":
+            type_ = type_of(step.node)
+            shape = local_shape(type_, self.program.mesh, self.program.sequence)
+            bound = tuple(int(bind(size, self.lengths)) for size in shape)
+            return (
+                yield Shift(
+                    name, kwargs["axis"], args[0].contiguous(), kwargs["to"], kwargs["source"],
+                    bound, type_.dtype,
+                )
+            )
+        shares = yield Gather(name, kwargs["axis"], args[0].contiguous())
+        sequence = self.program.sequence
+        assert sequence is not None
+        chunks: Any = [sequence.chunks(rank) for rank in range(sequence.num_ranks)]
+        return join(shares, chunks, kwargs["dim"], kwargs["limit"])
+
+
+def _filled(step: _Step, held: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+    if step.nested:
+        values = map_values(
+            (step.args, step.kwargs), lambda v: held[v.index] if isinstance(v, _Slot) else v
+        )
+        return values  # type: ignore[no-any-return]
+    args = step.args.copy()
+    for position, slot in step.fill:
+        args[position] = held[slot]
+    return args, step.kwargs
+
+
+def _holds_slot(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_slot, value))
+    if isinstance(value, dict):
+        return any(map(_holds_slot, value.values()))
+    return isinstance(value, _Slot)
+
+
+def run_alone(
+    executor: Executor, values: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Run a program that never communicates."""
+    generator = executor.run(values)
+    try:
+        request = next(generator)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    raise AssertionError(f"a program for one device asks for {request}")

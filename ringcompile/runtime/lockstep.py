@@ -1,0 +1,159 @@
+"""All ranks of a program in one process, one after another, each until it must wait for a peer.
+
+For tests, for machines without as many devices, and to say which rank and which node do not match
+when ranks disagree: a message of another shape, one that nobody takes, a rank that waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ringcompile.errors import RingCompileError
+from ringcompile.mesh import Mesh
+from ringcompile.runtime.executor import Gather, Request, Shift, Wait
+
+
+@dataclass
+class Message:
+    """A tensor on its way, and the node that sent it."""
+
+    node: str
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """What a rank expects from a transfer that it started."""
+
+    source: int | None
+    request: Shift
+
+
+@dataclass
+class _Rank:
+    generator: Generator[Request, Any, tuple[torch.Tensor, ...]]
+    request: Request | None = None
+    result: tuple[torch.Tensor, ...] | None = None
+    bytes_sent: int = 0
+    gathers: int = 0
+
+
+@dataclass
+class LockStep:
+    """Drives the generators of all ranks of a mesh."""
+
+    mesh: Mesh
+    mail: dict[tuple[int, int], deque[Message]] = field(default_factory=dict)
+    rounds: dict[tuple[str, int, int], dict[int, Gather]] = field(default_factory=dict)
+
+    def run(
+        self, generators: Sequence[Generator[Request, Any, tuple[torch.Tensor, ...]]]
+    ) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
+        """Run to the end.
+
+        Returns:
+            each rank's outputs, and the bytes that each rank sent.
+
+        Raises:
+            RingCompileError: the ranks' communication does not match.
+        """
+        ranks = [_Rank(generator) for generator in generators]
+        for rank in ranks:
+            self._advance(rank, None)
+        while any(rank.request is not None for rank in ranks):
+            moved = [self._serve(index, rank) for index, rank in enumerate(ranks)]
+            if not any(moved):
+                raise self._stuck(ranks)
+        for (source, to), messages in self.mail.items():
+            if messages:
+                raise RingCompileError(
+                    f"rank {to} never takes what rank {source} sends in %{messages[0].node}"
+                )
+        return [rank.result for rank in ranks if rank.result is not None], [
+            rank.bytes_sent for rank in ranks
+        ]
+
+    def _advance(self, rank: _Rank, answer: Any) -> None:
+        try:
+            rank.request = rank.generator.send(answer)
+        except StopIteration as done:
+            rank.request, rank.result = None, done.value
+
+    def _serve(self, index: int, rank: _Rank) -> bool:
+        """Answer a rank's request if that can be done now; whether the rank moved."""
+        match rank.request:
+            case Shift() as shift:
+                answer: Any = self._shift(index, rank, shift)
+            case Wait(handle=handle):
+                answer = self._arrived(index, handle)
+            case Gather() as gather:
+                answer = self._gathered(index, rank, gather)
+            case _:
+                return False
+        if answer is None:
+            return False
+        self._advance(rank, answer)
+        return True
+
+    def _peer(self, index: int, axis: str, coordinate: int | None) -> int | None:
+        if coordinate is None:
+            return None
+        return self.mesh.rank({**self.mesh.coordinates(index), axis: coordinate})
+
+    def _shift(self, index: int, rank: _Rank, shift: Shift) -> _Handle:
+        to = self._peer(index, shift.axis, shift.to)
+        if to is not None:
+            self.mail.setdefault((index, to), deque()).append(Message(shift.node, shift.tensor))
+            rank.bytes_sent += shift.tensor.nbytes
+        return _Handle(self._peer(index, shift.axis, shift.source), shift)
+
+    def _arrived(self, index: int, handle: _Handle) -> torch.Tensor | None:
+        expected = handle.request
+        if handle.source is None:
+            return torch.empty(0, dtype=expected.dtype)
+        waiting = self.mail.get((handle.source, index))
+        if not waiting:
+            return None
+        message = waiting.popleft()
+        got = (tuple(message.tensor.shape), message.tensor.dtype)
+        if got != (expected.shape, expected.dtype):
+            raise RingCompileError(
+                f"rank {index} expects {expected.dtype} {list(expected.shape)} in "
+                f"%{expected.node}, rank {handle.source} sends {got[1]} {list(got[0])} in "
+                f"%{message.node}"
+            )
+        return message.tensor
+
+    def _gathered(self, index: int, rank: _Rank, gather: Gather) -> list[torch.Tensor] | None:
+        group = next(g for g in self.mesh.groups(gather.axis) if index in g)
+        key = (gather.axis, group[0], rank.gathers)
+        arrived = self.rounds.setdefault(key, {})
+        if index not in arrived:
+            arrived[index] = gather
+            rank.bytes_sent += gather.tensor.nbytes * (len(group) - 1)
+        if len(arrived) < len(group):
+            return None
+        for other in group:
+            if arrived[other].tensor.shape != gather.tensor.shape or (
+                arrived[other].tensor.dtype != gather.tensor.dtype
+            ):
+                raise RingCompileError(
+                    f"rank {index} gathers {list(gather.tensor.shape)} in %{gather.node}, "
+                    f"rank {other} {list(arrived[other].tensor.shape)} in %{arrived[other].node}"
+                )
+        rank.gathers += 1
+        return [arrived[other].tensor for other in group]
+
+    def _stuck(self, ranks: list[_Rank]) -> RingCompileError:
+        waits = [
+            f"rank {i} at %{rank.request.node}" for i, rank in enumerate(ranks) if rank.request
+        ]
+        return RingCompileError(
+            f"the ranks wait for each other: {', '.join(waits[:8])}",
+            hint="the programs' transfers do not match; run `ringcompile verify`",
+        )

@@ -1,0 +1,623 @@
+"""The contract of ops/kernels.py, kernel by kernel, against attention written out in float64."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ops.kernels import attend, merge, providers
+
+FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+INF = math.inf
+
+# What rounding may do to the LSE and, times values of order 1, to the output. Scores of unit
+# normals scaled by D**-0.5 are about 1; a dot product of D <= 512 terms is off by about
+# D**0.5 units in the last place, 1.4e-6 in fp32, and 10 times that leaves room for exp and the
+# sums. The CPU flash op takes a faster exp for halves, good to about 20 bits: 1e-4.
+ATOL = {FP64: 1e-12, FP32: 1e-5, FP16: 1e-4, BF16: 1e-4}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Attention in float64; `spread` is the mean of |v| under the same weights."""
+
+    out: Tensor
+    lse: Tensor
+    spread: Tensor
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> Expected:
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = torch.where(mask, scores, -INF)
+    elif mask is not None:
+        scores = scores + mask.double()
+    if causal:
+        i, j = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
+        scores = torch.where(j <= i[:, None], scores, -INF)
+    top = scores.amax(-1, keepdim=True).clamp(min=-1e300)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    lse = (top + total.log()).squeeze(-1)
+    weights = weights / total.clamp(min=1e-300)
+    return Expected(weights @ v, lse, weights @ v.abs())
+
+
+def check(out: Tensor, lse: Tensor, want: Expected) -> None:
+    """Within rounding of the reference.
+
+    Half-precision kernels round the weights and the output once each, by at most eps / 2 of
+    their size: together eps * sum(p * |v|). fp32 and fp64 round more often, each far below ATOL.
+    """
+    atol = ATOL[out.dtype]
+    torch.testing.assert_close(lse.double(), want.lse, atol=atol, rtol=atol)
+    error = (out.double() - want.out).abs()
+    excess = error - torch.finfo(out.dtype).eps * want.spread - atol
+    assert not error.isnan().any(), "NaN in the output"
+    assert excess.max() <= 0, f"off by {error.max():.2e}"
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: tuple[int, int]
+    rows: tuple[int, int]
+    dims: tuple[int, int]
+    causal: bool = False
+    batch: int = 2
+
+    def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        (h, g), (sq, sk), (d, e) = self.heads, self.rows, self.dims
+        shapes = ((h, sq, d), (g, sk, d), (g, sk, e))
+        q, k, v = (torch.randn(self.batch, *shape).to(device, dtype) for shape in shapes)
+        return q, k, v
+
+
+CASES = {
+    "heads": Case((4, 4), (33, 47), (64, 64)),
+    "grouped": Case((6, 2), (33, 47), (64, 64)),
+    "one-kv-head": Case((4, 1), (33, 47), (64, 64)),
+    "one-head": Case((1, 1), (33, 47), (64, 64)),
+    "head-dim-8": Case((4, 2), (17, 31), (8, 8)),
+    "head-dim-512": Case((4, 2), (33, 47), (512, 512)),
+    "narrow-value": Case((4, 2), (33, 47), (64, 32)),
+    "wide-value": Case((4, 2), (33, 47), (32, 64)),
+    "one-key": Case((4, 2), (33, 1), (64, 64)),
+    "one-query": Case((4, 2), (1, 47), (64, 64)),
+    "one-of-each-causal": Case((4, 2), (1, 1), (64, 64), causal=True),
+    "causal": Case((4, 4), (64, 64), (64, 64), causal=True),
+    "causal-grouped-odd": Case((6, 2), (65, 65), (64, 64), causal=True),
+    "causal-head-dim-512": Case((4, 2), (65, 65), (512, 512), causal=True),
+    "causal-narrow-value": Case((4, 2), (65, 65), (64, 32), causal=True),
+    # Longer than the kernels' own blocks (CPU flash: 512 keys), so that they merge inside.
+    "long": Case((4, 2), (300, 1100), (64, 64), batch=1),
+    "causal-long": Case((4, 2), (1025, 1025), (64, 64), causal=True, batch=1),
+}
+
+
+def packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.cat([k, v], -1)
+    return both[..., : k.shape[3]], both[..., k.shape[3] :]
+
+
+def stacked(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.stack([k, v])
+    return both[0], both[1]
+
+
+def transposed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)
+
+
+def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.cat([x, x, x], 2).narrow(2, x.shape[2], x.shape[2]) for x in tensors)
+
+
+LAYOUTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "packed-kv": lambda q, k, v: (q, *packed(k, v)),
+    "stacked-kv": lambda q, k, v: (q, *stacked(k, v)),
+    "transposed-kv": lambda q, k, v: (q, *transposed(k, v)),
+    "transposed-qkv": lambda q, k, v: transposed(q, k, v),
+    "packed-transposed-kv": lambda q, k, v: (
+        q,
+        *(x.transpose(1, 2) for x in packed(k.transpose(1, 2), v.transpose(1, 2))),
+    ),
+    "rows-of-longer": lambda q, k, v: narrowed(q, k, v),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a provider is said to fit; the contract is tested on all of it."""
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    masks: bool = True
+    two_head_dims: bool = True
+    head_dim: int = 512
+
+    def fits(self, case: Case) -> bool:
+        return case.dims[0] <= self.head_dim and (self.two_head_dims or len(set(case.dims)) == 1)
+
+
+KERNELS = {
+    "math": Kernel("cpu", (FP64, FP32, FP16, BF16)),
+    "cpu-flash": Kernel("cpu", (FP64, FP32, FP16, BF16), two_head_dims=False),
+    "cuda-flash": Kernel("cuda", (FP16, BF16), masks=False, two_head_dims=False, head_dim=256),
+    "cuda-efficient": Kernel("cuda", (FP32, FP16, BF16)),
+}
+
+
+def kernel_params(select: Callable[[Kernel], bool] = lambda kernel: True) -> list[object]:
+    return [
+        pytest.param(
+            name,
+            dtype,
+            id=f"{name}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.gpu] if kernel.device == "cuda" else [],
+        )
+        for name, kernel in KERNELS.items()
+        for dtype in kernel.dtypes
+        if select(kernel)
+    ]
+
+
+every_kernel = pytest.mark.parametrize(("provider", "dtype"), kernel_params())
+every_masking_kernel = pytest.mark.parametrize(
+    ("provider", "dtype"), kernel_params(lambda kernel: kernel.masks)
+)
+
+
+def test_kernels_here_are_the_providers() -> None:
+    assert set(providers()) == set(KERNELS)
+
+
+def contract_params() -> list[object]:
+    return [
+        pytest.param(*param.values, case, id=f"{param.id}-{name}", marks=param.marks)
+        for param in kernel_params()
+        for name, case in CASES.items()
+        if KERNELS[param.values[0]].fits(case)
+    ]
+
+
+@pytest.mark.parametrize(("provider", "dtype", "case"), contract_params())
+def test_contract(provider: str, dtype: torch.dtype, case: Case) -> None:
+    q, k, v = case.tensors(dtype, KERNELS[provider].device)
+    before = [x.clone() for x in (q, k, v)]
+    scale = case.dims[0] ** -0.5
+    out, lse = attend(q, k, v, scale=scale, causal=case.causal, provider=provider)
+
+    check(out, lse, reference(q, k, v, scale, case.causal))
+    assert out.shape == (*q.shape[:3], v.shape[3])
+    assert out.dtype == dtype
+    assert lse.shape == q.shape[:3]
+    assert lse.dtype == (FP64 if dtype == FP64 else FP32)
+    assert lse.is_contiguous()
+    for x, kept in zip((q, k, v), before, strict=True):
+        assert torch.equal(x, kept), "an input was written"
+
+
+@every_kernel
+def test_results_are_new_memory(provider: str, dtype: torch.dtype) -> None:
+    # One head and one key: the shapes in which a copy is easily skipped.
+    q, k, v = Case((1, 1), (32, 1), (64, 64), batch=1).tensors(dtype, KERNELS[provider].device)
+    states = [attend(q, k, v, scale=0.125, provider=provider) for _ in range(2)]
+    memory = [x.untyped_storage().data_ptr() for x in (q, k, v, *states[0], *states[1])]
+    assert len(set(memory)) == len(memory)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_kernel
+def test_strided_inputs(provider: str, dtype: torch.dtype, layout: str) -> None:
+    q, k, v = CASES["causal-grouped-odd"].tensors(dtype, KERNELS[provider].device)
+    want = reference(q, k, v, 0.125, causal=True)
+    q, k, v = LAYOUTS[layout](q, k, v)
+    check(*attend(q, k, v, scale=0.125, causal=True, provider=provider), want)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_strided_last_dim_falls_to_a_kernel_that_can(dtype: torch.dtype) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, "cpu")
+    k = k.mT.contiguous().mT
+    check(*attend(q, k, v, scale=0.125), reference(q, k, v, 0.125))
+
+
+@every_kernel
+def test_lse_is_natural(provider: str, dtype: torch.dtype) -> None:
+    q = torch.ones(1, 1, 1, 8, dtype=dtype, device=KERNELS[provider].device)
+    k = torch.ones(1, 1, 16, 8, dtype=dtype, device=q.device)
+    _, lse = attend(q, k, k, scale=0.5, provider=provider)
+    # 16 scores of 8 * 0.5: in base 2 it would be 9.77.
+    assert lse.item() == pytest.approx(4 + math.log(16), abs=ATOL[dtype])
+
+
+@every_kernel
+def test_scores_in_the_hundreds_do_not_overflow(provider: str, dtype: torch.dtype) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, KERNELS[provider].device)
+    _, lse = attend(q, k, v, scale=20.0, provider=provider)
+    want = reference(q, k, v, 20.0)
+    # exp(88) overflows fp32. The scores are 160 times those of ATOL, and so is their rounding.
+    assert want.lse.max() > 300
+    torch.testing.assert_close(lse.double(), want.lse, atol=160 * ATOL[dtype], rtol=0)
+
+
+# Masks: B=2, H=6, Sq=Sk=65.
+MASK_SHAPES = {
+    "all": (2, 6, 65, 65),
+    "heads": (1, 6, 65, 65),
+    "batch": (2, 1, 65, 65),
+    "rows": (65, 65),
+    "rows-3-dims": (6, 65, 65),
+    "keys": (65,),
+    "padding": (2, 1, 1, 65),
+    "per-query": (65, 1),
+    "one": (1, 1, 1, 1),
+}
+
+
+def random_mask(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    visible = torch.rand(shape) < 0.6
+    if kind == "bool":
+        return visible.to(device)
+    return torch.randn(shape).masked_fill(~visible, -INF).to(device, dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["alone", "with-causal"])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("shape", MASK_SHAPES.values(), ids=MASK_SHAPES)
+@every_masking_kernel
+def test_masks(
+    provider: str, dtype: torch.dtype, shape: tuple[int, ...], kind: str, causal: bool
+) -> None:
+    device = KERNELS[provider].device
+    q, k, v = CASES["causal-grouped-odd"].tensors(dtype, device)
+    mask = random_mask(kind, shape, dtype, device)
+    out, lse = attend(q, k, v, scale=0.125, causal=causal, mask=mask, provider=provider)
+    check(out, lse, reference(q, k, v, 0.125, causal, mask))
+
+
+@pytest.mark.parametrize("mask_dtype", [FP64, FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [FP64, FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("provider", [name for name in KERNELS if KERNELS[name].device == "cpu"])
+def test_additive_masks_of_any_dtype(
+    provider: str, dtype: torch.dtype, mask_dtype: torch.dtype
+) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, "cpu")
+    mask = torch.randn(33, 47).to(mask_dtype)
+    out, lse = attend(q, k, v, scale=0.125, mask=mask, provider=provider)
+    check(out, lse, reference(q, k, v, 0.125, mask=mask))
+
+
+def hide_some_rows(n: int) -> Tensor:
+    return (torch.arange(n) % 3 != 0)[:, None].expand(n, n)
+
+
+def hide_first_keys(n: int) -> Tensor:
+    # With causal, the first rows see nothing; without, every row sees the last keys.
+    return (torch.arange(n) >= 5).expand(n, n)
+
+
+BLIND = {
+    "every-row": (lambda n: torch.zeros(n, n, dtype=torch.bool), False, range(65)),
+    "some-rows": (hide_some_rows, False, range(0, 65, 3)),
+    "some-rows-causal": (hide_some_rows, True, range(0, 65, 3)),
+    "by-mask-and-causal": (hide_first_keys, True, range(5)),
+    "none": (hide_first_keys, False, range(0)),
+}
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize(("make", "causal", "rows"), BLIND.values(), ids=BLIND)
+@every_masking_kernel
+def test_rows_that_see_no_key(
+    provider: str,
+    dtype: torch.dtype,
+    make: Callable[[int], Tensor],
+    causal: bool,
+    rows: range,
+    kind: str,
+) -> None:
+    q, k, v = CASES["causal-grouped-odd"].tensors(dtype, KERNELS[provider].device)
+    mask = make(65).to(q.device)
+    if kind == "additive":
+        mask = torch.zeros(65, 65, dtype=dtype, device=q.device).masked_fill(~mask, -INF)
+    out, lse = attend(q, k, v, scale=0.125, causal=causal, mask=mask, provider=provider)
+
+    blind = torch.zeros(65, dtype=torch.bool, device=q.device)
+    blind[list(rows)] = True
+    assert (lse[..., blind] == -INF).all()
+    assert (out[..., blind, :] == 0).all()
+    assert lse[..., ~blind].isfinite().all()
+    check(out, lse, reference(q, k, v, 0.125, causal, mask))
+
+
+@every_masking_kernel
+def test_long_hidden_prefix(provider: str, dtype: torch.dtype) -> None:
+    """Whole blocks of the kernel's own pass by before a row sees its first key."""
+    q, k, v = CASES["long"].tensors(dtype, KERNELS[provider].device)
+    mask = (torch.arange(1100) >= 700).expand(300, 1100).to(q.device)
+    check(
+        *attend(q, k, v, scale=0.125, mask=mask, provider=provider),
+        reference(q, k, v, 0.125, mask=mask),
+    )
+
+
+@every_masking_kernel
+def test_rows_hidden_by_the_lowest_number_are_an_average(provider: str, dtype: torch.dtype) -> None:
+    """As in eager softmax: such a mask (Hugging Face's) adds equal numbers, which hides nothing.
+
+    With other blocks it still weighs nothing, its LSE being so low.
+    """
+    q, k, v = CASES["grouped"].tensors(dtype, KERNELS[provider].device)
+    mask = torch.full((33, 47), torch.finfo(dtype).min, dtype=dtype, device=q.device)
+    out, lse = attend(q, k, v, scale=0.0, mask=mask, provider=provider)
+    mean = v.double().mean(2, keepdim=True).repeat_interleave(3, 1).expand(out.shape)
+    error = (out.double() - mean).abs()
+    assert (error <= torch.finfo(dtype).eps * v.double().abs().max() + ATOL[dtype]).all()
+    assert (lse < -6e4).all()
+
+
+EMPTY = {
+    "no-keys": ((2, 4, 33, 64), (2, 2, 0, 64)),
+    "no-queries": ((2, 4, 0, 64), (2, 2, 47, 64)),
+    "no-rows": ((2, 4, 0, 64), (2, 2, 0, 64)),
+    "no-batch": ((0, 4, 33, 64), (0, 2, 47, 64)),
+}
+
+
+@pytest.mark.parametrize(("q_shape", "k_shape"), EMPTY.values(), ids=EMPTY)
+@every_kernel
+def test_empty_blocks(
+    provider: str, dtype: torch.dtype, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
+) -> None:
+    device = KERNELS[provider].device
+    q = torch.randn(q_shape).to(device, dtype)
+    k, v = (torch.randn(k_shape).to(device, dtype) for _ in range(2))
+    out, lse = attend(q, k, v, scale=0.125, provider=provider)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:3], FP64 if dtype == FP64 else FP32)
+    assert (out == 0).all()
+    assert (lse == -INF).all()
+
+
+def zeros(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+Q, KV = (1, 4, 8, 16), (1, 2, 8, 16)
+REFUSED = {
+    "dims": (
+        lambda: attend(zeros(4, 8, 16), zeros(*KV), zeros(*KV), scale=1.0),
+        (
+            "attention takes 4-dim tensors [B,H,S,D], got q [4, 8, 16], k [1, 2, 8, 16], "
+            "v [1, 2, 8, 16]"
+        ),
+    ),
+    "lengths": (
+        lambda: attend(zeros(*Q), zeros(*KV), zeros(1, 2, 9, 16), scale=1.0),
+        "attention inputs disagree: q [1, 4, 8, 16], k [1, 2, 8, 16], v [1, 2, 9, 16]",
+    ),
+    "head-dims": (
+        lambda: attend(zeros(*Q), zeros(1, 2, 8, 32), zeros(*KV), scale=1.0),
+        "attention inputs disagree: q [1, 4, 8, 16], k [1, 2, 8, 32], v [1, 2, 8, 16]",
+    ),
+    "groups": (
+        lambda: attend(zeros(*Q), zeros(1, 3, 8, 16), zeros(1, 3, 8, 16), scale=1.0),
+        "KV heads do not divide query heads: q [1, 4, 8, 16], k [1, 3, 8, 16], v [1, 3, 8, 16]",
+    ),
+    "causal-lengths": (
+        lambda: attend(zeros(1, 4, 7, 16), zeros(*KV), zeros(*KV), scale=1.0, causal=True),
+        "causal attention needs as many queries as keys, got 7 and 8",
+    ),
+    "dtypes": (
+        lambda: attend(zeros(*Q), zeros(*KV), zeros(*KV, dtype=FP16), scale=1.0),
+        (
+            "attention takes q, k, v of one float dtype, got torch.float32, torch.float32, "
+            "torch.float16"
+        ),
+    ),
+    "mask-shape": (
+        lambda: attend(zeros(*Q), zeros(*KV), zeros(*KV), scale=1.0, mask=zeros(8, 9)),
+        "mask [1, 1, 8, 9] does not broadcast to the scores [1, 4, 8, 8]",
+    ),
+    "mask-dims": (
+        lambda: attend(zeros(*Q), zeros(*KV), zeros(*KV), scale=1.0, mask=zeros(1, 1, 1, 8, 8)),
+        "mask [1, 1, 1, 8, 8] does not broadcast to the scores [1, 4, 8, 8]",
+    ),
+    "mask-dtype": (
+        lambda: attend(
+            zeros(*Q), zeros(*KV), zeros(*KV), scale=1.0, mask=zeros(8, 8, dtype=torch.int64)
+        ),
+        "mask has dtype torch.int64",
+    ),
+    "provider-name": (
+        lambda: attend(zeros(*Q), zeros(*KV), zeros(*KV), scale=1.0, provider="flash"),
+        "no attention provider is named 'flash'",
+    ),
+    "provider-device": (
+        lambda: attend(zeros(*Q), zeros(*KV), zeros(*KV), scale=1.0, provider="cuda-flash"),
+        "attention provider 'cuda-flash' does not fit: tensors are on cpu, it runs on cuda",
+    ),
+    "provider-value-dim": (
+        lambda: attend(zeros(*Q), zeros(*KV), zeros(1, 2, 8, 24), scale=1.0, provider="cpu-flash"),
+        (
+            "attention provider 'cpu-flash' does not fit: head_dim of q and k is 16, of v 24, "
+            "it takes one size"
+        ),
+    ),
+    "provider-strides": (
+        lambda: attend(
+            zeros(1, 4, 16, 8).mT, zeros(*KV), zeros(*KV), scale=1.0, provider="cpu-flash"
+        ),
+        "attention provider 'cpu-flash' does not fit: the last dim is strided",
+    ),
+    "merge-shapes": (
+        lambda: merge(zeros(8, 4), zeros(8), zeros(1, 4), zeros(1)),
+        "states to merge differ: out [8, 4] and [1, 4], lse [8] and [1]",
+    ),
+    "merge-lse-shape": (
+        lambda: merge(zeros(8, 4), zeros(8, 1), zeros(8, 4), zeros(8, 1)),
+        "states to merge differ: out [8, 4] and [8, 4], lse [8, 1] and [8, 1]",
+    ),
+    "merge-into-half": (
+        lambda: merge(zeros(8, 4, dtype=FP16), zeros(8), zeros(8, 4), zeros(8)),
+        (
+            "merge would lose precision: out torch.float16, lse torch.float32, "
+            "block out torch.float32, block lse torch.float32"
+        ),
+    ),
+    "merge-of-double": (
+        lambda: merge(zeros(8, 4), zeros(8), zeros(8, 4), zeros(8, dtype=FP64)),
+        (
+            "merge would lose precision: out torch.float32, lse torch.float32, "
+            "block out torch.float32, block lse torch.float64"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals(act: Callable[[], object], message: str) -> None:
+    with pytest.raises(RingCompileError) as caught:
+        act()
+    assert caught.value.message == message
+
+
+def accumulator(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = FP64 if q.dtype == FP64 else FP32
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
+    return out, torch.full(q.shape[:3], -INF, dtype=dtype, device=q.device)
+
+
+Blocks = list[tuple[Tensor, Tensor]]
+
+
+def blocks_of(q: Tensor, k: Tensor, v: Tensor, num_blocks: int, provider: str) -> Blocks:
+    """Attention over each block of keys; tensor_split makes uneven ones."""
+    pairs = zip(k.tensor_split(num_blocks, 2), v.tensor_split(num_blocks, 2), strict=True)
+    return [attend(q, *pair, scale=0.125, provider=provider) for pair in pairs]
+
+
+def check_merged(out: Tensor, lse: Tensor, want: Expected, dtype: torch.dtype) -> None:
+    """As `check`, with the block results' rounding to `dtype` once more in what was merged."""
+    atol = ATOL[dtype]
+    torch.testing.assert_close(lse.double(), want.lse, atol=atol, rtol=atol)
+    # Block errors are averaged with weights that sum to 1; their |v| averages to `spread`.
+    error = (out.double() - want.out).abs()
+    assert (error <= torch.finfo(dtype).eps * want.spread + atol).all(), f"off by {error.max():.2e}"
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 47, 50], ids="{}-blocks".format)
+@every_kernel
+def test_merged_blocks_are_the_whole(provider: str, dtype: torch.dtype, num_blocks: int) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, KERNELS[provider].device)
+    out, lse = accumulator(q, v)
+    # Last block first: the order in which a ring delivers is not the order of the keys. With 50
+    # blocks of 47 keys, three are empty.
+    for block in reversed(blocks_of(q, k, v, num_blocks, provider)):
+        merge(out, lse, *block)
+    check_merged(out, lse, reference(q, k, v, 0.125), dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=str)
+def test_merge_into_some_rows_of_a_larger_accumulator(dtype: torch.dtype) -> None:
+    # More rows than the merge takes at a time for a narrower dtype.
+    q, k, v = Case((2, 1), (700, 40), (16, 16)).tensors(dtype, "cpu")
+    whole = torch.full((2, 2, 1000, 16), 7.0, dtype=FP64 if dtype == FP64 else FP32)
+    whole_lse = torch.full((2, 2, 1000), 7.0, dtype=whole.dtype)
+    out, lse = whole.narrow(2, 200, 700), whole_lse.narrow(2, 200, 700)
+    first, second = blocks_of(q, k, v, 2, "math")
+    out.copy_(first[0])
+    lse.copy_(first[1])
+    merge(out, lse, *second)
+    check_merged(out, lse, reference(q, k, v, 0.125), dtype)
+    for x in (whole, whole_lse):
+        assert (x[:, :, :200] == 7).all()
+        assert (x[:, :, 900:] == 7).all()
+
+
+def test_merge_takes_transposed_states() -> None:
+    q, k, v = transposed(*CASES["grouped"].tensors(FP32, "cpu"))
+    (out, lse), block = blocks_of(q, k, v, 2, "cpu-flash")
+    assert not out.is_contiguous(), "the kernel no longer gives out in q's layout"
+    merge(out, lse, *block)
+    check_merged(out, lse, reference(q, k, v, 0.125), FP32)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("empty", ["left", "right", "both"])
+def test_merge_with_an_empty_side(empty: str, dtype: torch.dtype) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, "cpu")
+    full = attend(q, k, v, scale=0.125)
+    none = attend(q, k[:, :, :0], v[:, :, :0], scale=0.125)
+    left, right = {"left": (none, full), "right": (full, none), "both": (none, none)}[empty]
+    out, lse = left[0].to(left[1].dtype, copy=True), left[1].clone()
+    merge(out, lse, *right)
+    want_out, want_lse = none if empty == "both" else full
+    # Exactly: an empty side changes no bit of the other.
+    assert torch.equal(out, want_out.to(out.dtype))
+    assert torch.equal(lse, want_lse)
+
+
+def test_merge_does_not_hide_nan() -> None:
+    out, lse = zeros(3, 4), torch.tensor([0.0, math.nan, -INF])
+    merge(out, lse, torch.ones(3, 4), torch.tensor([math.nan, 0.0, math.nan]))
+    assert out.isnan().all()
+    assert lse.isnan().all()
+
+
+def average(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """Blocks averaged as if each held the same share of every row's weight."""
+    out.lerp_(out_b, 0.5)
+    torch.logaddexp(lse, lse_b, out=lse)
+
+
+def base_two(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """The LSE of a kernel that counts in base 2, taken for a natural one."""
+    merge(out, lse, out_b, lse_b / math.log(2))
+
+
+def half_lse(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """The LSE sent in half precision."""
+    merge(out, lse, out_b, lse_b.half().float())
+
+
+def drop(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """The block never arrived."""
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("wrong", [average, base_two, half_lse, drop])
+def test_the_comparison_sees_a_wrong_merge(
+    wrong: Callable[[Tensor, Tensor, Tensor, Tensor], None], dtype: torch.dtype
+) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, "cpu")
+    first, second = blocks_of(q, k, v, 2, "math")
+    want = reference(q, k, v, 0.125)
+    out, lse = first[0].to(FP32, copy=True), first[1].clone()
+    wrong(out, lse, *(x.float() for x in second))
+    with pytest.raises(AssertionError):
+        check_merged(out, lse, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_the_comparison_sees_a_wrong_output_beside_a_right_lse(dtype: torch.dtype) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, "cpu")
+    first, second = blocks_of(q, k, v, 2, "math")
+    out, lse = first[0].to(FP32, copy=True), first[1].clone()
+    average(out, lse, second[0].float(), second[1])
+    with pytest.raises(AssertionError, match="off by"):
+        check_merged(out, lse, reference(q, k, v, 0.125), dtype)
