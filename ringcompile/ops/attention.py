@@ -156,6 +156,8 @@ def _attend_rows(
 
 def _take(x: torch.Tensor, runs: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
     """The runs (start, length) of a dim, one behind the other; a view where they are one run."""
+    if x.shape[dim] == 1:  # broadcast, or all there is
+        return x
     if not runs:
         return x.narrow(dim, 0, 0)
     if all(a[0] + a[1] == b[0] for a, b in zip(runs, runs[1:], strict=False)):

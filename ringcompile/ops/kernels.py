@@ -277,14 +277,18 @@ def _cuda_flash_refuses(call: _Call) -> str | None:
 
 def _cuda_efficient(call: _Call) -> tuple[Tensor, Tensor]:
     """Memory-efficient attention of aten: KV heads repeated, LSE padded to 32 rows."""
-    q, num_keys, num_groups = call.q, call.scores[3], call.q.shape[1] // call.k.shape[1]
-    k, v = (x.repeat_interleave(num_groups, 1) if num_groups > 1 else x for x in (call.k, call.v))
+    q, group_size = call.q, call.q.shape[1] // call.k.shape[1]
+    k, v = (x.repeat_interleave(group_size, 1) if group_size > 1 else x for x in (call.k, call.v))
     mask = bias = None
     if call.mask is not None:
         mask = _additive(call.mask, q.dtype)
-        # The kernel's alignment: rows start at multiples of 16 elements. F.pad always copies.
-        rows = F.pad(mask.expand(-1, -1, -1, num_keys), (0, -num_keys % 16))[..., :num_keys]
-        bias = rows.expand(call.scores)
+        # The kernel counts in base 2: times log2(e), the lowest numbers would become -inf there.
+        rows = mask.clamp(min=max(torch.finfo(q.dtype).min, -1e38))
+        rows.masked_fill_(mask == -math.inf, -math.inf)
+        # Its alignment: rows are contiguous and start at multiples of 16 elements.
+        num_keys = call.scores[3]
+        rows = F.pad(rows.expand(-1, -1, -1, num_keys).contiguous(), (0, -num_keys % 16))
+        bias = rows[..., :num_keys].expand(call.scores)
     out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, bias, True, 0.0, call.causal, scale=call.scale
     )[:2]

@@ -40,7 +40,8 @@ class Affine:
         return Affine.of({d: c * factor for d, c in self.coefficients}, self.constant * factor)
 
     def moved(self, dims: dict[int, int]) -> Affine:
-        return Affine.of({dims[d]: c for d, c in self.coefficients}, self.constant)
+        """The value with its dims renamed; a dim of size 1 may be gone, its index is always 0."""
+        return Affine.of({dims[d]: c for d, c in self.coefficients if d in dims}, self.constant)
 
 
 @dataclass(frozen=True)
@@ -281,8 +282,11 @@ def _compare(name: str) -> Callable[[Analysis, Call], Value]:
 
 
 def _decided(value: Affine, node: fx.Node) -> Condition:
-    if not value.coefficients and isinstance(value.constant, int):
-        return Condition(never=value.constant < 0)
+    if isinstance(value.constant, int):
+        if not value.coefficients:
+            return Condition(never=value.constant < 0)
+        if value.constant >= 0 and all(isinstance(c, int) and c > 0 for _, c in value.coefficients):
+            return Condition()  # indices are never negative
     return Condition((Test(value, node),))
 
 

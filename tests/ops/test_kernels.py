@@ -289,6 +289,17 @@ def test_masks(
     check(out, lse, reference(q, k, v, 0.125, causal, mask))
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@every_masking_kernel
+def test_strided_masks(provider: str, dtype: torch.dtype, kind: str) -> None:
+    device = KERNELS[provider].device
+    # 64 keys: no kernel has to pad, and so to copy, such a mask.
+    q, k, v = CASES["causal"].tensors(dtype, device)
+    mask = random_mask(kind, (2, 1, 64, 64), dtype, device).mT
+    out, lse = attend(q, k, v, scale=0.125, mask=mask, provider=provider)
+    check(out, lse, reference(q, k, v, 0.125, mask=mask))
+
+
 @pytest.mark.parametrize("mask_dtype", [FP64, FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [FP64, FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("provider", [name for name in KERNELS if KERNELS[name].device == "cpu"])
