@@ -7,6 +7,7 @@ in the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -34,11 +35,9 @@ def attention(
         mask: [B|1, H|1, Sq|1, Sk], bool or additive.
         lower, upper: the band of visible positions, see `blocks.Band`.
     """
-    state = block_attention(
-        q, pack(k, v), key_mask, mask, head_dim=q.shape[-1], queries=None, keys=None, chunk=0,
-        limit=max(q.shape[2], k.shape[2]), scale=scale, lower=lower, upper=upper,
-    )
-    return finish(state, dtype=q.dtype)
+    rows, columns = (pieces(None, 0, _NO_LIMIT, x.shape[2]) for x in (q, k))
+    masks = _Masks(key_mask, mask, Band(lower, upper))
+    return finish(_attend(q, k, v, masks, rows, columns, scale), dtype=q.dtype)
 
 
 def pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -73,18 +72,42 @@ def block_attention(
         chunk: length of a chunk.
         limit: the true length; keys from here on are padding.
     """
-    band = Band(lower, upper)
-    k, v = kv[..., :head_dim], kv[..., head_dim:]
     rows = pieces(queries, chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
     columns = pieces(keys, chunk, limit, num_rows=kv.shape[2])
-    if band.is_causal and key_mask is None and mask is None and queries == keys:
-        # Positions rise along both, in step: the kernel's own causal mask is the right one, and
-        # padding sits behind every token that could see it.
+    masks = _Masks(key_mask, mask, Band(lower, upper))
+    if queries == keys and masks.only_causal:
+        columns = rows  # padding sits behind every token: no need to leave it out
+    return _attend(q, kv[..., :head_dim], kv[..., head_dim:], masks, rows, columns, scale)
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """What hides keys: by key, by query and key, and by position."""
+
+    by_key: torch.Tensor | None
+    by_pair: torch.Tensor | None
+    band: Band
+
+    @property
+    def only_causal(self) -> bool:
+        return self.band.is_causal and self.by_key is None and self.by_pair is None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    masks: _Masks,
+    rows: tuple[Piece, ...],
+    columns: tuple[Piece, ...],
+    scale: float,
+) -> State:
+    """As few kernel calls as the positions allow, each over what its rows see."""
+    if masks.only_causal and rows == columns:
+        # Positions rise along both, in step: the kernel's own causal mask is the right one.
         return list(kernels.attend(q, k, v, scale=scale, causal=True))
-    plan = [(row, _visible(row, columns, band)) for row in rows]
-    states = [
-        _attend_rows(q, k, v, key_mask, mask, run, seen, band, scale) for run, seen in _runs(plan)
-    ]
+    plan = [(row, _visible(row, columns, masks.band)) for row in rows]
+    states = [_attend_rows(q, k, v, masks, run, seen, scale) for run, seen in _runs(plan)]
     if len(states) == 1:
         return states[0]
     return [torch.cat([state[i] for state in states], 2) for i in (0, 1)]
@@ -125,11 +148,9 @@ def _attend_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    masks: _Masks,
     rows: tuple[Piece, ...],
     seen: _Seen,
-    band: Band,
     scale: float,
 ) -> State:
     """One kernel call: these rows over the columns that they see."""
@@ -141,17 +162,18 @@ def _attend_rows(
     parts = []
     if any(relation == "partial" for _, relation in seen):
         parts.append(
-            band.mask(
+            masks.band.mask(
                 torch.cat([row.positions(q.device) for row in rows]),
                 torch.cat([column.positions(q.device) for column in columns]),
             )
         )
-    if key_mask is not None:
-        parts.append(_take(key_mask, by_position, 3))
-    if mask is not None:
-        mask = mask if mask.shape[2] == 1 else mask.narrow(2, first, num_rows)
-        parts.append(_take(mask, by_position, 3))
-    return list(kernels.attend(q, k, v, scale=scale, mask=_combine(parts, q.dtype)))
+    if masks.by_key is not None:
+        parts.append(_take(masks.by_key, by_position, 3))
+    if masks.by_pair is not None:
+        pairs = masks.by_pair
+        pairs = pairs if pairs.shape[2] == 1 else pairs.narrow(2, first, num_rows)
+        parts.append(_take(pairs, by_position, 3))
+    return list(kernels.attend(q, k, v, scale=scale, mask=_combine(parts)))
 
 
 def _take(x: torch.Tensor, runs: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
@@ -165,7 +187,7 @@ def _take(x: torch.Tensor, runs: Sequence[tuple[int, int]], dim: int) -> torch.T
     return torch.cat([x.narrow(dim, start, length) for start, length in runs], dim)
 
 
-def _combine(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+def _combine(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """One mask from several: bool ones are and-ed, additive ones added, bool into additive."""
     flags = [part for part in parts if part.dtype == torch.bool]
     biases = [part for part in parts if part.dtype != torch.bool]
@@ -177,7 +199,7 @@ def _combine(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | No
     bias = biases[0]
     for extra in biases[1:]:
         bias = bias + extra
-    return bias if visible is None else torch.where(visible, bias, float("-inf")).to(dtype)
+    return bias if visible is None else torch.where(visible, bias, float("-inf"))
 
 
 def merge(state: State, block: State, *, start: int) -> State:

@@ -30,11 +30,6 @@ class Band:
     def is_causal(self) -> bool:
         return self == Band(0)
 
-    @property
-    def hides_the_future(self) -> bool:
-        """No query sees a key behind it, so padding behind the end is never seen by a token."""
-        return self.lower is not None and self.lower >= 0
-
     def relation(self, low: float, high: float) -> str:
         """"full", "empty" or "partial" for queries minus keys that range over low..high."""
         lower = -inf if self.lower is None else self.lower

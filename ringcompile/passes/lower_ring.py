@@ -8,6 +8,7 @@ block travels only as far as some rank still needs it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +66,7 @@ class Route:
     band: Band
     chunk: int | None = None
 
+    @lru_cache(maxsize=4096)  # noqa: B019  (a route is a small value, the same for all layers)
     def seen(self, rank: int, block: int) -> tuple[list[int], list[int]]:
         """Which of the rank's chunks see some of the block, and which of the block's are seen."""
         queries, keys = self.sequence.chunks(rank), self.sequence.chunks(block)
@@ -76,6 +78,7 @@ class Route:
         columns = [j for j, k in enumerate(keys) if any(sees(q, k) for q in queries)]
         return rows, columns
 
+    @lru_cache(maxsize=4096)  # noqa: B019
     def hops(self, block: int) -> int:
         """How many ranks down the ring the block has to travel."""
         ranks = self.sequence.num_ranks
