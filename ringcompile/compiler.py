@@ -1,15 +1,22 @@
-"""The API behind the package's public names: capture, transform, run, save, load, check, verify."""
+"""The API behind the package's public names: capture, transform, check, save, load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
+from ringcompile import artifact
+from ringcompile.capture.export import capture
+from ringcompile.dump import report
+from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.program import Program
+from ringcompile.ir.communication import bytes_sent
+from ringcompile.ir.crosscheck import cross_check
+from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
@@ -19,14 +26,12 @@ from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
-from ringcompile.runtime.data import assemble_outputs, name_inputs, share_inputs
-from ringcompile.runtime.executor import Executor
-from ringcompile.runtime.lockstep import LockStep
+from ringcompile.runtime.inprocess import run_lockstep
 
 Observer = Callable[[Pass, Program, float], None]
 
 
-def front_passes(mesh: Mesh, order: str, gather_unknown: bool) -> list[Pass]:
+def front_passes(mesh: Mesh, order: str = "auto", gather_unknown: bool = False) -> list[Pass]:
     """From a captured program to one program for all ranks."""
     return [
         Canonicalize(),
@@ -46,26 +51,78 @@ def rank_passes(rank: int) -> list[Pass]:
 
 @dataclass
 class ParallelProgram:
-    """One program for all ranks, and each rank's own, made when asked for."""
+    """One program for all ranks, and each rank's own, made (or read) when asked for.
+
+    Attributes:
+        program: what all ranks have in common; mesh coordinates are symbols in it.
+        mesh: the parallel plan.
+        options: how it was made; saved with it.
+    """
 
     program: Program
     mesh: Mesh
+    options: dict[str, Any] = field(default_factory=dict)
     observe: Observer | None = None
+    read_rank: Callable[[int], Program] | None = None
+    folder: Path | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
         return self.mesh.world_size
 
+    @property
+    def source(self) -> WeightSource | None:
+        """Where the weights' data comes from."""
+        return self.program.source
+
     def rank(self, rank: int) -> Program:
-        """The program of one rank."""
+        """The program of one rank.
+
+        Raises:
+            RingCompileError: there is no such rank.
+        """
         if not 0 <= rank < self.world_size:
             raise RingCompileError(
                 f"rank {rank} does not exist", hint=f"ranks are 0 to {self.world_size - 1}"
             )
         if rank not in self._ranks:
-            self._ranks[rank] = Pipeline(rank_passes(rank), self.observe).run(self.program)
+            read = self.read_rank or self._lower
+            self._ranks[rank] = read(rank)
         return self._ranks[rank]
+
+    def _lower(self, rank: int) -> Program:
+        return Pipeline(rank_passes(rank), self.observe).run(self.program)
+
+    def ranks(self) -> list[Program]:
+        """The programs of all ranks, in order."""
+        return [self.rank(rank) for rank in range(self.world_size)]
+
+    def verify(self) -> None:
+        """Check all ranks' programs against each other; see `ir/crosscheck.py`.
+
+        Raises:
+            RingCompileError: naming the ranks and nodes that do not fit together.
+        """
+        cross_check(self.ranks(), self.mesh)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write programs, weights and manifest to a folder, whole or not at all.
+
+        Raises:
+            RingCompileError: the ranks do not fit together, or the folder cannot be written.
+        """
+        self.verify()
+        artifact.save(
+            folder,
+            spmd=self.program,
+            ranks=self.ranks(),
+            mesh=self.mesh,
+            source=self.source,
+            options=self.options,
+            view=python_view,
+            overwrite=overwrite,
+        )
 
 
 def transform(
@@ -73,23 +130,112 @@ def transform(
     parallel: str | Mesh,
     *,
     order: str = "auto",
+    length: int | None = None,
     gather_unknown: bool = False,
     observe: Observer | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> ParallelProgram:
+    """Compile a captured program for a mesh.
+
+    Args:
+        program: from `capture`.
+        parallel: the parallel spec, such as "ring=4".
+        order: which positions a rank holds: "contiguous", "zigzag", or "auto" (zigzag where all
+            attention is causal, so that every rank has the same work).
+        length: fix the sequence length; blocks out of a window's reach are then dropped from the
+            graphs, and other lengths refused. By default one program serves all lengths.
+        gather_unknown: compute what has no rule whole on every rank instead of refusing it.
+        observe: called behind every pass with the pass, the program and its seconds.
+        options: anything to keep with the artifact.
+
+    Raises:
+        RingCompileError: with the user's line, for what cannot be compiled.
+    """
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
+    if length is not None and length < 1:
+        raise RingCompileError(f"sequence length {length}: it must be at least 1")
     placed = Pipeline(front_passes(mesh, order, gather_unknown), observe).run(program)
-    return ParallelProgram(placed, mesh, observe)
+    if length is not None:
+        assert placed.sequence is not None
+        known = placed.sequence.bindings(length)
+        placed = placed.with_graph(placed.graph, lengths=known)
+    kept = {"parallel": str(mesh), "order": order, "length": length,
+            "gather_unknown": gather_unknown, **(options or {})}
+    return ParallelProgram(placed, mesh, kept, observe)
+
+
+def load(folder: str | Path) -> ParallelProgram:
+    """Read an artifact; each rank's graph and weights are read when they are asked for.
+
+    Raises:
+        RingCompileError: the folder is not an artifact of this version, or is damaged.
+    """
+    found = artifact.load(folder)
+    spmd = found.spmd.with_graph(found.spmd.graph, source=found.source)
+
+    def read(rank: int) -> Program:
+        program = found.rank(rank)
+        return program.with_graph(program.graph, source=found.source)
+
+    return ParallelProgram(
+        spmd, found.mesh, found.manifest.get("options", {}), read_rank=read, folder=Path(folder)
+    )
+
+
+def check(
+    model: Program | nn.Module,
+    parallel: str | Mesh,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    order: str = "auto",
+) -> report.Report:
+    """Say, layer by layer, what would become of a model; never raises for what is refused.
+
+    Args:
+        model: a captured program, or a module with example inputs in `args` and `kwargs`.
+    """
+    mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
+    name = model.name if isinstance(model, Program) else type(model).__name__
+    try:
+        program = model if isinstance(model, Program) else capture(model, args, kwargs)
+        try:
+            made, refusals = transform(program, mesh, order=order), ()
+        except RingCompileError as error:
+            made, refusals = _with_gathers(program, mesh, order, error)
+        ranks = made.ranks()
+    except RingCompileError as error:
+        return report.Report(name, str(mesh), order, False, refusals=(str(error),))
+    assert made.program.sequence is not None
+    return report.Report(
+        program.name,
+        str(mesh),
+        made.program.sequence.order,
+        supported=not refusals,
+        attention=report.attention_of(made.program),
+        gathers=report.gathers_of(made.program),
+        refusals=refusals,
+        bytes_sent={rank: str(bytes_sent(p)) for rank, p in enumerate(ranks)},
+    )
+
+
+def _with_gathers(
+    program: Program, mesh: Mesh, order: str, error: RingCompileError
+) -> tuple[ParallelProgram, tuple[str, ...]]:
+    """The first refusal in full, and all others that gathering would get around."""
+    made = transform(program, mesh, order=order, gather_unknown=True)
+    return made, (str(error), *made.program.notes[1:])
+
+
 
 
 def run(parallel: ParallelProgram, inputs: Any, backend: str = "lockstep") -> Any:
-    first = parallel.rank(0)
-    whole = name_inputs(first, inputs)
-    lengths = first.bindings(whole)
-    weights = {p: first.source(w.name) for p, w in first.weights.items()}
-    gens = []
-    for r in range(parallel.world_size):
-        p = parallel.rank(r)
-        gens.append(Executor(p, lengths).run({**{k: weights[k] for k in p.weights}, **share_inputs(p, whole, lengths)}))
-    with torch.no_grad():
-        shares, sent = LockStep(parallel.mesh).run(gens)
-    return assemble_outputs(first, shares, lengths)
+    """Run on whole inputs and return whole outputs, nested as the model returns them.
+
+    Args:
+        inputs: by name, or in order.
+        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each rank).
+    """
+    if backend == "lockstep":
+        return run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs).outputs
+    raise RingCompileError(f"unknown backend '{backend}'", hint="backends: lockstep, gloo, nccl")

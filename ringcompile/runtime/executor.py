@@ -17,7 +17,7 @@ from torch import fx
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.expr import bind, is_symbolic
 from ringcompile.ir.program import Program, type_of
-from ringcompile.ir.types import local_shape
+from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops import schemas
 from ringcompile.ops.bodies import CREATION, body_of
 from ringcompile.ops.sequence import join
@@ -83,12 +83,17 @@ class Executor:
         program: a program of one rank (or one for a single device).
         lengths: the values of its length symbols.
         device: where tensors that the program makes are put.
+        check_types: hold every value against the type that its node declares.
     """
 
     def __init__(
-        self, program: Program, lengths: dict[str, int], device: torch.device | str = "cpu"
+        self,
+        program: Program,
+        lengths: dict[str, int],
+        device: torch.device | str = "cpu",
+        check_types: bool = False,
     ) -> None:
-        self.program, self.lengths = program, lengths
+        self.program, self.lengths, self.check_types = program, lengths, check_types
         self.device = torch.device(device)
         nodes = list(program.graph.nodes)
         self.slots = {node: i for i, node in enumerate(nodes)}
@@ -144,6 +149,8 @@ class Executor:
                 held[step.out] = step.function(*args, **kwargs)
             else:
                 held[step.out] = yield from self._communicate(step, args, kwargs)
+            if self.check_types:
+                self._check(step.node, held[step.out])
             for slot in step.frees:
                 held[slot] = None
         return tuple(held[self.slots[node]] for node in self.program.outputs)
@@ -156,12 +163,10 @@ class Executor:
             return (yield Wait(name, args[0]))
         if step.communicates == "shift_start":
             type_ = type_of(step.node)
-            shape = local_shape(type_, self.program.mesh, self.program.sequence)
-            bound = tuple(int(bind(size, self.lengths)) for size in shape)
             return (
                 yield Shift(
                     name, kwargs["axis"], args[0].contiguous(), kwargs["to"], kwargs["source"],
-                    bound, type_.dtype,
+                    self._local_shape(type_), type_.dtype,
                 )
             )
         shares = yield Gather(name, kwargs["axis"], args[0].contiguous())
@@ -169,6 +174,22 @@ class Executor:
         assert sequence is not None
         chunks: Any = [sequence.chunks(rank) for rank in range(sequence.num_ranks)]
         return join(shares, chunks, kwargs["dim"], kwargs["limit"])
+
+    def _local_shape(self, type_: TensorType) -> tuple[int, ...]:
+        shape = local_shape(type_, self.program.mesh, self.program.sequence)
+        return tuple(int(bind(size, self.lengths)) for size in shape)
+
+    def _check(self, node: fx.Node, value: Any) -> None:
+        """A value that is not what its type says is a bug of a rule or a pass."""
+        types = node.meta["type"]
+        if not isinstance(value, torch.Tensor | list):
+            return
+        pairs = zip(value, types, strict=True) if isinstance(types, tuple) else [(value, types)]
+        for tensor, type_ in pairs:
+            assert (tuple(tensor.shape), tensor.dtype) == (self._local_shape(type_), type_.dtype), (
+                f"%{node.name} ({node.target}) is {tensor.dtype} {list(tensor.shape)}, "
+                f"its type says {type_}, here {self._local_shape(type_)}"
+            )
 
 
 def _filled(step: _Step, held: list[Any]) -> tuple[list[Any], dict[str, Any]]:

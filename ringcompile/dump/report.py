@@ -1,0 +1,89 @@
+"""What became of a model, layer by layer: the answer of `ringcompile check`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.program import Program, location_of, type_of
+from ringcompile.ops.blocks import Band
+
+_FORMS = {
+    "ringcompile.ring_attention.default": "ring: keys and values rotate",
+    "ringcompile.block_attention.default": "local: split queries, whole keys",
+    "ringcompile.attention.default": "whole on every rank",
+}
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """One attention of the model."""
+
+    layer: str
+    line: str
+    form: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Whether a model can be compiled for a mesh, and how.
+
+    Attributes:
+        supported: no op was refused.
+        attention: every attention: its layer, line, what it becomes, and the kind of its mask.
+        gathers: tensors that are gathered whole on every rank, and where.
+        refusals: what has no rule, as full error texts.
+        bytes_sent: bytes each rank sends in one run, as an expression in the sequence length `s`
+            and a rank's share `n`, by rank.
+    """
+
+    model: str
+    mesh: str
+    order: str
+    supported: bool
+    attention: tuple[AttentionReport, ...] = ()
+    gathers: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    bytes_sent: dict[int, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self)
+
+
+def attention_of(program: Program) -> tuple[AttentionReport, ...]:
+    """Every attention of a partitioned program."""
+    return tuple(
+        AttentionReport(
+            location_of(node).layer,
+            location_of(node).short,
+            _FORMS[str(node.target)],
+            describe_mask(node),
+        )
+        for node in program.graph.nodes
+        if str(node.target) in _FORMS
+    )
+
+
+def gathers_of(program: Program) -> tuple[str, ...]:
+    """Every tensor that is gathered whole, with its type and line."""
+    return tuple(
+        f"{location_of(node).short}: {location_of(node).layer}: {type_of(node)}"
+        for node in program.graph.nodes
+        if str(node.target) == "ringcompile.gather.default"
+    )
+
+
+def describe_mask(node: fx.Node) -> str:
+    """`causal`, `causal window 9 + key padding`, `full + mask f32[1, 8, s/ring, s]`."""
+    call = Call(node)
+    parts = [str(Band(call["lower"], call["upper"]))]
+    if call["key_mask"] is not None:
+        parts.append("key mask")
+    if call["mask"] is not None:
+        parts.append(f"mask {type_of(call['mask'])}")
+    return " + ".join(parts)

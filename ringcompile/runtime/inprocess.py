@@ -1,0 +1,87 @@
+"""Runs whole programs in this process: all ranks in lock-step, or one program for one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program, WeightSource
+from ringcompile.mesh import Mesh
+from ringcompile.runtime.data import assemble_outputs, name_inputs, share_inputs
+from ringcompile.runtime.executor import Executor, run_alone
+from ringcompile.runtime.lockstep import LockStep
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives.
+
+    Attributes:
+        outputs: whole outputs, nested as the model returns them.
+        shares: each rank's share of every output.
+        bytes_sent: by each rank.
+    """
+
+    outputs: Any
+    shares: list[tuple[torch.Tensor, ...]]
+    bytes_sent: list[int]
+
+
+def read_weights(
+    program: Program, source: WeightSource | None, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The weights a program takes, by placeholder name."""
+    if program.weights and source is None:
+        raise RingCompileError("the program has no weights at hand")
+    return {
+        placeholder: source(weight.name).to(device)  # type: ignore[misc]
+        for placeholder, weight in program.weights.items()
+    }
+
+
+@torch.no_grad()
+def run_lockstep(
+    programs: Sequence[Program],
+    mesh: Mesh,
+    source: WeightSource | None,
+    inputs: Any,
+    *,
+    device: torch.device | str = "cpu",
+    check_types: bool = False,
+) -> Result:
+    """Run all ranks in this process.
+
+    Args:
+        programs: of all ranks, in order.
+        source: the weights' data, the same for all ranks.
+        inputs: whole inputs, by name or in order.
+        check_types: hold every value against the type its node declares.
+    """
+    first = programs[0]
+    whole = name_inputs(first, inputs)
+    lengths = first.bindings(whole)
+    weights: dict[str, torch.Tensor] = {}
+    generators = []
+    for program in programs:
+        new = {p: w for p, w in program.weights.items() if p not in weights}
+        weights.update(read_weights(program.with_graph(program.graph, weights=new), source, device))
+        shares = share_inputs(program, whole, lengths)
+        values = {**{p: weights[p] for p in program.weights},
+                  **{p: share.to(device) for p, share in shares.items()}}
+        generators.append(Executor(program, lengths, device, check_types).run(values))
+    results, sent = LockStep(mesh).run(generators)
+    return Result(assemble_outputs(first, results, lengths), results, sent)
+
+
+@torch.no_grad()
+def run_single(program: Program, source: WeightSource | None, inputs: Any) -> Any:
+    """Run a program that was not partitioned, on whole inputs."""
+    whole = name_inputs(program, inputs)
+    lengths = program.bindings(whole)
+    values = read_weights(program, source)
+    values.update({p: whole[name] for p, name in program.placeholders.items()})
+    return program.output_structure.build(run_alone(Executor(program, lengths), values))
