@@ -11,6 +11,7 @@ from torch import nn
 
 from ringcompile import artifact
 from ringcompile.capture.export import capture
+from ringcompile.capture.loaders import load_model
 from ringcompile.dump import report
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
@@ -26,7 +27,6 @@ from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
-from ringcompile.runtime.inprocess import run_lockstep
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -229,13 +229,40 @@ def _with_gathers(
 
 
 
-def run(parallel: ParallelProgram, inputs: Any, backend: str = "lockstep") -> Any:
-    """Run on whole inputs and return whole outputs, nested as the model returns them.
+def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
+    """The program as it was behind the named pass; early ones are made again from the model.
 
-    Args:
-        inputs: by name, or in order.
-        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each rank).
+    Raises:
+        RingCompileError: no such pass, or the model it was made from is not known.
     """
-    if backend == "lockstep":
-        return run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs).outputs
-    raise RingCompileError(f"unknown backend '{backend}'", hint="backends: lockstep, gloo, nccl")
+    late = rank_passes(rank)
+    if name in [step.name for step in late]:
+        return Pipeline(_up_to(late, name)).run(made.program)
+    options = made.options
+    front = front_passes(made.mesh, options.get("order", "auto"), options.get("gather_unknown", False))
+    if name not in [step.name for step in front]:
+        known = [step.name for step in (*front, *late)]
+        raise RingCompileError(
+            f"unknown pass '{name}'", hint=f"passes: {', '.join(dict.fromkeys(known))}"
+        )
+    return Pipeline(_up_to(front, name)).run(recapture(options))
+
+
+def recapture(options: Mapping[str, Any]) -> Program:
+    """Capture the model an artifact was made from again, without its weights."""
+    if not options.get("model"):
+        raise RingCompileError(
+            "the artifact does not say which model it was made from",
+            hint="passes before 'specialize' can be seen with "
+            "`ringcompile transform MODEL --passes ...`",
+        )
+    loaded = load_model(
+        options["model"], batch=options.get("batch", 1), dtype=options.get("dtype"),
+        weights=":" in options["model"],
+    )
+    return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+
+
+def _up_to(passes: list[Pass], name: str) -> list[Pass]:
+    names = [step.name for step in passes]
+    return passes[: len(names) - names[::-1].index(name)]

@@ -1,4 +1,5 @@
 """Placeholder until the artifact layer lands; overwrite this file."""
+
 from typing import Any
 
 

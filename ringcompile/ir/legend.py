@@ -21,6 +21,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, ValueType, state_type
 
 WIDTH = 100
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 RING_ATTENTION = "ringcompile.ring_attention.default"
 
 
@@ -86,7 +87,7 @@ def _entries(program: Program) -> Iterator[tuple[str, str]]:
         yield expr.SEQUENCE, f"length of the sequence in tokens, {_range(program)}"
     for other in sorted(symbols & set(expr.OTHER_LENGTHS)):
         yield other, "another length of the inputs"
-    if expr.LOCAL in symbols:
+    if expr.LOCAL in symbols or _splits_sequence(program):
         yield expr.LOCAL, _share(program)
     yield from ((term, text) for term, text in _split_dims(program))
     if program.sequence is not None and _takes(nodes, {"chunks", "queries"}):
@@ -104,6 +105,10 @@ def _entries(program: Program) -> Iterator[tuple[str, str]]:
             "attention over some of the keys: out, of the shape shown, and for each of its rows "
             "lse, the logarithm of the sum of the exponentials of its scores"
         )
+    yield "file:line", (
+        "the model's own line behind an op, and its layer inside the block named above; behind ';' "
+        "why a pass put it there"
+    )
     if program.weights:
         total = sum(weight.num_bytes for weight in program.weights.values())
         yield "@name", f"one of {len(program.weights)} weights, {total:,} bytes together"
@@ -141,6 +146,10 @@ def _split_dims(program: Program) -> Iterator[tuple[str, str]]:
                 text += f": a rank holds {expr.LOCAL} of it"
             seen.setdefault(term, text)
     yield from seen.items()
+
+
+def _splits_sequence(program: Program) -> bool:
+    return any(program.sequence is not None and type_.layout.axes for type_ in _types(program))
 
 
 def _chunks(program: Program) -> str:
@@ -197,7 +206,7 @@ def summary(program: Program) -> list[str]:
     calls = _calls(program)
     counts = Counter(map(op_name, calls))
     named = ", ".join(
-        f"{count} {name}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
+        f"{count}{_NO_BREAK}{name}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
     )
     lines = [] if program.mesh is None else _communication(program, calls)
     return [*lines, *_wrapped(f"{len(calls)} ops  ", named)]
@@ -213,21 +222,23 @@ def _communication(program: Program, calls: list[fx.Node]) -> list[str]:
     if not rows:
         return ["sends nothing"]
     width = max(len(name) for name, _ in rows) + 2
-    return ["in one run this rank has", *(f"  {name:<{width}}{text}" for name, text in rows)]
+    return ["in one run a rank", *(f"  {name:<{width}}{text}" for name, text in rows)]
 
 
 def _shifts(program: Program, nodes: list[fx.Node]) -> Iterator[str]:
     sent: list[Any] = [node.args[0] for node in nodes if node.kwargs["to"] is not None]
     received = [node for node in nodes if node.kwargs["source"] is not None]
-    for verb, moved in (("sends", sent), ("receives", received)):
-        yield f"{len(moved)} {verb} of {_total(program, moved)} bytes together"
+    yield (
+        f"sends {len(sent)} times, {_total(program, sent)} bytes; "
+        f"receives {len(received)} times, {_total(program, received)} bytes"
+    )
 
 
 def _gathers(program: Program, nodes: list[fx.Node]) -> Iterator[str]:
     shares: list[Any] = [node.args[0] for node in nodes]
     yield (
-        f"{len(nodes)}: a share each, {_total(program, shares)} bytes together, to every other "
-        "rank of the axis"
+        f"sends {len(nodes)} shares, {_total(program, shares)} bytes, to every other rank and "
+        "receives theirs"
     )
 
 
@@ -237,8 +248,8 @@ def _rings(program: Program, nodes: list[fx.Node]) -> Iterator[str]:
     assert program.mesh is not None
     times = program.mesh.size(str(nodes[0].kwargs["axis"])) - 1
     yield (
-        f"{len(nodes)}: keys and values, {_total(program, keys_values)} bytes together, are "
-        f"passed on at most {times} times"
+        f"passes on {len(nodes)} blocks of keys and values, {_total(program, keys_values)} "
+        f"bytes, up to {times} times each"
     )
 
 
@@ -253,7 +264,8 @@ _TRAFFIC = {RING_ATTENTION: _rings, SHIFT: _shifts, GATHER: _gathers}
 
 def _wrapped(label: str, text: str) -> list[str]:
     indent = " " * len(label)
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text, WIDTH - 3, initial_indent=label, subsequent_indent=indent, break_long_words=False,
         break_on_hyphens=False,
-    ) or [label.rstrip()]
+    )
+    return [line.replace(_NO_BREAK, " ") for line in lines or [label.rstrip()]]

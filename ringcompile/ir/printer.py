@@ -23,7 +23,7 @@ from ringcompile.ir.types import DTYPE_NAMES, TensorType, ValueType, format_type
 
 _MAX_ITEMS = 8
 # Columns follow the lines that fit; the few longer ones stick out.
-_MAX_TYPE, _MAX_CODE = 36, 100
+_MAX_TYPE, _MAX_CODE = 36, 96
 
 
 def print_program(program: Program, *, weights: bool = False) -> str:
@@ -37,12 +37,15 @@ def print_program(program: Program, *, weights: bool = False) -> str:
     foot = [f"// {line}" for line in summary(program)]
     entry = _columns([_entry(program, node, names) for node in _placeholders(program, weights)])
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    lines = [_line(program, node, group, names) for node, group in zip(calls, layers(calls))]
+    lines = [
+        _line(program, node, block, names)
+        for block, group in blocks(calls)
+        for node in group
+    ]
+    text = iter(_columns(lines))
     body: list[str] = []
-    for group, text in itertools.groupby(
-        zip(layers(calls), _columns(lines), strict=True), key=lambda pair: pair[0]
-    ):
-        body += ["", f"// {group or _OUTSIDE}", *(line for _, line in text)]
+    for block, group in blocks(calls):
+        body += ["", f"// {block or outside(group)}", *itertools.islice(text, len(group))]
     return "\n".join([*head, "", *entry, *body, "", _return(program, names), "", *foot]) + "\n"
 
 
@@ -172,6 +175,7 @@ _SAID: dict[str, Callable[[Program, fx.Node, Any], bool]] = {
     "axis": lambda program, node, value: op_name(node).startswith(f"{value}."),
     "chunk": _is_chunk,
     "cudnn_enable": lambda program, node, value: True,
+    "end": lambda program, node, value: value == 2**63 - 1,
     "dtype": _is_result_dtype,
     "head_dim": _is_head_dim,
     "layout": lambda program, node, value: op_name(node) == "redistribute",
@@ -205,7 +209,9 @@ class _Line:
     name: str
     type: str
     code: str
-    comment: str
+    source: str = ""
+    layer: str = ""
+    why: str = ""
 
 
 def _placeholders(program: Program, weights: bool) -> Iterable[fx.Node]:
@@ -216,20 +222,20 @@ def _placeholders(program: Program, weights: bool) -> Iterable[fx.Node]:
 def _entry(program: Program, node: fx.Node, names: Mapping[fx.Node, str]) -> _Line:
     if node.name in program.weights:
         size = f"{program.weights[node.name].num_bytes:,} bytes"
-        return _Line(names[node], type_text(type_of(node)), "weight", size)
+        return _Line(names[node], type_text(type_of(node)), "weight", why=size)
+    passed = program.placeholders[node.name]
+    code = "input" if passed == node.name else f"input {passed}"
     share = "whole" if type_of(node).layout.is_whole else "this rank's share"
-    code = f"input {program.placeholders[node.name]}"
-    return _Line(
-        names[node], type_text(type_of(node)), code, share if program.mesh is not None else ""
-    )
+    why = share if program.mesh is not None else ""
+    return _Line(names[node], type_text(type_of(node)), code, why=why)
 
 
-def _line(program: Program, node: fx.Node, group: str, names: Mapping[fx.Node, str]) -> _Line:
+def _line(program: Program, node: fx.Node, block: str, names: Mapping[fx.Node, str]) -> _Line:
     location = location_of(node)
-    layer = location.layer.removeprefix(group) if group else location.layer
-    comment = ", ".join(filter(None, (f"{location.short} {layer}".strip(), _why(node))))
+    layer = location.layer.removeprefix(block) if block else location.layer
+    code = _call_text(program, node, names)
     return _Line(
-        names[node], type_text(node.meta.get("type")), _call_text(program, node, names), comment
+        names[node], type_text(node.meta.get("type")), code, location.short, layer, _why(node)
     )
 
 
@@ -248,10 +254,13 @@ def _columns(lines: list[_Line]) -> list[str]:
     middle = _width(map(len, heads), names + _MAX_TYPE)
     codes = [f"{head:<{middle}} = {line.code}" for head, line in zip(heads, lines, strict=True)]
     right = _width(map(len, codes), _MAX_CODE)
-    return [
-        f"{code:<{right}}  // {line.comment}" if line.comment else code
-        for code, line in zip(codes, lines, strict=True)
-    ]
+    source = _width((len(line.source) for line in lines), _MAX_CODE)
+    made = []
+    for code, line in zip(codes, lines, strict=True):
+        comment = f"{line.source:<{source}} {line.layer}".strip()
+        comment = "; ".join(filter(None, (comment, line.why)))
+        made.append(f"{code:<{right}}  // {comment}" if comment else code)
+    return made
 
 
 def _width(widths: Iterable[int], limit: int) -> int:
@@ -274,21 +283,27 @@ def _nested(value: Any) -> str:
 
 # -- layers --------------------------------------------------------------------------------------
 
-_OUTSIDE = "outside the blocks"
 
-
-def layers(nodes: list[fx.Node]) -> list[str]:
-    """For each node the block it belongs to, such as `blocks.0`; empty outside the blocks.
+def blocks(nodes: list[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
+    """Runs of nodes of one block, such as `blocks.0`, by its name; empty outside the blocks.
 
     What a pass computed again inside a block, positions for instance, belongs to that block.
     """
-    found = [_block(location_of(node).layer) for node in nodes]
-    runs = [(key, len(list(run))) for key, run in itertools.groupby(found)]
-    keys = [key for key, _ in runs]
-    for i, key in enumerate(keys[1:-1], 1):
-        if not key and keys[i - 1] == keys[i + 1]:
-            keys[i] = keys[i - 1]
-    return [key for key, (_, count) in zip(keys, runs, strict=True) for _ in range(count)]
+    found = itertools.groupby(nodes, key=lambda node: _block(location_of(node).layer))
+    runs: list[tuple[str, list[fx.Node]]] = []
+    for name, run in found:
+        if len(runs) > 1 and not runs[-1][0] and runs[-2][0] == name:
+            between = runs.pop()[1]
+            runs[-1] = (name, [*runs[-1][1], *between, *run])
+        else:
+            runs.append((name, list(run)))
+    return runs
+
+
+def outside(nodes: list[fx.Node]) -> str:
+    """A heading for nodes outside the blocks: the layers that they come from."""
+    named = (location_of(node).layer for node in nodes)
+    return ", ".join(dict.fromkeys(layer for layer in named if layer)) or "no layer of its own"
 
 
 def _block(layer: str) -> str:

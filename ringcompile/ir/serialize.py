@@ -1,4 +1,4 @@
-"""Programs as JSON and back; reading builds data only, and only ops that the reader allows.
+"""Programs as JSON, for files and dumps; `artifact/graph.py` reads them back.
 
 What JSON has no word for is an object with one key, so that a text is never taken for it:
 `{"node": "linear_3"}`, `{"expr": "4*n"}`, `{"tuple": [...]}`, `{"dtype": "float16"}`,
@@ -11,83 +11,32 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Hashable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
-from ringcompile.ir.expr import (
-    LOCAL,
-    OTHER_LENGTHS,
-    SEQUENCE,
-    Size,
-    equal,
-    is_symbolic,
-    parse,
-    simplify,
-    to_text,
-)
-from ringcompile.ir.layout import Atom, Layout
-from ringcompile.ir.program import Input, Program, Structure, Weight, error_at
-from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
-from ringcompile.ir.verifier import verify_program
-from ringcompile.mesh import Mesh
+from ringcompile.ir.expr import Size, equal, parse, simplify, to_text
+from ringcompile.ir.program import Program, Structure, Weight, error_at
+from ringcompile.ir.types import ValueType
 
-T = TypeVar("T")
-
-_CONSTANTS: dict[str, dict[str, Any]] = {
+# The values that stand as {kind: name}.
+CONSTANTS: dict[str, dict[str, Any]] = {
     "dtype": {k: v for k, v in vars(torch).items() if isinstance(v, torch.dtype)},
     "layout": {"strided": torch.strided},
     "memory_format": {k: v for k, v in vars(torch).items() if isinstance(v, torch.memory_format)},
 }
-_DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,4})?")
-_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_PYTHON_OPS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem}
-_NAMESPACES = ("aten", "ringcompile")
-_LENGTHS = frozenset({SEQUENCE, LOCAL, *OTHER_LENGTHS})
-_ORDERS = ("contiguous", "zigzag")
-_MAX_INT = 2**63
+# Functions that are no torch op; `str` of the others is their name.
+PYTHON_OPS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem}
+MAX_INT = 2**63
 # Short, and no long numbers or towers of powers: reading an expression must not take for ever.
-_EXPRESSION = re.compile(r"(?!.*\d[A-Za-z_])(?!.*\d{20})(?!(.*\*\*){4})[\w+\-*/(), ]{1,1000}", re.A)
-_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
-
-
-def expect(value: Any, kind: type[T], what: str) -> T:
-    """`value`, if it is JSON of that kind (true is no number); RingCompileError if not."""
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    shown = repr(value) if isinstance(value, int | float | str) else type(value).__name__
-    raise RingCompileError(f"{what} is {shown[:60]}, not {_KINDS[kind]}")
-
-
-def member(data: dict[str, Any], key: str, kind: type[T]) -> T:
-    """A member of a JSON object, of that kind; RingCompileError if it is missing or another."""
-    if key not in data:
-        raise RingCompileError(f"'{key}' is missing")
-    return expect(data[key], kind, f"'{key}'")
-
-
-def texts(data: dict[str, Any], key: str) -> tuple[str, ...]:
-    """A member that is a list of texts."""
-    return tuple(expect(text, str, f"an entry of '{key}'") for text in member(data, key, list))
-
-
-def numbers(data: dict[str, Any], key: str) -> dict[str, int]:
-    """A member that is an object of counts."""
-    return {k: _count(v, f"'{k}' of '{key}'") for k, v in member(data, key, dict).items()}
-
-
-def _count(value: Any, what: str) -> int:
-    number = expect(value, int, what)
-    if not 0 <= number < _MAX_INT:
-        raise RingCompileError(f"{what} is out of range")
-    return number
+_EXPRESSION = re.compile(r"(?!.*\d[A-Za-z_])(?!.*\d{20})[\w+\-*/(), ]{1,1000}", re.ASCII)
+_MAX_POWERS = 3
 
 
 def dtype_to_json(dtype: torch.dtype) -> str:
@@ -95,39 +44,9 @@ def dtype_to_json(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_from_json(value: Any) -> torch.dtype:
-    """The dtype of that name; RingCompileError if there is none."""
-    return _constant("dtype", value)
-
-
-def _constant(kind: str, name: Any) -> Any:
-    known = _CONSTANTS[kind]
-    if expect(name, str, f"a {kind}") not in known:
-        raise RingCompileError(f"'{name[:40]}' is not a {kind}")
-    return known[name]
-
-
 def weight_to_json(weight: Weight) -> dict[str, Any]:
     """Dtype and shape of a weight; the name is the caller's to keep."""
     return {"dtype": dtype_to_json(weight.dtype), "shape": list(weight.shape)}
-
-
-def weight_from_json(name: str, data: Any) -> Weight:
-    """Reads back what `weight_to_json` wrote."""
-    data = expect(data, dict, f"weight '{name}'")
-    shape = tuple(_count(size, f"a size of '{name}'") for size in member(data, "shape", list))
-    return Weight(name, dtype_from_json(data.get("dtype")), shape)
-
-
-def length_range_from_json(data: dict[str, Any]) -> tuple[int, int | None]:
-    """The member `length_range`: the smallest length, and the largest or null."""
-    limits = member(data, "length_range", list)
-    if len(limits) != 2:
-        raise RingCompileError("'length_range' is not a pair")
-    low, high = limits
-    return _count(low, "the smallest length"), (
-        None if high is None else _count(high, "the largest length")
-    )
 
 
 def portable(file: str) -> str:
@@ -140,17 +59,14 @@ def portable(file: str) -> str:
     if path.is_relative_to(Path.cwd()):
         return str(path.relative_to(Path.cwd()))
     if path.is_absolute() or ".." in parts:
-        return "/".join([part for part in parts[1:] if part != ".."][-3:])
+        return "/".join([part for part in parts if part not in (path.anchor, "..")][-3:])
     return file
 
 
 def op_name(target: Any) -> str:
     """The name by which a program's file calls an op, `aten.linear.default`."""
-    named = (name for name, function in _PYTHON_OPS.items() if function is target)
+    named = (name for name, function in PYTHON_OPS.items() if function is target)
     return next(named, str(target))
-
-
-# Writing
 
 
 class _Table:
@@ -239,7 +155,7 @@ def _argument_to_json(value: Any) -> Any:
         case torch.dtype() | torch.layout() | torch.memory_format():
             name = str(value).removeprefix("torch.")
             kind = type(value).__name__
-            if name in _CONSTANTS[kind]:
+            if name in CONSTANTS[kind]:
                 return {kind: name}
     raise RingCompileError(f"an argument {str(value)[:60]} ({type(value).__name__}) has no JSON")
 
@@ -249,9 +165,31 @@ def _size_to_json(value: Size) -> Any:
     if isinstance(value, int):
         return value
     text = to_text(value)
-    if not equal(_parse(text), value):
+    if not equal(size_from_text(text), value):
         raise RingCompileError(f"the size {text} cannot be read back")
     return {"expr": text}
+
+
+@lru_cache(maxsize=65536)
+def size_from_text(text: str) -> Size:
+    """A size expression of a file, which may be anything.
+
+    Raises:
+        RingCompileError: it is none, or its numbers do not fit 64 bits.
+    """
+    if not _EXPRESSION.fullmatch(text) or text.count("**") > _MAX_POWERS:
+        raise RingCompileError(f"'{text[:80]}' is not a size expression")
+    try:
+        value = parse(text)
+        # A division by zero gives infinities or nan: they have no place among 64-bit numbers.
+        whole = sympy.sympify(value)
+        numbers = whole.atoms(sympy.Number)
+        fits = not whole.has(sympy.zoo) and all(abs(number) < MAX_INT for number in numbers)
+    except Exception:  # sympy raises many kinds for what has no value
+        fits = False
+    if not fits:
+        raise RingCompileError(f"'{text[:80]}' is not a size expression")
+    return value
 
 
 def _type_to_json(value: ValueType) -> Any:

@@ -7,6 +7,8 @@ accumulated in float32 (float64 for float64) and lse the natural-log sum of expo
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 SCHEMAS = {
@@ -42,6 +44,7 @@ for _name, _schema in SCHEMAS.items():
 COMMUNICATION = frozenset({"gather", "shift_start", "wait"})
 
 
+@lru_cache
 def op(name: str) -> torch._ops.OpOverload:
     """The operator of that name in our namespace."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]

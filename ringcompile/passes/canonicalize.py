@@ -20,6 +20,7 @@ from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, equal, simplify
 from ringcompile.ir.program import Program, error_at, type_of
 from ringcompile.ir.types import TensorType
+from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass, refuse
 
 aten = torch.ops.aten
@@ -246,7 +247,7 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
         shape = (*(1,) * (4 - len(type_of(mask).shape)), *type_of(mask).shape)
         mask = _as_shape(builder, mask, TensorType.whole(type_of(mask).dtype, shape), "mask")
     return builder.call(
-        torch.ops.ringcompile.attention.default,
+        op("attention"),
         (q, _unexpanded(builder, k, type_of(q).shape[1]), _unexpanded(builder, v, 0), None, mask),
         type_of(node),
         name=node.name,

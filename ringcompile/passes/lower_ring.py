@@ -20,10 +20,10 @@ from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.program import Program, type_of
 from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, state_type
 from ringcompile.ops.blocks import Band
+from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 
 aten = torch.ops.aten
-ours = torch.ops.ringcompile
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LowerRing(Pass):
         builder = Builder()
         for node in program.graph.nodes:
             builder.at(node)
-            if node.target is ours.ring_attention.default:
+            if node.target is op("ring_attention"):
                 builder.env[node] = _Ring(program, node, builder).write()
             else:
                 builder.env[node] = builder.copy(node)
@@ -114,7 +114,7 @@ class _Ring:
         self.kv_type = TensorType(
             kv.dtype, (*kv.shape[:3], kv.shape[3] + type_of(v).shape[3]), kv.layout
         )
-        self.kv = builder.call(ours.pack.default, (k, v), self.kv_type, why="one transfer for both")
+        self.kv = builder.call(op("pack"), (k, v), self.kv_type, why="one transfer for both")
 
     def write(self) -> fx.Node:
         """All steps; returns the attention output."""
@@ -128,7 +128,7 @@ class _Ring:
             kv = self._wait(transfer) if transfer is not None else None
         assert state is not None
         return self.builder.call(
-            ours.finish.default, (state,), self.node.meta["type"], name=self.node.name,
+            op("finish"), (state,), self.node.meta["type"], name=self.node.name,
             dtype=type_of(self.node).dtype,
         )
 
@@ -141,7 +141,7 @@ class _Ring:
             return None
         none = TensorType.whole(self.kv_type.dtype, (0,))
         return self.builder.call(
-            ours.shift_start.default,
+            op("shift_start"),
             (kv if to is not None else self.kv,),
             self.kv_type if source is not None else none,
             axis=self.axis,
@@ -150,7 +150,7 @@ class _Ring:
         )
 
     def _wait(self, transfer: fx.Node) -> fx.Node | None:
-        arrived = self.builder.call(ours.wait.default, (transfer,), type_of(transfer))
+        arrived = self.builder.call(op("wait"), (transfer,), type_of(transfer))
         return arrived if transfer.kwargs["source"] is not None else None
 
     def _attend(self, kv: fx.Node, block: int, state: fx.Node | None) -> fx.Node:
@@ -167,7 +167,7 @@ class _Ring:
             out.dtype, (*out.shape[:3], type_of(self.node).shape[3]), out.layout
         )
         made = self.builder.call(
-            ours.block_attention.default,
+            op("block_attention"),
             (q, self._chunks(kv, columns), self.key_mask, mask),
             state_type(out_type),
             why=f"keys of rank {block}: {self._relation(rows, columns, queries, keys)}",
@@ -183,7 +183,7 @@ class _Ring:
         if state is None:
             return made
         return self.builder.call(
-            ours.merge.default, (state, made), state.meta["type"],
+            op("merge"), (state, made), state.meta["type"],
             start=rows[0] * self.sequence.chunk,
         )
 

@@ -18,10 +18,10 @@ from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.program import Program, error_at, type_of
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, state_type
+from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 
 aten = torch.ops.aten
-ours = torch.ops.ringcompile
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Partitioner:
             sequence = self.sequence
             layout = Layout.split(1, 0, sequence.length, (sequence.axis,))
             self.positions = self.builder.call(
-                ours.positions.default,
+                op("positions"),
                 (list(sequence.chunks(coordinate(sequence.axis))),),
                 TensorType(torch.int64, (sequence.length,), layout),
                 chunk=sequence.chunk,
@@ -144,7 +144,7 @@ class _Partitioner:
                 aten.index_select.default, (x, dim, self._positions()), type_, why=why
             )
         return self.builder.call(
-            ours.gather.default,
+            op("gather"),
             (x,),
             type_,
             why=why,
@@ -163,7 +163,7 @@ class _Partitioner:
             return self.builder.copy(node)
         if k:
             return self.builder.call(
-                ours.ring_attention.default, tuple(args), node.meta["type"], name=node.name,
+                op("ring_attention"), tuple(args), node.meta["type"], name=node.name,
                 axis=self.sequence.axis, **band,
             )
         return self._rows_only(node, tuple(args), band)
@@ -176,9 +176,9 @@ class _Partitioner:
         kv_type = TensorType.whole(
             kv_type.dtype, (*kv_type.shape[:3], kv_type.shape[3] + type_of(v).shape[3])
         )
-        kv = self.builder.call(ours.pack.default, (k, v), kv_type)
+        kv = self.builder.call(op("pack"), (k, v), kv_type)
         state = self.builder.call(
-            ours.block_attention.default,
+            op("block_attention"),
             (q, kv, *masks),
             state_type(type_),
             head_dim=type_of(q).shape[3],
@@ -189,7 +189,7 @@ class _Partitioner:
             **band,
         )
         return self.builder.call(
-            ours.finish.default, (state,), type_, name=node.name, dtype=type_.dtype
+            op("finish"), (state,), type_, name=node.name, dtype=type_.dtype
         )
 
 

@@ -22,9 +22,10 @@ from ringcompile.ir.program import Program, error_at, type_of
 from ringcompile.ir.rules import Conflict, FactorRule, Factors, Placement, Rule, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
+from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 
-_ATTENTION = torch.ops.ringcompile.attention.default
+_ATTENTION = op("attention")
 _SUPPORTED_AXES = ("ring",)
 ORDERS = ("contiguous", "zigzag")
 
@@ -165,9 +166,9 @@ class _Placer:
         if not q.dims[2]:
             return placement
         wanted = list(placement.operands)
-        for i, x in ((1, k), (2, v)):
-            split = x.dims[2] == q.dims[2] or k.dims[2] == q.dims[2]
-            if split and equal(type_of(call.operands[i]).shape[2], self.sequence.length):
+        length = type_of(call.operands[1]).shape[2]
+        if q.dims[2] in (k.dims[2], v.dims[2]) and equal(length, self.sequence.length):
+            for i in (1, 2):
                 wanted[i] = Layout((*wanted[i].dims[:2], q.dims[2], wanted[i].dims[3]))
         return Placement(tuple(wanted), placement.output)
 
@@ -246,7 +247,7 @@ class _Placer:
             have = type_of(node).layout
             why = "sliced" if have.is_whole else "gathered"
             self.requests[key] = self.builder.call(
-                torch.ops.ringcompile.redistribute.default,
+                op("redistribute"),
                 (node,),
                 type_of(node).with_layout(wanted),
                 layout=str(wanted),

@@ -19,11 +19,12 @@ from ringcompile.ir.calls import Call
 from ringcompile.ir.program import Program, type_of
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.blocks import Band
+from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.mask_values import Affine, Analysis, Choice, Condition, Test
 
 aten = torch.ops.aten
-_ATTENTION = torch.ops.ringcompile.attention.default
+_ATTENTION = op("attention")
 
 
 @dataclass

@@ -1,0 +1,87 @@
+"""Reading JSON that need not be ours: every member is asked for by its kind."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Weight
+from ringcompile.ir.serialize import CONSTANTS, MAX_INT
+from ringcompile.mesh import Mesh
+
+T = TypeVar("T")
+
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+def expect(value: Any, kind: type[T], what: str) -> T:
+    """`value`, if it is JSON of that kind (true is no number); RingCompileError if not."""
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    shown = repr(value) if isinstance(value, int | float | str) else type(value).__name__
+    raise RingCompileError(f"{what} is {shown[:60]}, not {_KINDS[kind]}")
+
+
+def member(data: dict[str, Any], key: str, kind: type[T]) -> T:
+    """A member of a JSON object, of that kind; RingCompileError if it is missing or another."""
+    if key not in data:
+        raise RingCompileError(f"'{key}' is missing")
+    return expect(data[key], kind, f"'{key}'")
+
+
+def texts(data: dict[str, Any], key: str) -> tuple[str, ...]:
+    """A member that is a list of texts."""
+    return tuple(expect(text, str, f"an entry of '{key}'") for text in member(data, key, list))
+
+
+def numbers(data: dict[str, Any], key: str) -> dict[str, int]:
+    """A member that is an object of counts."""
+    return {k: count(v, f"'{k}' of '{key}'") for k, v in member(data, key, dict).items()}
+
+
+def count(value: Any, what: str) -> int:
+    """`value`, if it is a whole number of 64 bits and not negative."""
+    number = expect(value, int, what)
+    if not 0 <= number < MAX_INT:
+        raise RingCompileError(f"{what} is out of range")
+    return number
+
+
+def dtype_from_json(value: Any) -> torch.dtype:
+    """The dtype of that name; RingCompileError if there is none."""
+    found: torch.dtype = constant("dtype", value)
+    return found
+
+
+def constant(kind: str, name: Any) -> Any:
+    """The dtype, layout or memory format of that name; RingCompileError if there is none."""
+    known = CONSTANTS[kind]
+    if expect(name, str, f"a {kind}") not in known:
+        raise RingCompileError(f"'{name[:40]}' is not a {kind}")
+    return known[name]
+
+
+def weight_from_json(name: str, data: Any) -> Weight:
+    """Reads back what `weight_to_json` wrote."""
+    data = expect(data, dict, f"weight '{name}'")
+    shape = tuple(count(size, f"a size of '{name}'") for size in member(data, "shape", list))
+    return Weight(name, dtype_from_json(data.get("dtype")), shape)
+
+
+def length_range_from_json(data: dict[str, Any]) -> tuple[int, int | None]:
+    """The member `length_range`: the smallest length, and the largest or null."""
+    limits = member(data, "length_range", list)
+    if len(limits) != 2:
+        raise RingCompileError("'length_range' is not a pair")
+    low, high = limits
+    largest = None if high is None else count(high, "the largest length")
+    return count(low, "the smallest length"), largest
+
+
+def mesh_from_json(spec: str) -> Mesh:
+    """The mesh of a parallel spec; RingCompileError if it is none."""
+    if len(spec) > 100:
+        raise RingCompileError("the parallel spec is too long")
+    return Mesh.parse(spec)

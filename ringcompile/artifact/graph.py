@@ -1,0 +1,307 @@
+"""Reading a program back from JSON: data only, and only ops that the reader allows.
+
+The file may be anything. Whatever is missing, malformed, out of range or inconsistent is a
+RingCompileError; no name in it is looked up that is not in the list of allowed ops.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.artifact.fields import (
+    T,
+    constant,
+    count,
+    dtype_from_json,
+    expect,
+    length_range_from_json,
+    member,
+    mesh_from_json,
+    numbers,
+    texts,
+    weight_from_json,
+)
+from ringcompile.artifact.ops import check_arguments, resolve
+from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.ir.expr import LOCAL, OTHER_LENGTHS, SEQUENCE, Size
+from ringcompile.ir.layout import Atom, Layout
+from ringcompile.ir.program import Input, Program, Structure, Weight
+from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
+from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
+from ringcompile.ir.verifier import verify_program
+from ringcompile.mesh import Mesh
+
+_DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,3})?")
+_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+_LENGTHS = frozenset({SEQUENCE, LOCAL, *OTHER_LENGTHS})
+_ORDERS = ("contiguous", "zigzag")
+
+
+def program_from_json(data: Any, allowed: Collection[str]) -> Program:
+    """A program, without `source`, from what `program_to_json` gave.
+
+    Args:
+        data: parsed JSON, which need not be ours.
+        allowed: the ops that the program may hold, by name; no other name is ever looked up.
+
+    Raises:
+        RingCompileError: anything missing, malformed, out of range or inconsistent.
+    """
+    try:
+        return _read_program(expect(data, dict, "the program"), allowed)
+    except RecursionError:
+        raise RingCompileError("the program is nested too deeply") from None
+
+
+def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
+    mesh = None if data.get("mesh") is None else mesh_from_json(member(data, "mesh", str))
+    reader = _Reader(mesh, allowed, specialized=data.get("coordinates") is not None)
+    reader.read(data)
+    program = Program(
+        graph=reader.graph,
+        inputs=tuple(map(reader.input, member(data, "inputs", list))),
+        placeholders={
+            key: expect(name, str, f"the input of '{key}'")
+            for key, name in member(data, "placeholders", dict).items()
+        },
+        weights={k: _weight(k, v) for k, v in member(data, "weights", dict).items()},
+        output_structure=_structure(data.get("output_structure")),
+        length_range=length_range_from_json(data),
+        name=member(data, "name", str),
+        mesh=mesh,
+        sequence=None if data.get("sequence") is None else _sequence(data, mesh),
+        coordinates=numbers(data, "coordinates") if reader.specialized else None,
+        passes=texts(data, "passes"),
+        notes=texts(data, "notes"),
+        lengths=numbers(data, "lengths"),
+    )
+    _check(program)
+    return program
+
+
+def _weight(placeholder: str, data: Any) -> Weight:
+    data = expect(data, dict, f"the weight of '{placeholder}'")
+    return weight_from_json(member(data, "name", str), data)
+
+
+def _sequence(data: dict[str, Any], mesh: Mesh | None) -> SequenceSplit:
+    fields = member(data, "sequence", dict)
+    axis, order = member(fields, "axis", str), member(fields, "order", str)
+    ranks = member(fields, "num_ranks", int)
+    if mesh is None or ranks != mesh.size(axis) or order not in _ORDERS:
+        raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
+    return SequenceSplit(axis, ranks, order)
+
+
+def _structure(value: Any) -> Structure:
+    data = expect(value, dict, "a structure")
+    kind = member(data, "kind", str)
+    keys = texts(data, "keys") if "keys" in data else ()
+    children = tuple(map(_structure, member(data, "children", list) if "children" in data else ()))
+    plain = kind in ("tuple", "list") and not keys
+    named = kind == "dict" and len(set(keys)) == len(children) == len(keys)
+    leaf = kind in ("tensor", "none") and not keys and not children
+    if not (plain or named or leaf):
+        raise RingCompileError(f"'{kind[:40]}' is not a structure of outputs")
+    return Structure(kind, keys, children)
+
+
+def _num_tensors(structure: Structure) -> int:
+    return (structure.kind == "tensor") + sum(map(_num_tensors, structure.children))
+
+
+def _check(program: Program) -> None:
+    """What the parts must agree on."""
+    placeholders = {node.name for node in program.graph.nodes if node.op == "placeholder"}
+    if placeholders != program.weights.keys() ^ program.placeholders.keys():
+        raise RingCompileError("placeholders, inputs and weights do not fit together")
+    names = [spec.name for spec in program.inputs]
+    if len(set(names)) < len(names) or not set(program.placeholders.values()) <= set(names):
+        raise RingCompileError(f"the inputs {names} do not fit the placeholders")
+    if _num_tensors(program.output_structure) != len(program.outputs):
+        raise RingCompileError("the outputs do not fit their structure")
+    if program.coordinates is not None:
+        sizes = dict(program.mesh.axes) if program.mesh is not None else {}
+        if program.coordinates.keys() != sizes.keys() or any(
+            program.coordinates[axis] >= size for axis, size in sizes.items()
+        ):
+            raise RingCompileError(f"'coordinates' do not lie on the mesh {program.mesh}")
+    try:
+        verify_program(program)
+    except (AssertionError, RuntimeError) as error:
+        raise RingCompileError(f"the graph is not valid: {error}") from None
+
+
+@dataclass
+class _Reader:
+    """Rebuilds the graph of one program."""
+
+    mesh: Mesh | None
+    allowed: Collection[str]
+    specialized: bool
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+    types: list[ValueType] = field(default_factory=list)
+    locations: list[SourceLocation] = field(default_factory=list)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.axes = frozenset(self.mesh.names if self.mesh is not None else ())
+        self.symbols = _LENGTHS if self.specialized else _LENGTHS | self.axes
+
+    def read(self, data: dict[str, Any]) -> None:
+        self.types = [self.type(row) for row in member(data, "types", list)]
+        self.locations = [self._location(row) for row in member(data, "locations", list)]
+        for row in member(data, "nodes", list):
+            name = member(expect(row, dict, "a node"), "name", str)
+            try:
+                self._node(name, row)
+            except RingCompileError as error:
+                raise RingCompileError(error.message, hint=error.hint, node=name[:80]) from None
+        if not self.finished:
+            raise RingCompileError("the graph has no output")
+
+    def _node(self, name: str, row: dict[str, Any]) -> None:
+        op = member(row, "op", str)
+        if name in self.nodes or self.finished:
+            raise RingCompileError("a second node of this name, or one behind the output")
+        meta = self._meta(row)
+        if op == "placeholder":
+            target = member(row, "target", str) if "target" in row else name
+            node = self.graph.create_node(op, target, name=name)
+        elif op == "output":
+            outputs = tuple(map(self.argument, member(row, "args", list)))
+            node = self.graph.create_node(op, op, (outputs,), name=name)
+            self.finished = True
+        else:
+            node = self._call(name, op, row)
+        if node.name != name:
+            raise RingCompileError("this is not a name that a node can have")
+        node.meta.update(meta)
+        for value in outputs if op == "output" else [node] if op == "placeholder" else ():
+            if not isinstance(value, fx.Node) or not isinstance(value.meta.get("type"), TensorType):
+                raise RingCompileError("inputs and outputs must be single tensors")
+        self.nodes[name] = node
+
+    def _call(self, name: str, op: str, row: dict[str, Any]) -> fx.Node:
+        if op not in self.allowed:
+            raise RingCompileError(
+                f"'{op[:80]}' is not an op that a program may hold",
+                hint="only the ops of the rule table and ringcompile's own are allowed",
+            )
+        target = resolve(op)
+        args = tuple(map(self.argument, member(row, "args", list)))
+        kwargs = {key: self.argument(v) for key, v in member(row, "kwargs", dict).items()}
+        check_arguments(target, args, kwargs)
+        return self.graph.create_node("call_function", target, args, kwargs, name)
+
+    def _meta(self, row: dict[str, Any]) -> dict[str, Any]:
+        meta: dict[str, Any] = {}
+        if "type" in row:
+            meta["type"] = _entry(self.types, row, "type")
+        if "loc" in row:
+            meta["loc"] = _entry(self.locations, row, "loc")
+        if "why" in row:
+            meta["why"] = member(row, "why", str)
+        return meta
+
+    def argument(self, value: Any) -> Any:
+        """An argument of a call."""
+        match value:
+            case None | bool() | str():
+                return value
+            case int() if abs(value) < MAX_INT:
+                return value
+            case float() if math.isfinite(value):
+                return value
+            case list():
+                return [self.argument(v) for v in value]
+            case dict() if len(value) == 1:
+                ((kind, content),) = value.items()
+                return self._tagged(kind, content)
+        raise RingCompileError(f"{str(value)[:60]} is not an argument")
+
+    def _tagged(self, kind: str, content: Any) -> Any:
+        if kind == "tuple":
+            return tuple(map(self.argument, expect(content, list, "a tuple")))
+        text = expect(content, str, f"a {kind[:40]}")
+        if kind == "node":
+            if text not in self.nodes:
+                raise RingCompileError(f"reads %{text[:80]}, which no earlier node is called")
+            return self.nodes[text]
+        if kind == "expr":
+            return self.size({"expr": text})
+        if kind in CONSTANTS:
+            return constant(kind, text)
+        if kind == "float" and text in _FLOATS:
+            return _FLOATS[text]
+        if kind == "device" and _DEVICE.fullmatch(text):
+            return torch.device(text)
+        raise RingCompileError(f"'{text[:40]}' is not a {kind[:40]}")
+
+    def size(self, value: Any) -> Size:
+        """A size, offset or coordinate, of this program's symbols only."""
+        if not isinstance(value, dict):
+            return count(value, "a size")
+        size = size_from_text(member(value, "expr", str))
+        names = set() if isinstance(size, int) else {s.name for s in size.free_symbols}
+        if unknown := names - self.symbols:
+            raise RingCompileError(f"'{min(unknown)}' is neither a length nor a coordinate here")
+        return size
+
+    def type(self, value: Any) -> ValueType:
+        if isinstance(value, list):
+            return tuple(self.tensor_type(v) for v in value)
+        return self.tensor_type(value)
+
+    def tensor_type(self, value: Any) -> TensorType:
+        data = expect(value, dict, "a type")
+        shape = tuple(map(self.size, member(data, "shape", list)))
+        whole = TensorType.whole(dtype_from_json(data.get("dtype")), shape)
+        if "layout" not in data:
+            return whole
+        dims = tuple(
+            tuple(map(self._atom, expect(dim, list, "a dim of a layout")))
+            for dim in member(data, "layout", list)
+        )
+        layout = Layout(dims)
+        if len(dims) != len(shape) or len(set(layout.axes)) < len(layout.axes):
+            raise RingCompileError(f"the layout {layout} does not fit the shape of {whole}")
+        return replace(whole, layout=layout)
+
+    def _atom(self, value: Any) -> Atom:
+        data = expect(value, dict, "a part of a layout")
+        axes = texts(data, "axes")
+        if not self.axes.issuperset(axes):
+            raise RingCompileError(f"a tensor is split over {axes}, the mesh is {self.mesh}")
+        return Atom(self.size(data.get("size")), axes)
+
+    def input(self, value: Any) -> Input:
+        data = expect(value, dict, "an input")
+        return Input(member(data, "name", str), self.tensor_type(data.get("type")))
+
+    @staticmethod
+    def _location(value: Any) -> SourceLocation:
+        row = expect(value, list, "a location")
+        if len(row) != 3:
+            raise RingCompileError("a location is not [file, line, layer]")
+        file, line, layer = row
+        return SourceLocation(
+            portable(expect(file, str, "a file")),
+            count(line, "a line"),
+            expect(layer, str, "a layer"),
+        )
+
+
+def _entry(table: list[T], row: dict[str, Any], key: str) -> T:
+    index = member(row, key, int)
+    if not 0 <= index < len(table):
+        raise RingCompileError(f"'{key}' {index} is not in its table")
+    return table[index]

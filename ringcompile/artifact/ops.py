@@ -1,0 +1,57 @@
+"""The ops that a saved program may hold, and the only way from a name in a file to a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.rules import RULES
+from ringcompile.ir.serialize import PYTHON_OPS
+from ringcompile.ops.schemas import NAMESPACE, SCHEMAS
+
+_NAMESPACES = ("aten", NAMESPACE)
+
+
+def allowed_ops() -> frozenset[str]:
+    """The rule table's ops and our own."""
+    return frozenset({*RULES, *(f"{NAMESPACE}.{name}.default" for name in SCHEMAS)})
+
+
+@lru_cache(maxsize=4096)
+def resolve(name: str) -> Callable[..., Any]:
+    """The op of a name that the caller has found to be allowed.
+
+    Raises:
+        RingCompileError: it is not the name of an op, or this torch has none of that name.
+    """
+    if name in PYTHON_OPS:
+        return PYTHON_OPS[name]
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] not in _NAMESPACES:
+        raise RingCompileError(f"'{name}' is not the name of an op")
+    try:
+        target = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
+    except AttributeError:
+        target = None
+    if not isinstance(target, torch._ops.OpOverload):
+        raise RingCompileError(
+            f"torch {torch.__version__} has no op '{name}'", hint="use the torch that saved it"
+        )
+    return target
+
+
+def check_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise RingCompileError where the arguments do not fit an op's schema by number and name."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    arguments = target._schema.arguments
+    positional = [a.name for a in arguments if not a.kwarg_only]
+    given = [*positional[: len(args)], *kwargs]
+    needed = {a.name for a in arguments if not a.has_default_value()}
+    fits = len(args) <= len(positional) and len(set(given)) == len(given)
+    if not fits or not needed <= set(given) <= {a.name for a in arguments}:
+        raise RingCompileError(f"the arguments do not fit {target._schema}")

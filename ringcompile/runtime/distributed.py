@@ -1,0 +1,184 @@
+"""Runs one rank's program over torch.distributed: the same code on gloo and on NCCL."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ringcompile.ir.program import Program, WeightSource, type_of
+from ringcompile.mesh import Mesh
+from ringcompile.runtime.data import assemble_outputs, name_inputs, share_inputs
+from ringcompile.runtime.exchange import Exchange
+from ringcompile.runtime.executor import Executor, Request
+from ringcompile.runtime.inprocess import read_weights
+from ringcompile.runtime.join import Rank
+
+_MAX_EXECUTORS = 16  # one for each combination of lengths lately seen
+
+
+class Parallel(Protocol):
+    """A program for all ranks, as compiled or as loaded from an artifact."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh it is for."""
+
+    def rank(self, rank: int, /) -> Program:
+        """The program of one rank."""
+
+    @property
+    def source(self) -> WeightSource | None:
+        """Where the data of weights comes from."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one run cost a rank.
+
+    Attributes:
+        rank: the rank.
+        bytes_sent: bytes handed to other ranks by the program's transfers.
+        seconds: from the rank's share of the inputs to its outputs.
+        wait_seconds: the part of it spent waiting for others (on the host: near zero with NCCL).
+        peak_bytes: the process' largest resident memory so far; with CUDA, of device memory.
+    """
+
+    rank: int
+    bytes_sent: int
+    seconds: float
+    wait_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class RankRun:
+    """A rank's share of every output, the lengths of the run, and its cost."""
+
+    outputs: tuple[torch.Tensor, ...]
+    lengths: dict[str, int]
+    stats: Stats
+
+
+class Session:
+    """One rank's program with its weights and its peers, ready for many runs.
+
+    Making one is collective, and so is `run`: all ranks call it, with the same inputs.
+
+    Args:
+        parallel: the program for all ranks.
+        rank: this process' place.
+        check_inputs: whether ranks compare their inputs before every run; for inputs that each
+            process got on its own.
+
+    Raises:
+        RingCompileError: the ranks have different programs.
+    """
+
+    def __init__(self, parallel: Parallel, rank: Rank, *, check_inputs: bool = False) -> None:
+        self.rank, self.check_inputs = rank, check_inputs
+        self.program = parallel.rank(rank.index)
+        self.exchange = Exchange(parallel.mesh, rank)
+        self.exchange.agree(_digest(self.program), "program")
+        self.weights = read_weights(self.program, parallel.source, rank.device)
+        self._executors: dict[tuple[tuple[str, int], ...], Executor] = {}
+
+    def run(self, inputs: Any) -> RankRun:
+        """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor.
+
+        Raises:
+            RingCompileError: inputs that do not fit, or a rank that was lost on the way.
+        """
+        whole = name_inputs(self.program, inputs)
+        lengths = self.program.bindings(whole)
+        if self.check_inputs:
+            self.exchange.agree(_checksum(whole), "inputs")
+        return self.run_share(share_inputs(self.program, whole, lengths), lengths)
+
+    def run_share(self, share: dict[str, torch.Tensor], lengths: dict[str, int]) -> RankRun:
+        """Run once on this rank's share of the inputs, by placeholder name."""
+        executor, device = self._executor(lengths), self.rank.device
+        self.exchange.bytes_sent, self.exchange.wait_seconds = 0, 0.0
+        started = time.perf_counter()
+        with torch.no_grad():
+            values = {name: tensor.to(device) for name, tensor in share.items()}
+            outputs = _drive(executor.run({**self.weights, **values}), self.exchange)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        stats = Stats(
+            self.rank.index,
+            self.exchange.bytes_sent,
+            time.perf_counter() - started,
+            self.exchange.wait_seconds,
+            _peak_bytes(device),
+        )
+        return RankRun(outputs, lengths, stats)
+
+    def assemble(self, run: RankRun) -> Any:
+        """Whole outputs, nested as the model returned them, on rank 0; None on the others."""
+        columns = [
+            self._gathered(share, any(type_of(node).layout.dims))
+            for share, node in zip(run.outputs, self.program.outputs, strict=True)
+        ]
+        if self.rank.index != 0:
+            return None
+        return assemble_outputs(self.program, list(zip(*columns, strict=True)), run.lengths)
+
+    def _gathered(self, share: torch.Tensor, split: bool) -> list[torch.Tensor]:
+        num_ranks = self.rank.world_size
+        if not split or num_ranks == 1:
+            return [share] * num_ranks
+        share = share.contiguous()
+        pieces = [torch.empty_like(share) for _ in range(num_ranks)] if not self.rank.index else []
+        dist.gather(share, pieces or None, dst=0)
+        return pieces
+
+    def _executor(self, lengths: dict[str, int]) -> Executor:
+        key = tuple(sorted(lengths.items()))
+        if key not in self._executors:
+            if len(self._executors) == _MAX_EXECUTORS:
+                self._executors.clear()
+            self._executors[key] = Executor(self.program, lengths, self.rank.device)
+        return self._executors[key]
+
+
+def _drive(
+    generator: Generator[Request, Any, tuple[torch.Tensor, ...]], exchange: Exchange
+) -> tuple[torch.Tensor, ...]:
+    answer = None
+    while True:
+        try:
+            request = generator.send(answer)
+        except StopIteration as done:
+            return done.value
+        answer = exchange.answer(request)
+
+
+def _digest(program: Program) -> int:
+    """What programs of different ranks have in common where they belong together."""
+    weights = sorted(map(str, program.weights.values()))
+    common = (str(program.mesh), program.sequence, program.passes, program.inputs, weights)
+    return zlib.crc32(repr(common).encode())
+
+
+def _checksum(inputs: dict[str, torch.Tensor]) -> int:
+    checksum = 0
+    for tensor in inputs.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        checksum = zlib.crc32(repr((tensor.dtype, tensor.shape)).encode(), checksum)
+        checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
+    return checksum
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,132 @@
+"""What a rank does when its program asks for other ranks: transfers over torch.distributed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ringcompile.errors import RingCompileError
+from ringcompile.mesh import Mesh
+from ringcompile.runtime.executor import Gather, Request, Shift, Wait
+from ringcompile.runtime.join import Rank, first_line, name_ranks
+
+
+class PeerLostError(RingCompileError):
+    """An exchange failed: most often the consequence of what happened to another rank."""
+
+
+@dataclass
+class _Transfer:
+    """A shift on its way; keeps alive what torch.distributed reads and writes until it is done."""
+
+    shift: Shift
+    peers: list[int]
+    buffer: torch.Tensor
+    works: list[dist.Work]
+
+
+@dataclass
+class Exchange:
+    """Answers what a rank's program asks of others, and counts.
+
+    Making one is collective: all ranks do it in the same order.
+    """
+
+    mesh: Mesh
+    rank: Rank
+    bytes_sent: int = 0
+    wait_seconds: float = 0.0
+    groups: dict[str, dist.ProcessGroup | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.groups = _axis_groups(self.mesh, self.rank.index)
+
+    def answer(self, request: Request) -> Any:
+        """Do what the program asks; see `Executor.run`."""
+        match request:
+            case Shift():
+                return self._start(request)
+            case Wait():
+                return self._finish(request)
+            case Gather():
+                return self._gather(request)
+
+    def _peer(self, axis: str, coordinate: int) -> int:
+        return self.mesh.rank({**self.mesh.coordinates(self.rank.index), axis: coordinate})
+
+    def _start(self, shift: Shift) -> _Transfer:
+        group, ops, peers = self.groups[shift.axis], [], []
+        shape = shift.shape if shift.source is not None else (0,)
+        buffer = torch.empty(shape, dtype=shift.dtype, device=self.rank.device)
+        if shift.to is not None:
+            peers.append(self._peer(shift.axis, shift.to))
+            ops.append(dist.P2POp(dist.isend, shift.tensor, peers[-1], group))
+            self.bytes_sent += shift.tensor.nbytes
+        if shift.source is not None:
+            peers.append(self._peer(shift.axis, shift.source))
+            ops.append(dist.P2POp(dist.irecv, buffer, peers[-1], group))
+        try:
+            return _Transfer(shift, peers, buffer, dist.batch_isend_irecv(ops))
+        except RuntimeError as error:
+            raise self._lost(shift.node, peers, error) from error
+
+    def _finish(self, wait: Wait) -> torch.Tensor:
+        transfer: _Transfer = wait.handle
+        started = time.perf_counter()
+        try:
+            for work in transfer.works:
+                work.wait()
+        except RuntimeError as error:
+            raise self._lost(wait.node, transfer.peers, error) from error
+        self.wait_seconds += time.perf_counter() - started
+        return transfer.buffer
+
+    def _gather(self, gather: Gather) -> list[torch.Tensor]:
+        group, tensor = self.groups[gather.axis], gather.tensor
+        num_ranks = self.mesh.size(gather.axis)
+        pieces = list(tensor.new_empty((num_ranks, *tensor.shape)).unbind())
+        started = time.perf_counter()
+        try:
+            dist.all_gather(pieces, tensor, group)
+        except RuntimeError as error:
+            raise self._lost(gather.node, dist.get_process_group_ranks(group), error) from error
+        self.wait_seconds += time.perf_counter() - started
+        self.bytes_sent += tensor.nbytes * (num_ranks - 1)
+        return pieces
+
+    def _lost(self, node: str, peers: list[int], error: RuntimeError) -> PeerLostError:
+        others = name_ranks(set(peers) - {self.rank.index})
+        return PeerLostError(
+            f"rank {self.rank.index} lost {others} in %{node}: {first_line(error)}",
+            hint="see what the other ranks report: one failed, stopped or runs another program",
+        )
+
+    def agree(self, value: int, what: str) -> None:
+        """Refuse to go on where another rank has another value than rank 0."""
+        if self.rank.world_size == 1:
+            return
+        mine = torch.tensor([value], dtype=torch.int64, device=self.rank.device)
+        values = [torch.empty_like(mine) for _ in range(self.rank.world_size)]
+        dist.all_gather(values, mine)
+        differ = [rank for rank, other in enumerate(values) if other != values[0]]
+        if differ:
+            raise RingCompileError(
+                f"{name_ranks(differ)} got other {what} than rank 0",
+                hint=f"start all ranks with the same {what}",
+            )
+
+
+def _axis_groups(mesh: Mesh, index: int) -> dict[str, dist.ProcessGroup | None]:
+    groups: dict[str, dist.ProcessGroup | None] = {}
+    for axis, size in mesh.axes:
+        if size == mesh.world_size:
+            groups[axis] = dist.group.WORLD  # None for one rank, which may be in no job
+        elif size > 1:
+            # Every rank makes all groups of the axis, in the same order.
+            made = [(ranks, dist.new_group(ranks)) for ranks in mesh.groups(axis)]
+            groups[axis] = next(group for ranks, group in made if index in ranks)
+    return groups

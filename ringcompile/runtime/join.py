@@ -1,0 +1,198 @@
+"""Joining a job: a process takes its place among the ranks, or says which ranks are missing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from ringcompile.errors import RingCompileError
+from ringcompile.mesh import Mesh
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+BACKENDS = ("auto", "gloo", "nccl")
+JOIN_TIMEOUT = 120.0  # starting 16 processes on 2 busy cores takes a few seconds
+EXCHANGE_TIMEOUT = 1800.0  # a peer may compute for long between two transfers
+_TORCHRUN = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+
+
+@dataclass
+class Rank:
+    """This process' place among the ranks.
+
+    Attributes:
+        index: its global rank.
+        world_size: the number of ranks.
+        device: where its tensors live.
+        state: what a call wants to keep in the process for the next call.
+    """
+
+    index: int
+    world_size: int
+    device: torch.device
+    state: Any = None
+
+
+def pick_backend(backend: str, num_ranks: int) -> str:
+    """`gloo` or `nccl`; `auto` takes NCCL where every rank of this machine has a GPU of its own.
+
+    Raises:
+        RingCompileError: an unknown backend, or fewer GPUs than ranks.
+    """
+    if backend not in BACKENDS:
+        raise RingCompileError(
+            f"unknown backend '{backend}'", hint=f"backends are: {', '.join(BACKENDS)}"
+        )
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    enough = num_devices >= num_ranks and dist.is_nccl_available()
+    if backend == "nccl" and not enough:
+        raise RingCompileError(
+            f"NCCL needs a GPU for each of the {num_ranks} ranks on this machine, "
+            f"there are {num_devices}",
+            hint="use the gloo backend, which runs on the CPU",
+        )
+    return "nccl" if enough and backend != "gloo" else "gloo"
+
+
+def join_local(
+    index: int,
+    world_size: int,
+    store: Path,
+    *,
+    backend: str = "auto",
+    timeout: float = EXCHANGE_TIMEOUT,
+    join_timeout: float = JOIN_TIMEOUT,
+) -> Rank:
+    """Join the other processes of this machine; listens on the loopback interface only.
+
+    Args:
+        index: this process' rank.
+        world_size: the number of ranks.
+        store: the file through which the ranks find one another; not there yet, or of this job.
+        backend: see `pick_backend`.
+        timeout: seconds that a rank waits for another in one exchange.
+        join_timeout: seconds to wait for the others to join.
+
+    Raises:
+        RingCompileError: some ranks did not join.
+    """
+    os.environ.update(GLOO_SOCKET_IFNAME=LOOPBACK, NCCL_SOCKET_IFNAME=LOOPBACK)
+    found = FileStore(str(store), world_size)
+    picked = pick_backend(backend, world_size)
+    return _join(found, index, world_size, index, picked, timeout, join_timeout)
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher started this process as one rank of a job."""
+    return os.environ.keys() >= _TORCHRUN
+
+
+def join_torchrun(
+    mesh: Mesh,
+    *,
+    backend: str = "auto",
+    timeout: float = EXCHANGE_TIMEOUT,
+    join_timeout: float = JOIN_TIMEOUT,
+) -> Rank:
+    """Join the job that `torchrun`, or whatever set its variables, started this process for.
+
+    Raises:
+        RingCompileError: there is no job, it has another size than the mesh, or ranks are missing.
+    """
+    if not under_torchrun():
+        raise RingCompileError(
+            f"no job to join: {', '.join(sorted(_TORCHRUN - os.environ.keys()))} not set",
+            hint=f"start the ranks with: torchrun --nproc-per-node {mesh.world_size} ...",
+        )
+    index, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    check_world_size(mesh, world_size)
+    local = int(os.environ.get("LOCAL_RANK", index))
+    picked = pick_backend(backend, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    if dist.is_initialized():
+        return Rank(index, world_size, _device(picked, local))
+    try:
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=join_timeout)))
+    except (RuntimeError, ValueError) as error:
+        raise RingCompileError(
+            f"rank {index} cannot reach the job at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {first_line(error)}"
+        ) from error
+    return _join(store, index, world_size, local, picked, timeout, join_timeout)
+
+
+def check_world_size(mesh: Mesh, world_size: int) -> None:
+    """Refuse a job whose size is not the mesh's."""
+    if world_size != mesh.world_size:
+        raise RingCompileError(
+            f"the program is for {mesh.world_size} ranks ({mesh}), the job has {world_size}",
+            hint=f"start {mesh.world_size} ranks, or transform the model for {world_size}",
+        )
+
+
+def missing_ranks(missing: Iterable[int], timeout: float) -> RingCompileError:
+    """The error for ranks that did not join in time."""
+    return RingCompileError(
+        f"{name_ranks(missing)} did not join within {timeout:g} s",
+        hint="see whether they started at all; on a slow machine raise the timeout",
+    )
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 1, 3`."""
+    listed = sorted(ranks)
+    return f"rank{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of torch says, without the C++ stack behind it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _join(
+    store: Store,
+    index: int,
+    world_size: int,
+    local: int,
+    backend: str,
+    timeout: float,
+    join_timeout: float,
+) -> Rank:
+    _check_in(store, index, world_size, join_timeout)
+    device = _device(backend, local)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=index,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if backend == "nccl" else None,
+    )
+    return Rank(index, world_size, device)
+
+
+def _check_in(store: Store, index: int, world_size: int, timeout: float) -> None:
+    """Wait until all ranks are here: torch's own error would not say which one is missing."""
+    keys = [f"ringcompile/joined/{rank}" for rank in range(world_size)]
+    store.set(keys[index], "1")
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise missing_ranks(missing, timeout) from error
+
+
+def _device(backend: str, local: int) -> torch.device:
+    if backend != "nccl":
+        return torch.device("cpu")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,249 @@
+"""Ranks as processes of this machine: started together, called together, ended together.
+
+Whatever happens to a rank reaches the caller as an error, and no process is left behind. The ranks
+are forked from a server that has imported torch: 16 of them take about a second and share their
+memory. The server itself stays until this process ends, so that the next ranks start faster.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+from ringcompile.errors import RingCompileError
+from ringcompile.runtime.join import (
+    EXCHANGE_TIMEOUT,
+    JOIN_TIMEOUT,
+    missing_ranks,
+    name_ranks,
+    pick_backend,
+)
+from ringcompile.runtime.transport import pack, unpack
+from ringcompile.runtime.worker import Answer, Call, Failure, Place, serve
+
+_PRELOAD = ["torch", "torch.distributed", "ringcompile.runtime.launcher", "ringcompile.artifact"]
+_GRACE = 1.0  # seconds for the cause to arrive when a consequence was reported first
+_LEAVE = 5.0  # seconds to leave when asked to
+
+
+class Processes:
+    """The ranks of one job, kept alive from call to call. Leaving the `with` ends them.
+
+    Args:
+        num_ranks: how many.
+        backend: `gloo`, `nccl`, or `auto`.
+        threads: torch's threads in each rank; by default the cores are shared out.
+        timeout: seconds that one call may take.
+        join_timeout: seconds that the ranks have to start and find one another.
+
+    Raises:
+        RingCompileError: a rank did not join, or ended.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        timeout: float = EXCHANGE_TIMEOUT,
+        join_timeout: float = JOIN_TIMEOUT,
+    ) -> None:
+        self.num_ranks, self.timeout = num_ranks, timeout
+        self._folder = Path(tempfile.mkdtemp(prefix="ringcompile-"))
+        self._processes: list[ForkServerProcess] = []
+        self._connections: list[connection.Connection] = []
+        self._num_calls = 0
+        try:
+            place = Place(
+                index=0,
+                world_size=num_ranks,
+                folder=self._folder,
+                backend=pick_backend(backend, num_ranks),
+                threads=threads or max(1, (os.cpu_count() or 1) // num_ranks),
+                timeout=timeout,
+                join_timeout=join_timeout,
+                environment=dict(os.environ),
+            )
+            self._start(place)
+            self._collect(join_timeout, missing_ranks)
+        except BaseException:
+            self.kill()
+            raise
+
+    def call(
+        self, function: Callable[..., Any], *args: Any, timeout: float | None = None
+    ) -> list[Any]:
+        """Call `function(rank, *args)` in every rank; the ranks' results, in order.
+
+        Arguments and results may hold tensors at any depth. After an error the ranks are gone.
+
+        Args:
+            function: from a module that the ranks can import (not from `__main__`).
+            args: what to pass.
+            timeout: seconds, instead of the job's.
+
+        Raises:
+            RingCompileError: as a rank raised it; or a rank failed in another way, was killed, or
+                has not answered in time.
+        """
+        if not self._processes:
+            raise RingCompileError("the ranks have ended", hint="start new ones")
+        folder = self._folder / f"call{self._num_calls}"
+        self._num_calls += 1
+        try:
+            folder.mkdir()
+            self._send(pack(Call(function, args, folder), folder, "args"))
+            return self._collect(timeout or self.timeout, _unanswered)
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let the ranks leave; the ones that do not are killed."""
+        try:
+            for end in self._connections:
+                end.close()
+            deadline = time.monotonic() + _LEAVE
+            for process in self._processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the ranks at once and remove what they left."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+            process.close()
+        for end in self._connections:
+            end.close()
+        self._processes, self._connections = [], []
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.kill()
+
+    def _start(self, place: Place) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        for index in range(self.num_ranks):
+            ours, theirs = context.Pipe()
+            self._connections.append(ours)
+            process = context.Process(
+                target=serve,
+                args=(theirs, replace(place, index=index)),
+                name=f"ringcompile-rank{index}",
+                daemon=True,
+            )
+            try:
+                with _main_hidden():
+                    process.start()
+            except (OSError, EOFError) as error:
+                raise RingCompileError(f"cannot start rank {index}: {error}") from error
+            finally:
+                theirs.close()
+            self._processes.append(process)
+
+    def _send(self, message: bytes) -> None:
+        for index, end in enumerate(self._connections):
+            try:
+                end.send_bytes(message)
+            except OSError as error:
+                raise self._ended(index) from error
+
+    def _collect(
+        self, timeout: float, late: Callable[[Sequence[int], float], RingCompileError]
+    ) -> list[Any]:
+        """Each rank's next answer; raises what the first rank to fail reports."""
+        answers: dict[int, Any] = {}
+        waiting = dict(zip(self._connections, range(self.num_ranks), strict=True))
+        deadline, suspect = time.monotonic() + timeout, None
+        while waiting:
+            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise suspect or late(sorted(waiting.values()), timeout)
+            for end in ready:
+                index = waiting.pop(end)  # type: ignore[call-overload]
+                match self._receive(index):
+                    case Answer(value):
+                        answers[index] = value
+                    case Failure(error, consequence=True):
+                        suspect = suspect or error
+                        deadline = min(deadline, time.monotonic() + _GRACE)
+                    case Failure(error):
+                        raise error
+        if suspect:
+            raise suspect
+        return [answers[index] for index in range(self.num_ranks)]
+
+    def _receive(self, index: int) -> Answer | Failure:
+        try:
+            message = unpack(self._connections[index].recv_bytes())
+        except (EOFError, OSError) as error:
+            raise self._ended(index) from error
+        if isinstance(message, Failure):
+            message.error.add_note(message.trace)
+        return message
+
+    def _ended(self, index: int) -> RingCompileError:
+        process = self._processes[index]
+        process.join(_LEAVE)
+        code = process.exitcode
+        if code is not None and code < 0:
+            return RingCompileError(
+                f"rank {index} was killed by {signal.Signals(-code).name}",
+                hint="SIGKILL is often the system out of memory: use fewer ranks, a shorter "
+                "sequence or a smaller dtype",
+            )
+        return RingCompileError(f"rank {index} ended with exit code {code}")
+
+
+def _unanswered(ranks: Sequence[int], timeout: float) -> RingCompileError:
+    return RingCompileError(
+        f"{name_ranks(ranks)} did not answer within {timeout:g} s",
+        hint="raise the timeout for long runs; `ringcompile verify` finds ranks that wait "
+        "for each other",
+    )
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep multiprocessing from running the user's script again in every rank.
+
+    It would import `__main__` there, which a script without `if __name__ == "__main__"` does not
+    survive; the ranks need nothing from it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,129 @@
+"""The life of one local rank's process: join, answer calls, leave, and never outlive the parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.runtime.exchange import PeerLostError
+from ringcompile.runtime.join import Rank, join_local
+from ringcompile.runtime.transport import pack, unpack
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank's process is told when it starts."""
+
+    index: int
+    world_size: int
+    folder: Path
+    backend: str
+    threads: int
+    timeout: float
+    join_timeout: float
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function that every rank is to call, as `function(rank, *args)`."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank returned."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank raised.
+
+    Attributes:
+        error: one of ours, whatever was raised.
+        trace: the traceback's text.
+        consequence: whether another rank's end is the likely cause.
+    """
+
+    error: RingCompileError
+    trace: str
+    consequence: bool
+
+
+def serve(connection: Connection, place: Place) -> None:
+    """Join, then answer calls until the parent hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends the ranks
+    threading.Thread(target=_end_with_parent, args=(place.folder,), daemon=True).start()
+    os.dup2(2, 1)  # standard output is the parent's: whatever a rank prints is a message
+    os.environ.clear()
+    os.environ.update(place.environment)
+    torch.set_num_threads(place.threads)
+    try:
+        rank = _join(place)
+        connection.send_bytes(pack(Answer(None), place.folder, ""))
+        while (call := _next_call(connection)) is not None:
+            answer = Answer(call.function(rank, *call.args))
+            connection.send_bytes(pack(answer, call.folder, f"rank{place.index}"))
+            del call, answer
+    except BaseException as error:
+        connection.send_bytes(pack(_failure(error, place.index), place.folder, ""))
+        threading.Event().wait()  # an end now would reach the others before the parent knows why
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(place: Place) -> Rank:
+    return join_local(
+        place.index,
+        place.world_size,
+        place.folder / "store",
+        backend=place.backend,
+        timeout=place.timeout,
+        join_timeout=place.join_timeout,
+    )
+
+
+def _next_call(connection: Connection) -> Call | None:
+    try:
+        message = connection.recv_bytes()
+    except EOFError:
+        return None
+    return unpack(message)
+
+
+def _end_with_parent(folder: Path) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    shutil.rmtree(folder, ignore_errors=True)  # the parent could not: it was killed
+    os._exit(1)
+
+
+def _failure(error: BaseException, index: int) -> Failure:
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, RingCompileError):
+        return Failure(error, trace, isinstance(error, PeerLostError))
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    wrapped = RingCompileError(
+        f"rank {index} failed: {type(error).__name__}: {error}",
+        location=SourceLocation(last.filename, last.lineno or 0),
+    )
+    return Failure(wrapped, trace, consequence=False)

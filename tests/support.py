@@ -1,0 +1,58 @@
+"""What tests share: compile a module, run all ranks, and hold the numbers against the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ringcompile.capture.export import capture
+from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.runtime.inprocess import Result, run_lockstep
+
+# The largest difference that float32 results may show, of the largest output.
+TOLERANCE = 2e-5
+
+
+def compiled(
+    module: nn.Module, args: tuple[Any, ...], spec: str, kwargs: dict[str, Any] | None = None,
+    **options: Any,
+) -> ParallelProgram:
+    """Capture and transform."""
+    return transform(capture(module.eval(), args, kwargs), spec, **options)
+
+
+def run(parallel: ParallelProgram, inputs: Any) -> Result:
+    """All ranks in lock-step, every value held against its type; ranks checked against each other."""
+    parallel.verify()
+    return run_lockstep(
+        parallel.ranks(), parallel.mesh, parallel.source, inputs, check_types=True
+    )
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest difference over the largest expected value, over all outputs."""
+    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    assert pairs
+    largest = max(float(e.abs().max()) for _, e in pairs)
+    assert all(f.shape == e.shape and f.dtype == e.dtype for f, e in pairs)
+    return max(float((f - e).abs().max()) for f, e in pairs) / max(largest, 1e-30)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a nested value, in order."""
+    leaves = pytree.tree_leaves(dict(value) if hasattr(value, "keys") else value)
+    return [leaf.to(torch.float64) if leaf.dtype == torch.bool else leaf
+            for leaf in leaves if torch.is_tensor(leaf)]
+
+
+def counts(parallel: ParallelProgram, rank: int) -> dict[str, int]:
+    """How often each of our ops stands in a rank's graph."""
+    found: dict[str, int] = {}
+    for node in parallel.rank(rank).graph.nodes:
+        name = str(node.target)
+        if name.startswith("ringcompile."):
+            found[name.split(".")[1]] = found.get(name.split(".")[1], 0) + 1
+    return found
