@@ -1,11 +1,5 @@
-"""Placeholder until the artifact layer lands; overwrite this file."""
+"""Save and load compiled models: JSON graphs and safetensors, nothing that executes code."""
 
-from typing import Any
+from ringcompile.artifact.store import Artifact, load, save
 
-
-def save(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError
-
-
-def load(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError
+__all__ = ["Artifact", "load", "save"]

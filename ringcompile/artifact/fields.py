@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.program import Weight
+from ringcompile.ir.program import Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT
 from ringcompile.mesh import Mesh
 
@@ -85,3 +85,19 @@ def mesh_from_json(spec: str) -> Mesh:
     if len(spec) > 100:
         raise RingCompileError("the parallel spec is too long")
     return Mesh.parse(spec)
+
+
+def structure_from_json(value: Any) -> Structure:
+    """How outputs are nested; RingCompileError if it is not a structure."""
+    data = expect(value, dict, "a structure")
+    kind = member(data, "kind", str)
+    keys = texts(data, "keys") if "keys" in data else ()
+    children = tuple(
+        map(structure_from_json, member(data, "children", list) if "children" in data else ())
+    )
+    plain = kind in ("tuple", "list") and not keys
+    named = kind == "dict" and len(set(keys)) == len(children) == len(keys)
+    leaf = kind in ("tensor", "none") and not keys and not children
+    if not (plain or named or leaf):
+        raise RingCompileError(f"'{kind[:40]}' is not a structure of outputs")
+    return Structure(kind, keys, children)

@@ -25,6 +25,7 @@ from ringcompile.artifact.fields import (
     member,
     mesh_from_json,
     numbers,
+    structure_from_json,
     texts,
     weight_from_json,
 )
@@ -72,7 +73,7 @@ def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
             for key, name in member(data, "placeholders", dict).items()
         },
         weights={k: _weight(k, v) for k, v in member(data, "weights", dict).items()},
-        output_structure=_structure(data.get("output_structure")),
+        output_structure=structure_from_json(data.get("output_structure")),
         length_range=length_range_from_json(data),
         name=member(data, "name", str),
         mesh=mesh,
@@ -98,19 +99,6 @@ def _sequence(data: dict[str, Any], mesh: Mesh | None) -> SequenceSplit:
     if mesh is None or ranks != mesh.size(axis) or order not in _ORDERS:
         raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
     return SequenceSplit(axis, ranks, order)
-
-
-def _structure(value: Any) -> Structure:
-    data = expect(value, dict, "a structure")
-    kind = member(data, "kind", str)
-    keys = texts(data, "keys") if "keys" in data else ()
-    children = tuple(map(_structure, member(data, "children", list) if "children" in data else ()))
-    plain = kind in ("tuple", "list") and not keys
-    named = kind == "dict" and len(set(keys)) == len(children) == len(keys)
-    leaf = kind in ("tensor", "none") and not keys and not children
-    if not (plain or named or leaf):
-        raise RingCompileError(f"'{kind[:40]}' is not a structure of outputs")
-    return Structure(kind, keys, children)
 
 
 def _num_tensors(structure: Structure) -> int:
@@ -170,8 +158,8 @@ class _Reader:
 
     def _node(self, name: str, row: dict[str, Any]) -> None:
         op = member(row, "op", str)
-        if name in self.nodes or self.finished:
-            raise RingCompileError("a second node of this name, or one behind the output")
+        if name in self.nodes or self.finished or len(name) > 1000:
+            raise RingCompileError("its name is taken or too long, or it stands behind the output")
         meta = self._meta(row)
         if op == "placeholder":
             target = member(row, "target", str) if "target" in row else name

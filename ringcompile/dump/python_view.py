@@ -1,6 +1,220 @@
-"""Placeholder until the dump layer lands; overwrite this file."""
-from ringcompile.ir.program import Program
+"""A program as Python that people read: one function, one statement a node.
+
+The view is valid Python over names that a reader knows, but nothing imports or executes it: programs
+are saved as JSON, and run by `runtime/executor.py`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+import keyword
+import operator
+import re
+import textwrap
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ringcompile.ir import expr
+from ringcompile.ir.call_text import elided, given_arguments, is_ours, op_name, symbols_of
+from ringcompile.ir.legend import legend, rank_text, title
+from ringcompile.ir.printer import block_of, blocks, type_text
+from ringcompile.ir.program import Program, location_of
+from ringcompile.ops import schemas
+
+_RESERVED = {"inputs", "weights", "comm", "torch", "aten", "ours", "operator", "step"}
+_AFFIX = re.compile(r"_(default|tensor|scalar|dtype|int)(?=_\d+$|$)", re.IGNORECASE)
+_ROUNDING = re.compile(r"(?<![.\w])(ceil|floor)\(")
+_INDENT = " " * 4
+_WIDTH, _MAX_CODE = 100, 84
+_NOTICE = "A view for reading: ringcompile never imports or executes this file."
+# Terms of the legend that stand in another form here.
+_NOT_HERE = ("@name", "file:line", "ring.op")
 
 
 def python_view(program: Program) -> str:
-    raise NotImplementedError
+    """The readable Python of a program, usually that of one rank; ends with a newline."""
+    head = [*title(program, "constructed by"), "", _NOTICE, "", *legend(program, _NOT_HERE)]
+    body = _View(program).body()
+    rounding = any(_ROUNDING.search(line) for line in body)
+    return "\n".join([
+        *(f"# {line}".rstrip() for line in head),
+        "",
+        *(["from math import ceil, floor", ""] if rounding else []),
+        "import torch",
+        "",
+        "aten, ours = torch.ops.aten, torch.ops.ringcompile",
+        "",
+        "",
+        "def step(inputs, weights, comm):",
+        f'{_INDENT}"""One run on {rank_text(program)}.',
+        "",
+        f"{_INDENT}Args:",
+        f"{_INDENT * 2}inputs: tensors by name; of what is split, this rank's share.",
+        f"{_INDENT * 2}weights: tensors by qualified name.",
+        f"{_INDENT * 2}comm: knows the lengths, and sends along the axes of the mesh.",
+        f'{_INDENT}"""',
+        *body,
+        "",
+    ])
+
+
+class _View:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.calls = [node for node in program.graph.nodes if node.op == "call_function"]
+        used = {name for node in self.calls for name in symbols_of(node)}
+        if expr.LOCAL in used:
+            used.add(expr.SEQUENCE)  # a rank's share follows from the length
+        self.symbols = sorted(used, key=lambda name: (name == expr.LOCAL, name))
+        self.names = self._names()
+
+    def _names(self) -> dict[fx.Node, str]:
+        """Identifiers: the graph's names without overloads, distinct from all else."""
+        taken = {*_RESERVED, *self.symbols, *keyword.kwlist, *dir(builtins)}
+        names: dict[fx.Node, str] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                continue
+            if node.name in self.program.weights:
+                names[node] = f"weights[{json.dumps(self.program.weights[node.name].name)}]"
+                continue
+            clean = _AFFIX.sub("", node.name)
+            base = clean.rstrip("0123456789").rstrip("_") or clean
+            numbered = (f"{base}_{i}" for i in itertools.count(1))
+            names[node] = next(
+                name for name in itertools.chain((clean, base), numbered) if name not in taken
+            )
+            taken.add(names[node])
+        return names
+
+    def body(self) -> list[str]:
+        lines = self._aligned([*self._inputs(), *map(self._length, self.symbols)])
+        for block, run in blocks(self.calls, below=1):
+            lines += ["", f"{_INDENT}# {self._heading(block, run)}"]
+            lines += self._aligned([(self._statement(node), self._note(node)) for node in run])
+        value = self.program.output_structure.build(
+            self.names[node] for node in self.program.outputs
+        )
+        return [*lines, "", f"{_INDENT}return {_nested(value)}"]
+
+    # -- statements, each with what is noted behind it -------------------------------------------
+
+    def _inputs(self) -> list[tuple[str, str]]:
+        return [
+            (f'{self.names[node]} = inputs["{node.name}"]', self._note(node))
+            for node in self.program.graph.nodes
+            if node.op == "placeholder" and node.name not in self.program.weights
+        ]
+
+    def _length(self, name: str) -> tuple[str, str]:
+        sequence, mesh = self.program.sequence, self.program.mesh
+        if name in self.program.lengths:
+            return f"{name} = {self.program.lengths[name]}", ""
+        if name == expr.LOCAL and sequence is not None:
+            padded = f"-(-{expr.SEQUENCE} // {sequence.num_chunks})"
+            return f"{name} = {padded} * {sequence.chunks_per_rank}", "tokens that this rank holds"
+        if mesh is not None and name in mesh.names:
+            return f'{name} = comm.coordinate("{name}")', "of this rank"
+        return f'{name} = comm.length("{name}")', ""
+
+    def _statement(self, node: fx.Node) -> str:
+        if node.target is operator.getitem:
+            source, index = (self._value(value) for value in node.args)
+            return f"{self.names[node]} = {source}[{index}]"
+        arguments, named = [], False
+        for argument in given_arguments(node):
+            named = named or argument.is_named
+            text = self._value(argument.value)
+            arguments.append(f"{argument.name}={text}" if named else text)
+        return f"{self.names[node]} = {_function(node)}({', '.join(arguments)})"
+
+    def _note(self, node: fx.Node) -> str:
+        type_ = type_text(self.program, node.meta.get("type"))
+        return "; ".join(filter(None, (type_, node.meta.get("why"))))
+
+    def _heading(self, block: str, run: list[fx.Node]) -> str:
+        """The layer, and from where to where the model's own lines reach."""
+        own = [node for node in run if block_of(node, 1) == block]
+        layers = dict.fromkeys(location_of(node).layer for node in own)
+        name = block or ", ".join(filter(None, layers)) or "the model itself"
+        files: dict[str, list[int]] = {}
+        for node in own:
+            file, _, line = location_of(node).short.rpartition(":")
+            if file:
+                files.setdefault(file, []).append(int(line))
+        spans = (
+            f"{file}:{min(lines)}" + (f"-{max(lines)}" if len(set(lines)) > 1 else "")
+            for file, lines in files.items()
+        )
+        where = ", ".join(spans)
+        return f"{name} ({where})" if where else name
+
+    def _value(self, value: Any) -> str:
+        match value:
+            case fx.Node():
+                return self.names[value]
+            case list() | tuple():
+                return f"[{', '.join(elided([self._value(item) for item in value]))}]"
+            case sympy.Expr():
+                return _size(value)
+            case float():
+                finite = value == value and abs(value) != float("inf")
+                return repr(value) if finite else f'float("{value}")'
+            case torch.device():
+                return json.dumps(str(value))
+            case str():
+                return json.dumps(value)
+        return str(value)
+
+    @staticmethod
+    def _aligned(statements: list[tuple[str, str]]) -> list[str]:
+        """Statements, long ones on several lines, with their notes below each other."""
+        width = max((len(code) for code, _ in statements if len(code) <= _MAX_CODE), default=0)
+        lines = []
+        for code, note in statements:
+            comment = f"  # {note}" if note else ""
+            if len(code) <= _MAX_CODE:
+                lines.append(f"{_INDENT}{code:<{width}}{comment}".rstrip())
+                continue
+            head, rest = code.split("(", 1)
+            inner = textwrap.wrap(
+                rest[:-1], _WIDTH, initial_indent=_INDENT * 2, subsequent_indent=_INDENT * 2,
+                break_long_words=False, break_on_hyphens=False,
+            )
+            lines += [f"{_INDENT}{head}(", *inner, f"{_INDENT}){comment}"]
+        return lines
+
+
+def _function(node: fx.Node) -> str:
+    """`aten.linear`, `ours.pack`, `comm.wait`."""
+    if schemas.name_of(node.target) in schemas.COMMUNICATION:
+        return f"comm.{schemas.name_of(node.target)}"
+    if not hasattr(node.target, "_schema"):
+        return op_name(node)
+    namespace, name = str(node.target).split(".")[:2]
+    if is_ours(node):
+        return f"ours.{name}"
+    return f"{namespace}.{name}" if namespace == "aten" else f"torch.ops.{namespace}.{name}"
+
+
+def _size(size: sympy.Expr) -> str:
+    """A size as Python; quotients outside functions are whole numbers."""
+    if size.atoms(sympy.Function):
+        return str(sympy.pycode(size, fully_qualified_modules=False))
+    return str(size).replace("/", " // ")
+
+
+def _nested(value: Any) -> str:
+    """Nested outputs, the leaves as they are."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_nested(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + "".join(f"{_nested(item)}, " for item in value).rstrip() + ")"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_nested, value))}]"
+    return str(value)

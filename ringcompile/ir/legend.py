@@ -7,64 +7,39 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import sympy
 from torch import fx
 
 from ringcompile.ir import expr
+from ringcompile.ir.call_text import band_text, has_band, is_ours, op_name, symbols_of
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
 from ringcompile.ir.program import Program
-from ringcompile.ir.types import TensorType, ValueType, state_type
+from ringcompile.ir.types import TensorType, ValueType, bind_type, state_type
 
-WIDTH = 100
-_NO_BREAK = "\N{NO-BREAK SPACE}"
+WIDTH = 97
 RING_ATTENTION = "ringcompile.ring_attention.default"
+# Kept together when lines are filled.
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
-def op_name(node: fx.Node) -> str:
-    """The short name of an op: `linear`, `ring.attention`, `operator.getitem`.
-
-    Names of torch's own operators have no prefix and, as their arguments tell the overload, no
-    overload. Ours that work along a mesh axis have that axis in front, which also tells
-    `ring.gather` from torch's `gather`.
-    """
-    parts = str(node.target).split(".")
-    if not hasattr(node.target, "_schema"):
-        return f"{node.target.__module__}.{node.target.__name__}".removeprefix("_")  # type: ignore[union-attr]
-    if parts[0] == "aten":
-        return parts[1]
-    if parts[0] != "ringcompile":
-        return ".".join(parts[:2])
-    axis = Call(node).get("axis")
-    return f"{axis}.{parts[1].removeprefix(f'{axis}_')}" if axis else parts[1]
-
-
-def is_state(value: ValueType | None) -> bool:
-    """Whether a type is that of a state (out, lse) of attention."""
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and len(value[0].shape) == 4
-        and value == state_type(value[0])
-    )
-
-
-def title(program: Program) -> list[str]:
-    """Model, mesh, rank and passes."""
+def title(program: Program, passes: str) -> list[str]:
+    """Model, mesh, rank, and behind the word `passes` the passes that ran."""
     parts = [f"model {program.name}"]
     if program.mesh is not None:
         parts.append(f"mesh {program.mesh}")
     if program.sequence is not None:
         parts.append(f"order {program.sequence.order}")
-    parts.append(_rank(program))
-    return ["   ".join(parts), *_wrapped("passes  ", ", ".join(program.passes))]
+    parts.append(rank_text(program))
+    return ["   ".join(parts), *_filled(f"{passes}  ", ", ".join(program.passes))]
 
 
-def _rank(program: Program) -> str:
+def rank_text(program: Program) -> str:
+    """`one device`, `every rank` or `rank 1 of 4 (ring=1)`."""
     if program.mesh is None:
         return "one device"
     if program.coordinates is None:
@@ -74,198 +49,225 @@ def _rank(program: Program) -> str:
     return f"rank {number} of {program.mesh.world_size} ({where})"
 
 
-def legend(program: Program) -> list[str]:
-    """The symbols and words that this program's text uses, one or a few lines each."""
-    entries = list(_entries(program))
+def legend(program: Program, without: Collection[str] = ()) -> list[str]:
+    """The symbols and words of a program's text, a line or a few each, but those in `without`."""
+    entries = [entry for make in _ENTRIES for entry in make(program) if entry[0] not in without]
     width = max((len(term) for term, _ in entries), default=0) + 2
-    return [line for term, text in entries for line in _wrapped(f"{term:<{width}}", text)]
+    return [line for term, text in entries for line in _filled(f"{term:<{width}}", text)]
 
 
-def _entries(program: Program) -> Iterator[tuple[str, str]]:
-    symbols, nodes = used_symbols(program), list(program.graph.nodes)
-    if expr.SEQUENCE in symbols:
-        yield expr.SEQUENCE, f"length of the sequence in tokens, {_range(program)}"
-    for other in sorted(symbols & set(expr.OTHER_LENGTHS)):
-        yield other, "another length of the inputs"
-    if expr.LOCAL in symbols or _splits_sequence(program):
-        yield expr.LOCAL, _share(program)
-    yield from ((term, text) for term, text in _split_dims(program))
-    if program.sequence is not None and _takes(nodes, {"chunks", "queries"}):
-        yield "chunks", _chunks(program)
-    for axis in program.mesh.names if program.mesh is not None else ():
-        if axis in symbols:
-            last = program.mesh.size(axis) - 1  # type: ignore[union-attr]
+def is_state(value: ValueType | None) -> bool:
+    """Whether a type is that of a state (out, lse) of attention."""
+    if not isinstance(value, tuple) or len(value) != 2 or len(value[0].shape) != 4:
+        return False
+    return value[1] == state_type(value[0])[1]
+
+
+# -- entries: (term, text), each where the program uses the term ---------------------------------
+
+_Entries = Iterator[tuple[str, str]]
+
+
+def _lengths(program: Program) -> _Entries:
+    used = _symbols(program)
+    if expr.SEQUENCE in {*used, *program.lengths}:
+        low, high = program.length_range
+        allowed = f"{low} to {high}" if high is not None else f"at least {low}"
+        fixed = expr.SEQUENCE in program.lengths
+        yield _term(program, expr.SEQUENCE), (
+            f"length of the sequence in tokens, {'fixed' if fixed else allowed}"
+        )
+    for other in expr.OTHER_LENGTHS:
+        if other in used:
+            yield other, "another length of the inputs"
+    if program.sequence is not None and (expr.LOCAL in used or any(_split_atoms(program))):
+        sequence = program.sequence
+        yield _term(program, expr.LOCAL), (
+            f"tokens that a rank holds: s, padded to a multiple of {sequence.num_chunks}, over "
+            f"{sequence.num_ranks} ranks"
+        )
+
+
+def _term(program: Program, name: str) -> str:
+    return f"{name} = {program.lengths[name]}" if name in program.lengths else name
+
+
+def _split_dims(program: Program) -> _Entries:
+    """`s/ring` and what else is split."""
+    sequence, seen = program.sequence, {}
+    for atom in _split_atoms(program):
+        text = f"a dim of {atom.size}, split over mesh axis {' and '.join(atom.axes)}"
+        if sequence is not None and expr.equal(
+            atom.size, expr.bind(sequence.length, program.lengths)
+        ):
+            text += f": a rank holds {expr.bind(sequence.local, program.lengths)} of it"
+        seen[format_dim(None, (atom,))] = text
+    yield from seen.items()
+
+
+def _axes(program: Program) -> _Entries:
+    mesh, used = program.mesh, _symbols(program)
+    for axis in mesh.names if mesh is not None else ():
+        if axis in used:
+            last = mesh.size(axis) - 1  # type: ignore[union-attr]
             yield axis, f"this rank's coordinate on mesh axis {axis}, 0 to {last}"
         if any(op_name(node).startswith(f"{axis}.") for node in _calls(program)):
             yield f"{axis}.op", f"an op that communicates along mesh axis {axis}"
-    if _takes(nodes, {"to", "source"}):
-        yield "to, source", "whom a rank sends to and whom it receives from; None: nobody"
-    if any(is_state(node.meta.get("type")) for node in nodes):
+
+
+def _chunks(program: Program) -> _Entries:
+    sequence = program.sequence
+    if sequence is None or not _takes(program, {"chunks", "queries"}):
+        return
+    rank: Any = expr.coordinate(sequence.axis)
+    if program.coordinates is not None:
+        rank = program.coordinates[sequence.axis]
+    held = " and ".join(str(chunk).replace(" ", _NO_BREAK) for chunk in sequence.chunks(rank))
+    chunk = expr.bind(sequence.chunk, program.lengths)
+    yield "chunks", (
+        f"the padded sequence is cut into chunks 0 to {sequence.num_chunks - 1} of {chunk} tokens; "
+        f"this rank holds {held}; no query sees a key of the padding"
+    )
+
+
+def _attention(program: Program) -> _Entries:
+    words = {word for node in _calls(program) if has_band(node) for word in band_text(node).split()}
+    yield from ((word, text) for word, text in _BANDS.items() if word in words)
+    if any(is_state(node.meta.get("type")) for node in _calls(program)):
         yield "state", (
             "attention over some of the keys: out, of the shape shown, and for each of its rows "
             "lse, the logarithm of the sum of the exponentials of its scores"
         )
-    yield "file:line", (
-        "the model's own line behind an op, and its layer inside the block named above; behind ';' "
-        "why a pass put it there"
-    )
+
+
+_BANDS = {
+    "full": "every query sees every key",
+    "causal": "a query sees the keys at its own and at earlier positions",
+    "window": "of these the last so many, its own included",
+    "band": "a query sees the keys that lie so many positions before it",
+}
+
+
+def _transfers(program: Program) -> _Entries:
+    if _takes(program, {"to", "source"}):
+        yield "to, source", "whom a rank sends to, whom it receives from; None: nobody"
+
+
+def _weights(program: Program) -> _Entries:
     if program.weights:
         total = sum(weight.num_bytes for weight in program.weights.values())
         yield "@name", f"one of {len(program.weights)} weights, {total:,} bytes together"
-    if program.lengths:
-        yield "fixed", ", ".join(f"{name} = {n}" for name, n in sorted(program.lengths.items()))
-    for note in program.notes:
-        yield "note", note
 
 
-def _range(program: Program) -> str:
-    low, high = program.length_range
-    return f"{low} to {high}" if high is not None else f"at least {low}"
-
-
-def _share(program: Program) -> str:
-    if program.sequence is None:
-        return "tokens that a rank holds"
-    sequence = program.sequence
-    return (
-        f"tokens that a rank holds: s, padded to a multiple of {sequence.num_chunks}, over "
-        f"{sequence.num_ranks} ranks"
+def _lines(program: Program) -> _Entries:
+    yield "file:line", (
+        "the model's own line behind an op, and its layer inside the block named above; after ';' "
+        "why a pass put it there"
     )
 
 
-def _split_dims(program: Program) -> Iterator[tuple[str, str]]:
-    """`s/ring` and what else is split, each once."""
-    seen: dict[str, str] = {}
-    for type_ in _types(program):
-        for atom in (atom for dim in type_.layout.dims for atom in dim if atom.axes):
-            term = format_dim(None, (atom,))
-            axes = " and ".join(atom.axes)
-            text = f"a dim of {atom.size}, split over mesh axis {axes}"
-            sequence = program.sequence
-            if sequence is not None and expr.equal(atom.size, sequence.length):
-                text += f": a rank holds {expr.LOCAL} of it"
-            seen.setdefault(term, text)
-    yield from seen.items()
+def _notes(program: Program) -> _Entries:
+    yield from (("note", note) for note in program.notes)
 
 
-def _splits_sequence(program: Program) -> bool:
-    return any(program.sequence is not None and type_.layout.axes for type_ in _types(program))
-
-
-def _chunks(program: Program) -> str:
-    sequence = program.sequence
-    assert sequence is not None
-    rank: Any = expr.coordinate(sequence.axis)
-    if program.coordinates is not None:
-        rank = program.coordinates[sequence.axis]
-    held = " and ".join(map(str, sequence.chunks(rank)))
-    whose = "this rank" if program.coordinates is not None else f"rank {rank}"
-    return (
-        f"the padded sequence is cut into chunks 0 to {sequence.num_chunks - 1} of "
-        f"{sequence.chunk} tokens; {whose} holds {held}; nobody sees a key of the padding"
-    )
-
-
-def _takes(nodes: list[fx.Node], names: set[str]) -> bool:
-    """Whether one of our ops has an argument of these names."""
-    ours = (node for node in nodes if str(node.target).startswith("ringcompile."))
-    return any(names & set(Call(node).arguments) for node in ours)
+_ENTRIES = (
+    _lengths, _split_dims, _axes, _chunks, _transfers, _attention, _weights, _lines, _notes,
+)
 
 
 def _calls(program: Program) -> list[fx.Node]:
     return [node for node in program.graph.nodes if node.op == "call_function"]
 
 
+def _takes(program: Program, names: set[str]) -> bool:
+    """Whether one of our ops has an argument of these names."""
+    return any(names & set(Call(n).arguments) for n in _calls(program) if is_ours(n))
+
+
 def _types(program: Program) -> Iterator[TensorType]:
     for node in program.graph.nodes:
-        value = node.meta.get("type")
-        yield from value if isinstance(value, tuple) else () if value is None else (value,)
+        if "type" in node.meta:
+            value = bind_type(node.meta["type"], program.lengths)
+            yield from value if isinstance(value, tuple) else (value,)
 
 
-def used_symbols(program: Program) -> set[str]:
+def _split_atoms(program: Program) -> Iterator[Any]:
+    dims = (dim for type_ in _types(program) for dim in type_.layout.dims)
+    return (atom for dim in dims for atom in dim if atom.axes)
+
+
+def _symbols(program: Program) -> set[str]:
     """The names of all symbols in the program's types and arguments."""
-    found: set[str] = set()
-
-    def visit(value: Any) -> None:
-        if isinstance(value, sympy.Basic):
-            found.update(symbol.name for symbol in value.free_symbols)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item)
-
-    for node in program.graph.nodes:
-        visit((*node.args, *node.kwargs.values()))
+    found = {name for node in program.graph.nodes for name in symbols_of(node)}
     for type_ in _types(program):
-        visit(type_.shape)
-        visit([atom.size for dim in type_.layout.dims for atom in dim])
+        atoms = [atom.size for dim in type_.layout.dims for atom in dim]
+        sizes = (size for size in (*type_.shape, *atoms) if expr.is_symbolic(size))
+        found.update(symbol.name for size in sizes for symbol in size.free_symbols)
     return found
+
+
+# -- the end -------------------------------------------------------------------------------------
 
 
 def summary(program: Program) -> list[str]:
     """What the program sends and receives in one run, and how many ops of each name it has."""
     calls = _calls(program)
-    counts = Counter(map(op_name, calls))
-    named = ", ".join(
-        f"{count}{_NO_BREAK}{name}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
-    )
+    counts = sorted(Counter(map(op_name, calls)).items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{count}{_NO_BREAK}{name}" for name, count in counts)
     lines = [] if program.mesh is None else _communication(program, calls)
-    return [*lines, *_wrapped(f"{len(calls)} ops  ", named)]
+    return [*lines, *_filled(f"{len(calls)} ops  ", named)]
 
 
 def _communication(program: Program, calls: list[fx.Node]) -> list[str]:
-    rows = [
-        (op_name(group[0]), text)
-        for target, describe in _TRAFFIC.items()
-        if (group := [node for node in calls if str(node.target) == target])
-        for text in describe(program, group)
-    ]
+    rows = []
+    for target, describe in _TRAFFIC.items():
+        nodes = [node for node in calls if str(node.target) == target]
+        if nodes:
+            rows.append((op_name(nodes[0]), describe(program, nodes)))
     if not rows:
-        return ["sends nothing"]
+        return ["in one run this rank sends nothing"]
     width = max(len(name) for name, _ in rows) + 2
-    return ["in one run a rank", *(f"  {name:<{width}}{text}" for name, text in rows)]
+    return ["in one run this rank", *(f"  {name:<{width}}{text}" for name, text in rows)]
 
 
-def _shifts(program: Program, nodes: list[fx.Node]) -> Iterator[str]:
-    sent: list[Any] = [node.args[0] for node in nodes if node.kwargs["to"] is not None]
+def _shifts(program: Program, nodes: list[fx.Node]) -> str:
+    sent = [node.args[0] for node in nodes if node.kwargs["to"] is not None]
     received = [node for node in nodes if node.kwargs["source"] is not None]
-    yield (
-        f"sends {len(sent)} times, {_total(program, sent)} bytes; "
-        f"receives {len(received)} times, {_total(program, received)} bytes"
+    return (
+        f"sends {len(sent)} blocks, {_total(program, sent)} bytes, and "
+        f"receives {len(received)}, {_total(program, received)} bytes"
     )
 
 
-def _gathers(program: Program, nodes: list[fx.Node]) -> Iterator[str]:
-    shares: list[Any] = [node.args[0] for node in nodes]
-    yield (
-        f"sends {len(nodes)} shares, {_total(program, shares)} bytes, to every other rank and "
-        "receives theirs"
-    )
+def _gathers(program: Program, nodes: list[fx.Node]) -> str:
+    shares = _total(program, [node.args[0] for node in nodes])
+    return f"sends {len(nodes)} shares, {shares} bytes, to each other rank and receives theirs"
 
 
-def _rings(program: Program, nodes: list[fx.Node]) -> Iterator[str]:
-    """Not lowered yet: what each rank will see decides how far keys and values travel."""
-    keys_values: list[Any] = [operand for node in nodes for operand in node.args[1:3]]
+def _rings(program: Program, nodes: list[fx.Node]) -> str:
+    """Not lowered yet: how far keys and values travel depends on who sees them."""
+    operands = [operand for node in nodes for operand in node.args[1:3]]
     assert program.mesh is not None
     times = program.mesh.size(str(nodes[0].kwargs["axis"])) - 1
-    yield (
-        f"passes on {len(nodes)} blocks of keys and values, {_total(program, keys_values)} "
-        f"bytes, up to {times} times each"
+    return (
+        f"passes on {len(nodes)} blocks of keys and values, {_total(program, operands)} bytes, "
+        f"up to {times} times each"
     )
 
 
-def _total(program: Program, nodes: list[fx.Node]) -> str:
-    total = sympy.expand(sum(num_bytes(program, node) for node in nodes))
-    bound = expr.bind(expr.simplify(total), program.lengths)
-    return f"{bound:,}" if isinstance(bound, int) else str(bound)
+def _total(program: Program, nodes: Sequence[Any]) -> str:
+    total = sympy.expand(sum((num_bytes(program, node) for node in nodes), sympy.Integer(0)))
+    known = expr.bind(expr.simplify(total), program.lengths)
+    return f"{known:,}" if isinstance(known, int) else str(known)
 
 
 _TRAFFIC = {RING_ATTENTION: _rings, SHIFT: _shifts, GATHER: _gathers}
 
 
-def _wrapped(label: str, text: str) -> list[str]:
-    indent = " " * len(label)
+def _filled(label: str, text: str) -> list[str]:
+    """Lines of at most `WIDTH`, the label in front of the first."""
     lines = textwrap.wrap(
-        text, WIDTH - 3, initial_indent=label, subsequent_indent=indent, break_long_words=False,
-        break_on_hyphens=False,
+        text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label),
+        break_long_words=False, break_on_hyphens=False,
     )
     return [line.replace(_NO_BREAK, " ") for line in lines or [label.rstrip()]]

@@ -56,7 +56,7 @@ def portable(file: str) -> str:
     for packages in ("site-packages", "dist-packages"):
         if packages in parts:
             return "/".join(parts[len(parts) - parts[::-1].index(packages) :])
-    if path.is_relative_to(Path.cwd()):
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
         return str(path.relative_to(Path.cwd()))
     if path.is_absolute() or ".." in parts:
         return "/".join([part for part in parts if part not in (path.anchor, "..")][-3:])

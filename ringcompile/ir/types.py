@@ -55,6 +55,12 @@ def state_type(out: TensorType) -> tuple[TensorType, TensorType]:
     return out, TensorType(dtype, out.shape[:3], Layout(out.layout.dims[:3]))
 
 
+def accumulator_type(out: TensorType) -> tuple[TensorType, TensorType]:
+    """The type of a state that blocks were merged into: out is as precise as lse."""
+    lse = state_type(out)[1]
+    return replace(out, dtype=lse.dtype), lse
+
+
 # A node's type: one tensor, or the several an op returns.
 ValueType = TensorType | tuple[TensorType, ...]
 

@@ -168,18 +168,21 @@ def _attend_rows(
             )
         )
     if masks.by_key is not None:
-        parts.append(_take(masks.by_key, by_position, 3))
+        parts.append(_columns(masks.by_key, by_position))
     if masks.by_pair is not None:
         pairs = masks.by_pair
         pairs = pairs if pairs.shape[2] == 1 else pairs.narrow(2, first, num_rows)
-        parts.append(_take(pairs, by_position, 3))
+        parts.append(_columns(pairs, by_position))
     return list(kernels.attend(q, k, v, scale=scale, mask=_combine(parts)))
+
+
+def _columns(mask: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The columns of a mask for keys at these positions; a mask with one column is for all keys."""
+    return mask if mask.shape[3] == 1 else _take(mask, runs, 3)
 
 
 def _take(x: torch.Tensor, runs: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
     """The runs (start, length) of a dim, one behind the other; a view where they are one run."""
-    if x.shape[dim] == 1:  # broadcast, or all there is
-        return x
     if not runs:
         return x.narrow(dim, 0, 0)
     if all(a[0] + a[1] == b[0] for a, b in zip(runs, runs[1:], strict=False)):

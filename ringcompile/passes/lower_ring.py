@@ -18,7 +18,13 @@ from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, bind
 from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.program import Program, type_of
-from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, state_type
+from ringcompile.ir.types import (
+    SequenceSplit,
+    TensorType,
+    accumulator_type,
+    local_shape,
+    state_type,
+)
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
@@ -183,7 +189,7 @@ class _Ring:
         if state is None:
             return made
         return self.builder.call(
-            op("merge"), (state, made), state.meta["type"],
+            op("merge"), (state, made), accumulator_type(type_of(self.node)),
             start=rows[0] * self.sequence.chunk,
         )
 

@@ -88,6 +88,8 @@ class Exchange:
     def _gather(self, gather: Gather) -> list[torch.Tensor]:
         group, tensor = self.groups[gather.axis], gather.tensor
         num_ranks = self.mesh.size(gather.axis)
+        if num_ranks == 1:
+            return [tensor]
         pieces = list(tensor.new_empty((num_ranks, *tensor.shape)).unbind())
         started = time.perf_counter()
         try:
@@ -123,8 +125,8 @@ class Exchange:
 def _axis_groups(mesh: Mesh, index: int) -> dict[str, dist.ProcessGroup | None]:
     groups: dict[str, dist.ProcessGroup | None] = {}
     for axis, size in mesh.axes:
-        if size == mesh.world_size:
-            groups[axis] = dist.group.WORLD  # None for one rank, which may be in no job
+        if size == mesh.world_size > 1:
+            groups[axis] = dist.group.WORLD
         elif size > 1:
             # Every rank makes all groups of the axis, in the same order.
             made = [(ranks, dist.new_group(ranks)) for ranks in mesh.groups(axis)]

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
+import torch
+
 from ringcompile.errors import RingCompileError
 from ringcompile.runtime.join import (
     EXCHANGE_TIMEOUT,
@@ -45,7 +47,7 @@ class Processes:
     Args:
         num_ranks: how many.
         backend: `gloo`, `nccl`, or `auto`.
-        threads: torch's threads in each rank; by default the cores are shared out.
+        threads: torch's threads in each rank; by default this process' own are shared out.
         timeout: seconds that one call may take.
         join_timeout: seconds that the ranks have to start and find one another.
 
@@ -66,6 +68,10 @@ class Processes:
         self._folder = Path(tempfile.mkdtemp(prefix="ringcompile-"))
         self._processes: list[ForkServerProcess] = []
         self._connections: list[connection.Connection] = []
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOAD)
+        # The ranks hold the reading end: they see it close, whatever becomes of this process.
+        self._lifelines = self._context.Pipe(duplex=False)
         self._num_calls = 0
         try:
             place = Place(
@@ -73,13 +79,15 @@ class Processes:
                 world_size=num_ranks,
                 folder=self._folder,
                 backend=pick_backend(backend, num_ranks),
-                threads=threads or max(1, (os.cpu_count() or 1) // num_ranks),
+                threads=threads or max(1, torch.get_num_threads() // num_ranks),
                 timeout=timeout,
                 join_timeout=join_timeout,
                 environment=dict(os.environ),
             )
             self._start(place)
             self._collect(join_timeout, missing_ranks)
+            # Ranks that have started find out themselves who is missing; here for the worst case.
+            self._collect(join_timeout + _GRACE, missing_ranks)
         except BaseException:
             self.kill()
             raise
@@ -127,6 +135,8 @@ class Processes:
 
     def kill(self) -> None:
         """End the ranks at once and remove what they left."""
+        for end in self._lifelines:
+            end.close()
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -152,14 +162,12 @@ class Processes:
             self.kill()
 
     def _start(self, place: Place) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
         for index in range(self.num_ranks):
-            ours, theirs = context.Pipe()
+            ours, theirs = self._context.Pipe()
             self._connections.append(ours)
-            process = context.Process(
+            process = self._context.Process(
                 target=serve,
-                args=(theirs, replace(place, index=index)),
+                args=(theirs, self._lifelines[0], replace(place, index=index)),
                 name=f"ringcompile-rank{index}",
                 daemon=True,
             )

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ringcompile.errors import RingCompileError
+
 
 def pack(value: Any, folder: Path, prefix: str) -> bytes:
     """Pickle a value of any nesting; its tensors become files `folder/prefix-N`."""
@@ -38,7 +40,13 @@ class _Pickler(pickle.Pickler):
         path = self.folder / f"{self.prefix}-{self.num_files}"
         self.num_files += 1
         flat = value.detach().cpu().contiguous().reshape(-1)
-        flat.view(torch.uint8).numpy().tofile(path)
+        try:
+            flat.view(torch.uint8).numpy().tofile(path)
+        except OSError as error:
+            raise RingCompileError(
+                f"cannot write {flat.nbytes} bytes to {path} for another process: {error}",
+                hint="free space there, or let TMPDIR name another folder",
+            ) from error
         return _mapped, (str(path), value.dtype, tuple(value.shape))
 
 

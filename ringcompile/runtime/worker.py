@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -68,14 +67,22 @@ class Failure:
     consequence: bool
 
 
-def serve(connection: Connection, place: Place) -> None:
-    """Join, then answer calls until the parent hangs up."""
+def serve(connection: Connection, lifeline: Connection, place: Place) -> None:
+    """Join, then answer calls until the parent hangs up.
+
+    Args:
+        connection: where calls come from and answers go; the first two answers say that the
+            process has started and that it has joined.
+        lifeline: closed by the parent's end, however that comes.
+        place: which rank this is.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends the ranks
-    threading.Thread(target=_end_with_parent, args=(place.folder,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(lifeline, place.folder), daemon=True).start()
     os.dup2(2, 1)  # standard output is the parent's: whatever a rank prints is a message
     os.environ.clear()
     os.environ.update(place.environment)
     torch.set_num_threads(place.threads)
+    connection.send_bytes(pack(Answer(None), place.folder, ""))
     try:
         rank = _join(place)
         connection.send_bytes(pack(Answer(None), place.folder, ""))
@@ -109,11 +116,9 @@ def _next_call(connection: Connection) -> Call | None:
     return unpack(message)
 
 
-def _end_with_parent(folder: Path) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    shutil.rmtree(folder, ignore_errors=True)  # the parent could not: it was killed
+def _end_with_parent(lifeline: Connection, folder: Path) -> None:
+    lifeline.poll(None)
+    shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed could not
     os._exit(1)
 
 

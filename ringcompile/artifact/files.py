@@ -1,0 +1,201 @@
+"""Files of an artifact: JSON text, digests, and a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ringcompile.artifact.fields import count, expect, member
+from ringcompile.errors import RingCompileError
+
+MANIFEST = "manifest.json"
+FORMAT = "ringcompile artifact"
+DAMAGED = "copy the whole folder again, or run `ringcompile transform` again"
+_PLAIN = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)
+
+
+def plain_name(name: str) -> str:
+    """A name of a file in the folder itself; RingCompileError on anything like a path."""
+    if not _PLAIN.fullmatch(name) or len(name) > 100:
+        raise RingCompileError(
+            f"{name[:80]!r} is not a plain file name", hint="do not use this artifact"
+        )
+    return name
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """JSON with a line for each entry of the outer object's members: quick to write, good to diff.
+
+    Raises:
+        RingCompileError: a value that JSON has no word for.
+    """
+    try:
+        members = (f"{json.dumps(key)}: {_block(value)}" for key, value in data.items())
+        return "{\n" + ",\n".join(members) + "\n}\n"
+    except (TypeError, ValueError) as error:
+        raise RingCompileError(f"this cannot be written as JSON: {error}") from None
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _block(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        rows = [f"  {_line(str(key))}: {_line(entry)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(rows) + "\n}"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {_line(entry)}" for entry in value) + "\n]"
+    return _line(value)
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """The object that a file holds; RingCompileError on anything that is not strict JSON."""
+    try:
+        data = json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RingCompileError(f"not valid JSON: {error}") from None
+    return expect(data, dict, "the outermost value")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("an object has two members of one name")
+    return data
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 as hexadecimal text."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Write a file; its record for the manifest."""
+    content = text.encode()
+    path.write_bytes(content)
+    return {"bytes": len(content), "sha256": digest(content)}
+
+
+def read_checked(path: Path, record: dict[str, Any]) -> bytes:
+    """The content of a file that is as its record says; RingCompileError if it is not."""
+    check_size(path, record)
+    content = read_bytes(path)
+    if digest(content) != member(record, "sha256", str):
+        raise RingCompileError(f"'{path}' was changed after it was saved", hint=DAMAGED)
+    return content
+
+
+def check_size(path: Path, record: Any) -> None:
+    """Raise RingCompileError where a file is missing or has another size than its record."""
+    size = count(expect(record, dict, f"the record of '{path.name}'").get("bytes"), "a file's size")
+    try:
+        found = path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if found is None:
+        raise RingCompileError(f"'{path.name}' is missing from '{path.parent}'", hint=DAMAGED)
+    if found != size:
+        raise RingCompileError(
+            f"'{path}' has {found} bytes, it was saved with {size}", hint=DAMAGED
+        )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; RingCompileError where the system refuses."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> RingCompileError:
+    return RingCompileError(f"cannot read '{path}': {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill that becomes `target` when the block ends well, and else leaves no trace.
+
+    Raises:
+        RingCompileError: `target` is in the way, or the system refuses to write.
+    """
+    try:
+        _check_free(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _sibling(target, "tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            _swap(temporary, target, overwrite)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise RingCompileError(f"cannot write '{target}': {error.strerror or error}") from error
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RingCompileError(f"'{target}' is a file", hint="name a folder")
+    present = {path.name for path in target.iterdir()}
+    if not present:
+        return
+    if not overwrite:
+        raise RingCompileError(
+            f"'{target}' is not empty", hint="name another folder, or overwrite it (--overwrite)"
+        )
+    ours = _saved_names(target / MANIFEST)
+    if ours is None:
+        raise RingCompileError(
+            f"'{target}' is not an artifact, so it is not overwritten", hint="name another folder"
+        )
+    if present - ours:
+        raise RingCompileError(
+            f"'{target}' holds files that are not the artifact's: "
+            + ", ".join(sorted(present - ours)[:5]),
+            hint="move them away, or name another folder",
+        )
+
+
+def _saved_names(manifest: Path) -> set[str] | None:
+    """The files of an artifact of any version, or None if it is none."""
+    try:
+        data = parse_json(manifest.read_bytes())
+        if data.get("format") != FORMAT:
+            return None
+        return {MANIFEST, *member(data, "files", dict)}
+    except (OSError, RingCompileError):
+        return None
+
+
+def _swap(temporary: Path, target: Path, overwrite: bool) -> None:
+    if not (overwrite and target.exists()):
+        temporary.rename(target)
+        return
+    old = _sibling(target, "old")
+    try:
+        target.rename(old)
+        temporary.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

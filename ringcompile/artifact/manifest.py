@@ -1,0 +1,123 @@
+"""The manifest: what was compiled, and what every other file of the artifact must be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ringcompile.artifact.fields import expect, member, mesh_from_json
+from ringcompile.artifact.files import (
+    DAMAGED,
+    FORMAT,
+    digest,
+    json_text,
+    parse_json,
+    plain_name,
+    read_bytes,
+)
+from ringcompile.artifact.weights import Place
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program
+from ringcompile.ir.serialize import program_to_json
+from ringcompile.mesh import Mesh
+
+VERSION = 1
+PROGRAM = "program.json"
+
+
+def manifest_of(
+    spmd: Program,
+    mesh: Mesh,
+    places: Mapping[str, Place],
+    options: Mapping[str, Any],
+    files: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest of what was written.
+
+    Raises:
+        RingCompileError: options that JSON has no word for.
+    """
+    written = program_to_json(spmd)
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_with": {"ringcompile": _own_version(), "torch": str(torch.__version__)},
+        "model": spmd.name,
+        "parallel": str(mesh),
+        "order": None if spmd.sequence is None else spmd.sequence.order,
+        "inputs": written["inputs"],
+        "length_range": written["length_range"],
+        "lengths": written["lengths"],
+        "weights": {name: place.to_json() for name, place in places.items()},
+        "options": dict(options),
+        "files": dict(files),
+    }
+    data = parse_json(json_text(data).encode())  # as it will be read: lists, and texts for keys
+    return {**data, "sha256": _manifest_digest(data)}
+
+
+def _manifest_digest(data: Mapping[str, Any]) -> str:
+    """The digest of all members but the digest itself."""
+    members = {key: value for key, value in data.items() if key != "sha256"}
+    return digest(json.dumps(members, sort_keys=True).encode())
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("ringcompile")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], Mesh, dict[str, Place]]:
+    """The manifest, with its mesh and weight table read.
+
+    Raises:
+        RingCompileError: it is not one of this version, or is damaged.
+    """
+    content = read_bytes(path)
+    try:
+        data = parse_json(content)
+        _check_format(data)
+        mesh = mesh_from_json(member(data, "parallel", str))
+        member(data, "options", dict)
+        _check_complete(member(data, "files", dict), mesh)
+        table = member(data, "weights", dict)
+        return data, mesh, {name: Place.from_json(name, row) for name, row in table.items()}
+    except RingCompileError as error:
+        raise in_file(path, error) from None
+
+
+def _check_format(manifest: dict[str, Any]) -> None:
+    if manifest.get("format") != FORMAT:
+        raise RingCompileError("this is not a ringcompile artifact")
+    version = member(manifest, "version", int)
+    if version != VERSION:
+        made = expect(manifest.get("made_with", {}), dict, "'made_with'").get("ringcompile")
+        raise RingCompileError(
+            f"format version {version}, this ringcompile reads version {VERSION}",
+            hint=f"it was saved by ringcompile {made}; use that, or transform the model again",
+        )
+    if manifest.get("sha256") != _manifest_digest(manifest):
+        raise RingCompileError("the manifest was changed after it was saved")
+
+
+def _check_complete(files: dict[str, Any], mesh: Mesh) -> None:
+    for name in files:
+        plain_name(name)
+    ranks = [name for name in files if name.startswith("rank") and name.endswith(".json")]
+    if len(ranks) != mesh.world_size:
+        raise RingCompileError(f"{len(ranks)} rank files for {mesh.world_size} ranks")
+    needed = {PROGRAM, *(f"rank{rank}.json" for rank in range(mesh.world_size))}
+    if missing := needed - files.keys():
+        raise RingCompileError(f"'{min(missing)}' is not among the files")
+
+
+def in_file(path: Path, error: RingCompileError) -> RingCompileError:
+    """The error, with the file that it is about."""
+    return RingCompileError(f"{path}: {error.message}", hint=error.hint or DAMAGED, node=error.node)

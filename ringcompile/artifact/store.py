@@ -1,0 +1,215 @@
+"""Saving and loading: which files an artifact has, and what they must agree on.
+
+manifest.json           what was compiled, and the size and digest of every other file
+program.json            the program for all ranks, mesh coordinates as symbols
+rank0.json ...          each rank's own program
+program.py, rank0.py    the same to read; never imported, and never read back
+weights.safetensors     weights, each once; weights-0001.safetensors and on if they are large
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ringcompile.artifact.files import (
+    DAMAGED,
+    MANIFEST,
+    check_size,
+    json_text,
+    new_folder,
+    parse_json,
+    read_checked,
+    write_text,
+)
+from ringcompile.artifact.graph import program_from_json
+from ringcompile.artifact.manifest import PROGRAM, in_file, manifest_of, read_manifest
+from ringcompile.artifact.ops import allowed_ops
+from ringcompile.artifact.shards import SHARD_BYTES, write_weights
+from ringcompile.artifact.weights import Weights, check_files
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program, Weight, WeightSource, error_at
+from ringcompile.ir.serialize import op_name, program_to_json
+from ringcompile.mesh import Mesh
+
+View = Callable[[Program], str]
+
+
+def save(
+    folder: str | Path,
+    *,
+    spmd: Program,
+    ranks: Iterable[Program],
+    mesh: Mesh,
+    source: WeightSource | None,
+    options: Mapping[str, Any],
+    view: View | None = None,
+    references: Mapping[str, tuple[str | Path, str]] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write an artifact, whole or not at all.
+
+    Args:
+        folder: where to; it must not exist, be empty, or be an artifact and `overwrite` given.
+        spmd: the program for all ranks.
+        ranks: each rank's program, in order.
+        mesh: the parallel plan.
+        source: the data of weights; fake and meta tensors are noted as not saved, as is None.
+        options: how the model was compiled; anything that JSON can hold.
+        view: the text of a program for people.
+        references: weight -> (safetensors file, tensor name) for data that stays where it is.
+        overwrite: replace an artifact that is there, once the new one is complete.
+        shard_bytes: the size at which another weight file is begun.
+
+    Returns:
+        the folder.
+
+    Raises:
+        RingCompileError: the folder is in the way or cannot be written, or a program or weight
+            cannot be saved.
+    """
+    target = Path(folder).resolve()
+    with new_folder(target, overwrite) as temporary:
+        files: dict[str, Any] = {}
+        weights: dict[str, Weight] = {}
+        names = [f"rank{rank}" for rank in range(mesh.world_size)]
+        for name, program in zip(["program", *names], chain([spmd], ranks), strict=True):
+            _check_ops(program)
+            text = json_text(program_to_json(program))
+            files[f"{name}.json"] = write_text(temporary / f"{name}.json", text)
+            if view is not None:
+                files[f"{name}.py"] = write_text(temporary / f"{name}.py", view(program))
+            weights.update({weight.name: weight for weight in program.weights.values()})
+        places, stored = write_weights(
+            temporary, weights.values(), source, references or {}, shard_bytes
+        )
+        manifest = manifest_of(spmd, mesh, places, options, {**files, **stored})
+        write_text(temporary / MANIFEST, json_text(manifest))
+    return target
+
+
+def _check_ops(program: Program) -> None:
+    allowed = allowed_ops()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and op_name(node.target) not in allowed:
+            raise error_at(
+                node,
+                f"'{op_name(node.target)}' has no rule, and a saved program holds no such op",
+                hint="run the program without saving it, or give the op a rule",
+            )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A saved model; programs and weights are read when they are asked for.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what `manifest.json` says.
+        mesh: the parallel plan.
+        source: the data of weights, whole (`source(name)`) or a piece (`source.share`).
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    mesh: Mesh
+    source: Weights
+
+    @cached_property
+    def spmd(self) -> Program:
+        """The program for all ranks.
+
+        Raises:
+            RingCompileError: its file is damaged.
+        """
+        program = self._read(PROGRAM)
+        if program.coordinates is not None or program.mesh != self.mesh:
+            raise RingCompileError(f"'{PROGRAM}' is not the program for all ranks", hint=DAMAGED)
+        return program
+
+    def rank(self, rank: int) -> Program:
+        """The program of one rank; only its file is read.
+
+        Raises:
+            RingCompileError: there is no such rank, or its file is damaged.
+        """
+        if not 0 <= rank < self.mesh.world_size:
+            raise RingCompileError(
+                f"rank {rank} does not exist", hint=f"ranks are 0 to {self.mesh.world_size - 1}"
+            )
+        program = self._read(f"rank{rank}.json")
+        if program.coordinates != self.mesh.coordinates(rank) or program.mesh != self.mesh:
+            raise RingCompileError(
+                f"'rank{rank}.json' is not the program of rank {rank}", hint=DAMAGED
+            )
+        return program
+
+    def share(self, weight: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A piece of a weight; see `Weights.share`."""
+        return self.source.share(weight, slices)
+
+    def check(self) -> None:
+        """Read and check every file but the weights' data.
+
+        Raises:
+            RingCompileError: naming the first file that is damaged.
+        """
+        for name, record in self.manifest["files"].items():
+            if "sha256" in record:
+                read_checked(self.folder / name, record)
+        _ = self.spmd
+        for rank in range(self.mesh.world_size):
+            self.rank(rank)
+
+    def _read(self, name: str) -> Program:
+        content = read_checked(self.folder / name, self.manifest["files"][name])
+        try:
+            program = program_from_json(parse_json(content), allowed_ops())
+            self._check_weights(program)
+        except RingCompileError as error:
+            raise in_file(self.folder / name, error) from None
+        return replace(program, source=self.source)
+
+    def _check_weights(self, program: Program) -> None:
+        for weight in program.weights.values():
+            place = self.source.places.get(weight.name)
+            if place is None or place.weight != weight:
+                raise RingCompileError(f"weight '{weight.name}' is not as in the manifest")
+
+
+def load(folder: str | Path) -> Artifact:
+    """Open an artifact: the manifest, the sizes of all files and the headers of weight files.
+
+    Raises:
+        RingCompileError: it is missing, not an artifact, of another version, incomplete, damaged,
+            or names files outside the folder.
+    """
+    folder = Path(folder)
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise RingCompileError(f"cannot read '{folder}': {error.strerror or error}") from error
+
+
+def _open(folder: Path) -> Artifact:
+    if not folder.is_dir():
+        raise RingCompileError(
+            f"there is no folder '{folder}'", hint="`ringcompile transform MODEL -o OUT` writes one"
+        )
+    if not (folder / MANIFEST).is_file():
+        raise RingCompileError(
+            f"'{folder}' is not an artifact: it has no {MANIFEST}",
+            hint="name the folder that `ringcompile transform -o` wrote",
+        )
+    manifest, mesh, places = read_manifest(folder / MANIFEST)
+    for name, record in manifest["files"].items():
+        check_size(folder / name, record)
+    check_files(folder, places, manifest["files"])
+    return Artifact(folder, manifest, mesh, Weights(folder, places))

@@ -1,0 +1,192 @@
+"""One call as text: `ring.attention(%6, %7, %8) scale=0.25 causal`.
+
+What an op computes on stands in parentheses, how it does so behind them by name. Defaults are left
+out, and so is what the type or the header says anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import Call, map_values
+from ringcompile.ir.expr import Size, bind, equal, is_symbolic
+from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.types import DTYPE_NAMES, TensorType
+
+_MAX_ITEMS = 8
+_TO_THE_END = 2**63 - 1
+
+
+def is_ours(node: fx.Node) -> bool:
+    """Whether a node calls one of ringcompile's own ops."""
+    return str(node.target).startswith("ringcompile.")
+
+
+def op_name(node: fx.Node) -> str:
+    """The short name of an op: `linear`, `ring.attention`, `operator.getitem`.
+
+    Torch's own ops have no prefix and, as their arguments tell it, no overload. Ours that work
+    along a mesh axis have that axis in front, which also tells `ring.gather` from torch's `gather`.
+    """
+    target: Any = node.target
+    if not hasattr(target, "_schema"):
+        module = getattr(target, "__module__", "").removeprefix("_")
+        return f"{module}.{getattr(target, '__name__', target)}"
+    namespace, name = str(target).split(".")[:2]
+    if is_ours(node):
+        axis = Call(node).get("axis")
+        return f"{axis}.{name.removeprefix(f'{axis}_')}" if axis else name
+    return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that a call gives.
+
+    Attributes:
+        is_operand: what the op computes on: a tensor, tensors, or a number in a tensor's place.
+        is_named: to be written with its name; what stands where it belongs needs none.
+    """
+
+    name: str
+    value: Any
+    is_operand: bool
+    is_named: bool
+
+
+def given_arguments(node: fx.Node) -> list[Argument]:
+    """The arguments of a call that differ from their defaults, in the order of the schema."""
+    target: Any = node.target
+    if not hasattr(target, "_schema"):
+        return [
+            *(Argument("", value, True, False) for value in node.args),
+            *(Argument(name, value, False, True) for name, value in node.kwargs.items()),
+        ]
+    values, given, gap = Call(node).arguments, [], False
+    for schema in target._schema.arguments:
+        value, optional = values[schema.name], schema.has_default_value()
+        if optional and _equals(value, schema.default_value):
+            gap = True
+            continue
+        kind = str(schema.type)
+        number = kind == "number" and not schema.kwarg_only
+        operand = "Tensor" in kind or number
+        named = gap or schema.kwarg_only or not operand or (optional and is_ours(node))
+        given.append(Argument(schema.name, value, operand, named))
+    return given
+
+
+def _equals(value: Any, default: Any) -> bool:
+    return not isinstance(value, fx.Node) and bool(value == default)
+
+
+def call_text(program: Program, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    """`op(operands) attribute=value ...`, the nodes that it reads called by `names`."""
+    operands, attributes = [], []
+    for argument in given_arguments(node):
+        text = value_text(program, argument.value, names)
+        text = f"{argument.name}={text}" if argument.is_named else text
+        if argument.is_operand:
+            operands.append(text)
+        elif argument.name not in _SAID or not _SAID[argument.name](program, node, argument.value):
+            attributes.append(text)
+    if has_band(node):
+        attributes.append(band_text(node))
+    return " ".join([f"{op_name(node)}({', '.join(operands)})", *attributes])
+
+
+def value_text(program: Program, value: Any, names: Mapping[fx.Node, str]) -> str:
+    """An argument; of long lists the ends."""
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, list | tuple):
+        items = [value_text(program, item, names) for item in value]
+        return f"[{', '.join(elided(items))}]"
+    if isinstance(value, torch.dtype):
+        return DTYPE_NAMES.get(value, str(value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if is_symbolic(value):
+        return str(bind(value, program.lengths))
+    return str(value).removeprefix("torch.")
+
+
+def elided(items: list[str]) -> list[str]:
+    """The items, of many the first and the last three."""
+    return items if len(items) <= _MAX_ITEMS else [*items[:3], "...", *items[-3:]]
+
+
+def has_band(node: fx.Node) -> bool:
+    """Whether an op is an attention with a band of visible positions."""
+    return is_ours(node) and {"lower", "upper"} <= set(Call(node).arguments)
+
+
+def band_text(node: fx.Node) -> str:
+    """Which keys a query sees, of lower <= query - key <= upper, in words."""
+    lower, upper = Call(node)["lower"], Call(node)["upper"]
+    if lower is None and upper is None:
+        return "full"
+    if lower == 0:
+        return "causal" if upper is None else f"causal window {upper + 1}"
+    low, high = ("" if end is None else str(end) for end in (lower, upper))
+    return f"band {low}..{high}"
+
+
+def _same_size(program: Program, value: Size, expected: Size | None) -> bool:
+    if expected is None:
+        return False
+    return equal(*(bind(size, program.lengths) for size in (value, expected)))
+
+
+def _is_chunk(program: Program, node: fx.Node, value: Any) -> bool:
+    return program.sequence is not None and _same_size(program, value, program.sequence.chunk)
+
+
+def _is_length(program: Program, node: fx.Node, value: Any) -> bool:
+    return program.sequence is not None and _same_size(program, value, program.sequence.length)
+
+
+def _is_head_dim(program: Program, node: fx.Node, value: Any) -> bool:
+    return "q" in Call(node).arguments and equal(value, type_of(Call(node)["q"]).shape[-1])
+
+
+def _is_result_dtype(program: Program, node: fx.Node, value: Any) -> bool:
+    made = node.meta.get("type")
+    return op_name(node) != "to" and isinstance(made, TensorType) and made.dtype == value
+
+
+def _is_last_dim(program: Program, node: fx.Node, value: Any) -> bool:
+    return list(value) == list(type_of(node).shape[-1:])
+
+
+# Attributes that the rest of the line or the header may say already.
+_SAID: dict[str, Callable[[Program, fx.Node, Any], bool]] = {
+    "axis": lambda program, node, value: op_name(node).startswith(f"{value}."),
+    "chunk": _is_chunk,
+    "cudnn_enable": lambda program, node, value: True,
+    "dtype": _is_result_dtype,
+    "end": lambda program, node, value: value == _TO_THE_END,
+    "head_dim": _is_head_dim,
+    "layout": lambda program, node, value: op_name(node) == "redistribute",
+    "limit": _is_length,
+    "lower": lambda program, node, value: has_band(node),
+    "normalized_shape": _is_last_dim,
+    "upper": lambda program, node, value: has_band(node),
+}
+
+
+def symbols_of(node: fx.Node) -> set[str]:
+    """The names of the symbols in a call's arguments."""
+    found: set[str] = set()
+
+    def visit(value: Any) -> None:
+        if is_symbolic(value):
+            found.update(symbol.name for symbol in value.free_symbols)
+
+    map_values((list(node.args), dict(node.kwargs)), visit)
+    return found
