@@ -14,6 +14,7 @@ FLOORS = [
     {"__init__"},
     {"__main__"},
     {"cli"},
+    {"execution"},
     {"compiler"},
     {"runtime"},
     {"artifact", "capture", "cost", "dump", "passes"},

@@ -16,6 +16,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Weight
 from ringcompile.ir.serialize import dtype_to_json, weight_to_json
 
+_MOVED = "the weights were left in that file; put it back, or run `ringcompile transform` again"
 # The dtypes that safetensors has, by its names for them.
 DTYPES = {
     "F64": torch.float64,
@@ -164,7 +165,8 @@ class Weights:
                 hint="transform the model again with its weights",
             )
         _check_slices(place.weight, slices)
-        with opened(self.folder / place.file) as file:
+        hint = DAMAGED if place.where == "file" else _MOVED
+        with opened(self.folder / place.file, hint) as file:
             found = checked(file, place)
             return found[tuple(slices)] if slices else file.get_tensor(place.tensor)
 

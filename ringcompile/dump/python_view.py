@@ -17,6 +17,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import Application
 from torch import fx
 
 from ringcompile.ir import expr
@@ -116,8 +117,9 @@ class _View:
         if name in self.program.lengths:
             return f"{name} = {self.program.lengths[name]}", ""
         if name == expr.LOCAL and sequence is not None:
-            padded = f"-(-{expr.SEQUENCE} // {sequence.num_chunks})"
-            return f"{name} = {padded} * {sequence.chunks_per_rank}", "tokens that this rank holds"
+            chunk = f"-(-{expr.SEQUENCE} // {sequence.num_chunks})"
+            times = f" * {sequence.chunks_per_rank}" if sequence.chunks_per_rank > 1 else ""
+            return f"{name} = {chunk}{times}", "tokens that this rank holds"
         if mesh is not None and name in mesh.names:
             return f'{name} = comm.coordinate("{name}")', "of this rank"
         return f'{name} = comm.length("{name}")', ""
@@ -204,7 +206,7 @@ def _function(node: fx.Node) -> str:
 
 def _size(size: sympy.Expr) -> str:
     """A size as Python; quotients outside functions are whole numbers."""
-    if size.atoms(sympy.Function):
+    if size.atoms(Application):
         return str(sympy.pycode(size, fully_qualified_modules=False))
     return str(size).replace("/", " // ")
 
@@ -212,9 +214,10 @@ def _size(size: sympy.Expr) -> str:
 def _nested(value: Any) -> str:
     """Nested outputs, the leaves as they are."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_nested(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(key)}: {_nested(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
-        return "(" + "".join(f"{_nested(item)}, " for item in value).rstrip() + ")"
+        inner = ", ".join(map(_nested, value))
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
     if isinstance(value, list):
         return f"[{', '.join(map(_nested, value))}]"
     return str(value)

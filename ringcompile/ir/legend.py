@@ -234,14 +234,14 @@ def _shifts(program: Program, nodes: list[fx.Node]) -> str:
     sent = [node.args[0] for node in nodes if node.kwargs["to"] is not None]
     received = [node for node in nodes if node.kwargs["source"] is not None]
     return (
-        f"sends {len(sent)} blocks, {_total(program, sent)} bytes, and "
-        f"receives {len(received)}, {_total(program, received)} bytes"
+        f"sends {_count(sent, 'block')}, {_total(program, sent)} bytes, and receives "
+        f"{_count(received, 'block')}, {_total(program, received)} bytes"
     )
 
 
 def _gathers(program: Program, nodes: list[fx.Node]) -> str:
     shares = _total(program, [node.args[0] for node in nodes])
-    return f"sends {len(nodes)} shares, {shares} bytes, to each other rank and receives theirs"
+    return f"sends {_count(nodes, 'share')}, {shares} bytes, to each other rank, receives theirs"
 
 
 def _rings(program: Program, nodes: list[fx.Node]) -> str:
@@ -250,9 +250,13 @@ def _rings(program: Program, nodes: list[fx.Node]) -> str:
     assert program.mesh is not None
     times = program.mesh.size(str(nodes[0].kwargs["axis"])) - 1
     return (
-        f"passes on {len(nodes)} blocks of keys and values, {_total(program, operands)} bytes, "
-        f"up to {times} times each"
+        f"passes on {_count(nodes, 'block')} of keys and values, {_total(program, operands)} "
+        f"bytes, each up to {times} times"
     )
+
+
+def _count(nodes: Sequence[Any], word: str) -> str:
+    return f"{len(nodes)} {word}" if len(nodes) == 1 else f"{len(nodes)} {word}s"
 
 
 def _total(program: Program, nodes: Sequence[Any]) -> str:

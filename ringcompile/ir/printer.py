@@ -144,7 +144,8 @@ def _nested(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_nested(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(_nested, value)) + ")"
+        inner = ", ".join(map(_nested, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
     return str(value)
 
 
