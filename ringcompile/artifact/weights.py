@@ -70,6 +70,8 @@ class Place:
         file = member(data, "file", str)
         if where == "file":
             plain_name(file)
+        elif not Path(file).is_absolute():
+            raise RingCompileError(f"weight '{name}' lies in '{file[:80]}', which is no full path")
         return cls(weight, where, file, member(data, "tensor", str))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from torch import fx
+
 from ringcompile.ir.calls import operands
 from ringcompile.ir.program import Program
 from ringcompile.ir.serialize import program_to_json
@@ -19,19 +21,30 @@ def json_document(program: Program) -> dict[str, Any]:
     """
     document = program_to_json(program)
     types, locations = document.pop("types"), document.pop("locations")
-    for data, node in zip(document["nodes"], program.graph.nodes, strict=True):
-        data["operands"] = [operand.name for operand in operands(node)]
-        if "type" in data:
-            data["type"] = types[data["type"]]
-        if "loc" in data:
-            file, line, data["layer"] = locations[data["loc"]]
-            data["loc"] = {"file": file, "line": line}
+    document["nodes"] = [
+        _node(data, node, types, locations)
+        for data, node in zip(document["nodes"], program.graph.nodes, strict=True)
+    ]
     return document
+
+
+def _node(
+    data: dict[str, Any], node: fx.Node, types: list[Any], locations: list[Any]
+) -> dict[str, Any]:
+    read = [operand.name for operand in operands(node)]
+    data = {"name": data["name"], "op": data["op"], "operands": read, **data}
+    if "type" in data:
+        data["type"] = types[data["type"]]
+    if "loc" in data:
+        file, line, data["layer"] = locations[data["loc"]]
+        data["loc"] = {"file": file, "line": line}
+    return data
 
 
 def json_(program: Program) -> str:
     """The document as text, with a line for each node and each weight."""
-    fields = (f"{json.dumps(key)}: {_lines(value)}" for key, value in json_document(program).items())
+    document = json_document(program)
+    fields = (f"{json.dumps(key)}: {_lines(value)}" for key, value in document.items())
     return "{\n " + ",\n ".join(fields) + "\n}"
 
 

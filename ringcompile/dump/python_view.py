@@ -1,7 +1,7 @@
 """A program as Python that people read: one function, one statement a node.
 
-The view is valid Python over names that a reader knows, but nothing imports or executes it: programs
-are saved as JSON, and run by `runtime/executor.py`.
+The view is valid Python over names that a reader knows, but nothing imports or executes it:
+programs are saved as JSON, and run by `runtime/executor.py`.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ class _View:
         own = [node for node in run if block_of(node, 1) == block]
         layers = dict.fromkeys(location_of(node).layer for node in own)
         name = block or ", ".join(filter(None, layers)) or "the model itself"
+        if not block and len(layers) > 1:
+            return name
         files: dict[str, list[int]] = {}
         for node in own:
             file, _, line = location_of(node).short.rpartition(":")
@@ -214,7 +216,8 @@ def _size(size: sympy.Expr) -> str:
 def _nested(value: Any) -> str:
     """Nested outputs, the leaves as they are."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_nested(item)}" for key, item in value.items()) + "}"
+        items = (f"{json.dumps(key)}: {_nested(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
     if isinstance(value, tuple):
         inner = ", ".join(map(_nested, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"

@@ -110,7 +110,8 @@ def value_text(program: Program, value: Any, names: Mapping[fx.Node, str]) -> st
     if isinstance(value, torch.dtype):
         return DTYPE_NAMES.get(value, str(value))
     if isinstance(value, float):
-        return f"{value:.6g}"
+        text = f"{value:.6g}"
+        return f"{text}.0" if text.lstrip("-").isdigit() else text
     if is_symbolic(value):
         return str(bind(value, program.lengths))
     return str(value).removeprefix("torch.")

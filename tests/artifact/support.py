@@ -1,0 +1,33 @@
+"""What the artifact's tests share: a compiled model, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ringcompile.artifact import save
+from ringcompile.capture.export import capture
+from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.ir.program import Program
+from ringcompile.models import zoo
+
+
+def compile_model(name: str, spec: str = "ring=2") -> ParallelProgram:
+    module, args = zoo.build(name)
+    return transform(capture(module.eval(), args), spec)
+
+
+def view(program: Program) -> str:
+    return f'"""{program.name}"""\n'
+
+
+def save_model(parallel: ParallelProgram, folder: Path, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "spmd": parallel.program,
+        "ranks": parallel.ranks(),
+        "mesh": parallel.mesh,
+        "source": parallel.source,
+        "options": {"order": "auto"},
+        "view": view,
+    }
+    return save(folder, **(values | changes))
