@@ -234,8 +234,8 @@ def _shifts(program: Program, nodes: list[fx.Node]) -> str:
     sent = [node.args[0] for node in nodes if node.kwargs["to"] is not None]
     received = [node for node in nodes if node.kwargs["source"] is not None]
     return (
-        f"sends {_count(sent, 'block')}, {_total(program, sent)} bytes, and receives "
-        f"{_count(received, 'block')}, {_total(program, received)} bytes"
+        f"sends {_count(sent, 'message')}, {_total(program, sent)} bytes, and receives "
+        f"{_count(received, 'message')}, {_total(program, received)} bytes"
     )
 
 

@@ -104,7 +104,7 @@ def test_transfers_are_counted(
     assert text.count("ring.shift_start(%") == 1
     assert text.count(f"to={other} ") == sends
     assert text.count(f"source={other} ") == receives
-    summary = re.search(r"sends (\d) blocks?, (.*?) bytes, and receives (\d)", text)
+    summary = re.search(r"sends (\d) messages?, (.*?) bytes, and receives (\d)", text)
     assert summary is not None
     assert summary.group(1, 3) == (str(sends), str(receives))
     assert summary.group(2) == str(bytes_sent(program))

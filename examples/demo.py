@@ -1,0 +1,112 @@
+"""SmolLM2-135M on real English text: one device against ring attention on four processes.
+
+Makes a Hugging Face checkpoint from the packaged weights, compiles it for `ring=4` through the same
+calls as the command line, runs both on the same text, and prints a table. `make demo` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+from real_models import english_text, smollm2_checkpoint
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ringcompile as rc
+from ringcompile.runtime.launcher import LocalRanks
+
+BUILD = Path(__file__).parents[1] / "build"
+RANKS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=3072)
+    tokens = parser.parse_args().tokens
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    console = Console()
+
+    with console.status("making the checkpoint"):
+        checkpoint = smollm2_checkpoint(BUILD)
+        ids = english_text(tokens, AutoTokenizer.from_pretrained(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+    with console.status("compiling for ring=4"):
+        start = time.perf_counter()
+        program = rc.capture(model, (ids[:, :24],), name="SmolLM2-135M")
+        parallel = rc.transform(program, f"ring={RANKS}", options={"model": str(checkpoint)})
+        out = BUILD / "smollm2-ring4"
+        parallel.save(out, overwrite=True)
+        compile_seconds = time.perf_counter() - start
+
+    with console.status(f"one device, {tokens} tokens"):
+        start = time.perf_counter()
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+        single_seconds = time.perf_counter() - start
+    with console.status(f"{RANKS} processes, {tokens} tokens"), LocalRanks(rc.load, (out,)) as ranks:
+        done = ranks.run((ids,))
+    logits = done.outputs["logits"]
+
+    table = Table(title=f"SmolLM2-135M, {tokens} tokens of English, {os.cpu_count()} CPU cores")
+    for column in ("", "one device", f"ring={RANKS}"):
+        table.add_column(column, justify="left" if not column else "right")
+    seconds = max(stats.seconds for stats in done.stats)
+    sent = [stats.bytes_sent for stats in done.stats]
+    peak = max(stats.peak_bytes for stats in done.stats)
+    rows = [
+        ("perplexity", f"{perplexity(expected, ids):.6f}", f"{perplexity(logits, ids):.6f}"),
+        ("seconds for the step", f"{single_seconds:.1f}", f"{seconds:.1f}"),
+        ("peak memory of a process", megabytes(own_peak()), megabytes(peak)),
+        ("bytes sent, all ranks", "0", f"{sum(sent):,}"),
+        ("  the least possible", "0", f"{least_bytes(model.config, tokens):,}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    print(f"largest difference of the logits: {difference:.1e} of the largest logit")
+    print(f"sent by rank: {', '.join(f'{count:,}' for count in sent)} bytes")
+    print(f"captured, transformed and saved in {compile_seconds:.1f} s")
+    print(f"programs: {out} (read {out / 'rank1.py'}, or: ringcompile dump {out} --rank 1)")
+    if difference > 2e-5:
+        raise SystemExit("the numbers differ")
+
+
+def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of each next token."""
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    return math.exp(float(loss))
+
+
+def least_bytes(config: object, tokens: int) -> int:
+    """What all ranks together must receive: each chunk of keys and values that a rank sees, once.
+
+    Zigzag order: of two chunks a rank, the early one is seen by all other ranks, the late one by
+    the ranks before; rank r sees P - 1 early and P - 1 - r late chunks of others.
+    """
+    layers, heads, width = (
+        getattr(config, name)
+        for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")
+    )
+    chunk = math.ceil(tokens / (2 * RANKS)) * heads * 2 * width * 4
+    return layers * chunk * sum((RANKS - 1) + (RANKS - 1 - rank) for rank in range(RANKS))
+
+
+def own_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+if __name__ == "__main__":
+    main()
