@@ -1,12 +1,12 @@
 """ringcompile: compile a single-device PyTorch transformer into one program per GPU.
 
-    import ringcompile as rc
+import ringcompile as rc
 
-    program = rc.capture(model, (input_ids,))
-    parallel = rc.transform(program, "ring=4")
-    print(parallel.rank(0))
-    parallel.save("out/")
-    logits = rc.run(parallel, (input_ids,))
+program = rc.capture(model, (input_ids,))
+parallel = rc.transform(program, "ring=4")
+print(parallel.rank(0))
+parallel.save("out/")
+logits = rc.run(parallel, (input_ids,))
 """
 
 from ringcompile.capture.export import capture

@@ -21,10 +21,10 @@ class SourceLocation:
 
     @property
     def short(self) -> str:
-        """`file.py:12`, with at most one parent folder, for dumps."""
+        """`file.py:12`, for dumps."""
         if not self.file:
             return ""
-        return f"{'/'.join(self.file.split('/')[-1:])}:{self.line}"
+        return f"{self.file.rpartition('/')[2]}:{self.line}"
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.file else ""

@@ -34,7 +34,8 @@ from ringcompile.artifact.ops import allowed_ops
 from ringcompile.artifact.shards import SHARD_BYTES, write_weights
 from ringcompile.artifact.weights import Weights, check_files
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.program import Program, Weight, WeightSource, error_at
+from ringcompile.ir.nodes import error_at
+from ringcompile.ir.program import Program, Weight, WeightSource
 from ringcompile.ir.serialize import op_name, program_to_json
 from ringcompile.mesh import Mesh
 

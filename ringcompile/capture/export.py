@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.capture import huggingface
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import OTHER_LENGTHS, SEQUENCE, Size, from_torch, symbol
+from ringcompile.ir.expr import OTHER_LENGTHS, SEQUENCE, from_torch, symbol
 from ringcompile.ir.program import Input, Program, Structure, Weight, WeightSource
 from ringcompile.ir.types import TensorType
 

@@ -23,8 +23,9 @@ from torch import fx
 from ringcompile.ir import expr
 from ringcompile.ir.call_text import elided, given_arguments, is_ours, op_name, symbols_of
 from ringcompile.ir.legend import legend, rank_text, title
+from ringcompile.ir.nodes import location_of
 from ringcompile.ir.printer import block_of, blocks, type_text
-from ringcompile.ir.program import Program, location_of
+from ringcompile.ir.program import Program
 from ringcompile.ops import schemas
 
 _RESERVED = {"inputs", "weights", "comm", "torch", "aten", "ours", "operator", "step"}

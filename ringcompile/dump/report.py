@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.program import Program, location_of, type_of
+from ringcompile.ir.nodes import location_of, type_of
+from ringcompile.ir.program import Program
 from ringcompile.ops.blocks import Band
 
 _FORMS = {

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call, map_values
 from ringcompile.ir.expr import Size, bind, equal, is_symbolic
-from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import DTYPE_NAMES, TensorType
+
+if TYPE_CHECKING:
+    from ringcompile.ir.program import Program
 
 _MAX_ITEMS = 8
 _TO_THE_END = 2**63 - 1

@@ -57,7 +57,7 @@ def replace_operands(node: fx.Node, new: list[fx.Node]) -> tuple[Any, Any]:
 
 
 def with_argument(node: fx.Node, args: Any, kwargs: Any, name: str, value: Any) -> tuple[Any, Any]:
-    """args and kwargs with the named argument of the node's operator set."""
+    """Args and kwargs with the named argument of the node's operator set."""
     for i, (argument, keyword_only, _) in enumerate(_signature(node.target)):
         if argument == name:
             if i < len(args) and not keyword_only:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import fx
 
 from ringcompile.ir.expr import Size, product, simplify
-from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import local_shape
+
+if TYPE_CHECKING:
+    from ringcompile.ir.program import Program
 
 SHIFT = "ringcompile.shift_start.default"
 GATHER = "ringcompile.gather.default"

@@ -16,7 +16,8 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import COMMUNICATION, GATHER, SHIFT
-from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
 

@@ -93,7 +93,7 @@ def bind(value: Size, values: Mapping[str, int]) -> Size:
 
 
 def divide(a: Size, b: Size) -> Size | None:
-    """a / b where that is an integer for all values of the symbols, else None."""
+    """A / b where that is an integer for all values of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
     quotient = sympy.cancel(sympy.sympify(a) / b)

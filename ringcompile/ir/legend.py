@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 from torch import fx
@@ -18,8 +18,10 @@ from ringcompile.ir.call_text import band_text, has_band, is_ours, op_name, symb
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
-from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, ValueType, bind_type, state_type
+
+if TYPE_CHECKING:
+    from ringcompile.ir.program import Program
 
 WIDTH = 97
 RING_ATTENTION = "ringcompile.ring_attention.default"

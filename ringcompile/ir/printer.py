@@ -10,14 +10,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from ringcompile.ir.call_text import call_text, op_name
 from ringcompile.ir.legend import is_state, legend, summary, title
-from ringcompile.ir.program import Program, location_of, type_of
+from ringcompile.ir.nodes import location_of, type_of
 from ringcompile.ir.types import ValueType, bind_type, format_type
+
+if TYPE_CHECKING:
+    from ringcompile.ir.program import Program
 
 # Columns follow the lines that fit; the few longer ones stick out.
 _MAX_TYPE, _MAX_CODE = 40, 96

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import SEQUENCE, Size, bind
-from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
+from ringcompile.ir.printer import print_program
+from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
 
 # How a program gets the data of a weight: by its name in the weight table.
@@ -106,6 +107,9 @@ class Program:
     notes: tuple[str, ...] = ()
     lengths: dict[str, int] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return print_program(self)
+
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         """The same program over another graph."""
         return replace(self, graph=graph, **changes)
@@ -163,20 +167,3 @@ def _match(
             + (f" with {lengths}" if lengths else ""),
             hint="lengths may change from run to run; other sizes are fixed at capture",
         )
-
-
-def type_of(node: fx.Node) -> TensorType:
-    """The tensor type of a node that returns one tensor."""
-    value: ValueType = node.meta["type"]
-    assert isinstance(value, TensorType), f"{node.name} returns several tensors"
-    return value
-
-
-def location_of(node: fx.Node) -> SourceLocation:
-    """The user's line behind a node."""
-    return node.meta.get("loc", SourceLocation())
-
-
-def error_at(node: fx.Node, message: str, hint: str | None = None) -> RingCompileError:
-    """An error about a node, with the user's own source line."""
-    return RingCompileError(message, hint=hint, location=location_of(node), node=node.name)

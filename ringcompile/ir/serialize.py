@@ -22,7 +22,8 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import Size, equal, parse, simplify, to_text
-from ringcompile.ir.program import Program, Structure, Weight, error_at
+from ringcompile.ir.nodes import error_at
+from ringcompile.ir.program import Program, Structure, Weight
 from ringcompile.ir.types import ValueType
 
 # The values that stand as {kind: name}.

@@ -47,7 +47,7 @@ class Band:
         return self.relation(apart if apart >= 1 else -inf, apart if apart <= -1 else inf)
 
     def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """bool [Sq, Sk] from int64 positions [Sq] and [Sk]."""
+        """Bool [Sq, Sk] from int64 positions [Sq] and [Sk]."""
         apart = queries[:, None] - keys[None, :]
         visible = torch.ones_like(apart, dtype=torch.bool)
         if self.lower is not None:

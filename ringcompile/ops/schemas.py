@@ -2,7 +2,7 @@
 
 `attention` and `redistribute` are what a program for one device holds; the rest appear as it is
 partitioned. A state is the running result of attention over some of the keys: [out, lse], out
-accumulated in float32 (float64 for float64) and lse the natural-log sum of exponentials per row.
+in the model's dtype until blocks are merged into it, then float32 (float64 for float64), and lse the natural-log sum of exponentials per row.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from torch import fx
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, equal, simplify
-from ringcompile.ir.program import Program, error_at, type_of
+from ringcompile.ir.nodes import error_at, type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass, refuse
@@ -184,6 +185,19 @@ def _cast(builder: Builder, node: fx.Node) -> fx.Node:
     return builder.call(aten.to.dtype, (x, dtype), type_of(node), name=node.name)
 
 
+def _neutral(neutral: float) -> Callable[[Builder, fx.Node], fx.Node]:
+    """`x + 0` and `x * 1` where they change neither shape nor dtype."""
+
+    def rewrite(builder: Builder, node: fx.Node) -> fx.Node:
+        call, x = Call(node), builder.env[node.args[0]]  # type: ignore[index]
+        other = call["other"]
+        if isinstance(other, int | float) and other == neutral and type_of(x) == type_of(node):
+            return x  # type: ignore[no-any-return]
+        return builder.copy(node)
+
+    return rewrite
+
+
 def _full(value: Any) -> Callable[[Builder, fx.Node], fx.Node]:
     def rewrite(builder: Builder, node: fx.Node) -> fx.Node:
         type_ = type_of(node)
@@ -276,24 +290,25 @@ def _unexpanded(builder: Builder, x: fx.Node, _: Any) -> fx.Node:
 
 _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
     **dict.fromkeys(
-        "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as".split(), _reshape
+        ["view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"], _reshape
     ),
-    **dict.fromkeys("transpose t numpy_T permute swapaxes swapdims".split(), _permute),
-    **dict.fromkeys("movedim moveaxis".split(), _movedim),
-    **dict.fromkeys("expand expand_as broadcast_to".split(), _expand),
+    **dict.fromkeys(["transpose", "t", "numpy_T", "permute", "swapaxes", "swapdims"], _permute),
+    **dict.fromkeys(["movedim", "moveaxis"], _movedim),
+    **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expand),
     **dict.fromkeys(
-        "contiguous clone detach detach_ alias lift_fresh_copy lift_fresh".split(), _identity
+        ["contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy", "lift_fresh"], _identity
     ),
-    **dict.fromkeys("to _to_copy type_as _to_cpu bool float".split(), _cast),
+    **dict.fromkeys(["to", "_to_copy", "type_as", "_to_cpu", "bool", "float"], _cast),
     **dict.fromkeys(
-        "_assert_tensor_metadata _assert_scalar sym_constrain_range_for_size "
-        "sym_constrain_range _assert_async".split(),
+        ["_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"],
         _removed,
     ),
-    **dict.fromkeys("ones ones_like new_ones".split(), _full(1)),
-    **dict.fromkeys("zeros zeros_like new_zeros".split(), _full(0)),
-    **dict.fromkeys("full full_like new_full".split(), _full(None)),
-    **dict.fromkeys("split split_with_sizes chunk unbind tensor_split".split(), _pieces),
+    **dict.fromkeys(["ones", "ones_like", "new_ones"], _full(1)),
+    **dict.fromkeys(["zeros", "zeros_like", "new_zeros"], _full(0)),
+    **dict.fromkeys(["full", "full_like", "new_full"], _full(None)),
+    **dict.fromkeys(["split", "split_with_sizes", "chunk", "unbind", "tensor_split"], _pieces),
+    "add": _neutral(0),
+    "mul": _neutral(1),
     "slice": _slice,
     "narrow": _narrow,
     "getitem": _getitem,

@@ -21,7 +21,8 @@ from torch import fx
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, bind, simplify
-from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import (
     SequenceSplit,
     TensorType,
@@ -180,10 +181,23 @@ class _Ring:
             op("shift_start"),
             (sent,),
             self._kv_type(own.node, coming),
+            why=self._journey(held, out, coming, way, step),
             axis=self.axis,
             to=(self.rank + way) % self.ranks if out else None,
             source=(self.rank - way) % self.ranks if coming else None,
         )
+
+    def _journey(
+        self, held: _Held | None, out: tuple[int, ...], coming: tuple[int, ...], way: int, step: int
+    ) -> str:
+        def chunks(block: int, slots: tuple[int, ...]) -> str:
+            indices = self.sequence.chunks(block)
+            return f"chunk {', '.join(str(indices[slot]) for slot in slots)} of rank {block}"
+
+        parts = [f"passes on {chunks(held.block, out)}"] if held and out else []
+        if coming:
+            parts.append(f"takes {chunks((self.rank - way * (step + 1)) % self.ranks, coming)}")
+        return ", ".join(parts)
 
     def _coming(self, way: int, step: int) -> tuple[int, ...]:
         return self.route.moving((self.rank - way * (step + 1)) % self.ranks, way, step)

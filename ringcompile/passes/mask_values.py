@@ -15,7 +15,7 @@ from torch import fx
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, equal, is_symbolic, simplify
-from ringcompile.ir.program import type_of
+from ringcompile.ir.nodes import type_of
 
 
 @dataclass(frozen=True)

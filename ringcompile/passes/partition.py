@@ -15,7 +15,8 @@ from torch import fx
 from ringcompile.ir.calls import Call, replace_operands, with_argument
 from ringcompile.ir.expr import coordinate, equal
 from ringcompile.ir.layout import WHOLE, Layout
-from ringcompile.ir.program import Program, error_at, type_of
+from ringcompile.ir.nodes import error_at, type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, state_type
 from ringcompile.ops.schemas import op
@@ -28,11 +29,11 @@ aten = torch.ops.aten
 class Partition(Pass):
     """Make every node local.
 
-        y = reshape(x, [1, s, 4, 16])          ->  y = reshape(x, [1, n, 4, 16])
-        p = arange(0, s)         i64[s/ring]   ->  p = positions([ring], chunk=n, limit=s)
-        y = redistribute(x)      [s] to [s/ring]   y = index_select(x, 0, p)
-        y = redistribute(x)      [s/ring] to [s]   y = gather(x, axis=ring)
-        o = attention(q, k, v)   k, v split    ->  o = ring_attention(q, k, v, axis=ring)
+    y = reshape(x, [1, s, 4, 16])          ->  y = reshape(x, [1, n, 4, 16])
+    p = arange(0, s)         i64[s/ring]   ->  p = positions([ring], chunk=n, limit=s)
+    y = redistribute(x)      [s] to [s/ring]   y = index_select(x, 0, p)
+    y = redistribute(x)      [s/ring] to [s]   y = gather(x, axis=ring)
+    o = attention(q, k, v)   k, v split    ->  o = ring_attention(q, k, v, axis=ring)
     """
 
     name: ClassVar[str] = "partition"

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, replace_operands
 from ringcompile.ir.expr import equal
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.program import Program, error_at, type_of
+from ringcompile.ir.nodes import error_at, type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.rules import Conflict, FactorRule, Factors, Placement, Rule, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh

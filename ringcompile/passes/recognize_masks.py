@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op

@@ -15,7 +15,7 @@ from ringcompile.passes.base import Builder, Pass
 class Specialize(Pass):
     """Replace coordinate symbols by numbers.
 
-        p = positions([ring, 7 - ring], ...)   ->   p = positions([1, 6], ...)      (rank 1 of 4)
+    p = positions([ring, 7 - ring], ...)   ->   p = positions([1, 6], ...)      (rank 1 of 4)
     """
 
     name: ClassVar[str] = "specialize"

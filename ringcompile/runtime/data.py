@@ -9,7 +9,8 @@ import torch
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import bind
-from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.sequence import join, positions
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ringcompile.ir.program import Program, WeightSource, type_of
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.data import assemble_outputs, name_inputs, share_inputs
 from ringcompile.runtime.exchange import Exchange

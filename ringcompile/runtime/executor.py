@@ -16,7 +16,8 @@ from torch import fx
 
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.expr import bind, is_symbolic
-from ringcompile.ir.program import Program, type_of
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops import schemas
 from ringcompile.ops.bodies import CREATION, body_of

@@ -19,8 +19,9 @@ from ringcompile.dump.json_ import json_document
 from ringcompile.dump.python_view import _size, python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import bind, coordinate, symbol
+from ringcompile.ir.nodes import location_of
 from ringcompile.ir.printer import print_program
-from ringcompile.ir.program import Program, location_of
+from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.models.transformer import Transformer, TransformerConfig
 

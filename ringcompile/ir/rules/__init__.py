@@ -1,6 +1,6 @@
 """What each op needs of its operands' layouts and what layout comes out: a table of rows."""
 
-from ringcompile.ir.rules.base import Conflict, Factors, FactorRule, Placement, Rule, ViewRule
+from ringcompile.ir.rules.base import Conflict, FactorRule, Factors, Placement, Rule, ViewRule
 from ringcompile.ir.rules.table import RULES, find_rule
 
 __all__ = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout, regroup
-from ringcompile.ir.program import type_of
+from ringcompile.ir.nodes import type_of
 
 Names = tuple[Hashable | None, ...]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.program import type_of
-from ringcompile.ir.rules.base import Factors, FactorRule, Names, Rule, ViewRule, rank_of, shapes
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.rules.base import FactorRule, Factors, Names, Rule, ViewRule, rank_of, shapes
 
 
 def pointwise(call: Call) -> Factors:
@@ -95,7 +95,7 @@ def linear(call: Call) -> Factors:
 
 
 def addmm(call: Call) -> Factors:
-    """bias (broadcast), m k, k n -> m n"""
+    """Bias (broadcast), m k, k n -> m n"""
     bias = shapes(call)[0]
     names: Names = ("m", "n")[2 - len(bias):]
     out = type_of(call.node).shape[2 - len(bias):]
@@ -124,7 +124,7 @@ def matmul(call: Call) -> Factors:
 
 
 def embedding(call: Call) -> Factors:
-    """v d, ... -> ... d; the vocabulary whole"""
+    """V d, ... -> ... d; the vocabulary whole"""
     index = tuple(range(rank_of(call) - 1))
     return Factors(((None, "d"), index), (*index, "d"))
 
@@ -175,14 +175,14 @@ def gather(call: Call) -> Factors:
 
 
 def last_two_whole(call: Call) -> Factors:
-    """tril and triu: rows and columns are known by position only where they are whole."""
+    """Tril and triu: rows and columns are known by position only where they are whole."""
     rank = rank_of(call)
     names: Names = tuple(i if i < rank - 2 else None for i in range(rank))
     return Factors((names,), names)
 
 
 def attention(call: Call) -> Factors:
-    """b h q d, b g k d, b g k e -> b h q e.
+    """B h q d, b g k d, b g k e -> b h q e.
 
     Keys and values may be split along their sequence on the axis that splits the queries: that
     is ring attention, and `passes/place.py` keeps such a split. The key mask must know all keys.
@@ -198,34 +198,10 @@ def attention(call: Call) -> Factors:
     return Factors(tuple(names), ("b", "h", "q", "e"))
 
 
-_UNARY = (
-    "abs neg exp exp2 expm1 log log2 log1p sqrt rsqrt reciprocal sin cos tan tanh sigmoid erf relu "
-    "silu gelu elu leaky_relu mish hardswish hardsigmoid softplus logical_not bitwise_not "
-    "sign floor ceil round trunc isnan isinf square selu hardtanh relu6 log_sigmoid"
-).split()
-_BINARY = (
-    "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar mul.Tensor mul.Scalar div.Tensor "
-    "div.Scalar div.Tensor_mode div.Scalar_mode pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar "
-    "floor_divide.default remainder.Scalar remainder.Tensor fmod.Scalar "
-    "eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar "
-    "gt.Tensor gt.Scalar ge.Tensor ge.Scalar maximum.default minimum.default "
-    "logical_and.default logical_or.default logical_xor.default "
-    "bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar "
-    "bitwise_xor.Tensor __and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar "
-    "where.self where.ScalarOther where.ScalarSelf where.Scalar "
-    "masked_fill.Scalar masked_fill.Tensor "
-    "clamp.default clamp.Tensor clamp_min.default clamp_max.default lerp.Scalar lerp.Tensor "
-    "addcmul.default atan2.default to.dtype nan_to_num.default"
-).split()
-_ALONG_DIM = (
-    "softmax.int _softmax.default log_softmax.int cumsum.default cumprod.default "
-    "slice.Tensor cat.default diff.default flip.default logcumsumexp.default glu.default"
-).split()
-_REDUCTIONS = (
-    "mean.dim sum.dim_IntList amax.default amin.default any.dim any.dims all.dim all.dims "
-    "argmax.default argmin.default prod.dim_int var.correction var.dim std.correction "
-    "logsumexp.default linalg_vector_norm.default"
-).split()
+_UNARY = ["abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu", "silu", "gelu", "elu", "leaky_relu", "mish", "hardswish", "hardsigmoid", "softplus", "logical_not", "bitwise_not", "sign", "floor", "ceil", "round", "trunc", "isnan", "isinf", "square", "selu", "hardtanh", "relu6", "log_sigmoid"]
+_BINARY = ["add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "floor_divide.default", "remainder.Scalar", "remainder.Tensor", "fmod.Scalar", "eq.Tensor", "eq.Scalar", "ne.Tensor", "ne.Scalar", "lt.Tensor", "lt.Scalar", "le.Tensor", "le.Scalar", "gt.Tensor", "gt.Scalar", "ge.Tensor", "ge.Scalar", "maximum.default", "minimum.default", "logical_and.default", "logical_or.default", "logical_xor.default", "bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_or.Tensor", "bitwise_or.Scalar", "bitwise_xor.Tensor", "__and__.Tensor", "__or__.Tensor", "__and__.Scalar", "__or__.Scalar", "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor", "clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_max.default", "lerp.Scalar", "lerp.Tensor", "addcmul.default", "atan2.default", "to.dtype", "nan_to_num.default"]
+_ALONG_DIM = ["softmax.int", "_softmax.default", "log_softmax.int", "cumsum.default", "cumprod.default", "slice.Tensor", "cat.default", "diff.default", "flip.default", "logcumsumexp.default", "glu.default"]
+_REDUCTIONS = ["mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "any.dims", "all.dim", "all.dims", "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim", "std.correction", "logsumexp.default", "linalg_vector_norm.default"]
 
 
 def _flip(call: Call) -> Factors:

@@ -1,0 +1,25 @@
+"""What is known of a single node: its type, the user's line behind it, and errors about it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.ir.types import TensorType, ValueType
+
+
+def type_of(node: fx.Node) -> TensorType:
+    """The tensor type of a node that returns one tensor."""
+    value: ValueType = node.meta["type"]
+    assert isinstance(value, TensorType), f"{node.name} returns several tensors"
+    return value
+
+
+def location_of(node: fx.Node) -> SourceLocation:
+    """The user's line behind a node."""
+    return node.meta.get("loc", SourceLocation())
+
+
+def error_at(node: fx.Node, message: str, hint: str | None = None) -> RingCompileError:
+    """An error about a node, with the user's own source line."""
+    return RingCompileError(message, hint=hint, location=location_of(node), node=node.name)
