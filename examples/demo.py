@@ -51,7 +51,8 @@ def main() -> None:
         with torch.no_grad():
             expected = model(ids, use_cache=False).logits
         single_seconds = time.perf_counter() - start
-    with console.status(f"{RANKS} processes, {tokens} tokens"), LocalRanks(rc.load, (out,)) as ranks:
+    waiting = console.status(f"{RANKS} processes, {tokens} tokens")
+    with waiting, LocalRanks(rc.load, (out,)) as ranks:
         done = ranks.run((ids,))
     logits = done.outputs["logits"]
 

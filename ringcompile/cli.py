@@ -25,7 +25,7 @@ from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
-from ringcompile.passes.base import Pass
+from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.place import ORDERS
 
 _CONSOLE = Console(stderr=True)
@@ -57,7 +57,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point: an error of ours is one message and exit code 1, never a traceback."""
     try:
-        cli.main(standalone_mode=False)
+        sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -157,7 +157,7 @@ def _run_passes(
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in known:
             raise RingCompileError(f"unknown pass '{name}'", hint=f"passes: {', '.join(known)}")
-        program = compiler.Pipeline([known[name]]).run(program)
+        program = Pipeline([known[name]]).run(program)
     return program
 
 
@@ -175,13 +175,14 @@ def _observer(
 def _print_summary(out: Path, made: compiler.ParallelProgram, as_json: bool) -> None:
     program = made.program
     assert program.sequence is not None
+    sizes = [len(made.rank(rank).graph.nodes) for rank in range(made.world_size)]
     facts = {
         "out": str(out),
         "model": program.name,
         "parallel": str(made.mesh),
         "ranks": made.world_size,
         "order": program.sequence.order,
-        "nodes": [len(made.rank(rank).graph.nodes) for rank in range(made.world_size)],
+        "nodes": sizes,
         "notes": list(program.notes),
     }
     if as_json:
@@ -189,7 +190,7 @@ def _print_summary(out: Path, made: compiler.ParallelProgram, as_json: bool) -> 
         return
     click.echo(
         f"wrote {out}: {program.name}, {made.mesh}, {program.sequence.order}, "
-        f"{made.world_size} programs of {max(facts['nodes'])} nodes"  # type: ignore[type-var]
+        f"{made.world_size} programs of {max(sizes)} nodes"
     )
     for note in program.notes:
         click.echo(f"note: {note}")

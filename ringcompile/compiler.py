@@ -69,6 +69,7 @@ class ParallelProgram:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks, one process or GPU each."""
         return self.mesh.world_size
 
     @property
@@ -194,15 +195,16 @@ def check(
 
     Args:
         model: a captured program, or a module with example inputs in `args` and `kwargs`.
+        parallel: as for `transform`.
+        args: as for `capture`; unused with a program.
+        kwargs: likewise.
+        order: as for `transform`.
     """
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     name = model.name if isinstance(model, Program) else type(model).__name__
     try:
         program = model if isinstance(model, Program) else capture(model, args, kwargs)
-        try:
-            made, refusals = transform(program, mesh, order=order), ()
-        except RingCompileError as error:
-            made, refusals = _with_gathers(program, mesh, order, error)
+        made, refusals = _made(program, mesh, order)
         ranks = made.ranks()
     except RingCompileError as error:
         return report.Report(name, str(mesh), order, False, refusals=(str(error),))
@@ -219,14 +221,15 @@ def check(
     )
 
 
-def _with_gathers(
-    program: Program, mesh: Mesh, order: str, error: RingCompileError
+def _made(
+    program: Program, mesh: Mesh, order: str
 ) -> tuple[ParallelProgram, tuple[str, ...]]:
     """The first refusal in full, and all others that gathering would get around."""
-    made = transform(program, mesh, order=order, gather_unknown=True)
-    return made, (str(error), *made.program.notes[1:])
-
-
+    try:
+        return transform(program, mesh, order=order), ()
+    except RingCompileError as error:
+        made = transform(program, mesh, order=order, gather_unknown=True)
+        return made, (str(error), *made.program.notes[1:])
 
 
 def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
@@ -239,7 +242,9 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
     if name in [step.name for step in late]:
         return Pipeline(_up_to(late, name)).run(made.program)
     options = made.options
-    front = front_passes(made.mesh, options.get("order", "auto"), options.get("gather_unknown", False))
+    front = front_passes(
+        made.mesh, options.get("order", "auto"), options.get("gather_unknown", False)
+    )
     if name not in [step.name for step in front]:
         known = [step.name for step in (*front, *late)]
         raise RingCompileError(

@@ -49,6 +49,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Whether every difference is within what is allowed; true if no numbers were compared."""
         return all(row.difference <= row.allowed for row in self.numerics)
 
 
@@ -67,6 +68,7 @@ def run(parallel: ParallelProgram, inputs: Any, backend: str = "lockstep") -> An
     """Run on whole inputs and return whole outputs, nested as the model returns them.
 
     Args:
+        parallel: what `transform` or `load` returned.
         inputs: by name, or in order.
         backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each).
 
@@ -101,9 +103,11 @@ def verify(
     """Check all ranks against each other and, on request, against the single-device model.
 
     Args:
+        parallel: what `transform` or `load` returned.
         module: the model; with `numerics` and without it, the one that `model` or the program's
             own options name is loaded.
         numerics: compare numbers, at a length that divides over the ranks and one that does not.
+        model: a spec, as for `load_model`.
 
     Raises:
         RingCompileError: ranks that do not fit together, or no model to compare with.

@@ -60,10 +60,12 @@ class Mesh:
 
     @property
     def names(self) -> list[str]:
+        """The axes, outermost first: neighbouring ranks differ in the last one."""
         return [name for name, _ in self.axes]
 
     @property
     def world_size(self) -> int:
+        """The number of ranks: the product of all axis sizes."""
         return prod(size for _, size in self.axes)
 
     def size(self, axis: str) -> int:
@@ -85,7 +87,7 @@ class Mesh:
         return rank
 
     def groups(self, axis: str) -> Iterator[list[int]]:
-        """The ranks that differ only in their coordinate on `axis`, group by group, in its order."""
+        """The ranks that differ only in their coordinate on `axis`, in its order, by group."""
         others = [range(size) if name != axis else (0,) for name, size in self.axes]
         for corner in product(*others):
             base = dict(zip(self.names, corner, strict=True))

@@ -25,7 +25,7 @@ def compiled(
 
 
 def run(parallel: ParallelProgram, inputs: Any) -> Result:
-    """All ranks in lock-step, every value held against its type; ranks checked against each other."""
+    """All ranks in lock-step, values held against their types, ranks checked against each other."""
     parallel.verify()
     return run_lockstep(
         parallel.ranks(), parallel.mesh, parallel.source, inputs, check_types=True

@@ -86,7 +86,9 @@ def hf_inputs(length: int, masked: bool) -> tuple[tuple[torch.Tensor, ...], torc
     ids = torch.randint(0, 128, (2, length))
     mask = torch.ones(2, length, dtype=torch.int64)
     mask[1, length - length // 3 :] = 0
-    return ((ids, mask) if masked else (ids,)), mask.bool() if masked else torch.ones_like(ids).bool()
+    if not masked:
+        return (ids,), torch.ones_like(ids).bool()
+    return (ids, mask), mask.bool()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "padding mask"])
@@ -99,8 +101,9 @@ def test_hugging_face(name: str, masked: bool) -> None:
         parallel = transform(program, f"ring={ranks}", order=order)
         for length in (64, 37):
             inputs, tokens = hf_inputs(length, masked)
+            named = dict(zip(("input_ids", "attention_mask"), inputs, strict=False))
             with torch.no_grad():
-                expected = module(**dict(zip(("input_ids", "attention_mask"), inputs, strict=False)))
+                expected = module(**named)
             found = run(parallel, inputs).outputs
             assert list(found) == list(expected)
             key = next(iter(found))
@@ -140,7 +143,9 @@ def decoder(order: str = "zigzag") -> tuple[nn.Module, ParallelProgram, tuple[to
     return module, transform(program, "ring=4", order=order), inputs
 
 
-def error_of(module: nn.Module, parallel: ParallelProgram, inputs: tuple[torch.Tensor, ...]) -> float:
+def error_of(
+    module: nn.Module, parallel: ParallelProgram, inputs: tuple[torch.Tensor, ...]
+) -> float:
     with torch.no_grad():
         return difference(run(parallel, inputs).outputs, module(*inputs))
 
@@ -193,5 +198,5 @@ def test_a_ring_that_never_rotates_is_seen() -> None:
 
 
 def test_compared_values_are_not_empty() -> None:
-    module, parallel, inputs = decoder()
+    _, parallel, inputs = decoder()
     assert tensors(run(parallel, inputs).outputs)[0].numel() == 61 * 512

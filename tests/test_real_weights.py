@@ -21,8 +21,10 @@ real_models = pytest.importorskip("real_models")
 SENTENCES = [
     "A ring is a closed chain of ranks, each passing on what it was given.",
     "Short.",
-    "The quick brown fox jumps over the lazy dog, and then, because nobody stops it, it jumps back "
-    "over the dog once more and runs into the forest before the rain begins.",
+    (
+        "The quick brown fox jumps over the lazy dog, and then, because nobody stops it, it jumps "
+        "back over the dog once more and runs into the forest before the rain begins."
+    ),
     "Attention weighs every key by how well it fits the query.",
     "How far is it to the next station?",
 ]

@@ -1,0 +1,1 @@
+"""From models to programs: what a model spec names, Hugging Face hooks, torch.export."""

@@ -46,8 +46,9 @@ def capture(
 
     Args:
         model: an ordinary module, in eval mode; its parameters may be fake tensors.
-        args, kwargs: example inputs. The length of dim 1 of the first tensor is the sequence
+        args: example inputs by position. The length of dim 1 of the first tensor is the sequence
             length; every other input dim (but dim 0) of that size is taken to be one too.
+        kwargs: example inputs by name; their tensors come behind those of `args`.
         name: what to call the program; the module's class by default.
 
     Raises:
@@ -136,7 +137,7 @@ def _explain(error: Exception) -> RingCompileError:
 
 @dataclass
 class _Importer:
-    """Copies an exported graph into ours: sympy sizes for SymInts, types and lines on every node."""
+    """Copies an exported graph into ours: sympy sizes for SymInts, each node typed and located."""
 
     exported: ExportedProgram
     model: nn.Module
@@ -327,7 +328,7 @@ def fake_weights() -> Any:
             parameter = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         original(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
     try:
         yield mode
     finally:

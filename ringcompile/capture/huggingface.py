@@ -8,6 +8,7 @@ read from the graph. Both are registered together: attention alone would lose th
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,13 +17,6 @@ from torch import nn
 from torch.nn import functional
 
 from ringcompile.errors import RingCompileError
-
-try:
-    import transformers
-    from transformers import masking_utils
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-except ImportError:  # an optional dependency: plain modules need none of this
-    transformers = None  # type: ignore[assignment]
 
 _NAME = "ringcompile"
 # Arguments that change the result and that attention as captured here has no place for.
@@ -63,16 +57,22 @@ def _attention(
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The boolean mask from positions, never skipped in favour of a flag elsewhere."""
+    from transformers import masking_utils
+
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    return masking_utils.sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
+    return masking_utils.sdpa_mask(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """While inside, Hugging Face modules use our hooks and no cache; restored behind."""
-    if transformers is None:
+    transformers = sys.modules.get("transformers")
+    if transformers is None:  # a Hugging Face model cannot exist without it
         yield
         return
+    from transformers import masking_utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     models = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
     configs = {id(m.config): m.config for m in models}.values()
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)

@@ -51,7 +51,8 @@ def load_model(
     Args:
         spec: a zoo name, a folder with a Hugging Face checkpoint, or `package.module:function`
             where the function returns a module and its example inputs (a tuple, or a dict by name).
-        batch, length: of the example inputs; a function chooses its own.
+        batch: dim 0 of the example inputs; a function chooses its own.
+        length: sequence length of the example inputs, likewise.
         dtype: cast parameters and buffers to it.
         weights: False builds the model without memory for its parameters.
 
@@ -68,7 +69,8 @@ def load_model(
         return _function(spec, dtype)
     raise RingCompileError(
         f"no model '{spec}'",
-        hint="give a zoo name (`ringcompile models`), a checkpoint folder, or package.module:function",
+        hint="give a zoo name (`ringcompile models`), a checkpoint folder, or "
+        "package.module:function",
     )
 
 

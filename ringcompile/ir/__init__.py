@@ -1,0 +1,1 @@
+"""Programs and what is known of them: sizes, types, layouts, rules, checks, and their text."""

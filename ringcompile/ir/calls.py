@@ -35,6 +35,7 @@ class Call:
         return self.arguments[name]
 
     def get(self, name: str, default: Any = None) -> Any:
+        """An argument that not every overload has; `default` where this one does not."""
         return self.arguments.get(name, default)
 
     @property
@@ -53,7 +54,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
 def replace_operands(node: fx.Node, new: list[fx.Node]) -> tuple[Any, Any]:
     """The args and kwargs of a node with its operands replaced, in order of occurrence."""
     supply: Iterator[fx.Node] = iter(new)
-    return fx.map_arg((node.args, node.kwargs), lambda _: next(supply))  # type: ignore[return-value]
+    return fx.map_arg((node.args, node.kwargs), lambda _: next(supply))
 
 
 def with_argument(node: fx.Node, args: Any, kwargs: Any, name: str, value: Any) -> tuple[Any, Any]:

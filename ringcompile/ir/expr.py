@@ -12,14 +12,14 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import sympy
 from torch.utils._sympy import functions as torch_functions
 
 from ringcompile.errors import RingCompileError
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floor": sympy.floor,
@@ -67,7 +67,7 @@ def simplify(value: Any) -> Size:
     return int(value) if value.is_Integer else value
 
 
-def is_symbolic(value: object) -> bool:
+def is_symbolic(value: object) -> TypeGuard[sympy.Expr]:
     """Whether `value` is an expression with symbols in it."""
     return isinstance(value, sympy.Basic)
 

@@ -1,11 +1,12 @@
 """Layouts: for every tensor dim, the mesh axes that split it.
 
-A dim is a sequence of atoms, major to minor, each a size and the axes that split it. One atom is the
-ordinary case. Several arise where a view flattens dims of which one is split: `[2, s/ring, 64]` viewed
-as `[2*s, 64]` is no longer one contiguous piece on a rank, but it is still exactly "2, then s split
-over ring", and a later view takes it apart again. Adjacent unsplit atoms are merged, and an unsplit
-atom behind a split one of known size is absorbed by it, so equal placements compare equal. (A split
-atom of symbolic size is always one whole length, because lengths are padded before they are split.)
+A dim is a sequence of atoms, major to minor, each a size and the axes that split it. One atom is
+the ordinary case. Several arise where a view flattens dims of which one is split: `[2, s/ring, 64]`
+viewed as `[2*s, 64]` is no longer one contiguous piece on a rank, but it is still exactly "2, then
+s split over ring", and a later view takes it apart again. Adjacent unsplit atoms are merged, and an
+unsplit atom behind a split one of known size is absorbed by it, so equal placements compare equal.
+(A split atom of symbolic size is always one whole length, because lengths are padded before they
+are split.)
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Layout:
 
     @property
     def is_whole(self) -> bool:
+        """Whether no axis splits any dim, so that every rank holds all of the tensor."""
         return not any(self.dims)
 
     @property

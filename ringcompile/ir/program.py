@@ -34,6 +34,7 @@ class Weight:
 
     @property
     def num_bytes(self) -> int:
+        """The size in bytes of the whole tensor's data."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
@@ -81,7 +82,8 @@ class Program:
     Attributes:
         graph: placeholders for weights and inputs, calls, one output node with a flat tuple.
         inputs: what the caller passes, in order, with global types.
-        placeholders: placeholder name -> the input it takes (one input may be taken in two layouts).
+        placeholders: placeholder name -> the input it takes (several may take one input, each in
+            its own layout).
         weights: placeholder name -> weight.
         output_structure: how the flat outputs are nested for the caller.
         source: where the data of weights comes from, when something needs it.
@@ -116,6 +118,7 @@ class Program:
 
     @property
     def output_node(self) -> fx.Node:
+        """The one node that returns; its argument is the flat tuple of outputs."""
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")
 
     @property

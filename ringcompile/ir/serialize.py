@@ -163,12 +163,16 @@ def _argument_to_json(value: Any) -> Any:
 
 def _size_to_json(value: Size) -> Any:
     value = simplify(value)
-    if isinstance(value, int):
-        return value
+    return value if isinstance(value, int) else {"expr": _expression_text(value)}
+
+
+@lru_cache(maxsize=65536)
+def _expression_text(value: sympy.Expr) -> str:
+    """The text of an expression, which is sure to be read back as the same one."""
     text = to_text(value)
     if not equal(size_from_text(text), value):
         raise RingCompileError(f"the size {text} cannot be read back")
-    return {"expr": text}
+    return text
 
 
 @lru_cache(maxsize=65536)

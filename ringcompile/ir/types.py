@@ -10,7 +10,7 @@ from ringcompile.ir.expr import LOCAL, SEQUENCE, Size, bind, divide, equal, prod
 from ringcompile.ir.layout import Atom, Layout, format_dim
 from ringcompile.mesh import Mesh
 
-_DTYPES = {
+DTYPE_NAMES = {
     torch.float16: "f16",
     torch.bfloat16: "bf16",
     torch.float32: "f32",
@@ -23,8 +23,7 @@ _DTYPES = {
     torch.bool: "bool",
     torch.complex64: "c64",
 }
-DTYPE_NAMES = {dtype: name for dtype, name in _DTYPES.items()}
-DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,18 @@ class TensorType:
 
     @classmethod
     def whole(cls, dtype: torch.dtype, shape: tuple[Size, ...]) -> TensorType:
+        """The type of a tensor that every rank holds all of."""
         return cls(dtype, shape, Layout.whole(len(shape)))
 
     def with_layout(self, layout: Layout) -> TensorType:
+        """The same tensor placed otherwise; `layout` has as many dims."""
         return replace(self, layout=layout)
 
     def __str__(self) -> str:
         dims = (
             format_dim(size, dim) for size, dim in zip(self.shape, self.layout.dims, strict=True)
         )
-        return f"{_DTYPES.get(self.dtype, str(self.dtype))}[{', '.join(dims)}]"
+        return f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(dims)}]"
 
 
 def state_type(out: TensorType) -> tuple[TensorType, TensorType]:
@@ -87,18 +88,22 @@ class SequenceSplit:
 
     @property
     def chunks_per_rank(self) -> int:
+        """Two for zigzag, an early chunk and its mirror; else one."""
         return 2 if self.order == "zigzag" else 1
 
     @property
     def num_chunks(self) -> int:
+        """Chunks of the whole sequence; its padded length is a multiple of this."""
         return self.num_ranks * self.chunks_per_rank
 
     @property
     def length(self) -> Size:
+        """The true length of the whole sequence, `s`; padding not included."""
         return symbol(SEQUENCE)
 
     @property
     def local(self) -> Size:
+        """The length of one rank's share, `n`; padding included."""
         return symbol(LOCAL)
 
     @property

@@ -6,8 +6,11 @@ in the graph.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 
 import torch
 
@@ -28,12 +31,17 @@ def attention(
     lower: int | None = None,
     upper: int | None = None,
 ) -> torch.Tensor:
-    """Attention of whole queries over whole keys: [B,H,Sq,D], [B,G,Sk,D], [B,G,Sk,E] -> [B,H,Sq,E].
+    """Attention of whole queries over whole keys: [B,H,Sq,E].
 
     Args:
+        q: [B,H,Sq,D].
+        k: [B,G,Sk,D], a key head for every H/G query heads.
+        v: [B,G,Sk,E].
         key_mask: [B|1, 1, 1, Sk], bool (True is visible) or additive.
         mask: [B|1, H|1, Sq|1, Sk], bool or additive.
-        lower, upper: the band of visible positions, see `blocks.Band`.
+        scale: what q k^T is multiplied by before masks are applied.
+        lower: the smallest visible query position - key position, see `blocks.Band`.
+        upper: the largest one.
     """
     rows, columns = (pieces(None, 0, _NO_LIMIT, x.shape[2]) for x in (q, k))
     masks = _Masks(key_mask, mask, Band(lower, upper))
@@ -63,14 +71,18 @@ def block_attention(
     """Attention of the queries over one block of keys, as a state [out, lse].
 
     Args:
-        q: [B,H,Sq,D]. kv: [B,G,Sk,D+E], packed.
-        key_mask, mask: as in `attention`; their key dim spans the whole sequence, the query dim of
-            `mask` only these queries.
+        q: [B,H,Sq,D].
+        kv: [B,G,Sk,D+E], packed.
+        key_mask: as in `attention`; its key dim spans the whole sequence.
+        mask: as in `attention`; its key dim spans the whole sequence, its query dim these queries.
         head_dim: D.
-        queries, keys: the chunks that the rows of q and kv are, by index; None for positions
-            0, 1, 2, ...
+        queries: the chunks that the rows of q are, by index; None for positions 0, 1, 2, ...
+        keys: the chunks that the rows of kv are, likewise.
         chunk: length of a chunk.
         limit: the true length; keys from here on are padding.
+        scale: as in `attention`.
+        lower: as in `attention`, of positions in the whole sequence.
+        upper: likewise.
     """
     rows = pieces(queries, chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
     columns = pieces(keys, chunk, limit, num_rows=kv.shape[2])
@@ -185,7 +197,7 @@ def _take(x: torch.Tensor, runs: Sequence[tuple[int, int]], dim: int) -> torch.T
     """The runs (start, length) of a dim, one behind the other; a view where they are one run."""
     if not runs:
         return x.narrow(dim, 0, 0)
-    if all(a[0] + a[1] == b[0] for a, b in zip(runs, runs[1:], strict=False)):
+    if all(a[0] + a[1] == b[0] for a, b in pairwise(runs)):
         return x.narrow(dim, runs[0][0], sum(length for _, length in runs))
     return torch.cat([x.narrow(dim, start, length) for start, length in runs], dim)
 
@@ -194,14 +206,10 @@ def _combine(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """One mask from several: bool ones are and-ed, additive ones added, bool into additive."""
     flags = [part for part in parts if part.dtype == torch.bool]
     biases = [part for part in parts if part.dtype != torch.bool]
-    visible = flags[0] if flags else None
-    for flag in flags[1:]:
-        visible = visible & flag
+    visible = reduce(operator.and_, flags) if flags else None
     if not biases:
         return visible
-    bias = biases[0]
-    for extra in biases[1:]:
-        bias = bias + extra
+    bias = reduce(operator.add, biases)
     return bias if visible is None else torch.where(visible, bias, float("-inf"))
 
 

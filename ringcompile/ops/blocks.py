@@ -28,6 +28,7 @@ class Band:
 
     @property
     def is_causal(self) -> bool:
+        """Whether a query sees its own position and all before it, with no window."""
         return self == Band(0)
 
     def relation(self, low: float, high: float) -> str:
@@ -75,6 +76,7 @@ class Piece:
     offset: int
 
     def positions(self, device: torch.device) -> torch.Tensor:
+        """Int64 [length], one position a row."""
         return torch.arange(self.start, self.start + self.length, device=device)
 
 

@@ -27,10 +27,12 @@ BODIES: dict[str, Callable[..., Any]] = {
 }
 
 # Ops that make tensors out of nothing and so must be told the device.
-CREATION = frozenset({"aten.full.default", "aten.arange.start_step", "ringcompile.positions.default"})
+CREATION = frozenset(
+    {"aten.full.default", "aten.arange.start_step", "ringcompile.positions.default"}
+)
 
 
 def body_of(target: Any) -> Callable[..., Any]:
     """What runs an op that does not communicate: our body, or torch's operator itself."""
     name = schemas.name_of(target)
-    return BODIES[name] if name is not None else target  # type: ignore[no-any-return]
+    return BODIES[name] if name is not None else target

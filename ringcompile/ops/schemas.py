@@ -1,8 +1,9 @@
-"""Our operators: one table of schemas, registered with torch so that graphs can be typed and checked.
+"""Our operators: a table of schemas, registered with torch so that graphs can be typed and checked.
 
 `attention` and `redistribute` are what a program for one device holds; the rest appear as it is
 partitioned. A state is the running result of attention over some of the keys: [out, lse], out
-in the model's dtype until blocks are merged into it, then float32 (float64 for float64), and lse the natural-log sum of exponentials per row.
+in the model's dtype until blocks are merged into it, then float32 (float64 for float64), and lse
+the natural-log sum of exponentials per row.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ COMMUNICATION = frozenset({"gather", "shift_start", "wait"})
 @lru_cache
 def op(name: str) -> torch._ops.OpOverload:
     """The operator of that name in our namespace."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def name_of(target: object) -> str | None:

@@ -103,6 +103,7 @@ class Builder:
         return node
 
     def placeholder(self, name: str, type_: ValueType) -> fx.Node:
+        """Append a weight or an input; it has a type and no source line."""
         node = self.graph.placeholder(name)
         node.meta["type"] = type_
         return node
@@ -115,6 +116,7 @@ class Builder:
         return new
 
     def output(self, nodes: tuple[fx.Node, ...]) -> None:
+        """Append the return of these nodes of the new graph."""
         self.graph.output(tuple(nodes))
 
 

@@ -8,7 +8,7 @@ passes then have one case each.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,6 +39,7 @@ class Canonicalize(Pass):
     name: ClassVar[str] = "canonicalize"
 
     def run(self, program: Program) -> Program:
+        """Look each call up in `_REWRITES`; what is not there stays as it was."""
         builder = Builder()
         for node in program.graph.nodes:
             builder.at(node)
@@ -106,15 +107,18 @@ def _permute(builder: Builder, node: fx.Node) -> fx.Node:
 
 def _movedim(builder: Builder, node: fx.Node) -> fx.Node:
     call, rank = Call(node), len(type_of(node).shape)
-    as_list = lambda v: [v] if isinstance(v, int) else list(v)  # noqa: E731
-    source = [d % rank for d in as_list(call["source"])]
-    target = [d % rank for d in as_list(call["destination"])]
+    source = [d % rank for d in _listed(call["source"])]
+    target = [d % rank for d in _listed(call["destination"])]
     placed = dict(zip(target, source, strict=True))
     rest = iter(d for d in range(rank) if d not in source)
     dims = [placed[i] if i in placed else next(rest) for i in range(rank)]
     return builder.call(
         aten.permute.default, (_operand(builder, node), dims), type_of(node), name=node.name
     )
+
+
+def _listed(dims: int | Sequence[int]) -> list[int]:
+    return [dims] if isinstance(dims, int) else list(dims)
 
 
 def _expand(builder: Builder, node: fx.Node) -> fx.Node:
@@ -192,7 +196,7 @@ def _neutral(neutral: float) -> Callable[[Builder, fx.Node], fx.Node]:
         call, x = Call(node), builder.env[node.args[0]]  # type: ignore[index]
         other = call["other"]
         if isinstance(other, int | float) and other == neutral and type_of(x) == type_of(node):
-            return x  # type: ignore[no-any-return]
+            return x
         return builder.copy(node)
 
     return rewrite
@@ -287,20 +291,23 @@ def _unexpanded(builder: Builder, x: fx.Node, _: Any) -> fx.Node:
     return steps[-1] if repeats_heads else x
 
 
-
 _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
     **dict.fromkeys(
-        ["view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"], _reshape
+        ["view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
+         "view_as"],
+        _reshape,
     ),
     **dict.fromkeys(["transpose", "t", "numpy_T", "permute", "swapaxes", "swapdims"], _permute),
     **dict.fromkeys(["movedim", "moveaxis"], _movedim),
     **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expand),
     **dict.fromkeys(
-        ["contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy", "lift_fresh"], _identity
+        ["contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy", "lift_fresh"],
+        _identity,
     ),
     **dict.fromkeys(["to", "_to_copy", "type_as", "_to_cpu", "bool", "float"], _cast),
     **dict.fromkeys(
-        ["_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"],
+        ["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
+         "sym_constrain_range_for_size"],
         _removed,
     ),
     **dict.fromkeys(["ones", "ones_like", "new_ones"], _full(1)),

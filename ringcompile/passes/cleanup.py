@@ -24,6 +24,7 @@ class CleanUp(Pass):
     name: ClassVar[str] = "clean-up"
 
     def run(self, program: Program) -> Program:
+        """Copy what is live, and each value only where it is computed first."""
         live = _live(program)
         builder = Builder()
         seen: dict[Any, fx.Node] = {}

@@ -5,9 +5,9 @@ while it passes that on to its neighbours. Every chunk of keys and values travel
 the ring, up, or both ways, whichever reaches the ranks that see it in the fewest hops, and no
 further. A chunk that a rank does not see it does not compute.
 
-With causal attention and zigzag order, the early chunk of a rank is seen by all and goes once around;
-the late one is seen by the ranks before it only and goes the other way. Each rank receives exactly
-what it sees, three quarters of what passing whole blocks around would cost.
+With causal attention and zigzag order, the early chunk of a rank is seen by all and goes once
+around; the late one is seen by the ranks before it only and goes the other way. Each rank receives
+exactly what it sees, three quarters of what passing whole blocks around would cost.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class LowerRing(Pass):
     name: ClassVar[str] = "lower-ring"
 
     def run(self, program: Program) -> Program:
-        assert program.sequence is not None and program.coordinates is not None
+        """Expand each ring attention on its own; other nodes are copied."""
+        assert program.sequence is not None
+        assert program.coordinates is not None
         builder = Builder()
         for node in program.graph.nodes:
             builder.at(node)
@@ -95,11 +97,12 @@ class Route:
         """How much of a chunk of keys a chunk of queries sees, by index."""
         return self.band.chunk_relation(query, key, self.chunk)
 
-    @lru_cache(maxsize=4096)  # noqa: B019
+    @lru_cache(maxsize=4096)  # noqa: B019  (as for `rows`)
     def hops(self, block: int, slot: int) -> dict[int, int]:
-        """How many ranks down (1) and up (-1) the ring a chunk travels: as few as reach all that see it.
+        """How many ranks down (1) and up (-1) the ring a chunk travels.
 
-        Among equals the way down is taken, so that chunks share transfers.
+        As few as reach all that see it; among equals the way down is taken, so that chunks share
+        transfers.
         """
         ranks = self.sequence.num_ranks
         seen = [d for d in range(1, ranks) if self.sees((block + d) % ranks, block, slot)]
@@ -127,7 +130,8 @@ class _Held:
 
 class _Ring:
     def __init__(self, program: Program, node: fx.Node, builder: Builder) -> None:
-        assert program.sequence is not None and program.coordinates is not None
+        assert program.sequence is not None
+        assert program.coordinates is not None
         self.program, self.node, self.builder = program, node, builder
         self.sequence, self.call = program.sequence, Call(node)
         self.axis: str = self.call["axis"]
@@ -139,10 +143,10 @@ class _Ring:
             Band(self.call["lower"], self.call["upper"]),
             chunk if isinstance(chunk, int) else None,
         )
-        operands = ("q", "k", "v", "key_mask", "mask")
-        self.q, self.k, self.v, self.key_mask, self.mask = (
+        self.q, self.k, self.v = (builder.env[self.call[name]] for name in ("q", "k", "v"))
+        self.key_mask, self.mask = (
             builder.env[self.call[name]] if self.call[name] is not None else None
-            for name in operands
+            for name in ("key_mask", "mask")
         )
 
     def write(self) -> fx.Node:

@@ -27,6 +27,7 @@ class Affine:
 
     @classmethod
     def of(cls, coefficients: dict[int, Size], constant: Size) -> Affine:
+        """Simplified, sorted, without zero coefficients: equal functions compare equal."""
         kept = {d: simplify(c) for d, c in coefficients.items() if not equal(c, 0)}
         return cls(tuple(sorted(kept.items())), simplify(constant))
 
@@ -37,6 +38,7 @@ class Affine:
         return Affine.of(total, self.constant + other.constant)
 
     def scaled(self, factor: Size) -> Affine:
+        """Every element times `factor`."""
         return Affine.of({d: c * factor for d, c in self.coefficients}, self.constant * factor)
 
     def moved(self, dims: dict[int, int]) -> Affine:
@@ -54,13 +56,17 @@ class Test:
 
 @dataclass(frozen=True)
 class Condition:
-    """A boolean tensor: all tests hold. No tests is True everywhere; `never` is False everywhere."""
+    """A boolean tensor: all tests hold.
+
+    No tests is True everywhere; `never` is False everywhere.
+    """
 
     tests: tuple[Test, ...] = ()
     never: bool = False
 
     @property
     def constant(self) -> bool | None:
+        """The value of all elements where it is known to be one, else None."""
         if self.never:
             return False
         return True if not self.tests else None
@@ -227,7 +233,9 @@ def _diff(analysis: Analysis, call: Call) -> Value:
     first = Affine.of(
         {d: c for d, c in value.coefficients if d != call["dim"] % rank - rank}, value.constant
     )
-    if call["n"] != 1 or call["append"] is not None or first + before.scaled(-1) != Affine((), step):
+    if call["n"] != 1 or call["append"] is not None:
+        return None
+    if first + before.scaled(-1) != Affine((), step):
         return None
     return Affine((), step)
 

@@ -39,6 +39,7 @@ class Partition(Pass):
     name: ClassVar[str] = "partition"
 
     def run(self, program: Program) -> Program:
+        """Rewrite by the table `_STEPS`; an op not in it stays the same op, on shares."""
         assert program.sequence is not None
         return _Partitioner(program, program.sequence).run()
 

@@ -19,7 +19,7 @@ from ringcompile.ir.expr import equal
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.rules import Conflict, FactorRule, Factors, Placement, Rule, find_rule
+from ringcompile.ir.rules import ConflictError, FactorRule, Factors, Placement, Rule, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
@@ -47,6 +47,7 @@ class Place(Pass):
     gather_unknown: bool = False
 
     def run(self, program: Program) -> Program:
+        """Give every node a layout; a redistribute stands where an operand is wanted in another."""
         sequence = SequenceSplit("ring", self.mesh.size("ring"), self._order(program))
         self._check_mesh()
         placer = _Placer(program, self.mesh, sequence, self.gather_unknown)
@@ -146,7 +147,7 @@ class _Placer:
             return self._attention(rule, call, layouts)
         try:
             return rule.forward(call, layouts, self.axis_sizes)
-        except Conflict:
+        except ConflictError:
             if self.gather_unknown:
                 self._note(node, "rows and columns both along the sequence: gathered")
                 kept = [layouts[0], *(Layout.whole(len(x.dims)) for x in layouts[1:])]

@@ -47,6 +47,7 @@ class RecognizeMasks(Pass):
     name: ClassVar[str] = "recognize-masks"
 
     def run(self, program: Program) -> Program:
+        """Rewrite each attention that has a mask; other nodes are copied."""
         analysis, builder = Analysis(), Builder()
         for node in program.graph.nodes:
             builder.at(node)
@@ -160,7 +161,9 @@ def _joined(nodes: list[fx.Node], builder: Builder) -> fx.Node | None:
     if joined is None or bias is None:
         return joined if bias is None else bias
     return builder.call(
-        aten.where.ScalarOther, (joined, bias, -inf), _broadcast([joined, bias], type_of(bias).dtype)
+        aten.where.ScalarOther,
+        (joined, bias, -inf),
+        _broadcast([joined, bias], type_of(bias).dtype),
     )
 
 

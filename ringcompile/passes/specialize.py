@@ -22,6 +22,7 @@ class Specialize(Pass):
     rank: int
 
     def run(self, program: Program) -> Program:
+        """Bind coordinates wherever an argument holds them; symbols of lengths stay."""
         assert program.mesh is not None
         coordinates = program.mesh.coordinates(self.rank)
 

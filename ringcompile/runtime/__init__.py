@@ -1,0 +1,1 @@
+"""Running programs: one executor, driven in lock-step or over torch.distributed."""

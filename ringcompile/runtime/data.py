@@ -60,7 +60,8 @@ def _share(
     for dim, atoms in enumerate(type_.layout.dims):
         if not atoms:
             continue
-        assert sequence is not None and program.coordinates is not None
+        assert sequence is not None
+        assert program.coordinates is not None
         chunks: Any = sequence.chunks(program.coordinates[sequence.axis])
         chunk = bind(sequence.chunk, lengths)
         assert isinstance(chunk, int)

@@ -7,7 +7,7 @@ import sys
 import time
 import zlib
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +121,14 @@ class Session:
             _peak_bytes(device),
         )
         return RankRun(outputs, lengths, stats)
+
+    def everyones_stats(self, run: RankRun) -> list[Stats]:
+        """What the run cost each rank; all ranks have to call it."""
+        rows = self.exchange.everyones(astuple(run.stats))
+        return [
+            Stats(int(rank), int(sent), seconds, waited, int(peak))
+            for rank, sent, seconds, waited, peak in rows
+        ]
 
     def assemble(self, run: RankRun) -> Any:
         """Whole outputs, nested as the model returned them, on rank 0; None on the others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +79,8 @@ class Exchange:
         transfer: _Transfer = wait.handle
         started = time.perf_counter()
         try:
-            for work in transfer.works:
-                work.wait()
+            while transfer.works:  # gloo hangs where a work is waited for twice
+                transfer.works.pop(0).wait()
         except RuntimeError as error:
             raise self._lost(wait.node, transfer.peers, error) from error
         self.wait_seconds += time.perf_counter() - started
@@ -107,13 +108,18 @@ class Exchange:
             hint="see what the other ranks report: one failed, stopped or runs another program",
         )
 
+    def everyones(self, values: Sequence[float]) -> list[list[float]]:
+        """The values that each rank brings, in order of ranks; all have to call it."""
+        if self.rank.world_size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.rank.device)
+        theirs = [torch.empty_like(mine) for _ in range(self.rank.world_size)]
+        dist.all_gather(theirs, mine)
+        return [row.tolist() for row in theirs]
+
     def agree(self, value: int, what: str) -> None:
         """Refuse to go on where another rank has another value than rank 0."""
-        if self.rank.world_size == 1:
-            return
-        mine = torch.tensor([value], dtype=torch.int64, device=self.rank.device)
-        values = [torch.empty_like(mine) for _ in range(self.rank.world_size)]
-        dist.all_gather(values, mine)
+        values = self.everyones([value])
         differ = [rank for rank, other in enumerate(values) if other != values[0]]
         if differ:
             raise RingCompileError(

@@ -7,7 +7,7 @@ answers when the other ranks, which it runs too, have come as far. The same code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ class Executor:
         nested = _holds_slot([a for a in args if not isinstance(a, _Slot)]) or _holds_slot(kwargs)
         if not node.users:
             frees = [*frees, self.slots[node]]
-        function = node.target if communicates else body_of(node.target)
+        function: Any = node.target if communicates else body_of(node.target)
         return _Step(
             node, function, args, kwargs, fill, nested, self.slots[node], frees, communicates
         )
@@ -185,7 +185,9 @@ class Executor:
         types = node.meta["type"]
         if not isinstance(value, torch.Tensor | list):
             return
-        pairs = zip(value, types, strict=True) if isinstance(types, tuple) else [(value, types)]
+        pairs: Iterable[tuple[Any, TensorType]] = (
+            zip(value, types, strict=True) if isinstance(types, tuple) else [(value, types)]
+        )
         for tensor, type_ in pairs:
             assert (tuple(tensor.shape), tensor.dtype) == (self._local_shape(type_), type_.dtype), (
                 f"%{node.name} ({node.target}) is {tensor.dtype} {list(tensor.shape)}, "
@@ -198,7 +200,7 @@ def _filled(step: _Step, held: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         values = map_values(
             (step.args, step.kwargs), lambda v: held[v.index] if isinstance(v, _Slot) else v
         )
-        return values  # type: ignore[no-any-return]
+        return values
     args = step.args.copy()
     for position, slot in step.fill:
         args[position] = held[slot]
@@ -221,5 +223,5 @@ def run_alone(
     try:
         request = next(generator)
     except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
+        return done.value
     raise AssertionError(f"a program for one device asks for {request}")

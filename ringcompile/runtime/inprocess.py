@@ -57,8 +57,10 @@ def run_lockstep(
 
     Args:
         programs: of all ranks, in order.
+        mesh: the mesh that the programs were made for.
         source: the weights' data, the same for all ranks.
         inputs: whole inputs, by name or in order.
+        device: where all ranks compute.
         check_types: hold every value against the type its node declares.
     """
     first = programs[0]

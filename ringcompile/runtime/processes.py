@@ -86,8 +86,7 @@ class Processes:
             )
             self._start(place)
             self._collect(join_timeout, missing_ranks)
-            # Ranks that have started find out themselves who is missing; here for the worst case.
-            self._collect(join_timeout + _GRACE, missing_ranks)
+            self._collect(join_timeout, missing_ranks, _GRACE)
         except BaseException:
             self.kill()
             raise
@@ -115,7 +114,7 @@ class Processes:
         try:
             folder.mkdir()
             self._send(pack(Call(function, args, folder), folder, "args"))
-            return self._collect(timeout or self.timeout, _unanswered)
+            return self._collect(timeout or self.timeout, _unanswered, _GRACE)
         except BaseException:
             self.kill()
             raise
@@ -188,12 +187,18 @@ class Processes:
                 raise self._ended(index) from error
 
     def _collect(
-        self, timeout: float, late: Callable[[Sequence[int], float], RingCompileError]
+        self,
+        timeout: float,
+        late: Callable[[Sequence[int], float], RingCompileError],
+        grace: float = 0.0,
     ) -> list[Any]:
-        """Each rank's next answer; raises what the first rank to fail reports."""
+        """Each rank's next answer; raises what the first rank to fail reports.
+
+        A rank that misses another knows more than is known here, so it gets a grace to say so.
+        """
         answers: dict[int, Any] = {}
         waiting = dict(zip(self._connections, range(self.num_ranks), strict=True))
-        deadline, suspect = time.monotonic() + timeout, None
+        deadline, suspect = time.monotonic() + timeout + grace, None
         while waiting:
             ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:

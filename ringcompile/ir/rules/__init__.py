@@ -1,11 +1,11 @@
 """What each op needs of its operands' layouts and what layout comes out: a table of rows."""
 
-from ringcompile.ir.rules.base import Conflict, FactorRule, Factors, Placement, Rule, ViewRule
+from ringcompile.ir.rules.base import ConflictError, FactorRule, Factors, Placement, Rule, ViewRule
 from ringcompile.ir.rules.table import RULES, find_rule
 
 __all__ = [
     "RULES",
-    "Conflict",
+    "ConflictError",
     "FactorRule",
     "Factors",
     "Placement",

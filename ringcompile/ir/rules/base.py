@@ -35,7 +35,7 @@ class Placement:
     output: Layout
 
 
-class Conflict(Exception):
+class ConflictError(Exception):
     """Two dims of the output would be split over one axis: there is no row for these layouts."""
 
 
@@ -57,7 +57,7 @@ class Rule:
         """The placement that keeps as much split as the row allows.
 
         Raises:
-            Conflict: two output dims would be split over one axis.
+            ConflictError: two output dims would be split over one axis.
         """
         raise NotImplementedError
 
@@ -79,6 +79,7 @@ class FactorRule(Rule):
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
     ) -> Placement:
+        """A factor's split, the first found among its dims, is that of all dims it names."""
         names = self.factors(call)
         passing = set(names.output)
         assigned: dict[Hashable, DimLayout] = {}
@@ -91,6 +92,7 @@ class FactorRule(Rule):
     def backward(
         self, call: Call, wanted: Layout, axis_sizes: dict[str, int]
     ) -> tuple[Layout, ...] | None:
+        """The wanted splits, carried by factors; None if a dim without a factor is split."""
         names = self.factors(call)
         assigned: dict[Hashable, DimLayout] = {}
         for factor, dim in zip(names.output, wanted.dims, strict=True):
@@ -107,7 +109,7 @@ class FactorRule(Rule):
 
         output = layout(names.output)
         if len(set(output.axes)) < len(output.axes):
-            raise Conflict
+            raise ConflictError
         return Placement(tuple(map(layout, names.operands)), output)
 
 
@@ -121,6 +123,7 @@ class ViewRule(Rule):
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
     ) -> Placement:
+        """The operand's split in terms of the new shape; both whole where it has none there."""
         source, target = type_of(call.operands[0]).shape, type_of(call.node).shape
         output = regroup(source, layouts[0], target, axis_sizes)
         if output is None:
@@ -130,6 +133,7 @@ class ViewRule(Rule):
     def backward(
         self, call: Call, wanted: Layout, axis_sizes: dict[str, int]
     ) -> tuple[Layout, ...] | None:
+        """The wanted split in terms of the operand's shape; None if it has none there."""
         source, target = type_of(call.operands[0]).shape, type_of(call.node).shape
         operand = regroup(target, wanted, source, axis_sizes)
         return None if operand is None else (operand,)

@@ -37,6 +37,7 @@ def expand(call: Call) -> Factors:
 
 
 def permute(call: Call) -> Factors:
+    """Output dim i is operand dim `dims[i]`."""
     rank = rank_of(call)
     return Factors((tuple(range(rank)),), tuple(dim % rank for dim in call["dims"]))
 
@@ -61,10 +62,12 @@ def reduction(call: Call) -> Factors:
 
 
 def reduce_all(call: Call) -> Factors:
+    """All dims reduced to a scalar, so all of them whole."""
     return Factors(((None,) * len(shapes(call)[0]),), ())
 
 
 def select(call: Call) -> Factors:
+    """One index of a dim, which must be whole and is gone from the output."""
     rank = len(shapes(call)[0])
     dim = call["dim"] % rank
     operand: Names = tuple(None if i == dim else i for i in range(rank))
@@ -72,6 +75,7 @@ def select(call: Call) -> Factors:
 
 
 def stack(call: Call) -> Factors:
+    """Operands side by side along a new dim, which is whole."""
     rank = rank_of(call)
     dim = call["dim"] % rank
     output: Names = tuple(None if i == dim else i for i in range(rank))
@@ -88,14 +92,14 @@ def trailing_whole(call: Call) -> Factors:
 
 
 def linear(call: Call) -> Factors:
-    """... i, o i, o -> ... o"""
+    """... i, o i, o -> ... o."""
     batch = tuple(range(rank_of(call) - 1))
     bias: tuple[Names, ...] = (("o",),) if len(call.operands) == 3 else ()
     return Factors(((*batch, "i"), ("o", "i"), *bias), (*batch, "o"))
 
 
 def addmm(call: Call) -> Factors:
-    """Bias (broadcast), m k, k n -> m n"""
+    """Bias (broadcast), m k, k n -> m n."""
     bias = shapes(call)[0]
     names: Names = ("m", "n")[2 - len(bias):]
     out = type_of(call.node).shape[2 - len(bias):]
@@ -124,7 +128,7 @@ def matmul(call: Call) -> Factors:
 
 
 def embedding(call: Call) -> Factors:
-    """V d, ... -> ... d; the vocabulary whole"""
+    """V d, ... -> ... d; the vocabulary whole."""
     index = tuple(range(rank_of(call) - 1))
     return Factors(((None, "d"), index), (*index, "d"))
 
@@ -193,15 +197,42 @@ def attention(call: Call) -> Factors:
         names.append((None if shape[0] == 1 else "b", None, None, None))
     if call["mask"] is not None:
         shape = type_of(call["mask"]).shape
-        names.append(tuple(None if size == 1 else f
-                           for f, size in zip(("b", "h", "q"), shape, strict=False)) + (None,))
+        rows = zip(("b", "h", "q"), shape, strict=False)
+        names.append((*(None if size == 1 else f for f, size in rows), None))
     return Factors(tuple(names), ("b", "h", "q", "e"))
 
 
-_UNARY = ["abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu", "silu", "gelu", "elu", "leaky_relu", "mish", "hardswish", "hardsigmoid", "softplus", "logical_not", "bitwise_not", "sign", "floor", "ceil", "round", "trunc", "isnan", "isinf", "square", "selu", "hardtanh", "relu6", "log_sigmoid"]
-_BINARY = ["add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "floor_divide.default", "remainder.Scalar", "remainder.Tensor", "fmod.Scalar", "eq.Tensor", "eq.Scalar", "ne.Tensor", "ne.Scalar", "lt.Tensor", "lt.Scalar", "le.Tensor", "le.Scalar", "gt.Tensor", "gt.Scalar", "ge.Tensor", "ge.Scalar", "maximum.default", "minimum.default", "logical_and.default", "logical_or.default", "logical_xor.default", "bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_or.Tensor", "bitwise_or.Scalar", "bitwise_xor.Tensor", "__and__.Tensor", "__or__.Tensor", "__and__.Scalar", "__or__.Scalar", "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor", "clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_max.default", "lerp.Scalar", "lerp.Tensor", "addcmul.default", "atan2.default", "to.dtype", "nan_to_num.default"]
-_ALONG_DIM = ["softmax.int", "_softmax.default", "log_softmax.int", "cumsum.default", "cumprod.default", "slice.Tensor", "cat.default", "diff.default", "flip.default", "logcumsumexp.default", "glu.default"]
-_REDUCTIONS = ["mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "any.dims", "all.dim", "all.dims", "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim", "std.correction", "logsumexp.default", "linalg_vector_norm.default"]
+_UNARY = [
+    "abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal",
+    "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu", "silu", "gelu", "elu", "leaky_relu",
+    "mish", "hardswish", "hardsigmoid", "softplus", "logical_not", "bitwise_not", "sign", "floor",
+    "ceil", "round", "trunc", "isnan", "isinf", "square", "selu", "hardtanh", "relu6",
+    "log_sigmoid",
+]
+_BINARY = [
+    "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "mul.Tensor",
+    "mul.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode",
+    "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "floor_divide.default",
+    "remainder.Scalar", "remainder.Tensor", "fmod.Scalar", "eq.Tensor", "eq.Scalar", "ne.Tensor",
+    "ne.Scalar", "lt.Tensor", "lt.Scalar", "le.Tensor", "le.Scalar", "gt.Tensor", "gt.Scalar",
+    "ge.Tensor", "ge.Scalar", "maximum.default", "minimum.default", "logical_and.default",
+    "logical_or.default", "logical_xor.default", "bitwise_and.Tensor", "bitwise_and.Scalar",
+    "bitwise_or.Tensor", "bitwise_or.Scalar", "bitwise_xor.Tensor", "__and__.Tensor",
+    "__or__.Tensor", "__and__.Scalar", "__or__.Scalar", "where.self", "where.ScalarOther",
+    "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor", "clamp.default",
+    "clamp.Tensor", "clamp_min.default", "clamp_max.default", "lerp.Scalar", "lerp.Tensor",
+    "addcmul.default", "atan2.default", "to.dtype", "nan_to_num.default",
+]
+_ALONG_DIM = [
+    "softmax.int", "_softmax.default", "log_softmax.int", "cumsum.default", "cumprod.default",
+    "slice.Tensor", "cat.default", "diff.default", "flip.default", "logcumsumexp.default",
+    "glu.default",
+]
+_REDUCTIONS = [
+    "mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "any.dims", "all.dim",
+    "all.dims", "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
+    "std.correction", "logsumexp.default", "linalg_vector_norm.default",
+]
 
 
 def _flip(call: Call) -> Factors:
@@ -217,7 +248,9 @@ def _glu(call: Call) -> Factors:
     return Factors((names,), names)
 
 
-def _rows(names: list[str], factors: Callable[[Call], Factors], cheap: bool = True) -> dict[str, Rule]:
+def _rows(
+    names: list[str], factors: Callable[[Call], Factors], cheap: bool = True
+) -> dict[str, Rule]:
     return {f"aten.{name}": FactorRule(factors, cheap=cheap) for name in names}
 
 

@@ -1,0 +1,47 @@
+"""Every test here must leave no process and no file behind."""
+
+import multiprocessing.forkserver
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def ranks_alive() -> list[int]:
+    """Process ids of the ranks: the children of the server that forks them."""
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is None:
+        return []
+    return [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    deadline = time.monotonic() + 2
+    while ranks_alive() and time.monotonic() < deadline:  # the server reaps them in its own time
+        time.sleep(0.01)
+    assert ranks_alive() == []
+    assert list(folder.glob("ringcompile-*")) == []
+
+
+@pytest.fixture
+def within() -> Callable[[float], AbstractContextManager[None]]:
+    """Returns `within(seconds)`: its block has to end in time, by an error or not."""
+
+    @contextmanager
+    def check(seconds: float) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            took = time.monotonic() - started
+        assert took < seconds, f"took {took:.1f} s"
+
+    return check

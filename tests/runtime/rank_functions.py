@@ -1,0 +1,142 @@
+"""What tests let ranks do. The ranks import this module, so it stays light."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ringcompile import artifact
+from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.mesh import Mesh
+from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.exchange import Exchange
+from ringcompile.runtime.executor import Gather, Shift, Wait
+from ringcompile.runtime.join import Rank
+
+
+def scaled(rank: Rank, tensors: dict[str, Any]) -> dict[str, Any]:
+    print("noise of a rank")
+    return {"index": rank.index, "by": [tensors["x"] * rank.index, tensors["none"]]}
+
+
+def remember(rank: Rank, value: int) -> tuple[int | None, int]:
+    before, rank.state = rank.state, value
+    return before, os.getpid()
+
+
+def surroundings(rank: Rank, variable: str) -> tuple[str | None, int, bool]:
+    return os.environ.get(variable), torch.get_num_threads(), dist.is_initialized()
+
+
+def listening(rank: Rank) -> set[str]:
+    """The addresses, in hex, at which this process listens."""
+    inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()}
+    rows = [row.split() for name in ("tcp", "tcp6") for row in _sockets(name)]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+
+
+def _descriptors() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+
+
+def _sockets(name: str) -> list[str]:
+    path = Path(f"/proc/net/{name}")
+    return path.read_text().splitlines()[1:] if path.exists() else []
+
+
+# What can go wrong in rank 1 while the others wait for it.
+
+
+def raise_error(rank: Rank) -> None:
+    if rank.index == 1:
+        raise ValueError("boom")
+    dist.barrier()
+
+
+def refuse(rank: Rank) -> None:
+    if rank.index == 1:
+        raise RingCompileError(
+            "no such thing", hint="take another", location=SourceLocation("model.py", 7)
+        )
+    dist.barrier()
+
+
+def be_killed(rank: Rank) -> None:
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def leave(rank: Rank) -> None:
+    if rank.index == 1:
+        os._exit(3)
+    dist.barrier()
+
+
+def call_exit(rank: Rank) -> None:
+    if rank.index == 1:
+        sys.exit("enough")
+    dist.barrier()
+
+
+def sleep(rank: Rank) -> None:
+    if rank.index == 1:
+        time.sleep(60)
+
+
+def unpicklable(rank: Rank) -> Any:
+    return (lambda: 0) if rank.index == 1 else None
+
+
+# Parts of programs.
+
+
+def two_axes(rank: Rank) -> tuple[float, list[float], int, bool]:
+    """On ring=2,tp=2: what came from the other on `ring`, and from all on `tp`."""
+    exchange = Exchange(Mesh.parse("ring=2,tp=2"), rank)
+    other = 1 - exchange.mesh.coordinates(rank.index)["ring"]
+    mine = torch.full((3,), float(rank.index))
+    handle = exchange.answer(Shift("t", "ring", mine, other, other, (3,), mine.dtype))
+    arrived = exchange.answer(Wait("w", handle))
+    again = exchange.answer(Wait("w", handle))
+    pieces = exchange.answer(Gather("g", "tp", mine))
+    gathered = [float(piece[0]) for piece in pieces]
+    return float(arrived[0]), gathered, exchange.bytes_sent, again is arrived
+
+
+def gathered_dtypes(rank: Rank) -> dict[str, bool]:
+    exchange, found = Exchange(Mesh.parse("ring=2"), rank), {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.bool, torch.int64):
+        mine = (torch.arange(4) % 2 == rank.index).to(dtype)
+        pieces = exchange.answer(Gather("g", "ring", mine))
+        found[str(dtype)] = torch.equal(pieces[rank.index], mine) and torch.equal(
+            pieces[1 - rank.index], (torch.arange(4) % 2 != rank.index).to(dtype)
+        )
+    return found
+
+
+def lose_a_peer(rank: Rank) -> None:
+    """Rank 1 waits for what rank 0 never sends."""
+    exchange = Exchange(Mesh.parse("ring=2"), rank)
+    if rank.index == 1:
+        mine = torch.ones(3)
+        handle = exchange.answer(Shift("t", "ring", mine, None, 0, (3,), mine.dtype))
+        exchange.answer(Wait("arrived", handle))
+
+
+def open_each(rank: Rank, folders: list[str]) -> None:
+    Session(artifact.load(folders[rank.index]), rank)
+
+
+def run_checked(rank: Rank, folder: str, inputs: list[Any]) -> tuple[Any, list[Any]]:
+    """As under torchrun, where each rank has inputs of its own: whole outputs, everyone's cost."""
+    session = Session(artifact.load(folder), rank, check_inputs=True)
+    run = session.run(inputs[rank.index])
+    return session.assemble(run), session.everyones_stats(run)

@@ -1,0 +1,241 @@
+"""The command line as a user has it: output, exit codes, refusals, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ringcompile.cli import main
+from ringcompile.models import zoo
+from tests.support import TOLERANCE, difference
+
+ROOT = Path(__file__).parents[1]
+USER_CODE = '''
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Net(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.w = kind, nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.w(x)
+        if self.kind == "conv":
+            return F.conv1d(x.transpose(1, 2), torch.ones(8, 8, 3), padding=1)
+        if self.kind == "branch":
+            return x if x.sum() > 0 else -x
+        if self.kind == "dropout":
+            return F.dropout(x, 0.5, training=True)
+        return F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3, is_causal=True)
+
+
+def good(): return Net("good").eval(), (torch.randn(1, 19, 8),)
+def conv(): return Net("conv").eval(), (torch.randn(1, 19, 8),)
+def branch(): return Net("branch").eval(), (torch.randn(1, 19, 8),)
+def dropout(): return Net("dropout").eval(), (torch.randn(1, 19, 8),)
+def nothing(): return 3
+'''
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def ringcompile(*args: str, cwd: Path | None = None, **env: str) -> Done:
+    """The command in this process: the same entry point without Python's start."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd or ROOT)
+        patch.setattr(sys, "argv", ["ringcompile", *args])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+                code: object = 0
+            except SystemExit as end:
+                code = end.code or 0
+    assert isinstance(code, int)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an artifact `out` of llama-tiny at ring=2, and a user's module."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "mine.py").write_text(USER_CODE)
+    done = ringcompile("transform", "llama-tiny", "-o", "out", "--parallel", "ring=2", cwd=path)
+    assert done.returncode == 0, done.stderr
+    assert "2 programs" in done.stdout
+    return path
+
+
+def test_run_gives_the_single_devices_numbers(folder: Path) -> None:
+    module, inputs = zoo.build("llama-tiny", sequence=45)
+    save_file({"inputs": inputs[0]}, folder / "in.safetensors")
+    done = ringcompile(
+        "run", "out", "--inputs", "in.safetensors", "--outputs", "res.safetensors", "--json",
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ranks"] == 2
+    assert all(report["bytes_sent"])
+    with torch.no_grad():
+        expected = module(*inputs)
+    assert difference(load_file(folder / "res.safetensors")["output"], expected) <= TOLERANCE
+
+
+def test_verify(folder: Path) -> None:
+    done = ringcompile("verify", "out", "--numerics", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["transfers"] == 4  # two layers, one transfer each way
+    assert [row["difference"] <= 2e-5 for row in report["numerics"]] == [True, True]
+
+
+def test_dump(folder: Path) -> None:
+    text = ringcompile("dump", "out", "--rank", "1", cwd=folder).stdout
+    assert "ring.shift_start" in text
+    assert "llama-tiny" in text
+    done = ringcompile("dump", "out", "--rank", "0", "--format", "json", cwd=folder)
+    assert json.loads(done.stdout)["nodes"]
+    placed = ringcompile("dump", "out", "--after", "place", cwd=folder).stdout
+    assert "s/ring" in placed
+    assert "shift_start" not in placed
+
+
+def test_check(folder: Path) -> None:
+    done = ringcompile("check", "bert-tiny", "--parallel", "ring=4", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["supported"]
+    assert {row["mask"] for row in report["attention"]} == {"full + key mask"}
+    refused = ringcompile("check", "mine:conv", "--parallel", "ring=4", cwd=folder)
+    assert refused.returncode == 1
+    assert "conv1d" in refused.stdout
+    assert "mine.py:15" in refused.stdout
+
+
+def test_passes_and_printing(folder: Path) -> None:
+    done = ringcompile(
+        "transform", "llama-tiny", "--parallel", "ring=2", "--passes", "canonicalize,place")
+    assert done.returncode == 0, done.stderr
+    assert "after" in done.stdout or "place" in done.stdout
+    done = ringcompile(
+        "transform", "gpt-tiny", "-o", "printed", "--parallel", "ring=2", "--print-ir-after-all",
+        "--time-passes", "--verify-each", "--no-weights", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "ring.attention" in done.stdout
+    assert "lower-ring" in done.stderr
+    refused = ringcompile("run", "printed", cwd=folder)
+    assert refused.returncode == 1
+    assert "weight" in refused.stderr
+
+
+def test_a_variable_sets_an_option(folder: Path) -> None:
+    done = ringcompile(
+        "transform", "gpt-tiny", "-o", "by-variable", cwd=folder,
+        RINGCOMPILE_TRANSFORM_PARALLEL="ring=3")
+    assert done.returncode == 0, done.stderr
+    assert "3 programs" in done.stdout
+
+
+def test_models() -> None:
+    assert set(json.loads(ringcompile("models", "--json").stdout)) == set(zoo.names())
+
+
+WRONG: dict[str, tuple[list[str], int, list[str]]] = {
+    "no such model": (
+        ["transform", "nope", "-o", "x", "--parallel", "ring=2"], 1, ["no model 'nope'", "hint:"]),
+    "malformed spec": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "ring:2"], 1, ["cannot read 'ring:2'"]),
+    "unknown axis": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "rng=2"], 1, ["unknown mesh axis 'rng'"]),
+    "axis twice": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "ring=2,ring=2"], 1, ["given twice"]),
+    "axis of size 0": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "ring=0"], 1, ["at least 1"]),
+    "axis without rules": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "ring=2,tp=2"], 1,
+        ["mesh axis 'tp' has no placement rules yet"]),
+    "no spec": (["transform", "llama-tiny", "-o", "x"], 2, ["--parallel"]),
+    "no folder": (["transform", "llama-tiny", "--parallel", "ring=2"], 2, ["-o"]),
+    "unknown pass": (
+        ["transform", "llama-tiny", "--parallel", "ring=2", "--passes", "foo"], 1,
+        ["unknown pass 'foo'", "canonicalize"]),
+    "folder is there": (
+        ["transform", "llama-tiny", "-o", "out", "--parallel", "ring=2"], 1, ["--overwrite"]),
+    "op without a rule": (
+        ["transform", "mine:conv", "-o", "x", "--parallel", "ring=2"], 1,
+        ["mine.py:15: error:", "conv1d", "return F.conv1d", "hint:"]),
+    "branch on data": (
+        ["transform", "mine:branch", "-o", "x", "--parallel", "ring=2"], 1,
+        ["mine.py:17: error:", "depends on the values", "return x if"]),
+    "dropout left on": (
+        ["transform", "mine:dropout", "-o", "x", "--parallel", "ring=2"], 1,
+        ["mine.py:19: error:", "dropout with p=0.5"]),
+    "not a model": (
+        ["transform", "mine:nothing", "-o", "x", "--parallel", "ring=2"], 1, ["returns int"]),
+    "no such function": (
+        ["transform", "mine:nobody", "-o", "x", "--parallel", "ring=2"], 1, ["cannot import"]),
+    "no artifact": (["run", "nowhere"], 1, ["nowhere"]),
+    "foreign folder": (["verify", "."], 1, ["manifest.json"]),
+    "wrong world size": (["run", "out", "--nproc", "3"], 1, ["3", "2"]),
+    "no such rank": (["dump", "out", "--rank", "7"], 1, ["rank 7", "0 to 1"]),
+    "unknown pass to dump after": (["dump", "out", "--after", "foo"], 1, ["unknown pass 'foo'"]),
+    "inputs not there": (["run", "out", "--inputs", "no.safetensors"], 1, ["no.safetensors"]),
+    "checkpoint that is none": (
+        ["check", ".", "--parallel", "ring=2"], 1, ["not a Hugging Face checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use(folder: Path, name: str) -> None:
+    args, code, texts = WRONG[name]
+    done = ringcompile(*args, cwd=folder)
+    shown = done.stdout + done.stderr
+    assert done.returncode == code, shown
+    assert "Traceback" not in shown
+    for text in texts:
+        assert text in shown
+    assert not (folder / "x").exists()
+    assert not [path for path in folder.iterdir() if "tmp" in path.name]
+
+
+def test_as_a_module_of_its_own(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ringcompile", "dump", "out", "--rank", "9"], capture_output=True,
+        text=True, timeout=120, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: rank 9 does not exist\n  hint: ranks are 0 to 1\n"
+
+
+@pytest.mark.slow
+def test_torchrun(folder: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "-m", "ringcompile", "run", "out", "--outputs", "torchrun.safetensors"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 ranks" in done.stdout
+    assert load_file(folder / "torchrun.safetensors")["output"].shape == (1, 128, 512)
