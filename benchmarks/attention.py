@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from benchmarks import emitted
 from benchmarks.baselines import ring_by_hand, single, templated
 from benchmarks.baselines.problem import Case, zigzag_unshard
 from benchmarks.pool import Pool, Setup, Timing
@@ -42,6 +43,7 @@ CONTESTANTS = (
     Contestant("one process", 1, single.setup),
     Contestant("by hand", 2, ring_by_hand.setup),
     Contestant("templated", 2, templated.setup),
+    Contestant("emitted", 2, emitted.setup),
 )
 
 

@@ -19,6 +19,7 @@ from ringcompile.errors import RingCompileError
 MANIFEST = "manifest.json"
 FORMAT = "ringcompile artifact"
 DAMAGED = "copy the whole folder again, or run `ringcompile transform` again"
+_line = json.JSONEncoder(allow_nan=False).encode
 _PLAIN = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)
 
 
@@ -42,10 +43,6 @@ def json_text(data: dict[str, Any]) -> str:
         return "{\n" + ",\n".join(members) + "\n}\n"
     except (TypeError, ValueError) as error:
         raise RingCompileError(f"this cannot be written as JSON: {error}") from None
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, allow_nan=False)
 
 
 def _block(value: Any) -> str:

@@ -23,7 +23,7 @@ from ringcompile.artifact.files import (
 from ringcompile.artifact.weights import Place
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
-from ringcompile.ir.serialize import program_to_json
+from ringcompile.ir.serialize import inputs_to_json
 from ringcompile.mesh import Mesh
 
 VERSION = 1
@@ -42,7 +42,6 @@ def manifest_of(
     Raises:
         RingCompileError: options that JSON has no word for.
     """
-    written = program_to_json(spmd)
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -50,9 +49,9 @@ def manifest_of(
         "model": spmd.name,
         "parallel": str(mesh),
         "order": None if spmd.sequence is None else spmd.sequence.order,
-        "inputs": written["inputs"],
-        "length_range": written["length_range"],
-        "lengths": written["lengths"],
+        "inputs": inputs_to_json(spmd),
+        "length_range": list(spmd.length_range),
+        "lengths": dict(spmd.lengths),
         "weights": {name: place.to_json() for name, place in places.items()},
         "options": dict(options),
         "files": dict(files),

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.capture import huggingface
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import OTHER_LENGTHS, SEQUENCE, from_torch, symbol
+from ringcompile.ir.expr import SEQUENCE, from_torch, symbol
 from ringcompile.ir.program import Input, Program, Structure, Weight, WeightSource
 from ringcompile.ir.types import TensorType
 
@@ -151,15 +151,14 @@ class _Importer:
         self.weights: dict[str, Weight] = {}
 
     def _name_symbols(self) -> dict[str, sympy.Symbol]:
-        """Torch's symbols for input sizes, renamed; the first is the sequence length."""
-        renamed: dict[str, sympy.Symbol] = {}
-        fresh = iter((SEQUENCE, *OTHER_LENGTHS))
-        for node in self._user_inputs():
-            for size in node.meta["val"].shape:
-                if isinstance(size, torch.SymInt):
-                    for free in sorted(size.node.expr.free_symbols, key=str):
-                        if free.name not in renamed:
-                            renamed[free.name] = symbol(next(fresh))
+        """Torch's symbols for input sizes: all were one length in the example, so all are `s`."""
+        renamed = {
+            free.name: symbol(SEQUENCE)
+            for node in self._user_inputs()
+            for size in node.meta["val"].shape
+            if isinstance(size, torch.SymInt)
+            for free in size.node.expr.free_symbols
+        }
         if not renamed:
             raise RingCompileError(
                 "the model fixes the sequence length: it cannot be captured for other lengths",

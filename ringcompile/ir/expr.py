@@ -172,5 +172,4 @@ _MAX_POWER = 8
 # Lengths are named from this list; any other name in an expression is a mesh coordinate.
 SEQUENCE = "s"
 LOCAL = "n"
-OTHER_LENGTHS = tuple(f"s{i}" for i in range(2, 10))
-_SIZE_NAMES = frozenset({SEQUENCE, LOCAL, *OTHER_LENGTHS})
+_SIZE_NAMES = frozenset({SEQUENCE, LOCAL})

@@ -79,9 +79,6 @@ def _lengths(program: Program) -> _Entries:
         yield _term(program, expr.SEQUENCE), (
             f"length of the sequence in tokens, {'fixed' if fixed else allowed}"
         )
-    for other in expr.OTHER_LENGTHS:
-        if other in used:
-            yield other, "another length of the inputs"
     if program.sequence is not None and (expr.LOCAL in used or any(_split_atoms(program))):
         sequence = program.sequence
         yield _term(program, expr.LOCAL), (

@@ -102,7 +102,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "coordinates": program.coordinates,
         "length_range": list(program.length_range),
         "lengths": dict(program.lengths),
-        "inputs": [{"name": i.name, "type": _type_to_json(i.type)} for i in program.inputs],
+        "inputs": inputs_to_json(program),
         "placeholders": dict(program.placeholders),
         "weights": {
             placeholder: {"name": weight.name, **weight_to_json(weight)}
@@ -113,6 +113,11 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "locations": locations.rows,
         "nodes": nodes,
     }
+
+
+def inputs_to_json(program: Program) -> list[dict[str, Any]]:
+    """What the caller passes: names and global types."""
+    return [{"name": spec.name, "type": _type_to_json(spec.type)} for spec in program.inputs]
 
 
 def _node_to_json(node: fx.Node, types: _Table, locations: _Table) -> dict[str, Any]:

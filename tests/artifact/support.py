@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 
 
+@cache
 def compile_model(name: str, spec: str = "ring=2") -> ParallelProgram:
     module, args = zoo.build(name)
     return transform(capture(module.eval(), args), spec)

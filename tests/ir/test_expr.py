@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import (
-    OTHER_LENGTHS,
     Size,
     bind,
     coordinate,
@@ -29,7 +28,7 @@ from ringcompile.ir.expr import (
 )
 
 S, N, RING = symbol("s"), symbol("n"), coordinate("ring")
-SYMBOLS = {name: symbol(name) for name in ("s", "n", OTHER_LENGTHS[0])}
+SYMBOLS = {name: symbol(name) for name in ("s", "n")}
 SYMBOLS.update({name: coordinate(name) for name in ("ring", "tp", "_x")})
 Values = dict[str, int]
 

@@ -1,0 +1,37 @@
+"""The program that ringcompile emits for attention alone, as a contestant of `attention`."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ringcompile as rc
+from benchmarks.baselines.problem import Case
+from benchmarks.pool import Step
+from ringcompile.ir.expr import SEQUENCE
+from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.join import Rank
+
+EXAMPLE_LENGTH = 24
+
+
+class Attention(nn.Module):
+    """Causal self-attention on query, key and value [1, num_tokens, num_heads, head_dim]."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(*heads, is_causal=True)
+
+
+def setup(rank: int, world: int, case: Case) -> Step:
+    """Compile, and run on this rank's shard: entry and exit are not part of a step."""
+    shape = (3, 1, EXAMPLE_LENGTH, case.num_heads, case.head_dim)
+    program = rc.capture(Attention(), tuple(torch.zeros(shape)))
+    parallel = rc.transform(program, f"ring={world}", order="zigzag")
+    session = Session(parallel, Rank(rank, world, torch.device("cpu")))
+    sequence = session.program.sequence
+    assert sequence is not None
+    lengths = sequence.bindings(case.num_tokens)
+    assert lengths[SEQUENCE] % sequence.num_chunks == 0
+    tensors = (tensor.transpose(1, 2) for tensor in case.local_tensors(rank, world))
+    share = dict(zip(session.program.placeholders, tensors, strict=True))
+    return lambda: session.run_share(share, lengths).outputs[0]
