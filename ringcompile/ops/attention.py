@@ -49,13 +49,28 @@ def attention(
 
 
 def pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Keys and values in one buffer [B,G,S,D+E], so that one transfer carries both."""
-    return torch.cat([k, v], -1)
+    """Keys and values in one buffer, so that one transfer carries both.
+
+    Returns:
+        [B,2G,S,D] where both have the same head dim, so that rows stay dense; else [B,G,S,D+E].
+    """
+    return torch.cat([k, v], 1 if k.shape[3] == v.shape[3] else 3)
+
+
+def unpack(kv: Sequence[torch.Tensor], head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [B,G,S,D] and values [B,G,S,E]: from `pack`, or as they are where there are two."""
+    if len(kv) == 2:
+        return kv[0], kv[1]
+    packed = kv[0]
+    if packed.shape[3] == head_dim:
+        k, v = packed.chunk(2, 1)
+        return k, v
+    return packed[..., :head_dim], packed[..., head_dim:]
 
 
 def block_attention(
     q: torch.Tensor,
-    kv: torch.Tensor,
+    kv: Sequence[torch.Tensor],
     key_mask: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     *,
@@ -85,11 +100,11 @@ def block_attention(
         upper: likewise.
     """
     rows = pieces(queries, chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
-    columns = pieces(keys, chunk, limit, num_rows=kv.shape[2])
+    columns = pieces(keys, chunk, limit, num_rows=kv[0].shape[2])
     masks = _Masks(key_mask, mask, Band(lower, upper))
     if queries == keys and masks.only_causal:
         columns = rows  # padding sits behind every token: no need to leave it out
-    return _attend(q, kv[..., :head_dim], kv[..., head_dim:], masks, rows, columns, scale)
+    return _attend(q, *unpack(kv, head_dim), masks, rows, columns, scale)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ SCHEMAS = {
     ),
     "pack": "(Tensor k, Tensor v) -> Tensor",
     "block_attention": (
-        "(Tensor q, Tensor kv, Tensor? key_mask=None, Tensor? mask=None, *, SymInt head_dim, "
+        "(Tensor q, Tensor[] kv, Tensor? key_mask=None, Tensor? mask=None, *, SymInt head_dim, "
         "SymInt[]? queries, SymInt[]? keys, SymInt chunk, SymInt limit, float scale, "
         "SymInt? lower=None, SymInt? upper=None) -> Tensor[]"
     ),

@@ -42,10 +42,9 @@ class LowerRing(Pass):
     """Expand `ring_attention` of a specialized program.
 
         o = ring_attention(q, k, v, axis=ring)
-    ->  kv = pack(k, v)
-        t = shift_start(kv, to=r + 1, source=r - 1)     # before the attention that hides it
-        state = block_attention(q, kv, keys=[r])
-        kv = wait(t)                                    # and so on, with merge(state, block)
+    ->  t = shift_start(pack(k, v), to=r + 1, source=r - 1)  # before the attention that hides it
+        state = block_attention(q, [k, v], keys=[r])
+        kv = wait(t)                                         # and so on, with merge(state, block)
         o = finish(state)
     """
 
@@ -121,9 +120,9 @@ class Route:
 
 @dataclass(frozen=True)
 class _Held:
-    """Keys and values that a rank holds: a node, and which slots of which block they are."""
+    """Keys and values that a rank holds, two nodes or one packed, and which chunks they are."""
 
-    node: fx.Node
+    nodes: tuple[fx.Node, ...]
     block: int
     slots: tuple[int, ...]
 
@@ -151,11 +150,11 @@ class _Ring:
 
     def write(self) -> fx.Node:
         """All steps; returns the attention output."""
-        own = _Held(self._pack(), self.rank, self.slots)
+        own = _Held((self.k, self.v), self.rank, self.slots)
         held: dict[int, _Held | None] = {1: own, -1: own}
         state: fx.Node | None = None
         for step in range(self.ranks):
-            transfers = {way: self._start(own, held[way], way, step) for way in (1, -1)}
+            transfers = {way: self._start(held[way], way, step) for way in (1, -1)}
             arrived = [own] if step == 0 else [block for block in held.values() if block]
             for block in arrived:
                 state = self._attend(block, state)
@@ -166,30 +165,42 @@ class _Ring:
             dtype=type_of(self.node).dtype,
         )
 
-    def _pack(self) -> fx.Node:
-        k, v = type_of(self.k), type_of(self.v)
-        shape = (*k.shape[:3], k.shape[3] + v.shape[3])
+    def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
+        types = type_of(k), type_of(v)
+        shape = local_shape(types[0], self.program.mesh, self.sequence)
+        packed = self._packed_shape(shape[2])
         return self.builder.call(
-            op("pack"), (self.k, self.v), TensorType(k.dtype, shape, k.layout),
-            why="one transfer for both",
+            op("pack"), (k, v), TensorType.whole(types[0].dtype, packed), why="one transfer for both"
         )
 
-    def _start(self, own: _Held, held: _Held | None, way: int, step: int) -> fx.Node | None:
+    def _packed_shape(self, rows: Size) -> tuple[Size, ...]:
+        """The shape of packed keys and values with so many rows; see `ops.attention.pack`."""
+        (batch, heads, _, head_dim), value_dim = type_of(self.k).shape, type_of(self.v).shape[3]
+        if head_dim == value_dim:
+            return batch, 2 * heads, rows, head_dim
+        return batch, heads, rows, head_dim + value_dim
+
+    def _start(self, held: _Held | None, way: int, step: int) -> fx.Node | None:
         """Pass on what moves in this direction, and take what comes."""
         out = self.route.moving(held.block, way, step) if held else ()
         coming = self._coming(way, step)
         if not out and not coming:
             return None
-        sent = self._slots(held.node, held.slots, out) if held and out else own.node
+        rows = len(coming) * self.sequence.chunk
+        arriving = self._packed_shape(rows) if coming else (0,)
         return self.builder.call(
             op("shift_start"),
-            (sent,),
-            self._kv_type(own.node, coming),
+            (self._payload(held, out) if held and out else self.k,),
+            TensorType.whole(type_of(self.k).dtype, arriving),
             why=self._journey(held, out, coming, way, step),
             axis=self.axis,
             to=(self.rank + way) % self.ranks if out else None,
             source=(self.rank - way) % self.ranks if coming else None,
         )
+
+    def _payload(self, held: _Held, slots: tuple[int, ...]) -> fx.Node:
+        nodes = [self._slots(node, held.slots, slots) for node in held.nodes]
+        return self._pack(*nodes) if len(nodes) == 2 else nodes[0]
 
     def _journey(
         self, held: _Held | None, out: tuple[int, ...], coming: tuple[int, ...], way: int, step: int
@@ -206,14 +217,6 @@ class _Ring:
     def _coming(self, way: int, step: int) -> tuple[int, ...]:
         return self.route.moving((self.rank - way * (step + 1)) % self.ranks, way, step)
 
-    def _kv_type(self, own: fx.Node, slots: tuple[int, ...]) -> TensorType:
-        type_ = type_of(own)
-        if slots == self.slots:
-            return type_
-        if not slots:
-            return TensorType.whole(type_.dtype, (0,))
-        return self._local_type(type_, len(slots) * self.sequence.chunk)
-
     def _local_type(self, type_: TensorType, rows: Size) -> TensorType:
         local = local_shape(type_, self.program.mesh, self.sequence)
         return TensorType.whole(type_.dtype, (*local[:2], rows, local[3]))
@@ -223,7 +226,7 @@ class _Ring:
             return None
         node = self.builder.call(op("wait"), (transfer,), type_of(transfer))
         slots = self._coming(way, step)
-        return _Held(node, (self.rank - way * (step + 1)) % self.ranks, slots) if slots else None
+        return _Held((node,), (self.rank - way * (step + 1)) % self.ranks, slots) if slots else None
 
     def _attend(self, held: _Held, state: fx.Node | None) -> fx.Node | None:
         """Attention over what this rank sees of a block, merged into the state so far."""
@@ -237,10 +240,11 @@ class _Ring:
         q, mask = self._slots(self.q, self.slots, rows), self.mask
         if mask is not None and type_of(mask).shape[2] != 1:
             mask = self._slots(mask, self.slots, rows)
+        kv = [self._slots(node, held.slots, columns) for node in held.nodes]
         out = type_of(q)
         made = self.builder.call(
             op("block_attention"),
-            (q, self._slots(held.node, held.slots, columns), self.key_mask, mask),
+            (q, kv, self.key_mask, mask),
             state_type(
                 TensorType(out.dtype, (*out.shape[:3], type_of(self.v).shape[3]), out.layout)
             ),

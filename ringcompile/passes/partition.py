@@ -174,14 +174,9 @@ class _Partitioner:
         """Split queries over keys that every rank has whole."""
         q, k, v, *masks = args
         sequence, type_ = self.sequence, type_of(node)
-        kv_type = type_of(k)
-        kv_type = TensorType.whole(
-            kv_type.dtype, (*kv_type.shape[:3], kv_type.shape[3] + type_of(v).shape[3])
-        )
-        kv = self.builder.call(op("pack"), (k, v), kv_type)
         state = self.builder.call(
             op("block_attention"),
-            (q, kv, *masks),
+            (q, [k, v], *masks),
             state_type(type_),
             head_dim=type_of(q).shape[3],
             queries=list(sequence.chunks(coordinate(sequence.axis))),

@@ -21,6 +21,7 @@ from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Executor, Request
 from ringcompile.runtime.inprocess import read_weights
 from ringcompile.runtime.join import Rank
+from ringcompile.runtime.memory import keep_freed_memory
 
 _MAX_EXECUTORS = 16  # one for each combination of lengths lately seen
 
@@ -84,6 +85,7 @@ class Session:
     """
 
     def __init__(self, parallel: Parallel, rank: Rank, *, check_inputs: bool = False) -> None:
+        keep_freed_memory()
         self.rank, self.check_inputs = rank, check_inputs
         self.program = parallel.rank(rank.index)
         self.exchange = Exchange(parallel.mesh, rank)
