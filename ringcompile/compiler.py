@@ -46,7 +46,7 @@ def front_passes(mesh: Mesh, order: str = "auto", gather_unknown: bool = False) 
 
 def rank_passes(rank: int) -> list[Pass]:
     """From the program for all ranks to that of one."""
-    return [Specialize(rank), LowerRing(), CleanUp()]
+    return [Specialize(rank), LowerRing()]
 
 
 @dataclass

@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,8 @@ def _checkpoint(
     if weights:
         module = model_class.from_pretrained(folder, local_files_only=True, **options)
     else:
-        with fake_weights():
+        wanted = getattr(torch, dtype) if dtype else (config.dtype or torch.get_default_dtype())
+        with fake_weights(), _default_dtype(wanted):
             module = model_class(config)
     shape = (batch, length or DEFAULT_LENGTH)
     args = (torch.zeros(shape, dtype=torch.int64),)
@@ -121,6 +122,16 @@ def _checkpoint(
         "attention_mask": torch.ones(shape, dtype=torch.int64)
     }
     return LoadedModel(module.eval(), args, kwargs, folder.name)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _function(spec: str, dtype: str | None) -> LoadedModel:

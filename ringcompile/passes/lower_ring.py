@@ -273,6 +273,11 @@ class _Ring:
         """Some of the chunks of a tensor [.., .., tokens, ..], which lie side by side in it."""
         if kept == have:
             return x
+        if (x, kept) not in self.cut:
+            self.cut[x, kept] = self._cut(x, have, kept)
+        return self.cut[x, kept]
+
+    def _cut(self, x: fx.Node, have: tuple[int, ...], kept: tuple[int, ...]) -> fx.Node:
         chunk, first = self.sequence.chunk, have.index(kept[0])
         start, end = simplify(first * chunk), simplify((first + len(kept)) * chunk)
         return self.builder.call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Iterable
@@ -91,6 +92,12 @@ def join_local(
     return _join(found, index, world_size, index, picked, timeout, join_timeout)
 
 
+def leave() -> None:
+    """Leave the job. A process that ends without it is sometimes aborted by gloo's threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def under_torchrun() -> bool:
     """Whether a launcher started this process as one rank of a job."""
     return os.environ.keys() >= _TORCHRUN
@@ -176,6 +183,7 @@ def _join(
         timeout=timedelta(seconds=timeout),
         device_id=device if backend == "nccl" else None,
     )
+    atexit.register(leave)
     return Rank(index, world_size, device)
 
 

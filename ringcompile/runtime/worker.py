@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.runtime.exchange import PeerLostError
-from ringcompile.runtime.join import Rank, join_local
+from ringcompile.runtime.join import Rank, join_local, leave
 from ringcompile.runtime.transport import pack, unpack
 
 
@@ -59,7 +58,7 @@ class Failure:
     Attributes:
         error: one of ours, whatever was raised.
         trace: the traceback's text.
-        consequence: whether another rank's end is the likely cause.
+        consequence: whether another rank's end may be the cause.
     """
 
     error: RingCompileError
@@ -93,8 +92,7 @@ def serve(connection: Connection, lifeline: Connection, place: Place) -> None:
     except BaseException as error:
         connection.send_bytes(pack(_failure(error, place.index), place.folder, ""))
         threading.Event().wait()  # an end now would reach the others before the parent knows why
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 def _join(place: Place) -> Rank:
@@ -131,4 +129,5 @@ def _failure(error: BaseException, index: int) -> Failure:
         f"rank {index} failed: {type(error).__name__}: {error}",
         location=SourceLocation(last.filename, last.lineno or 0),
     )
-    return Failure(wrapped, trace, consequence=False)
+    # torch.distributed has no class of its own for a connection that broke.
+    return Failure(wrapped, trace, consequence=isinstance(error, RuntimeError))

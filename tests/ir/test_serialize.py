@@ -181,9 +181,7 @@ def test_tuple_types_and_tuples_come_back() -> None:
     assert_same(read, program)
 
 
-numbers = st.integers(1, 9) | st.sampled_from(
-    [symbol("s"), symbol("n"), coordinate("ring"), symbol("s2")]
-)
+numbers = st.integers(1, 9) | st.sampled_from([symbol("s"), symbol("n"), coordinate("ring")])
 sizes = st.recursive(
     numbers,
     lambda inner: st.builds(

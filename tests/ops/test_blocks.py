@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringcompile.ops.attention import attention, block_attention, finish, merge, pack
+from ringcompile.ops.attention import (
+    attention,
+    block_attention,
+    finish,
+    merge,
+    pack,
+    unpack,
+)
 from ringcompile.ops.blocks import Band, Piece, pieces
 
 ENDS = (None, *range(-4, 5))
@@ -119,7 +126,7 @@ def test_pieces(name: str) -> None:
 
 # -- block attention against the whole score matrix ------------------------------------------------
 
-BATCH, HEADS, GROUPS, DIM, OUT = 2, 4, 2, 3, 5
+BATCH, HEADS, GROUPS, DIM = 2, 4, 2, 3
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,8 @@ class Block:
     band: Band
     key_mask: str | None = None
     mask: str | None = None
+    value_dim: int = 5
+    packed: bool = True
 
     @property
     def num_queries(self) -> int:
@@ -192,11 +201,12 @@ def check(block: Block) -> None:
     torch.manual_seed(0)
     q = torch.randn(BATCH, HEADS, block.num_queries, DIM, dtype=torch.float64)
     k = torch.randn(BATCH, GROUPS, block.num_keys, DIM, dtype=torch.float64)
-    v = torch.randn(BATCH, GROUPS, block.num_keys, OUT, dtype=torch.float64)
+    v = torch.randn(BATCH, GROUPS, block.num_keys, block.value_dim, dtype=torch.float64)
+    kv = [pack(k, v)] if block.packed else [k, v]
     key_mask = random_mask(block.key_mask, (BATCH, 1, 1, block.limit))
     mask = random_mask(block.mask, (BATCH, HEADS, block.num_queries, block.limit))
     out, lse = block_attention(
-        q, pack(k, v), key_mask, mask, head_dim=DIM, queries=block.queries, keys=block.keys,
+        q, kv, key_mask, mask, head_dim=DIM, queries=block.queries, keys=block.keys,
         chunk=block.chunk, limit=block.limit, scale=0.7,
         lower=block.band.lower, upper=block.band.upper,
     )  # fmt: skip
@@ -230,6 +240,8 @@ def blocks(draw: st.DrawFn) -> Block:
         draw(st.just(Band(0)) | st.just(Band()) | st.just(Band(lower, upper))),
         draw(st.sampled_from(KINDS)),
         draw(st.sampled_from((*KINDS, "bool, row", "bias, row, one"))),
+        draw(st.sampled_from([1, DIM, 5])),
+        draw(st.booleans()),
     )
 
 
@@ -268,7 +280,7 @@ def test_block_attention(name: str) -> None:
 def test_blocks_merge_to_the_whole(length: int, band: Band) -> None:
     """All blocks of a zigzag ring of 3, merged in any order, are whole attention."""
     q = torch.randn(BATCH, HEADS, length, DIM, dtype=torch.float64)
-    k, v = (torch.randn(BATCH, GROUPS, length, n, dtype=torch.float64) for n in (DIM, OUT))
+    k, v = (torch.randn(BATCH, GROUPS, length, n, dtype=torch.float64) for n in (DIM, 2))
     chunk = -(-length // 6)
     whole = attention(q, k, v, scale=0.7, lower=band.lower, upper=band.upper)
     for rank, first in pairs(range(3), range(3)):
@@ -278,7 +290,7 @@ def test_blocks_merge_to_the_whole(length: int, band: Band) -> None:
             keys = (block, 5 - block)
             there = rows_of(keys, chunk, 0).clamp(max=length - 1)
             made = block_attention(
-                q[:, :, rows.clamp(max=length - 1)], pack(k[:, :, there], v[:, :, there]),
+                q[:, :, rows.clamp(max=length - 1)], [pack(k[:, :, there], v[:, :, there])],
                 head_dim=DIM, queries=(rank, 5 - rank), keys=keys, chunk=chunk, limit=length,
                 scale=0.7, lower=band.lower, upper=band.upper,
             )  # fmt: skip
@@ -288,10 +300,23 @@ def test_blocks_merge_to_the_whole(length: int, band: Band) -> None:
         torch.testing.assert_close(found, whole[:, :, rows[rows < length]], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("value_dim", [1, 2, DIM, 2 * DIM])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_unpack_undoes_pack(groups: int, value_dim: int) -> None:
+    k, v = torch.randn(BATCH, groups, 7, DIM), torch.randn(BATCH, groups, 7, value_dim)
+    for kv in ([pack(k, v)], [k, v]):
+        found = unpack(kv, DIM)
+        assert torch.equal(found[0], k)
+        assert torch.equal(found[1], v)
+    rows = unpack([pack(k, v)[:, :, 2:5]], DIM)
+    assert torch.equal(rows[0], k[:, :, 2:5])
+    assert torch.equal(rows[1], v[:, :, 2:5])
+
+
 def test_a_merge_touches_its_rows_only() -> None:
-    state = [torch.randn(1, 2, 6, OUT), torch.randn(1, 2, 6)]
+    state = [torch.randn(1, 2, 6, DIM), torch.randn(1, 2, 6)]
     before = [x.clone() for x in state]
-    block = [torch.randn(1, 2, 3, OUT), torch.randn(1, 2, 3)]
+    block = [torch.randn(1, 2, 3, DIM), torch.randn(1, 2, 3)]
     merged = merge(state, block, start=2)
     for after, was in zip(merged, before, strict=True):
         assert torch.equal(after[:, :, :2], was[:, :, :2])

@@ -39,7 +39,8 @@ def listening(rank: Rank) -> set[str]:
     """The addresses, in hex, at which this process listens."""
     inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()}
     rows = [row.split() for name in ("tcp", "tcp6") for row in _sockets(name)]
-    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+    listen = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+    return {row[1].split(":")[0] for row in listen}
 
 
 def _descriptors() -> list[str]:

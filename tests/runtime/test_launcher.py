@@ -16,6 +16,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.runtime.join import pick_backend
 from ringcompile.runtime.launcher import launch
 from ringcompile.runtime.processes import Processes
+from ringcompile.runtime.transport import pack
 from tests.runtime import rank_functions
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +53,10 @@ def test_ranks_stay_from_call_to_call(within) -> None:
 
 def test_ranks_see_this_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RINGCOMPILE_TEST", "now")
-    assert launch(rank_functions.surroundings, 2, ("RINGCOMPILE_TEST",), threads=2) == [
-        ("now", 2, True)
-    ] * 2
+    assert (
+        launch(rank_functions.surroundings, 2, ("RINGCOMPILE_TEST",), threads=2)
+        == [("now", 2, True)] * 2
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -65,7 +67,10 @@ def test_ranks_listen_on_the_loopback_interface_only() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (rank_functions.raise_error, r"rank_functions\.py:\d+: error: rank 1 failed: ValueError: boom"),
+        (
+            rank_functions.raise_error,
+            r"rank_functions\.py:\d+: error: rank 1 failed: ValueError: boom",
+        ),
         (rank_functions.refuse, r"^model\.py:7: error: no such thing\n  hint: take another"),
         (rank_functions.be_killed, "rank 1 was killed by SIGKILL\n  hint: .*memory"),
         (rank_functions.leave, "rank 1 ended with exit code 3"),
@@ -89,11 +94,11 @@ def test_an_error_keeps_its_traceback() -> None:
 
 
 def test_a_rank_that_dies_between_calls_is_named(within) -> None:
-    with within(5), pytest.raises(RingCompileError, match="rank 1 was killed by SIGTERM"):
-        with Processes(3) as ranks:
-            pids = [pid for _, pid in ranks.call(rank_functions.remember, 0)]
-            os.kill(pids[1], signal.SIGTERM)
-            time.sleep(0.1)
+    with within(5), Processes(3) as ranks:
+        pids = [pid for _, pid in ranks.call(rank_functions.remember, 0)]
+        os.kill(pids[1], signal.SIGTERM)
+        time.sleep(0.1)
+        with pytest.raises(RingCompileError, match="rank 1 was killed by SIGTERM"):
             ranks.call(rank_functions.remember, 1)
 
 
@@ -124,12 +129,10 @@ def test_a_backend_that_cannot_be(backend: str, message: str) -> None:
     assert pick_backend("auto", 1000) == "gloo"
 
 
-def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RingCompileError, match="cannot write 24 bytes to .*\n  hint: free space"):
-        with Processes(2) as ranks:
-            ranks._folder = Path("/proc")  # nothing can be written there
-            monkeypatch.setattr(Path, "mkdir", lambda path: None)
-            ranks.call(rank_functions.scaled, {"x": torch.zeros(6), "none": None})
+def test_a_tensor_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    message = r"cannot write 24 bytes to .*/missing/x-0 .*\n  hint: free space there"
+    with pytest.raises(RingCompileError, match=message):
+        pack({"deep": [torch.zeros(6)]}, tmp_path / "missing", "x")
 
 
 SCRIPT = """
@@ -154,7 +157,10 @@ def test_no_rank_outlives_the_script_that_started_it(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     with subprocess.Popen(
         [sys.executable, str(script)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
