@@ -142,6 +142,7 @@ class _Ring:
             Band(self.call["lower"], self.call["upper"]),
             chunk if isinstance(chunk, int) else None,
         )
+        self.cut: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         self.q, self.k, self.v = (builder.env[self.call[name]] for name in ("q", "k", "v"))
         self.key_mask, self.mask = (
             builder.env[self.call[name]] if self.call[name] is not None else None

@@ -174,7 +174,11 @@ class Processes:
                 with _main_hidden():
                     process.start()
             except (OSError, EOFError) as error:
-                raise RingCompileError(f"cannot start rank {index}: {error}") from error
+                raise RingCompileError(
+                    f"cannot start rank {index}: {error}",
+                    hint=f"temporary files go to {tempfile.gettempdir()}; its path has to be short "
+                    "enough for a socket, and there has to be memory for the processes",
+                ) from error
             finally:
                 theirs.close()
             self._processes.append(process)

@@ -1,6 +1,7 @@
 """Every test here must leave no process and no file behind."""
 
 import multiprocessing.forkserver
+import multiprocessing.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,16 @@ def ranks_alive() -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where temporary files go; its path is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="rc") as name:
+        yield Path(name)
+
+
 @pytest.fixture(autouse=True)
-def _nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    folder = tmp_path / "temporary"
-    folder.mkdir()
+def _nothing_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    multiprocessing.util.get_temp_dir()  # for the server's socket, which outlives the test
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
     deadline = time.monotonic() + 2

@@ -150,11 +150,11 @@ SCRIPT = """
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_rank_outlives_the_script_that_started_it(
-    tmp_path: Path, number: signal.Signals, within
+    tmp_path: Path, folder: Path, number: signal.Signals, within
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     with subprocess.Popen(
         [sys.executable, str(script)],
         env=environment,
