@@ -42,13 +42,20 @@ def _attention(
                 hint="see `ringcompile check` for what is supported",
             )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    by_flag = bool(causal) and attention_mask is None
+    if by_flag and query.shape[2] != key.shape[2]:
+        raise RingCompileError(
+            f"{type(module).__name__} is causal over {key.shape[2]} keys for {query.shape[2]} "
+            "queries and gives no mask: which keys a query sees is not defined",
+            hint="capture the model without a cache",
+        )
     out = functional.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=attention_mask,
         dropout_p=dropout,
-        is_causal=bool(causal) and attention_mask is None and query.shape[2] == key.shape[2],
+        is_causal=by_flag,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -254,6 +254,11 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
             "has a rule",
             hint="view the heads as a dim of their own",
         )
+    if not equal(type_of(q).shape[0], type_of(k).shape[0]):
+        raise RingCompileError(
+            f"attention of {type_of(q).shape[0]} queries' batch over {type_of(k).shape[0]} keys'",
+            hint="expand the batch of keys and values first",
+        )
     causal = bool(call["is_causal"])
     if causal and not equal(type_of(q).shape[2], type_of(k).shape[2]):
         raise error_at(node, "causal attention of unequal query and key lengths")

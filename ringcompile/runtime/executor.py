@@ -16,7 +16,7 @@ from torch import fx
 
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.expr import bind, is_symbolic
-from ringcompile.ir.nodes import type_of
+from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops import schemas
@@ -147,7 +147,7 @@ class Executor:
         for step in self.steps:
             args, kwargs = _filled(step, held)
             if step.communicates is None:
-                held[step.out] = step.function(*args, **kwargs)
+                held[step.out] = _called(step, args, kwargs)
             else:
                 held[step.out] = yield from self._communicate(step, args, kwargs)
             if self.check_types:
@@ -193,6 +193,14 @@ class Executor:
                 f"%{node.name} ({node.target}) is {tensor.dtype} {list(tensor.shape)}, "
                 f"its type says {type_}, here {self._local_shape(type_)}"
             )
+
+
+def _called(step: _Step, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    try:
+        return step.function(*args, **kwargs)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise error_at(step.node, f"{step.node.target} failed: {first}") from error
 
 
 def _filled(step: _Step, held: list[Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -74,17 +74,16 @@ DIVISIONS: dict[str, tuple[Callable[..., sympy.Expr], Callable[[int, int], int]]
 }
 terms = st.recursive(
     st.builds(leaf, st.sampled_from(sorted(SYMBOLS))) | st.builds(number, st.integers(-9, 99)),
-    lambda inner: st.builds(joined, st.sampled_from(sorted(OPERATIONS)), inner, inner)
-    | st.builds(divided, st.sampled_from(sorted(DIVISIONS)), inner, st.integers(1, 8)),
+    lambda inner: (
+        st.builds(joined, st.sampled_from(sorted(OPERATIONS)), inner, inner)
+        | st.builds(divided, st.sampled_from(sorted(DIVISIONS)), inner, st.integers(1, 8))
+    ),
     max_leaves=4,
 )
 assignments = st.fixed_dictionaries(
-    {
-        name: st.integers(1 if size.is_positive else 0, 40)
-        for name, size in sorted(SYMBOLS.items())
-    }
+    {name: st.integers(1 if size.is_positive else 0, 40) for name, size in sorted(SYMBOLS.items())}
 )
-few = settings(max_examples=150, deadline=None)
+few = settings(max_examples=100, deadline=None)
 
 
 @few

@@ -1,4 +1,4 @@
-"""Positions and joining undo each other, for both orders, every length and every number of ranks."""
+"""Positions and joining undo each other, for both orders, all lengths and numbers of ranks."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_positions(name: str) -> None:
 
 def test_a_share_too_few_or_too_many_is_not_joined() -> None:
     share: Any = torch.zeros(2)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         join([share, share], [[0], [1], [2]], 0, 4)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         join([share], [[0, 1, 2]], 0, 2)

@@ -1,14 +1,17 @@
 """Every test here must leave no process and no file behind."""
 
 import multiprocessing.forkserver
-import multiprocessing.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from ringcompile.runtime import processes
 
 
 def ranks_alive() -> list[int]:
@@ -28,8 +31,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    multiprocessing.util.get_temp_dir()  # for the server's socket, which outlives the test
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    there = SimpleNamespace(mkdtemp=partial(tempfile.mkdtemp, dir=folder))
+    monkeypatch.setattr(processes, "tempfile", there)
     yield
     deadline = time.monotonic() + 2
     while ranks_alive() and time.monotonic() < deadline:  # the server reaps them in its own time
