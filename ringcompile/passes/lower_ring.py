@@ -171,7 +171,10 @@ class _Ring:
         shape = local_shape(types[0], self.program.mesh, self.sequence)
         packed = self._packed_shape(shape[2])
         return self.builder.call(
-            op("pack"), (k, v), TensorType.whole(types[0].dtype, packed), why="one transfer for both"
+            op("pack"),
+            (k, v),
+            TensorType.whole(types[0].dtype, packed),
+            why="one transfer for both",
         )
 
     def _packed_shape(self, rows: Size) -> tuple[Size, ...]:
