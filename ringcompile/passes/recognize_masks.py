@@ -22,7 +22,8 @@ from ringcompile.ir.types import TensorType
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
-from ringcompile.passes.mask_values import Affine, Analysis, Choice, Condition, Test
+from ringcompile.passes.mask_analysis import Analysis
+from ringcompile.passes.mask_values import Affine, Choice, Condition, Test
 
 aten = torch.ops.aten
 _ATTENTION = op("attention")

@@ -1,0 +1,349 @@
+"""Reads the ops that compute a mask: an abstract value for each node.
+
+The analysis proves, it does not sample: a node is either understood from the ops that compute it,
+or opaque.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import equal, is_symbolic
+from ringcompile.ir.nodes import type_of
+from ringcompile.passes.mask_values import Affine, Choice, Condition, Test, Value
+
+
+@dataclass
+class Analysis:
+    """Abstract values of nodes, computed on demand."""
+
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+
+    def of(self, node: Any) -> Value:
+        """The value of a node, or of a number standing in its place."""
+        if not isinstance(node, fx.Node):
+            return _number(node)
+        if node not in self.values:
+            self.values[node] = None
+            self.values[node] = self._compute(node)
+        return self.values[node]
+
+    def condition(self, node: fx.Node) -> Condition:
+        """A bool node as a condition; one opaque test where it is not understood."""
+        value = self.of(node)
+        return value if isinstance(value, Condition) else Condition((Test(None, node),))
+
+    def _compute(self, node: fx.Node) -> Value:
+        if node.op != "call_function":
+            return None
+        name = str(node.target).removeprefix("aten.")
+        step = _STEPS.get(name) or _STEPS.get(name.split(".")[0])
+        return step(self, Call(node)) if step else None
+
+
+def _number(value: Any) -> Value:
+    if isinstance(value, bool):
+        return Condition(never=not value)
+    if isinstance(value, int) or (is_symbolic(value) and value.is_integer):
+        return Affine((), value)
+    return None
+
+
+def _full(analysis: Analysis, call: Call) -> Value:
+    fill, dtype = call["fill_value"], type_of(call.node).dtype
+    if dtype == torch.bool:
+        return Condition(never=not fill)
+    if dtype.is_floating_point:
+        return Choice(Condition(), float(fill), float(fill)) if not is_symbolic(fill) else None
+    return _number(int(fill)) if not is_symbolic(fill) else _number(fill)
+
+
+def _arange(analysis: Analysis, call: Call) -> Value:
+    if type_of(call.node).dtype.is_floating_point:
+        return None
+    return Affine.of({-1: call["step"]}, call["start"])
+
+
+def _map_tests(value: Value, change: Callable[[Affine], Affine], node: fx.Node) -> Value:
+    """A value behind an op that only moves elements; opaque tests stay behind and are lost."""
+    if isinstance(value, Affine):
+        return change(value)
+    if isinstance(value, Choice):
+        inner = _map_tests(value.condition, change, node)
+        return Choice(inner, value.true, value.false) if isinstance(inner, Condition) else None
+    if isinstance(value, Condition):
+        if any(test.value is None for test in value.tests):
+            return None
+        return Condition(tuple(Test(change(t.value), None) for t in value.tests if t.value),
+                         value.never)
+    return None
+
+
+def _reshape(analysis: Analysis, call: Call) -> Value:
+    """Only size-1 dims may come or go."""
+    source, target = type_of(call["self"]).shape, type_of(call.node).shape
+    kept = [[(i - len(shape), size) for i, size in enumerate(shape) if size != 1]
+            for shape in (source, target)]
+    if len(kept[0]) != len(kept[1]) or any(
+        not equal(a[1], b[1]) for a, b in zip(*kept, strict=True)
+    ):
+        return None
+    dims = {a[0]: b[0] for a, b in zip(*kept, strict=True)}
+    return _map_tests(analysis.of(call["self"]), lambda v: v.moved(dims), call.node)
+
+
+def _permute(analysis: Analysis, call: Call) -> Value:
+    rank = len(call["dims"])
+    dims = {dim % rank - rank: i - rank for i, dim in enumerate(call["dims"])}
+    return _map_tests(analysis.of(call["self"]), lambda v: v.moved(dims), call.node)
+
+
+def _expand(analysis: Analysis, call: Call) -> Value:
+    value = analysis.of(call["self"])
+    if isinstance(value, Condition):
+        return value
+    if value is None and type_of(call.node).dtype == torch.bool:
+        return analysis.condition(call["self"])  # broadcasts the same from before the expand
+    return value
+
+
+def _slice(analysis: Analysis, call: Call) -> Value:
+    dim = call["dim"] % len(type_of(call.node).shape) - len(type_of(call.node).shape)
+    single = type_of(call.node).shape[dim] == 1
+
+    def cut(value: Affine) -> Affine:
+        coefficients = dict(value.coefficients)
+        c = coefficients.pop(dim, 0)
+        if not single:
+            coefficients[dim] = c * call["step"]
+        return Affine.of(coefficients, value.constant + c * call["start"])
+
+    return _map_tests(analysis.of(call["self"]), cut, call.node)
+
+
+def _index(analysis: Analysis, call: Call) -> Value:
+    """x[i, j, ...] of an affine x with every dim indexed by an affine index."""
+    source, entries = analysis.of(call["self"]), list(call["indices"])
+    rank = len(type_of(call["self"]).shape)
+    indices = [analysis.of(entry) if entry is not None else None for entry in entries]
+    if not isinstance(source, Affine) or len(entries) != rank:
+        return None
+    total = Affine((), source.constant)
+    for dim, c in source.coefficients:
+        picked = indices[dim]
+        if not isinstance(picked, Affine):
+            return None
+        total += picked.scaled(c)
+    return total
+
+
+def _cumsum(analysis: Analysis, call: Call) -> Value:
+    value = analysis.of(call["self"])
+    if isinstance(value, Condition) and value.never:
+        return Affine()
+    return None
+
+
+def _diff(analysis: Analysis, call: Call) -> Value:
+    """Differences of an affine tensor whose first is against its own continuation to the left."""
+    value, before = analysis.of(call["self"]), analysis.of(call["prepend"])
+    if not isinstance(value, Affine) or not isinstance(before, Affine):
+        return None
+    rank = len(type_of(call.node).shape)
+    step = dict(value.coefficients).get(call["dim"] % rank - rank, 0)
+    first = Affine.of(
+        {d: c for d, c in value.coefficients if d != call["dim"] % rank - rank}, value.constant
+    )
+    if call["n"] != 1 or call["append"] is not None:
+        return None
+    if first + before.scaled(-1) != Affine((), step):
+        return None
+    return Affine((), step)
+
+
+def _add(sign: int) -> Callable[[Analysis, Call], Value]:
+    def step(analysis: Analysis, call: Call) -> Value:
+        a, b = analysis.of(call["self"]), analysis.of(call["other"])
+        if isinstance(a, Affine) and isinstance(b, Affine):
+            alpha = call.get("alpha", 1)
+            return a + b.scaled(sign * alpha) if isinstance(alpha, int) else None
+        return _on_choice(a, call["other"], lambda x, y: x + sign * y)
+
+    return step
+
+
+def _rsub(analysis: Analysis, call: Call) -> Value:
+    return _on_choice(analysis.of(call["self"]), call["other"], lambda x, y: y - x)
+
+
+def _mul(analysis: Analysis, call: Call) -> Value:
+    a, b = analysis.of(call["self"]), analysis.of(call["other"])
+    if isinstance(a, Affine) and isinstance(b, Affine) and not b.coefficients:
+        return a.scaled(b.constant)
+    if isinstance(a, Condition) and isinstance(b, Condition):
+        return _and(analysis, call)
+    return _on_choice(a, call["other"], lambda x, y: x * y if x else 0.0)
+
+
+def _on_choice(value: Value, other: Any, change: Callable[[float, float], float]) -> Value:
+    if isinstance(value, Choice) and isinstance(other, int | float):
+        return Choice(value.condition, change(value.true, other), change(value.false, other))
+    return None
+
+
+def _compare(name: str) -> Callable[[Analysis, Call], Value]:
+    def step(analysis: Analysis, call: Call) -> Value:
+        a, b = analysis.of(call["self"]), analysis.of(call["other"])
+        if isinstance(a, Choice) and isinstance(call["other"], int | float):
+            return _chosen(a, _COMPARE[name], call["other"])
+        if not isinstance(a, Affine) or not isinstance(b, Affine):
+            return None
+        if name in ("eq", "ne"):
+            apart = a + b.scaled(-1)
+            if apart.coefficients or is_symbolic(apart.constant):
+                return None
+            return Condition(never=(apart.constant == 0) != (name == "eq"))
+        low, high = (a, b) if name in ("le", "lt") else (b, a)
+        slack = -1 if name in ("lt", "gt") else 0
+        return _decided(high + low.scaled(-1) + Affine((), slack), call.node)
+
+    return step
+
+
+def _decided(value: Affine, node: fx.Node) -> Condition:
+    if isinstance(value.constant, int):
+        if not value.coefficients:
+            return Condition(never=value.constant < 0)
+        if value.constant >= 0 and all(isinstance(c, int) and c > 0 for _, c in value.coefficients):
+            return Condition()  # indices are never negative
+    return Condition((Test(value, node),))
+
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
+
+
+def _chosen(value: Choice, compare: Callable[[float, float], bool], other: float) -> Value:
+    true, false = compare(value.true, other), compare(value.false, other)
+    if true == false:
+        return Condition(never=not true)
+    return value.condition if true else value.condition.negated()
+
+
+def _and(analysis: Analysis, call: Call) -> Value:
+    operands = [call["self"], call["other"]]
+    if any(isinstance(x, fx.Node) and type_of(x).dtype != torch.bool for x in operands):
+        return None
+    conditions = [
+        analysis.condition(x) if isinstance(x, fx.Node) else analysis.of(x) for x in operands
+    ]
+    a, b = conditions
+    if not isinstance(a, Condition) or not isinstance(b, Condition):
+        return None
+    return Condition(() if a.never or b.never else a.tests + b.tests, a.never or b.never)
+
+
+def _or(analysis: Analysis, call: Call) -> Value:
+    a, b = analysis.of(call["self"]), analysis.of(call["other"])
+    for one, other in ((a, b), (b, a)):
+        if isinstance(one, Condition) and one.constant is not None:
+            if one.constant:
+                return Condition()
+            return other if isinstance(other, Condition) else None
+    return None
+
+
+def _not(analysis: Analysis, call: Call) -> Value:
+    value = analysis.of(call["self"])
+    return value.negated() if isinstance(value, Condition) else None
+
+
+def _triangle(lower: bool) -> Callable[[Analysis, Call], Value]:
+    def step(analysis: Analysis, call: Call) -> Value:
+        value, diagonal = analysis.of(call["self"]), call["diagonal"]
+        # tril keeps column - row <= diagonal, triu column - row >= diagonal.
+        inside = Affine.of({-2: 1, -1: -1}, diagonal)
+        kept = Condition((Test(inside if lower else inside.scaled(-1), None),))
+        if isinstance(value, Condition) and value.constant is not None:
+            return kept if value.constant else value
+        if isinstance(value, Choice) and value.condition.constant:
+            return Choice(kept, value.true, 0.0)
+        if isinstance(value, Affine) and not value.coefficients and value.constant in (0, 1):
+            return Choice(kept, float(value.constant), 0.0)
+        return None
+
+    return step
+
+
+def _where(analysis: Analysis, call: Call) -> Value:
+    condition = analysis.condition(call["condition"])
+    numbers = [_scalar(analysis, call[name]) for name in ("self", "other")]
+    if None in numbers:
+        return None
+    return Choice(condition, *numbers)  # type: ignore[arg-type]
+
+
+def _scalar(analysis: Analysis, value: Any) -> float | None:
+    """The number a scalar, or a tensor that is the same everywhere, holds."""
+    if isinstance(value, int | float):
+        return float(value)
+    known = analysis.of(value)
+    if isinstance(known, Choice) and known.condition.constant is not None:
+        return known.true if known.condition.constant else known.false
+    return None
+
+
+def _masked_fill(analysis: Analysis, call: Call) -> Value:
+    kept, filled = _scalar(analysis, call["self"]), _scalar(analysis, call["value"])
+    if kept is None or filled is None:
+        return None
+    return Choice(analysis.condition(call["mask"]), filled, kept)
+
+
+def _cast(analysis: Analysis, call: Call) -> Value:
+    value, dtype = analysis.of(call["self"]), type_of(call.node).dtype
+    if isinstance(value, Affine):
+        return value if not dtype.is_floating_point and dtype != torch.bool else None
+    if isinstance(value, Condition):
+        return Choice(value, 1.0, 0.0) if dtype != torch.bool else value
+    if isinstance(value, Choice) and dtype == torch.bool:
+        return _chosen(value, _COMPARE["ne"], 0.0)
+    return value if isinstance(value, Choice) and dtype.is_floating_point else None
+
+
+_STEPS: dict[str, Callable[[Analysis, Call], Value]] = {
+    "full": _full,
+    "arange": _arange,
+    "reshape": _reshape,
+    "permute": _permute,
+    "expand": _expand,
+    "slice": _slice,
+    "index": _index,
+    "cumsum": _cumsum,
+    "diff": _diff,
+    "add": _add(1),
+    "sub": _add(-1),
+    "rsub": _rsub,
+    "mul": _mul,
+    **{name: _compare(name) for name in _COMPARE},
+    **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), _and),
+    **dict.fromkeys(("__or__", "bitwise_or", "logical_or"), _or),
+    **dict.fromkeys(("bitwise_not", "logical_not"), _not),
+    "tril": _triangle(lower=True),
+    "triu": _triangle(lower=False),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "to": _cast,
+}
