@@ -11,7 +11,7 @@ from torch import nn
 
 from ringcompile import artifact
 from ringcompile.capture.export import capture
-from ringcompile.capture.loaders import load_model
+from ringcompile.capture.loaders import LoadedModel, load_model
 from ringcompile.dump import report
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
@@ -255,17 +255,40 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
 
 def recapture(options: Mapping[str, Any]) -> Program:
     """Capture the model an artifact was made from again, without its weights."""
-    if not options.get("model"):
+    loaded = recorded_model(options, weights=False)
+    return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+
+
+def recorded_model(
+    options: Mapping[str, Any], given: str | None = None, *, weights: bool = True
+) -> LoadedModel:
+    """The model that an artifact was made from.
+
+    Args:
+        options: of the artifact.
+        given: what the user says it is; needed where it is code, which an artifact must not be able
+            to make anyone run.
+        weights: whether to load its weights.
+
+    Raises:
+        RingCompileError: the artifact names no model, or names code.
+    """
+    spec = given or options.get("model")
+    if not spec:
         raise RingCompileError(
             "the artifact does not say which model it was made from",
-            hint="passes before 'specialize' can be seen with "
-            "`ringcompile transform MODEL --passes ...`",
+            hint="name it: `ringcompile verify OUT --numerics --model MODEL`, or "
+            "`ringcompile transform MODEL --passes ...` for early passes",
         )
-    loaded = load_model(
-        options["model"], batch=options.get("batch", 1), dtype=options.get("dtype"),
-        weights=":" in options["model"],
+    if given is None and ":" in spec:
+        raise RingCompileError(
+            f"the artifact was made from '{spec}', which is code that loading would run",
+            hint=f"if you trust it: `ringcompile verify OUT --numerics --model {spec}`, or "
+            f"`ringcompile transform {spec} --passes ...` for early passes",
+        )
+    return load_model(
+        spec, batch=options.get("batch", 1), dtype=options.get("dtype"), weights=weights
     )
-    return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
 
 
 def _up_to(passes: list[Pass], name: str) -> list[Pass]:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import ParallelProgram, load
+from ringcompile.compiler import ParallelProgram, load, recorded_model
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT
 from ringcompile.ir.expr import SEQUENCE, bind
@@ -117,20 +116,9 @@ def verify(
     transfers = sum(str(n.target) == SHIFT for p in programs for n in p.graph.nodes)
     rows: tuple[Numerics, ...] = ()
     if numerics or module is not None:
-        module = module if module is not None else _reference(parallel, model)
+        module = module if module is not None else recorded_model(parallel.options, model).module
         rows = tuple(_compare(parallel, module, length) for length in _lengths(parallel))
     return Verification(len(programs), transfers, rows)
-
-
-def _reference(parallel: ParallelProgram, model: str | None) -> nn.Module:
-    spec = model or parallel.options.get("model")
-    if not spec:
-        raise RingCompileError(
-            "the artifact does not say which model it was made from", hint="pass --model MODEL"
-        )
-    return load_model(
-        spec, batch=parallel.options.get("batch", 1), dtype=parallel.options.get("dtype")
-    ).module
 
 
 def _lengths(parallel: ParallelProgram) -> list[int]:

@@ -21,7 +21,8 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
 
-Signature = tuple[tuple[str, ...], str]
+# Shape, dtype, and which chunks of the sequence: shapes alone would not tell messages apart.
+Signature = tuple[tuple[str, ...], str, str]
 
 
 @dataclass
@@ -58,6 +59,12 @@ class _Checker:
                 f"{len(programs)} programs for a mesh of {mesh.world_size} ranks ({mesh})"
             )
         self.mesh = mesh
+        for index, program in enumerate(programs):
+            if program.coordinates != mesh.coordinates(index):
+                raise RingCompileError(
+                    f"the program in the place of rank {index} is for {program.coordinates}, "
+                    f"rank {index} of {mesh} is {mesh.coordinates(index)}"
+                )
         self.ranks = [
             _Rank(p, [n for n in p.graph.nodes if str(n.target) in COMMUNICATION]) for p in programs
         ]
@@ -91,6 +98,10 @@ class _Checker:
 
     def _start(self, index: int, node: fx.Node) -> None:
         rank, places = self.ranks[index], {}
+        if node.kwargs["source"] is None and any(wait.users for wait in node.users):
+            raise RingCompileError(
+                f"rank {index} reads what arrives in %{node.name}, and nobody sends it"
+            )
         for argument, book in (("to", rank.sent), ("source", rank.expected)):
             peer = self._peer(index, node, argument)
             if peer is not None:
@@ -122,7 +133,8 @@ class _Checker:
         value = node if argument == "source" else node.args[0]
         type_ = type_of(value)  # type: ignore[arg-type]
         shape = local_shape(type_, program.mesh, program.sequence)
-        return tuple(map(str, shape)), str(type_.dtype)
+        carried = node.kwargs.get("takes" if argument == "source" else "sends", "")
+        return tuple(map(str, shape)), str(type_.dtype), str(carried)
 
     def _peer(self, index: int, node: fx.Node, argument: str) -> int | None:
         coordinate = node.kwargs[argument]
@@ -134,7 +146,10 @@ class _Checker:
                 f"rank {index}: %{node.name} names {coordinate} on axis '{axis}' of size "
                 f"{self.mesh.size(axis)}"
             )
-        return self.mesh.rank({**self.mesh.coordinates(index), axis: coordinate})
+        peer = self.mesh.rank({**self.mesh.coordinates(index), axis: coordinate})
+        if peer == index:
+            raise RingCompileError(f"rank {index} names itself as its peer in %{node.name}")
+        return peer
 
     def _waits_for(self, index: int, node: fx.Node) -> list[int]:
         """The ranks that must act before this rank's `wait` or `gather` completes."""
@@ -214,4 +229,6 @@ class _Checker:
 
 
 def _format(signature: Signature) -> str:
-    return f"{signature[1].removeprefix('torch.')}[{', '.join(signature[0])}]"
+    shape, dtype, carried = signature
+    text = f"{dtype.removeprefix('torch.')}[{', '.join(shape)}]"
+    return f"{text} of chunks {carried}" if carried else text

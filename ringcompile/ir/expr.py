@@ -142,32 +142,47 @@ def to_text(value: Size) -> str:
 def parse(text: str) -> Size:
     """Read an expression; raises RingCompileError on anything but integer arithmetic."""
     try:
-        return simplify(_build(ast.parse(text, mode="eval").body))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return simplify(_built(ast.parse(text, mode="eval").body))
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         raise RingCompileError(f"'{text[:80]}' is not a size expression") from None
+
+
+def _built(node: ast.AST) -> Any:
+    """The expression, held to be a number that a size can be, at every step."""
+    made = sympy.sympify(_build(node))
+    if made.is_finite is False or made is sympy.nan or made.has(sympy.zoo, sympy.oo):
+        raise ValueError(made)
+    if made.is_number and abs(made) >= _TOO_LARGE:
+        raise ValueError(made)
+    if made.is_Pow and made.exp > _MAX_POWER:
+        raise ValueError(made)
+    return made
 
 
 def _build(node: ast.AST) -> Any:
     match node:
-        case ast.Constant(value=int() as number):
+        case ast.Constant(value=int() as number) if not isinstance(number, bool):
             return sympy.Integer(number)
         case ast.Name(id=name):
             return symbol(name) if name in _SIZE_NAMES else coordinate(name)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_build(left), _build(right))
+            return _OPERATORS[type(op)](_built(left), _built(right))
         case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)):
-            if not 0 <= power <= _MAX_POWER:
+            if isinstance(power, bool) or not 0 <= power <= _MAX_POWER:
                 raise ValueError(power)
-            return _build(left) ** power
+            return _built(left) ** power
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_build(operand)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*map(_build, args))
+            return -_built(operand)
+        case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]) if (
+            name in _FUNCTIONS
+        ):
+            return _FUNCTIONS[name](*map(_built, args))
     raise ValueError(node)
 
 
 # A file must not be able to ask for a number with a million digits.
 _MAX_POWER = 8
+_TOO_LARGE = 2**63
 
 # Lengths are named from this list; any other name in an expression is a mesh coordinate.
 SEQUENCE = "s"

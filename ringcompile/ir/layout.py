@@ -30,8 +30,8 @@ DimLayout = tuple[Atom, ...]
 WHOLE: DimLayout = ()
 
 
-def normalise(atoms: Iterable[Atom]) -> DimLayout:
-    """Merge what an equal placement may write in two ways; an unsplit dim becomes `WHOLE`."""
+def merge(atoms: Iterable[Atom]) -> list[Atom]:
+    """Join neighbours that one atom says as well; size-1 atoms are dropped."""
     merged: list[Atom] = []
     for atom in atoms:
         if equal(atom.size, 1):
@@ -40,6 +40,12 @@ def normalise(atoms: Iterable[Atom]) -> DimLayout:
             merged[-1] = Atom(product([merged[-1].size, atom.size]), merged[-1].axes)
         else:
             merged.append(atom)
+    return merged
+
+
+def normalise(atoms: Iterable[Atom]) -> DimLayout:
+    """Merge what an equal placement may write in two ways; an unsplit dim becomes `WHOLE`."""
+    merged = merge(atoms)
     return tuple(merged) if any(atom.axes for atom in merged) else WHOLE
 
 
@@ -95,12 +101,11 @@ def regroup(
     dims begin and end changes. An atom that is split may be cut in two only if its major part
     still divides over its axes.
     """
-    atoms = [
+    atoms = merge(
         atom
         for size, dim in zip(sizes, layout.dims, strict=True)
         for atom in (dim or (Atom(size),))
-        if not equal(atom.size, 1)
-    ]
+    )
     dims = []
     for size in out_sizes:
         taken = _take(atoms, size, axis_sizes)
@@ -125,7 +130,7 @@ def _take(atoms: list[Atom], size: Size, axis_sizes: dict[str, int]) -> list[Ato
             continue
         cut = _cut(atom, rest, axis_sizes)
         if cut is None:
-            return _take_run(atom, atoms, taken, rest)
+            return None
         taken.append(cut[0])
         atoms.insert(0, cut[1])
         rest = 1
@@ -142,17 +147,3 @@ def _cut(atom: Atom, major: Size, axis_sizes: dict[str, int]) -> tuple[Atom, Ato
         if is_symbolic(atom.size) or divide(major, ways) is None:
             return None
     return Atom(major, atom.axes), Atom(minor)
-
-
-def _take_run(
-    atom: Atom, atoms: list[Atom], taken: list[Atom], rest: Size
-) -> list[Atom] | None:
-    """Unsplit atoms that only together make up the rest, as in [6, 4] viewed as [8, 3]."""
-    run: Size = atom.size
-    while not atom.axes and atoms and not atoms[0].axes:
-        atom = Atom(run := product([run, atoms.pop(0).size]))
-        minor = divide(run, rest)
-        if minor is not None:
-            atoms.insert(0, Atom(minor))
-            return [*taken, Atom(rest)]
-    return None

@@ -32,7 +32,10 @@ SCHEMAS = {
     ),
     "merge": "(Tensor[] state, Tensor[] block, *, SymInt start) -> Tensor[]",
     "finish": "(Tensor[] state, *, ScalarType dtype) -> Tensor",
-    "shift_start": "(Tensor x, *, str axis, SymInt? to, SymInt? source) -> Tensor",
+    "shift_start": (
+        "(Tensor x, *, str axis, SymInt? to, SymInt? source, SymInt[] sends, SymInt[] takes) "
+        "-> Tensor"
+    ),
     "wait": "(Tensor x) -> Tensor",
 }
 

@@ -196,27 +196,20 @@ class _Ring:
             op("shift_start"),
             (self._payload(held, out) if held and out else self.k,),
             TensorType.whole(type_of(self.k).dtype, arriving),
-            why=self._journey(held, out, coming, way, step),
             axis=self.axis,
             to=(self.rank + way) % self.ranks if out else None,
             source=(self.rank - way) % self.ranks if coming else None,
+            sends=self._indices(held.block, out) if held else [],
+            takes=self._indices((self.rank - way * (step + 1)) % self.ranks, coming),
         )
 
     def _payload(self, held: _Held, slots: tuple[int, ...]) -> fx.Node:
         nodes = [self._slots(node, held.slots, slots) for node in held.nodes]
         return self._pack(*nodes) if len(nodes) == 2 else nodes[0]
 
-    def _journey(
-        self, held: _Held | None, out: tuple[int, ...], coming: tuple[int, ...], way: int, step: int
-    ) -> str:
-        def chunks(block: int, slots: tuple[int, ...]) -> str:
-            indices = self.sequence.chunks(block)
-            return f"chunk {', '.join(str(indices[slot]) for slot in slots)} of rank {block}"
-
-        parts = [f"passes on {chunks(held.block, out)}"] if held and out else []
-        if coming:
-            parts.append(f"takes {chunks((self.rank - way * (step + 1)) % self.ranks, coming)}")
-        return ", ".join(parts)
+    def _indices(self, block: int, slots: tuple[int, ...]) -> list[Any]:
+        """The chunks that these slots of a block are, by index."""
+        return [self.sequence.chunks(block)[slot] for slot in slots]
 
     def _coming(self, way: int, step: int) -> tuple[int, ...]:
         return self.route.moving((self.rank - way * (step + 1)) % self.ranks, way, step)
@@ -240,7 +233,7 @@ class _Ring:
             rows = columns = self.slots
         if not columns:
             return state
-        queries, keys = self.sequence.chunks(self.rank), self.sequence.chunks(held.block)
+        queries, keys = self._indices(self.rank, rows), self._indices(held.block, columns)
         q, mask = self._slots(self.q, self.slots, rows), self.mask
         if mask is not None and type_of(mask).shape[2] != 1:
             mask = self._slots(mask, self.slots, rows)
@@ -252,10 +245,10 @@ class _Ring:
             state_type(
                 TensorType(out.dtype, (*out.shape[:3], type_of(self.v).shape[3]), out.layout)
             ),
-            why=f"keys of rank {held.block}: {self._visible(rows, columns, queries, keys)}",
+            why=f"keys of rank {held.block}: {self._visible(queries, keys)}",
             head_dim=type_of(self.k).shape[3],
-            queries=[queries[i] for i in rows],
-            keys=[keys[j] for j in columns],
+            queries=queries,
+            keys=keys,
             chunk=self.sequence.chunk,
             limit=self.sequence.length,
             scale=self.call["scale"],
@@ -269,8 +262,8 @@ class _Ring:
             start=rows[0] * self.sequence.chunk,
         )
 
-    def _visible(self, rows: Any, columns: Any, queries: Any, keys: Any) -> str:
-        relations = {self.route.relation(queries[i], keys[j]) for i in rows for j in columns}
+    def _visible(self, queries: list[Any], keys: list[Any]) -> str:
+        relations = {self.route.relation(query, key) for query in queries for key in keys}
         return "all visible" if relations == {"full"} else str(self.route.band)
 
     def _slots(self, x: fx.Node, have: tuple[int, ...], kept: tuple[int, ...]) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Exchange:
 
     def __post_init__(self) -> None:
         self.groups = _axis_groups(self.mesh, self.rank.index)
+        atexit.register(self.groups.clear)  # before `leave`, which ends only what nobody holds
 
     def answer(self, request: Request) -> Any:
         """Do what the program asks; see `Executor.run`."""

@@ -35,6 +35,8 @@ class Shift:
     source: int | None
     shape: tuple[int, ...]
     dtype: torch.dtype
+    sends: tuple[int, ...] = ()
+    takes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Gather:
     node: str
     axis: str
     tensor: torch.Tensor
+    dim: int
 
 
 Request = Shift | Wait | Gather
@@ -168,9 +171,10 @@ class Executor:
                 yield Shift(
                     name, kwargs["axis"], args[0].contiguous(), kwargs["to"], kwargs["source"],
                     self._local_shape(type_), type_.dtype,
+                    tuple(kwargs["sends"]), tuple(kwargs["takes"]),
                 )
             )
-        shares = yield Gather(name, kwargs["axis"], args[0].contiguous())
+        shares = yield Gather(name, kwargs["axis"], args[0].contiguous(), kwargs["dim"])
         sequence = self.program.sequence
         assert sequence is not None
         chunks: Any = [sequence.chunks(rank) for rank in range(sequence.num_ranks)]

@@ -93,7 +93,10 @@ def join_local(
 
 
 def leave() -> None:
-    """Leave the job. A process that ends without it is sometimes aborted by gloo's threads."""
+    """Leave the job: gloo's threads end with it.
+
+    Where one still runs when the interpreter ends, and lets go of a tensor, the process aborts.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

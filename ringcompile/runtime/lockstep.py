@@ -24,6 +24,7 @@ class Message:
 
     node: str
     tensor: torch.Tensor
+    chunks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ class LockStep:
     def _shift(self, index: int, rank: _Rank, shift: Shift) -> _Handle:
         to = self._peer(index, shift.axis, shift.to)
         if to is not None:
-            self.mail.setdefault((index, to), deque()).append(Message(shift.node, shift.tensor))
+            self.mail.setdefault((index, to), deque()).append(
+                Message(shift.node, shift.tensor, shift.sends)
+            )
             rank.bytes_sent += shift.tensor.nbytes
         return _Handle(self._peer(index, shift.axis, shift.source), shift)
 
@@ -120,12 +123,12 @@ class LockStep:
         if not waiting:
             return None
         message = waiting.popleft()
-        got = (tuple(message.tensor.shape), message.tensor.dtype)
-        if got != (expected.shape, expected.dtype):
+        got = (tuple(message.tensor.shape), message.tensor.dtype, message.chunks)
+        if got != (expected.shape, expected.dtype, expected.takes):
             raise RingCompileError(
-                f"rank {index} expects {expected.dtype} {list(expected.shape)} in "
-                f"%{expected.node}, rank {handle.source} sends {got[1]} {list(got[0])} in "
-                f"%{message.node}"
+                f"rank {index} expects {expected.dtype} {list(expected.shape)} of chunks "
+                f"{list(expected.takes)} in %{expected.node}, rank {handle.source} sends "
+                f"{got[1]} {list(got[0])} of chunks {list(got[2])} in %{message.node}"
             )
         return message.tensor
 
@@ -139,12 +142,10 @@ class LockStep:
         if len(arrived) < len(group):
             return None
         for other in group:
-            if arrived[other].tensor.shape != gather.tensor.shape or (
-                arrived[other].tensor.dtype != gather.tensor.dtype
-            ):
+            if _signature(arrived[other]) != _signature(gather):
                 raise RingCompileError(
-                    f"rank {index} gathers {list(gather.tensor.shape)} in %{gather.node}, "
-                    f"rank {other} {list(arrived[other].tensor.shape)} in %{arrived[other].node}"
+                    f"rank {index} gathers {_signature(gather)} in %{gather.node}, "
+                    f"rank {other} {_signature(arrived[other])} in %{arrived[other].node}"
                 )
         rank.gathers += 1
         return [arrived[other].tensor for other in group]
@@ -157,3 +158,8 @@ class LockStep:
             f"the ranks wait for each other: {', '.join(waits[:8])}",
             hint="the programs' transfers do not match; run `ringcompile verify`",
         )
+
+
+def _signature(gather: Gather) -> str:
+    tensor = gather.tensor
+    return f"{tensor.dtype} {list(tensor.shape)} along dim {gather.dim}"

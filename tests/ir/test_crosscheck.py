@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -59,7 +59,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 # -- programs --------------------------------------------------------------------------------------
 
 
-@lru_cache
+@cache
 def captured(name: str) -> tuple[Program, tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
     if name == "llama":
@@ -86,7 +86,7 @@ class Case:
         return run_lockstep(programs, self.parallel.mesh, self.parallel.source, self.inputs).shares
 
 
-@lru_cache
+@cache
 def cases(name: str) -> tuple[Case, ...]:
     program, inputs = captured(name)
     made = []
@@ -566,7 +566,7 @@ def stepped(case: Case, programs: Programs) -> str:
     return "right" if all(torch.equal(a, b) for a, b in pairs) else "wrong"
 
 
-@lru_cache
+@cache
 def outcomes(name: str) -> tuple[Outcome, ...]:
     found = tuple(
         Outcome(case.name, cross_checked(case, programs), stepped(case, programs))

@@ -5,12 +5,12 @@ What is needed is counted from positions by a double loop here, not by the pass'
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product as pairs
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +31,11 @@ from tests.test_ops_across_the_sequence import H, Lambda
 ORDERS = ("contiguous", "zigzag")
 RANKS = range(2, 7)
 ATTEND = "ringcompile.block_attention.default"
+MERGE = "ringcompile.merge.default"
+FINISH = "ringcompile.finish.default"
 PACK = "ringcompile.pack.default"
+SLICE = "aten.slice.Tensor"
+LETTERS = {SHIFT: "s", ATTEND: "a", WAIT: "w"}
 BATCH, HEADS, DIM = 2, 3, H // 3
 # One token of packed keys and values, of one attention.
 TOKEN_BYTES = BATCH * HEADS * 2 * DIM * torch.float32.itemsize
@@ -56,7 +60,7 @@ def banded(band: Band) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: attend(attend(x) + x)
 
 
-@lru_cache
+@cache
 def captured(band: Band) -> tuple[Lambda, Program]:
     module = Lambda(banded(band)).eval()
     return module, capture(module, (torch.randn(BATCH, 17, H),))
@@ -78,24 +82,31 @@ class Case:
     def sequence(self) -> SequenceSplit:
         return SequenceSplit("ring", self.ranks, self.order)
 
-    def compiled(self) -> ParallelProgram:
-        return transform(
-            captured(self.band)[1], f"ring={self.ranks}", order=self.order, length=self.length
-        )
 
-
-@lru_cache
+@cache
 def compiled(case: Case) -> ParallelProgram:
-    return case.compiled()
+    program = captured(case.band)[1]
+    return transform(program, f"ring={case.ranks}", order=case.order, length=case.length)
 
 
-BANDS = (Band(), Band(0), Band(0, 3), Band(0, 19), Band(-5, 5), Band(-2, 9))
-CASES = [
-    Case(band, ranks, order, length)
-    for band, ranks, order in pairs(BANDS, RANKS, ORDERS)
-    for length in (None, 4 * 6, 61)
-]
-FEW = [case for case in CASES if case.ranks in (2, 5)]
+# Bands, and the lengths to compile for: chunks shorter and longer than the windows.
+LENGTHS: dict[Band, tuple[int | None, ...]] = {
+    Band(): (None,),
+    Band(0): (None, 61),
+    Band(0, 3): (None, 61),
+    Band(0, 19): (24, 61),
+    Band(-5, 5): (None, 24, 61),
+    Band(-2, 9): (None, 24),
+}
+RINGS = {
+    f"{band}, {order}, {length or 'all lengths'}": [
+        Case(band, ranks, order, length) for ranks in RANKS
+    ]
+    for band, lengths in LENGTHS.items()
+    for length in lengths
+    for order in ORDERS
+}
+every_ring = pytest.mark.parametrize("ring", RINGS)
 
 
 # -- what is needed, from positions ----------------------------------------------------------------
@@ -116,7 +127,7 @@ def sees(band: Band, query: range, key: range) -> bool:
     )
 
 
-@lru_cache
+@cache
 def visible(band: Band, query: int, key: int, chunk: int | None) -> bool:
     """Of two chunks by index; of any length, if that is not known."""
     lengths = [chunk] if chunk is not None else range(1, 14)
@@ -133,6 +144,7 @@ def known_chunk(case: Case) -> int | None:
     return -(-case.length // (len(chunks_of(case, 0)) * case.ranks))
 
 
+@cache
 def needed(case: Case, rank: int) -> set[tuple[int, int]]:
     """The (rank, slot) of every chunk that a rank does not hold and sees some of."""
     return {
@@ -140,7 +152,9 @@ def needed(case: Case, rank: int) -> set[tuple[int, int]]:
         for owner in range(case.ranks)
         for slot, key in enumerate(chunks_of(case, owner))
         if owner != rank
-        and any(visible(case.band, query, key, known_chunk(case)) for query in chunks_of(case, rank))
+        and any(
+            visible(case.band, query, key, known_chunk(case)) for query in chunks_of(case, rank)
+        )
     }
 
 
@@ -161,21 +175,28 @@ def counted_bytes(parallel: ParallelProgram, length: int) -> list[int]:
     return [int(bind(bytes_sent(program), known)) for program in parallel.ranks()]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_no_byte_too_many_stands_in_the_graphs(case: Case) -> None:
-    for length in (24, 61, 7) if case.length is None else (case.length,):
-        assert sum(counted_bytes(compiled(case), length)) == expected_bytes(case, length)
+def lengths_of(case: Case) -> tuple[int, ...]:
+    """Lengths to run: one that divides, one that does not, fewer tokens than chunks."""
+    return (24, 61, 7) if case.length is None else (case.length,)
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_right_numbers_and_no_byte_too_many_sent(case: Case) -> None:
-    module, parallel = captured(case.band)[0], compiled(case)
-    for length in (24, 61, 7) if case.length is None else (case.length,):
-        x = torch.randn(BATCH, length, H)
-        result = run(parallel, (x,))
-        assert difference(result.outputs, module(x)) < 1e-6
-        assert result.bytes_sent == counted_bytes(parallel, length)
-        assert sum(result.bytes_sent) == expected_bytes(case, length)
+@every_ring
+def test_no_byte_too_many_stands_in_the_graphs(ring: str) -> None:
+    for case in RINGS[ring]:
+        for length in lengths_of(case):
+            found = sum(counted_bytes(compiled(case), length))
+            assert found == expected_bytes(case, length), str(case)
+
+
+@every_ring
+def test_right_numbers_and_no_byte_too_many_sent(ring: str) -> None:
+    for case in RINGS[ring]:
+        module, parallel = captured(case.band)[0], compiled(case)
+        for length in lengths_of(case):
+            x = torch.randn(BATCH, length, H)
+            result = run(parallel, (x,))
+            assert difference(result.outputs, module(x)) < 1e-6, str(case)
+            assert result.bytes_sent == counted_bytes(parallel, length), str(case)
 
 
 def test_causal_zigzag_sends_three_quarters_of_whole_blocks() -> None:
@@ -204,31 +225,46 @@ def received_by(case: Case, rank: int) -> dict[int, set[tuple[int, int]]]:
     for chunk in needed(case, rank):
         owner = chunk[0]
         distance = (rank - owner) % case.ranks
-        readers = {d for d in range(1, case.ranks) if chunk in needed(case, (owner + d) % case.ranks)}
+        others = range(1, case.ranks)
+        readers = {d for d in others if chunk in needed(case, (owner + d) % case.ranks)}
         down = next(d for d in range(case.ranks) if d + 1 not in readers)
         found[1 if distance <= down else -1].add(chunk)
     return found
 
 
-def transfers_of(case: Case, rank: int) -> int:
-    """How many transfers a rank starts for one attention: one a step and direction."""
-    total = 0
-    for way in (1, -1):
-        before, after = (rank - way) % case.ranks, (rank + way) % case.ranks
-        taken = {(way * (rank - c[0])) % case.ranks for c in received_by(case, rank)[way]}
-        given = {(way * (after - c[0])) % case.ranks for c in received_by(case, after)[way]}
-        assert before != rank
-        total += len(taken | given)
-    return total
+def distances(case: Case, rank: int, way: int) -> set[int]:
+    """From how far the chunks come that a rank takes from one direction."""
+    return {way * (rank - owner) % case.ranks for owner, _ in received_by(case, rank)[way]}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_number_of_transfers(case: Case) -> None:
-    for rank, program in enumerate(compiled(case).ranks()):
+def steps_of(case: Case, rank: int) -> tuple[set[int], set[int]]:
+    """The steps of one attention in which a rank passes on or takes in: down and up the ring.
+
+    What comes from a distance of d arrives in step d - 1, and leaves its neighbour in that step.
+    """
+    down, up = (
+        {
+            d - 1
+            for d in distances(case, rank, way) | distances(case, (rank + way) % case.ranks, way)
+        }
+        for way in (1, -1)
+    )
+    return down, up
+
+
+def rank_programs(ring: str) -> Iterator[tuple[Case, int, Program]]:
+    """Every rank of every size of a ring."""
+    for case in RINGS[ring]:
+        for rank, program in enumerate(compiled(case).ranks()):
+            yield case, rank, program
+
+
+@every_ring
+def test_number_of_transfers(ring: str) -> None:
+    for case, rank, program in rank_programs(ring):
         starts, waits = nodes_of(program, SHIFT), nodes_of(program, WAIT)
-        assert len(starts) == len(waits) == NUM_ATTENTIONS * transfers_of(case, rank)
-        assert all(start.kwargs["to"] is not None or start.kwargs["source"] is not None
-                   for start in starts)
+        expected = NUM_ATTENTIONS * sum(len(steps) for steps in steps_of(case, rank))
+        assert len(starts) == len(waits) == expected, (case, rank)
 
 
 def transfers_by_formula(case: Case, rank: int) -> int:
@@ -246,66 +282,71 @@ def transfers_by_formula(case: Case, rank: int) -> int:
 def test_number_of_transfers_of_causal_attention(ranks: int, order: str) -> None:
     case = Case(Band(0), ranks, order)
     for rank in range(ranks):
-        assert transfers_of(case, rank) == transfers_by_formula(case, rank)
+        assert sum(map(len, steps_of(case, rank))) == transfers_by_formula(case, rank)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_transfers_are_between_neighbours(case: Case) -> None:
-    for rank, program in enumerate(compiled(case).ranks()):
+@every_ring
+def test_transfers_are_between_neighbours(ring: str) -> None:
+    for case, rank, program in rank_programs(ring):
+        before, after = (rank - 1) % case.ranks, (rank + 1) % case.ranks
         for start in nodes_of(program, SHIFT):
             to, source = start.kwargs["to"], start.kwargs["source"]
-            ways = {
-                way
-                for way in (1, -1)
-                if to in (None, (rank + way) % case.ranks)
-                and source in (None, (rank - way) % case.ranks)
-            }
-            assert ways, f"%{start.name} of rank {rank} goes {source} -> {to}"
+            assert (to, source) != (None, None), (case, rank, start)
+            down = to in (after, None) and source in (before, None)
+            up = to in (before, None) and source in (after, None)
+            assert down or up, (case, rank, start)
 
 
-def behind(node: fx.Node) -> set[fx.Node]:
-    """The nodes that a tensor is a piece or a packed copy of, itself included."""
-    found, queue = {node}, [node]
-    while queue:
-        at = queue.pop()
-        if str(at.target) in (PACK, "aten.slice.Tensor"):
-            for operand in at.all_input_nodes:
-                found.add(operand)
-                queue.append(operand)
-    return found
+def blocks_behind(node: fx.Node) -> set[fx.Node]:
+    """What arrived, or this rank's own keys or values, of which a tensor is a piece or a copy."""
+    if str(node.target) in (PACK, SLICE):
+        return set().union(*map(blocks_behind, node.all_input_nodes))
+    return {node}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_is_passed_on_leaves_before_it_is_computed_with(case: Case) -> None:
-    for program in compiled(case).ranks():
+@every_ring
+def test_what_is_passed_on_leaves_before_it_is_computed_with(ring: str) -> None:
+    for case, rank, program in rank_programs(ring):
         order = {node: i for i, node in enumerate(program.graph.nodes)}
+        first: dict[fx.Node, int] = {}
+        for attention in nodes_of(program, ATTEND)[::-1]:
+            for kv in Call(attention)["kv"]:
+                first.update(dict.fromkeys(blocks_behind(kv), order[attention]))
         for start in nodes_of(program, SHIFT):
-            sent: Any = start.args[0]
-            for attention in nodes_of(program, ATTEND):
-                kv = set().union(*map(behind, Call(attention)["kv"]))
-                if start.kwargs["to"] is not None and kv & behind(sent) & carriers(program):
-                    assert order[start] < order[attention]
+            if start.kwargs["to"] is not None:
+                used = min(first[block] for block in blocks_behind(start.args[0]))  # type: ignore[arg-type]
+                assert order[start] < used, (case, rank, start)
 
 
-def carriers(program: Program) -> set[fx.Node]:
-    """Keys and values of blocks: what arrived, and what is this rank's own."""
-    own = {operand for pack in nodes_of(program, PACK) for operand in pack.all_input_nodes}
-    return own | set(nodes_of(program, WAIT))
+def num_exposed(case: Case, rank: int) -> int:
+    """Transfers of one attention in steps for which nothing has arrived to compute with."""
+    down, up = steps_of(case, rank)
+    arrived = {0} | distances(case, rank, 1) | distances(case, rank, -1)
+    return len(down - arrived) + len(up - arrived)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_wait_has_attention_to_hide_behind(case: Case) -> None:
-    """Between a transfer's start and its wait stands attention, and no other wait."""
-    for program in compiled(case).ranks():
-        nodes = list(program.graph.nodes)
-        for start in nodes_of(program, SHIFT):
-            wait = next(user for user in start.users if str(user.target) == WAIT)
-            between = nodes[nodes.index(start) + 1 : nodes.index(wait)]
-            targets = [str(node.target) for node in between]
-            assert ATTEND in targets
-            assert targets[::-1].index(ATTEND) <= 2, "the wait follows at once"
-            last = len(targets) - 1 - targets[::-1].index(ATTEND)
-            assert WAIT not in targets[: last + 1]
+@every_ring
+def test_transfers_hide_behind_attention(ring: str) -> None:
+    """Every wait stands behind all attention of its step, right before what needs it."""
+    for case, rank, program in rank_programs(ring):
+        targets = [str(node.target) for node in program.graph.nodes]
+        targets = [target for target in targets if target in (SHIFT, WAIT, ATTEND)]
+        steps = re.findall(r"(s{0,2})(a*)(w{0,2})", "".join(LETTERS[target] for target in targets))
+        for starts, _, waits in steps:
+            assert len(starts) == len(waits), (case, rank)
+        exposed = sum(len(starts) for starts, attention, _ in steps if not attention)
+        assert exposed == NUM_ATTENTIONS * num_exposed(case, rank), (case, rank)
+
+
+def test_one_sided_bands_leave_no_transfer_exposed() -> None:
+    """Of two-sided windows that go once around a small ring, some ranks wait with nothing to do."""
+    exposed = {
+        case.band: sum(num_exposed(case, rank) for rank in range(case.ranks))
+        for ring in RINGS.values()
+        for case in ring
+    }
+    assert [band for band in LENGTHS if band.lower == 0 and exposed[band]] == []
+    assert exposed[Band()] == 0
 
 
 # -- blocks ----------------------------------------------------------------------------------------
@@ -320,37 +361,33 @@ def computed(program: Program) -> Counter[tuple[int, int]]:
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_visible_block_is_computed_once(case: Case) -> None:
-    chunk = known_chunk(case)
-    for rank, program in enumerate(compiled(case).ranks()):
+@every_ring
+def test_every_visible_block_is_computed_once(ring: str) -> None:
+    for case, rank, program in rank_programs(ring):
         found, own = computed(program), chunks_of(case, rank)
-        assert set(found.values()) == {NUM_ATTENTIONS}
-        everything = pairs(own, range(case.sequence.num_chunks))
-        seen = {pair for pair in everything if visible(case.band, *pair, chunk)}
-        assert seen <= set(found)
+        assert set(found.values()) == {NUM_ATTENTIONS}, (case, rank)
+        everything = set(pairs(own, range(case.sequence.num_chunks)))
+        seen = {pair for pair in everything if visible(case.band, *pair, known_chunk(case))}
+        assert seen <= set(found), (case, rank)
+        # One call may serve several chunks; each of its rows and columns is there for a reason.
         beyond = set(found) - seen - set(pairs(own, own))
-        for query, key in beyond:  # in a call for several chunks, some of which the query sees
-            assert any((query, other) in seen or (q, key) in seen
-                       for q, other in pairs(own, range(case.sequence.num_chunks)))
-        if case.band in (Band(), Band(0)):
-            assert not beyond
+        needed_rows, needed_columns = ({pair[i] for pair in seen} for i in (0, 1))
+        assert all(q in needed_rows and k in needed_columns for q, k in beyond), (case, rank)
+        assert not beyond or case.band not in (Band(), Band(0)), (case, rank)
 
 
 def blocks_of(case: Case, rank: int) -> int:
     """Attention calls of one rank: its own block, and what arrives together from each other."""
-    taken = received_by(case, rank)
-    return 1 + sum(len({owner for owner, _ in taken[way]}) for way in (1, -1))
+    return 1 + sum(len(distances(case, rank, way)) for way in (1, -1))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_number_of_blocks_and_merges(case: Case) -> None:
-    for rank, program in enumerate(compiled(case).ranks()):
+@every_ring
+def test_number_of_blocks_and_merges(ring: str) -> None:
+    for case, rank, program in rank_programs(ring):
         blocks = NUM_ATTENTIONS * blocks_of(case, rank)
-        assert len(nodes_of(program, ATTEND)) == blocks
-        merges = nodes_of(program, "ringcompile.merge.default")
-        assert len(merges) == blocks - NUM_ATTENTIONS
-        assert len(nodes_of(program, "ringcompile.finish.default")) == NUM_ATTENTIONS
+        assert len(nodes_of(program, ATTEND)) == blocks, (case, rank)
+        assert len(nodes_of(program, MERGE)) == blocks - NUM_ATTENTIONS, (case, rank)
+        assert len(nodes_of(program, FINISH)) == NUM_ATTENTIONS, (case, rank)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
