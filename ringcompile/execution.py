@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ringcompile import artifact
 from ringcompile.compiler import ParallelProgram, load, recorded_model
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT
@@ -88,7 +89,7 @@ def run(parallel: ParallelProgram, inputs: Any, backend: str = "lockstep") -> An
 
 
 def _run_folder(folder: Path, inputs: Any, backend: str) -> Any:
-    with LocalRanks(load, (folder,), backend=backend) as ranks:
+    with LocalRanks(artifact.load, (folder,), backend=backend) as ranks:
         return ranks.run(inputs).outputs
 
 
@@ -190,7 +191,8 @@ def run_artifact(
         done = run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, whole)
         seconds = time.perf_counter() - start
         return _report(parallel, backend, seconds, done.bytes_sent, done.outputs, outputs)
-    with LocalRanks(load, (folder,), nproc=nproc, backend=backend, timeout=timeout) as ranks:
+    options: dict[str, Any] = {"nproc": nproc, "backend": backend, "timeout": timeout}
+    with LocalRanks(artifact.load, (folder,), **options) as ranks:
         found = ranks.run(whole)
     return _report(
         parallel,
@@ -212,11 +214,17 @@ def _under_torchrun(
     rank = join_torchrun(parallel.mesh, backend=backend, timeout=timeout)
     session = Session(parallel, rank, check_inputs=True)
     done = session.run(whole)
+    everyone = session.everyones_stats(done)
     found = session.assemble(done)
     if rank.index != 0:
         return None
     return _report(
-        parallel, backend, done.stats.seconds, [done.stats.bytes_sent], found, outputs
+        parallel,
+        backend,
+        max(stats.seconds for stats in everyone),
+        [stats.bytes_sent for stats in everyone],
+        found,
+        outputs,
     )
 
 

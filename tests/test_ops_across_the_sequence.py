@@ -175,7 +175,7 @@ def test_gather_unknown_gives_the_same_numbers(name: str) -> None:
 def test_an_op_that_fails_at_run_time_is_an_error_with_the_users_line() -> None:
     module = Lambda(lambda x: x + F.embedding(index(x), TABLE))
     parallel = compiled(module, (torch.randn(1, 17, H),), "ring=2")
-    with pytest.raises(RingCompileError, match="embedding.default failed: index out") as caught:
+    with pytest.raises(RingCompileError, match="failed: index out") as caught:
         run(parallel, (torch.randn(1, 70, H),))
     assert caught.value.location is not None
     assert caught.value.location.file == __file__

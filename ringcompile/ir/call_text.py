@@ -179,6 +179,7 @@ _SAID: dict[str, Callable[[Program, fx.Node, Any], bool]] = {
     "layout": lambda program, node, value: op_name(node) == "redistribute",
     "limit": _is_length,
     "lower": lambda program, node, value: has_band(node),
+    "of": lambda program, node, value: True,
     "normalized_shape": _is_last_dim,
     "upper": lambda program, node, value: has_band(node),
 }

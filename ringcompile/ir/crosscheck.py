@@ -21,7 +21,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
 
-# Shape, dtype, and which chunks of the sequence: shapes alone would not tell messages apart.
+# Shape, dtype, and what of which attention: shapes alone would not tell messages apart.
 Signature = tuple[tuple[str, ...], str, str]
 
 
@@ -133,8 +133,11 @@ class _Checker:
         value = node if argument == "source" else node.args[0]
         type_ = type_of(value)  # type: ignore[arg-type]
         shape = local_shape(type_, program.mesh, program.sequence)
-        carried = node.kwargs.get("takes" if argument == "source" else "sends", "")
-        return tuple(map(str, shape)), str(type_.dtype), str(carried)
+        if str(node.target) == GATHER:
+            return tuple(map(str, shape)), str(type_.dtype), ""
+        chunks = node.kwargs["takes" if argument == "source" else "sends"]
+        carried = f" of chunks {chunks} for %{node.kwargs['of']}"
+        return tuple(map(str, shape)), str(type_.dtype), carried
 
     def _peer(self, index: int, node: fx.Node, argument: str) -> int | None:
         coordinate = node.kwargs[argument]
@@ -230,5 +233,4 @@ class _Checker:
 
 def _format(signature: Signature) -> str:
     shape, dtype, carried = signature
-    text = f"{dtype.removeprefix('torch.')}[{', '.join(shape)}]"
-    return f"{text} of chunks {carried}" if carried else text
+    return f"{dtype.removeprefix('torch.')}[{', '.join(shape)}]{carried}"

@@ -18,6 +18,7 @@ import sympy
 from torch.utils._sympy import functions as torch_functions
 
 from ringcompile.errors import RingCompileError
+from ringcompile.mesh import AXIS_KINDS
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -163,8 +164,10 @@ def _build(node: ast.AST) -> Any:
     match node:
         case ast.Constant(value=int() as number) if not isinstance(number, bool):
             return sympy.Integer(number)
-        case ast.Name(id=name):
-            return symbol(name) if name in _SIZE_NAMES else coordinate(name)
+        case ast.Name(id=name) if name in _SIZE_NAMES:
+            return symbol(name)
+        case ast.Name(id=name) if name in AXIS_KINDS:
+            return coordinate(name)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_built(left), _built(right))
         case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)):
@@ -184,7 +187,7 @@ def _build(node: ast.AST) -> Any:
 _MAX_POWER = 8
 _TOO_LARGE = 2**63
 
-# Lengths are named from this list; any other name in an expression is a mesh coordinate.
+# Lengths have these names; the only other ones in an expression are mesh axes, for coordinates.
 SEQUENCE = "s"
 LOCAL = "n"
 _SIZE_NAMES = frozenset({SEQUENCE, LOCAL})

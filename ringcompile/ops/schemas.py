@@ -33,8 +33,8 @@ SCHEMAS = {
     "merge": "(Tensor[] state, Tensor[] block, *, SymInt start) -> Tensor[]",
     "finish": "(Tensor[] state, *, ScalarType dtype) -> Tensor",
     "shift_start": (
-        "(Tensor x, *, str axis, SymInt? to, SymInt? source, SymInt[] sends, SymInt[] takes) "
-        "-> Tensor"
+        "(Tensor x, *, str axis, SymInt? to, SymInt? source, SymInt[] sends, SymInt[] takes, "
+        "str of) -> Tensor"
     ),
     "wait": "(Tensor x) -> Tensor",
 }

@@ -201,6 +201,7 @@ class _Ring:
             source=(self.rank - way) % self.ranks if coming else None,
             sends=self._indices(held.block, out) if held else [],
             takes=self._indices((self.rank - way * (step + 1)) % self.ranks, coming),
+            of=self.node.name,
         )
 
     def _payload(self, held: _Held, slots: tuple[int, ...]) -> fx.Node:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import equal, is_symbolic
+from ringcompile.ir.expr import Size, equal, is_symbolic
 from ringcompile.ir.nodes import type_of
 from ringcompile.passes.mask_values import Affine, Choice, Condition, Test, Value
 
@@ -55,19 +55,27 @@ def _number(value: Any) -> Value:
     return None
 
 
+# Integers in which no position or difference of positions wraps around.
+_WIDE = (torch.int64, torch.int32)
+
+
 def _full(analysis: Analysis, call: Call) -> Value:
     fill, dtype = call["fill_value"], type_of(call.node).dtype
     if dtype == torch.bool:
         return Condition(never=not fill)
     if dtype.is_floating_point:
         return Choice(Condition(), float(fill), float(fill)) if not is_symbolic(fill) else None
+    if dtype not in _WIDE:
+        return None
     return _number(int(fill)) if not is_symbolic(fill) else _number(fill)
 
 
 def _arange(analysis: Analysis, call: Call) -> Value:
-    if type_of(call.node).dtype.is_floating_point:
+    type_ = type_of(call.node)
+    if type_.dtype not in _WIDE:
         return None
-    return Affine.of({-1: call["step"]}, call["start"])
+    # Along a dim of size 1 nothing changes, and nothing may when the dim is expanded.
+    return Affine.of({-1: call["step"]} if type_.shape[0] != 1 else {}, call["start"])
 
 
 def _map_tests(value: Value, change: Callable[[Affine], Affine], node: fx.Node) -> Value:
@@ -137,8 +145,8 @@ def _index(analysis: Analysis, call: Call) -> Value:
     total = Affine((), source.constant)
     for dim, c in source.coefficients:
         picked = indices[dim]
-        if not isinstance(picked, Affine):
-            return None
+        if not isinstance(picked, Affine) or not picked.is_never_negative:
+            return None  # a negative index counts from the end
         total += picked.scaled(c)
     return total
 
@@ -170,16 +178,17 @@ def _diff(analysis: Analysis, call: Call) -> Value:
 def _add(sign: int) -> Callable[[Analysis, Call], Value]:
     def step(analysis: Analysis, call: Call) -> Value:
         a, b = analysis.of(call["self"]), analysis.of(call["other"])
+        alpha = call.get("alpha", 1)
         if isinstance(a, Affine) and isinstance(b, Affine):
-            alpha = call.get("alpha", 1)
             return a + b.scaled(sign * alpha) if isinstance(alpha, int) else None
-        return _on_choice(a, call["other"], lambda x, y: x + sign * y)
+        return _on_choice(a, call["other"], lambda x, y: x + sign * alpha * y)
 
     return step
 
 
 def _rsub(analysis: Analysis, call: Call) -> Value:
-    return _on_choice(analysis.of(call["self"]), call["other"], lambda x, y: y - x)
+    alpha = call["alpha"]
+    return _on_choice(analysis.of(call["self"]), call["other"], lambda x, y: y - alpha * x)
 
 
 def _mul(analysis: Analysis, call: Call) -> Value:
@@ -220,8 +229,8 @@ def _decided(value: Affine, node: fx.Node) -> Condition:
     if isinstance(value.constant, int):
         if not value.coefficients:
             return Condition(never=value.constant < 0)
-        if value.constant >= 0 and all(isinstance(c, int) and c > 0 for _, c in value.coefficients):
-            return Condition()  # indices are never negative
+        if value.is_never_negative:
+            return Condition()
     return Condition((Test(value, node),))
 
 
@@ -274,7 +283,9 @@ def _triangle(lower: bool) -> Callable[[Analysis, Call], Value]:
     def step(analysis: Analysis, call: Call) -> Value:
         value, diagonal = analysis.of(call["self"]), call["diagonal"]
         # tril keeps column - row <= diagonal, triu column - row >= diagonal.
-        inside = Affine.of({-2: 1, -1: -1}, diagonal)
+        shape = type_of(call.node).shape
+        signs: dict[int, Size] = {-2: 1, -1: -1}
+        inside = Affine.of({d: c for d, c in signs.items() if shape[d] != 1}, diagonal)
         kept = Condition((Test(inside if lower else inside.scaled(-1), None),))
         if isinstance(value, Condition) and value.constant is not None:
             return kept if value.constant else value
@@ -314,12 +325,16 @@ def _masked_fill(analysis: Analysis, call: Call) -> Value:
 
 def _cast(analysis: Analysis, call: Call) -> Value:
     value, dtype = analysis.of(call["self"]), type_of(call.node).dtype
+    if dtype == torch.bool:
+        if isinstance(value, Choice):
+            return _chosen(value, _COMPARE["ne"], 0.0)
+        return value if isinstance(value, Condition) else None
+    if dtype not in _WIDE and not dtype.is_floating_point:
+        return None  # arithmetic in it may wrap around
     if isinstance(value, Affine):
-        return value if not dtype.is_floating_point and dtype != torch.bool else None
+        return value if dtype in _WIDE else None
     if isinstance(value, Condition):
-        return Choice(value, 1.0, 0.0) if dtype != torch.bool else value
-    if isinstance(value, Choice) and dtype == torch.bool:
-        return _chosen(value, _COMPARE["ne"], 0.0)
+        return Choice(value, 1.0, 0.0)
     return value if isinstance(value, Choice) and dtype.is_floating_point else None
 
 

@@ -25,6 +25,12 @@ class Affine:
         kept = {d: simplify(c) for d, c in coefficients.items() if not equal(c, 0)}
         return cls(tuple(sorted(kept.items())), simplify(constant))
 
+    @property
+    def is_never_negative(self) -> bool:
+        """Provably, for all indices: they are never negative themselves."""
+        numbers = (self.constant, *(c for _, c in self.coefficients))
+        return all(isinstance(number, int) and number >= 0 for number in numbers)
+
     def __add__(self, other: Affine) -> Affine:
         total = dict(self.coefficients)
         for dim, c in other.coefficients:

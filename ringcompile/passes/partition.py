@@ -104,13 +104,19 @@ class _Partitioner:
         source, target = type_of(node.args[0]), type_of(node)  # type: ignore[arg-type]
         x = self.builder.env[node.args[0]]  # type: ignore[index]
         have = source.layout
-        for dim, (old, new) in enumerate(zip(source.layout.dims, target.layout.dims, strict=True)):
-            if old == new:
-                continue
-            have = Layout((*have.dims[:dim], new, *have.dims[dim + 1 :]))
-            x = self._move(node, x, dim, target.with_layout(have), gather=bool(old))
+        changes = [
+            (dim, old, new)
+            for dim, (old, new) in enumerate(
+                zip(source.layout.dims, target.layout.dims, strict=True)
+            )
+            if old != new
+        ]
+        # What is gathered must be gathered while all ranks still hold the same of the other dims.
+        for dim, old, new in sorted(changes, key=lambda change: not change[1]):
             if old and new:
                 raise error_at(node, "a split dim would have to be split another way")
+            have = Layout((*have.dims[:dim], new, *have.dims[dim + 1 :]))
+            x = self._move(node, x, dim, target.with_layout(have), gather=bool(old))
         return x
 
     def _move(

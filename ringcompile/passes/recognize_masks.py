@@ -81,8 +81,10 @@ def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
     """The band and the remaining nodes that a mask means together."""
     if type_of(mask).dtype == torch.bool:
         return _of_condition(mask, analysis.condition(mask))
-    if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in mask.args):
-        both = [_parts(a, analysis) for a in mask.args]  # type: ignore[arg-type]
+    terms = mask.args[:2]
+    plain = mask.target is aten.add.Tensor and Call(mask)["alpha"] == 1
+    if plain and all(isinstance(term, fx.Node) for term in terms):
+        both = [_parts(term, analysis) for term in terms]  # type: ignore[arg-type]
         return Parts(both[0].band & both[1].band, both[0].nodes + both[1].nodes)
     if mask.target is aten.expand.default:
         return _parts(mask.args[0], analysis)  # type: ignore[arg-type]

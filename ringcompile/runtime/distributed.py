@@ -11,7 +11,6 @@ from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
@@ -134,22 +133,15 @@ class Session:
 
     def assemble(self, run: RankRun) -> Any:
         """Whole outputs, nested as the model returned them, on rank 0; None on the others."""
-        columns = [
-            self._gathered(share, any(type_of(node).layout.dims))
-            for share, node in zip(run.outputs, self.program.outputs, strict=True)
-        ]
+        columns = []
+        for share, node in zip(run.outputs, self.program.outputs, strict=True):
+            split = any(type_of(node).layout.dims)
+            columns.append(
+                self.exchange.collect(share) if split else [share] * self.rank.world_size
+            )
         if self.rank.index != 0:
             return None
         return assemble_outputs(self.program, list(zip(*columns, strict=True)), run.lengths)
-
-    def _gathered(self, share: torch.Tensor, split: bool) -> list[torch.Tensor]:
-        num_ranks = self.rank.world_size
-        if not split or num_ranks == 1:
-            return [share] * num_ranks
-        share = share.contiguous()
-        pieces = [torch.empty_like(share) for _ in range(num_ranks)] if not self.rank.index else []
-        dist.gather(share, pieces or None, dst=0)
-        return pieces
 
     def _executor(self, lengths: dict[str, int]) -> Executor:
         key = tuple(sorted(lengths.items()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,20 +73,14 @@ class Exchange:
         if shift.source is not None:
             peers.append(self._peer(shift.axis, shift.source))
             ops.append(dist.P2POp(dist.irecv, buffer, peers[-1], group))
-        try:
+        with self._meeting(peers, f"in %{shift.node}"):
             return _Transfer(shift, peers, buffer, dist.batch_isend_irecv(ops))
-        except RuntimeError as error:
-            raise self._lost(shift.node, peers, error) from error
 
     def _finish(self, wait: Wait) -> torch.Tensor:
         transfer: _Transfer = wait.handle
-        started = time.perf_counter()
-        try:
+        with self._meeting(transfer.peers, f"in %{wait.node}"):
             while transfer.works:  # gloo hangs where a work is waited for twice
                 transfer.works.pop(0).wait()
-        except RuntimeError as error:
-            raise self._lost(wait.node, transfer.peers, error) from error
-        self.wait_seconds += time.perf_counter() - started
         return transfer.buffer
 
     def _gather(self, gather: Gather) -> list[torch.Tensor]:
@@ -94,21 +89,35 @@ class Exchange:
         if num_ranks == 1:
             return [tensor]
         pieces = list(tensor.new_empty((num_ranks, *tensor.shape)).unbind())
-        started = time.perf_counter()
-        try:
+        with self._meeting(dist.get_process_group_ranks(group), f"in %{gather.node}"):
             dist.all_gather(pieces, tensor, group)
-        except RuntimeError as error:
-            raise self._lost(gather.node, dist.get_process_group_ranks(group), error) from error
-        self.wait_seconds += time.perf_counter() - started
         self.bytes_sent += tensor.nbytes * (num_ranks - 1)
         return pieces
 
-    def _lost(self, node: str, peers: list[int], error: RuntimeError) -> PeerLostError:
-        others = name_ranks(set(peers) - {self.rank.index})
-        return PeerLostError(
-            f"rank {self.rank.index} lost {others} in %{node}: {first_line(error)}",
-            hint="see what the other ranks report: one failed, stopped or runs another program",
-        )
+    @contextmanager
+    def _meeting(self, peers: Iterable[int], where: str) -> Iterator[None]:
+        """Counts the time, and says which ranks were lost, and where, if it fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            others = name_ranks(set(peers) - {self.rank.index})
+            raise PeerLostError(
+                f"rank {self.rank.index} lost {others} {where}: {first_line(error)}",
+                hint="see what the other ranks report: one failed, stopped or runs another program",
+            ) from error
+        self.wait_seconds += time.perf_counter() - started
+
+    def collect(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, of the same type, on rank 0; nothing on the others."""
+        everyone = range(self.rank.world_size)
+        if len(everyone) == 1:
+            return [tensor]
+        tensor = tensor.contiguous()
+        pieces = [torch.empty_like(tensor) for _ in everyone] if self.rank.index == 0 else None
+        with self._meeting(everyone, "collecting outputs"):
+            dist.gather(tensor, pieces, dst=0)
+        return pieces or []
 
     def everyones(self, values: Sequence[float]) -> list[list[float]]:
         """The values that each rank brings, in order of ranks; all have to call it."""
@@ -116,7 +125,8 @@ class Exchange:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.rank.device)
         theirs = [torch.empty_like(mine) for _ in range(self.rank.world_size)]
-        dist.all_gather(theirs, mine)
+        with self._meeting(range(self.rank.world_size), "comparing notes"):
+            dist.all_gather(theirs, mine)
         return [row.tolist() for row in theirs]
 
     def agree(self, value: int, what: str) -> None:

@@ -37,6 +37,7 @@ class Shift:
     dtype: torch.dtype
     sends: tuple[int, ...] = ()
     takes: tuple[int, ...] = ()
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Executor:
                 yield Shift(
                     name, kwargs["axis"], args[0].contiguous(), kwargs["to"], kwargs["source"],
                     self._local_shape(type_), type_.dtype,
-                    tuple(kwargs["sends"]), tuple(kwargs["takes"]),
+                    tuple(kwargs["sends"]), tuple(kwargs["takes"]), kwargs["of"],
                 )
             )
         shares = yield Gather(name, kwargs["axis"], args[0].contiguous(), kwargs["dim"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -163,8 +164,9 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of torch says, without the C++ stack behind it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error of torch says, without the C++ file before it and the stack behind it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[\S+\.cc:\d+\] ", "", line).partition(" This is typically")[0]
 
 
 def _join(
@@ -178,14 +180,20 @@ def _join(
 ) -> Rank:
     _check_in(store, index, world_size, join_timeout)
     device = _device(backend, local)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=index,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
-        device_id=device if backend == "nccl" else None,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=index,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        raise RingCompileError(
+            f"rank {index} cannot connect to the others over {backend}: {first_line(error)}",
+            hint="GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME can name the network interface to use",
+        ) from error
     atexit.register(leave)
     return Rank(index, world_size, device)
 

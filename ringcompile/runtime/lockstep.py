@@ -25,6 +25,7 @@ class Message:
     node: str
     tensor: torch.Tensor
     chunks: tuple[int, ...]
+    of: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class LockStep:
         to = self._peer(index, shift.axis, shift.to)
         if to is not None:
             self.mail.setdefault((index, to), deque()).append(
-                Message(shift.node, shift.tensor, shift.sends)
+                Message(shift.node, shift.tensor, shift.sends, shift.of)
             )
             rank.bytes_sent += shift.tensor.nbytes
         return _Handle(self._peer(index, shift.axis, shift.source), shift)
@@ -123,16 +124,21 @@ class LockStep:
         if not waiting:
             return None
         message = waiting.popleft()
-        got = (tuple(message.tensor.shape), message.tensor.dtype, message.chunks)
-        if got != (expected.shape, expected.dtype, expected.takes):
+        got = (tuple(message.tensor.shape), message.tensor.dtype, message.chunks, message.of)
+        wanted = (expected.shape, expected.dtype, expected.takes, expected.of)
+        if got != wanted:
             raise RingCompileError(
-                f"rank {index} expects {expected.dtype} {list(expected.shape)} of chunks "
-                f"{list(expected.takes)} in %{expected.node}, rank {handle.source} sends "
-                f"{got[1]} {list(got[0])} of chunks {list(got[2])} in %{message.node}"
+                f"rank {index} expects {_message(wanted)} in %{expected.node}, "
+                f"rank {handle.source} sends {_message(got)} in %{message.node}"
             )
         return message.tensor
 
     def _gathered(self, index: int, rank: _Rank, gather: Gather) -> list[torch.Tensor] | None:
+        if gather.axis not in self.mesh.names:
+            raise RingCompileError(
+                f"rank {index} gathers over axis '{gather.axis}' in %{gather.node}, which the mesh "
+                f"{self.mesh} does not have"
+            )
         group = next(g for g in self.mesh.groups(gather.axis) if index in g)
         key = (gather.axis, group[0], rank.gathers)
         arrived = self.rounds.setdefault(key, {})
@@ -163,3 +169,8 @@ class LockStep:
 def _signature(gather: Gather) -> str:
     tensor = gather.tensor
     return f"{tensor.dtype} {list(tensor.shape)} along dim {gather.dim}"
+
+
+def _message(what: tuple[tuple[int, ...], torch.dtype, tuple[int, ...], str]) -> str:
+    shape, dtype, chunks, of = what
+    return f"{dtype} {list(shape)} of chunks {list(chunks)} for %{of}"

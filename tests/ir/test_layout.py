@@ -201,10 +201,6 @@ def test_through_the_flat_shape_a_layout_is_found_wherever_there_is_one() -> Non
     assert found_none > 100
 
 
-@pytest.mark.xfail(
-    reason="[4/ring, 3] seen as [6, 2] is 6/ring, but _take_run joins unsplit atoms only",
-    strict=True,
-)
 def test_a_layout_is_found_wherever_there_is_one() -> None:
     for shape, layout, out, ranks in splits():
         found = regroup(shape, layout, out, {"ring": ranks})

@@ -290,8 +290,8 @@ CALLS = [
     (
         op("shift_start"),
         (X,),
-        {"axis": "ring", "to": 1, "source": None},
-        "ring.shift_start(%x) to=1 source=None",
+        {"axis": "ring", "to": 1, "source": None, "sends": [3], "takes": [], "of": "o"},
+        "ring.shift_start(%x) to=1 source=None sends=[3] takes=[]",
     ),
     (
         op("attention"),

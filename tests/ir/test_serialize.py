@@ -388,7 +388,7 @@ def edited(path: str, value: Any) -> dict[str, Any]:
         ("nodes/2/type", 99, "'type' 99 is not in its table"),
         ("nodes/2/loc", -1, "'loc' -1 is not in its table"),
         ("nodes/4/kwargs/chunk", {"expr": "tp"}, "'tp' is neither a length nor a coordinate"),
-        ("nodes/4/kwargs/chunk", {"expr": "nan"}, "'nan' is neither a length nor a coordinate"),
+        ("nodes/4/kwargs/chunk", {"expr": "nan"}, "'nan' is not a size expression"),
         ("nodes/4/kwargs/chunk", {"expr": "n**(n**8)"}, "is not a size expression"),
         ("nodes/5/args/0", 1, "inputs and outputs must be single tensors"),
         ("nodes/5/args", [], "the outputs do not fit their structure"),

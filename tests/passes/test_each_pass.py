@@ -21,7 +21,7 @@ from tests.support import difference
 MODELS = ("llama-tiny", "gpt-tiny", "bert-tiny", "dense-4l-tiny")
 FRONT = front_passes(Mesh.parse("ring=3"), "zigzag")
 # Up to here a program means the same on one device as before: layouts are only written down.
-GLOBAL = [i for i, step in enumerate(FRONT) if step.name == "partition"][0]
+GLOBAL = [step.name for step in FRONT].index("partition")
 
 
 @lru_cache
@@ -68,7 +68,7 @@ def test_passes_leave_their_argument_alone(name: str) -> None:
 def test_a_pass_that_leaves_an_invalid_program_is_named() -> None:
     _, programs = stages("llama-tiny")
     broken = programs[0].with_graph(programs[0].graph, placeholders={})
-    with pytest.raises(AssertionError, match="after .*canonicalize: %inputs .*neither a weight"):
+    with pytest.raises(AssertionError, match=r"after .*canonicalize: %inputs .*neither a weight"):
         Pipeline([FRONT[0]]).run(broken)
 
 
