@@ -177,7 +177,7 @@ def test_views_of_the_zoo(name: str) -> None:
 
 def test_transfers_in_the_view(made: ParallelProgram) -> None:
     text = python_view(made.rank(0))
-    starts = re.findall(r'shift_start = comm.shift_start\(\w+, axis="ring", to=1, source=1,', text)
+    starts = re.findall(r'shift_start = comm.shift_start\(\s*\w+,\s*axis="ring",\s*to=1,', text)
     assert len(starts) == 1
     assert text.count("comm.wait(shift_start)") == 1
     assert text.count("ours.block_attention(") == 2
