@@ -79,6 +79,8 @@ def _rewrite(node: fx.Node, analysis: Analysis, builder: Builder) -> fx.Node:
 
 def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
     """The band and the remaining nodes that a mask means together."""
+    if _adds_leading_dims(mask):  # masks broadcast from the right, with them or without
+        return _parts(mask.args[0], analysis)  # type: ignore[arg-type]
     if type_of(mask).dtype == torch.bool:
         return _of_condition(mask, analysis.condition(mask))
     terms = mask.args[:2]
@@ -90,6 +92,15 @@ def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
         return _parts(mask.args[0], analysis)  # type: ignore[arg-type]
     condition = _as_condition(analysis.of(mask), type_of(mask).dtype)
     return _of_condition(mask, condition) if condition is not None else Parts(nodes=[mask])
+
+
+def _adds_leading_dims(node: fx.Node) -> bool:
+    """A reshape that only puts dims of size 1 in front."""
+    if node.target is not aten.reshape.default:
+        return False
+    shape, source = type_of(node).shape, type_of(node.args[0]).shape  # type: ignore[arg-type]
+    added = len(shape) - len(source)
+    return added > 0 and all(size == 1 for size in shape[:added]) and shape[added:] == source
 
 
 def _as_condition(value: object, dtype: torch.dtype) -> Condition | None:
