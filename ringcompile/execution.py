@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,7 +23,7 @@ from ringcompile.ir.expr import SEQUENCE, bind
 from ringcompile.ir.program import Program
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
-from ringcompile.runtime.join import join_torchrun, under_torchrun
+from ringcompile.runtime.join import join_torchrun, pick_backend, under_torchrun
 from ringcompile.runtime.launcher import LocalRanks
 
 BACKENDS = ("lockstep", "gloo", "nccl")
@@ -196,7 +197,7 @@ def run_artifact(
         found = ranks.run(whole)
     return _report(
         parallel,
-        backend,
+        pick_backend(backend, parallel.world_size),
         max(stats.seconds for stats in found.stats),
         [stats.bytes_sent for stats in found.stats],
         found.outputs,
@@ -220,7 +221,7 @@ def _under_torchrun(
         return None
     return _report(
         parallel,
-        backend,
+        dist.get_backend(),
         max(stats.seconds for stats in everyone),
         [stats.bytes_sent for stats in everyone],
         found,

@@ -73,7 +73,7 @@ def attention_of(program: Program) -> tuple[AttentionReport, ...]:
 def gathers_of(program: Program) -> tuple[str, ...]:
     """Every tensor that is gathered whole, with its type and line."""
     return tuple(
-        f"{location_of(node).short}: {location_of(node).layer}: {type_of(node)}"
+        f"{location_of(node).short}: {location_of(node).layer or 'the model'}: {type_of(node)}"
         for node in program.graph.nodes
         if str(node.target) == "ringcompile.gather.default"
     )
