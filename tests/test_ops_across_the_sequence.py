@@ -70,6 +70,10 @@ CASES: dict[str, Callable[[torch.Tensor], object]] = {
     "positions": lambda x: x + index(x)[None, :, None],
     "positions from one": lambda x: x * (index(x) + 1)[None, :, None],
     "positions, strided": lambda x: x + torch.arange(3, 3 + 2 * x.shape[1], 2)[None, :, None],
+    "positions counted over the batch": lambda x: x + torch.arange(
+        2 * x.shape[1]).view(2, -1)[:, :, None],
+    "positions of flat tokens": lambda x: x.reshape(-1, H) + torch.arange(2 * x.shape[1])[:, None],
+    "positions, backwards": lambda x: x + torch.arange(x.shape[1] - 1, -1, -1)[:, None],
     "position table": lambda x: x + TABLE[: x.shape[1]],
     "position lookup": lambda x: x + F.embedding(index(x), TABLE),
     "length as a number": lambda x: x / x.shape[1],
@@ -124,6 +128,22 @@ def test_matches(name: str, order: str) -> None:
     assert difference(found.outputs, expected) < 1e-6
     for shares in found.shares:  # what is whole is the same on every rank
         assert len(shares) == len(found.shares[0])
+
+
+@pytest.mark.parametrize("flags", [False, True], ids=["additive", "boolean"])
+def test_a_mask_that_the_caller_passes(flags: bool) -> None:
+    """[B, 1, S, S] from outside: each rank its own rows, all columns."""
+
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return attend(x, attn_mask=mask)
+
+    def inputs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.randn(2, 1, length, length)
+        return torch.randn(2, length, H), (mask > 0) | torch.eye(length).bool() if flags else mask
+
+    parallel, given = compiled(Masked(), inputs(17), "ring=3"), inputs(23)
+    assert difference(run(parallel, given).outputs, Masked()(*given)) < 1e-6
 
 
 REFUSED: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {

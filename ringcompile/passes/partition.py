@@ -91,6 +91,10 @@ class _Partitioner:
         type_, call = type_of(node), Call(node)
         if type_.layout.is_whole:
             return self.builder.copy(node)
+        if len(type_.layout.dims[0]) > 1:  # `arange(2 * s)` in pieces: not one run of positions
+            whole = self.builder.copy(node)
+            whole.meta["type"] = TensorType.whole(type_.dtype, type_.shape)
+            return self._move(node, whole, 0, type_, gather=False)
         here = self._positions()
         if call["step"] != 1:
             here = self.builder.call(aten.mul.Tensor, (here, call["step"]), type_of(here))
