@@ -271,7 +271,7 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
         mask = _as_shape(builder, mask, TensorType.whole(type_of(mask).dtype, shape), "mask")
     return builder.call(
         op("attention"),
-        (q, _unexpanded(builder, k, type_of(q).shape[1]), _unexpanded(builder, v, 0), None, mask),
+        (q, _unexpanded(k), _unexpanded(v), None, mask),
         type_of(node),
         name=node.name,
         scale=float(scale),
@@ -280,7 +280,7 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
     )
 
 
-def _unexpanded(builder: Builder, x: fx.Node, _: Any) -> fx.Node:
+def _unexpanded(x: fx.Node) -> fx.Node:
     """[B,G,S,D] behind reshape(expand(reshape(x, [B,G,1,S,D]), [B,G,r,S,D]), [B,G*r,S,D])."""
     steps = [x]
     for target in (aten.reshape.default, aten.expand.default, aten.reshape.default):

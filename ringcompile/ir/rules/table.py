@@ -225,8 +225,7 @@ _BINARY = [
 ]
 _ALONG_DIM = [
     "softmax.int", "_softmax.default", "log_softmax.int", "cumsum.default", "cumprod.default",
-    "slice.Tensor", "cat.default", "diff.default", "flip.default", "logcumsumexp.default",
-    "glu.default",
+    "slice.Tensor", "cat.default", "diff.default", "logcumsumexp.default",
 ]
 _REDUCTIONS = [
     "mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "any.dims", "all.dim",
