@@ -130,7 +130,7 @@ def _attend(
     scale: float,
 ) -> State:
     """As few kernel calls as the positions allow, each over what its rows see."""
-    if masks.only_causal and rows == columns:
+    if masks.only_causal and rows == columns and q.shape[2] == k.shape[2]:
         # Positions rise along both, in step: the kernel's own causal mask is the right one.
         return list(kernels.attend(q, k, v, scale=scale, causal=True))
     plan = [(row, _visible(row, columns, masks.band)) for row in rows]

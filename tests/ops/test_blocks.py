@@ -252,6 +252,7 @@ def test_block_attention_is_dense_attention(block: Block) -> None:
 
 
 BLOCKS = {
+    "the same keys and padding behind them": Block((0,), (0, 1), 1, 1, Band(0)),
     "own block, causal": Block((1,), (1,), 4, 99, Band(0)),
     "own block, causal, padded": Block((1,), (1,), 4, 6, Band(0)),
     "own zigzag block, causal": Block((1, 4), (1, 4), 3, 18, Band(0)),
