@@ -25,6 +25,7 @@ from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
+from ringcompile.passes.recognize_attention import RecognizeAttention
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
 
@@ -35,6 +36,7 @@ def front_passes(mesh: Mesh, order: str = "auto", gather_unknown: bool = False) 
     """From a captured program to one program for all ranks."""
     return [
         Canonicalize(),
+        RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
         Place(mesh, order, gather_unknown),

@@ -17,6 +17,7 @@ AXIS_KINDS = {
     "pp": "splits layers",
     "dp": "splits the batch",
 }
+SEQUENCE_AXES = frozenset({"ring", "ulysses"})
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import ParallelProgram, transform
 from ringcompile.ir.program import Program
-from ringcompile.models import zoo
+from ringcompile.models import moe, zoo
 from ringcompile.ops import bodies, kernels
+from tests.moe_styles import kept_choices, slow_mixture, turns_of
 from tests.support import TOLERANCE, difference, run, tensors
 
 transformers = pytest.importorskip("transformers")
 ORDERS = ("contiguous", "zigzag")
-ZOO = ("dense-4l-tiny", "dense-4l-small", "gpt-tiny", "llama-tiny", "bert-tiny")
+ZOO = (
+    "dense-4l-tiny", "dense-4l-small", "moe-4l-tiny", "gpt-tiny", "llama-tiny", "mixtral-tiny",
+    "bert-tiny",
+)
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -132,6 +141,131 @@ def test_half_precision() -> None:
         exact, own = double(*inputs), module(*inputs)
     allowed = 2 * difference(own.double(), exact)
     assert difference(found.double(), exact) <= allowed < 2e-2
+
+
+# -- the zoo's mixture of experts on one device -----------------------------------------------------
+
+
+def mixture(factor: Fraction | None = Fraction(5, 4), **changes: Any) -> moe.MoE:
+    """One mixture of 4 experts for 2 choices, in float64, its router far from undecided."""
+    config = dataclasses.replace(
+        zoo.entry("moe-4l-tiny").config, hidden_size=16, mlp_hidden=24, num_experts=4, top_k=2,
+        capacity_factor=factor, dtype="float64", **changes)
+    module = moe.MoE(config).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module.requires_grad_(False)
+
+
+def one_by_one(module: moe.MoE, x: torch.Tensor, order: str = "tokens") -> torch.Tensor:
+    """The mixture in plain loops: routed, dropped and computed token by token."""
+    tokens, choices, weights = x.flatten(0, 1), [], []
+    for row in tokens @ module.router.weight.T:
+        best = sorted(range(module.num_experts), key=lambda e: -float(row[e]))[: module.top_k]
+        scores = row.exp()[best]
+        choices.append(best)
+        weights.append(scores / scores.sum())
+    slots = None
+    if module.capacity_factor is not None:
+        share = module.capacity_factor * len(tokens) * module.top_k / module.num_experts
+        slots = math.ceil(share)
+    experts = module.experts
+
+    def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
+        inner = rows @ experts.up_proj[number]
+        if experts.gated:
+            return (F.silu(rows @ experts.gate_proj[number]) * inner) @ experts.down_proj[number]
+        return F.gelu(inner) @ experts.down_proj[number]
+
+    scale = torch.stack(weights)
+    kept = kept_choices(choices, module.num_experts, slots, turns_of(order, scale))
+    return slow_mixture(tokens, scale, choices, kept, expert).view(x.shape)
+
+
+@pytest.mark.parametrize("mlp", ["plain", "gated"])
+@pytest.mark.parametrize(
+    "factor", [None, Fraction(5, 4), Fraction(1), Fraction(1, 3), Fraction(4)], ids=str)
+def test_mixture(factor: Fraction | None, mlp: str) -> None:
+    """Routing happens in float32 even here: hence the tolerance."""
+    module, x = mixture(factor, mlp=mlp), torch.randn(2, 29, 16, dtype=torch.float64)
+    assert difference(module(x), one_by_one(module, x)) <= 1e-6
+    dropless = mixture(None, mlp=mlp)
+    dropless.load_state_dict(module.state_dict())
+    dropped = difference(module(x), dropless(x)) > 1e-3
+    assert dropped == (factor is not None and factor < 4)
+
+
+def test_mixture_drops_in_the_order_of_tokens() -> None:
+    module, x = mixture(Fraction(3, 4)), torch.randn(2, 29, 16, dtype=torch.float64)
+    assert difference(module(x), one_by_one(module, x, "choices")) > 1e-2
+    changed = x.clone()
+    changed[1, 20:] = -changed[1, 20:]
+    before, after = module(x), module(changed)
+    assert torch.equal(before.flatten(0, 1)[:49], after.flatten(0, 1)[:49]), "a later token matters"
+
+
+@pytest.mark.parametrize("factor", [None, Fraction(5, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 0, 16), (0, 3, 16), (1, 1, 16)], ids=str)
+def test_mixture_of_few_tokens(shape: tuple[int, ...], factor: Fraction | None) -> None:
+    module, x = mixture(factor), torch.randn(shape, dtype=torch.float64)
+    assert module(x).shape == shape
+    if x.numel():
+        assert difference(module(x), one_by_one(module, x)) <= 1e-6
+
+
+def test_capacity() -> None:
+    paper = Fraction(5, 4)
+    assert moe.capacity(16384, 2, 8, paper) == 5120
+    assert [moe.capacity(tokens, 2, 8, paper) for tokens in range(6)] == [0, 1, 1, 1, 2, 2]
+    assert moe.capacity(10**15 + 1, 2, 8, Fraction(4)) == 10**15 + 1, "exact beyond float64"
+
+
+def test_mixture_takes_its_dtype() -> None:
+    module, x = mixture().half(), torch.randn(2, 29, 16).half()
+    assert module(x).dtype == torch.float16
+    assert module.route(x.flatten(0, 1))[0].dtype == torch.float16
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")  # torch.export's own, in copyreg
+@pytest.mark.parametrize("factor", [None, Fraction(5, 4)], ids=str)
+def test_mixture_exports_for_any_length(factor: Fraction | None) -> None:
+    module, example = mixture(factor), torch.randn(2, 9, 16, dtype=torch.float64)
+    shapes = {"x": {1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+    assert not program._guards_code
+    assert len(program.range_constraints) == 1, "a size depends on the data"
+    ops = [n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert not [op for op in ops if op._schema.is_mutable]
+    for length in (1, 2, 8, 40):
+        x = torch.randn(2, length, 16, dtype=torch.float64)
+        assert torch.equal(program.module()(x), module(x))
+
+
+def test_moe_4l_has_the_papers_weights_without_memory() -> None:
+    with FakeTensorMode():
+        module, inputs = zoo.build("moe-4l")
+        out = module(*inputs)
+    assert (out.shape, out.dtype) == ((1, 16384, 8192), torch.float16)
+    sizes = {name: p.nbytes for name, p in module.named_parameters() if "norm" not in name}
+    routers = sum(size for name, size in sizes.items() if "router" in name)
+    assert routers == 4 * 8 * 8192 * 2
+    assert sum(sizes.values()) - routers == 4 * (4 * 8192**2 + 8 * 2 * 8192 * 32768) * 2
+    assert sum(sizes.values()) == pytest.approx(36.51e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_experts": -1}, "num_experts is -1: must be 0 or a positive integer"),
+    ({"top_k": 0}, "top_k is 0: must be a positive integer"),
+    ({"top_k": 9}, "top_k is 9: must be at most num_experts, which is 8"),
+    ({"bias": True}, "bias is True: must be False with experts, which have none"),
+    ({"capacity_factor": 1.25}, "capacity_factor is 1.25: must be None or a positive Fraction"),
+    ({"num_experts": 0},
+     "capacity_factor is Fraction(5, 4): must be None without experts (num_experts is 0)"),
+])
+def test_config_of_experts(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="TransformerConfig") as caught:
+        dataclasses.replace(zoo.entry("moe-4l-tiny").config, **changes)
+    assert str(caught.value) == f"TransformerConfig.{message}"
 
 
 # -- faults on purpose ---------------------------------------------------------------------------

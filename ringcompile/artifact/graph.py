@@ -31,7 +31,7 @@ from ringcompile.artifact.fields import (
 )
 from ringcompile.artifact.ops import check_arguments, resolve
 from ringcompile.errors import RingCompileError, SourceLocation
-from ringcompile.ir.expr import LOCAL, SEQUENCE, Size
+from ringcompile.ir.expr import LOCAL, SEQUENCE, Size, depends_on_data, is_symbolic, symbol
 from ringcompile.ir.layout import Atom, Layout
 from ringcompile.ir.program import Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
@@ -77,7 +77,7 @@ def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
         length_range=length_range_from_json(data),
         name=member(data, "name", str),
         mesh=mesh,
-        sequence=None if data.get("sequence") is None else _sequence(data, mesh),
+        sequence=None if data.get("sequence") is None else _sequence(data, reader),
         coordinates=numbers(data, "coordinates") if reader.specialized else None,
         passes=texts(data, "passes"),
         notes=texts(data, "notes"),
@@ -92,13 +92,16 @@ def _weight(placeholder: str, data: Any) -> Weight:
     return weight_from_json(member(data, "name", str), data)
 
 
-def _sequence(data: dict[str, Any], mesh: Mesh | None) -> SequenceSplit:
-    fields = member(data, "sequence", dict)
+def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
+    fields, mesh = member(data, "sequence", dict), reader.mesh
     axis, order = member(fields, "axis", str), member(fields, "order", str)
     ranks = member(fields, "num_ranks", int)
     if mesh is None or ranks != mesh.size(axis) or order not in _ORDERS:
         raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
-    return SequenceSplit(axis, ranks, order)
+    length = reader.size(fields.get("length"))
+    if is_symbolic(length) and length.free_symbols != {symbol(SEQUENCE)}:
+        raise RingCompileError(f"the sequence cannot have the length {length}")
+    return SequenceSplit(axis, ranks, order, length)
 
 
 def _num_tensors(structure: Structure) -> int:
@@ -196,8 +199,9 @@ class _Reader:
             meta["type"] = _entry(self.types, row, "type")
         if "loc" in row:
             meta["loc"] = _entry(self.locations, row, "loc")
-        if "why" in row:
-            meta["why"] = member(row, "why", str)
+        for key in ("why", "mask_kind"):
+            if key in row:
+                meta[key] = member(row, key, str)
         return meta
 
     def argument(self, value: Any) -> Any:
@@ -234,12 +238,13 @@ class _Reader:
             return torch.device(text)
         raise RingCompileError(f"'{text[:40]}' is not a {kind[:40]}")
 
-    def size(self, value: Any) -> Size:
-        """A size, offset or coordinate, of this program's symbols only."""
+    def size(self, value: Any, of_type: bool = False) -> Size:
+        """A size, offset or coordinate, of this program's symbols only; in a type, also `u0`."""
         if not isinstance(value, dict):
             return count(value, "a size")
         size = size_from_text(member(value, "expr", str))
-        names = set() if isinstance(size, int) else {s.name for s in size.free_symbols}
+        found = set() if isinstance(size, int) else size.free_symbols
+        names = {s.name for s in found if not (of_type and depends_on_data(s))}
         if unknown := names - self.symbols:
             raise RingCompileError(f"'{min(unknown)}' is neither a length nor a coordinate here")
         return size
@@ -251,7 +256,7 @@ class _Reader:
 
     def tensor_type(self, value: Any) -> TensorType:
         data = expect(value, dict, "a type")
-        shape = tuple(map(self.size, member(data, "shape", list)))
+        shape = tuple(self.size(size, of_type=True) for size in member(data, "shape", list))
         whole = TensorType.whole(dtype_from_json(data.get("dtype")), shape)
         if "layout" not in data:
             return whole

@@ -17,8 +17,8 @@ _NAMESPACES = ("aten", NAMESPACE)
 
 
 def allowed_ops() -> frozenset[str]:
-    """The rule table's ops and our own."""
-    return frozenset({*RULES, *(f"{NAMESPACE}.{name}.default" for name in SCHEMAS)})
+    """The rule table's ops, our own, and picking one of an op's several results."""
+    return frozenset({*RULES, *PYTHON_OPS, *(f"{NAMESPACE}.{name}.default" for name in SCHEMAS)})
 
 
 @lru_cache(maxsize=4096)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import logging
 import re
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,20 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ringcompile.capture import huggingface
+from ringcompile.capture.guards import smallest_length
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import SEQUENCE, from_torch, symbol
+from ringcompile.ir.expr import SEQUENCE, depends_on_data, from_torch, symbol, unbacked
 from ringcompile.ir.program import Input, Program, Structure, Weight, WeightSource
 from ringcompile.ir.types import TensorType
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+# What torch checks of sizes at run time; shapes are checked where the program starts.
+_ASSERTIONS = frozenset({
+    "aten._assert_scalar.default", "aten.sym_constrain_range.default",
+    "aten.sym_constrain_range_for_size.default",
+})
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -55,21 +64,48 @@ def capture(
         RingCompileError: the model cannot be captured: control flow or sizes that depend on data, a
             length that the code fixes, state that a call would change.
     """
-    kwargs = dict(kwargs or {})
+    # Strides would be taken for a property of the model, and fix its length.
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, torch.Tensor.contiguous, (args, dict(kwargs or {}))
+    )
     length = _example_length(args, kwargs)
-    shapes = _dynamic_shapes(model, args, kwargs, length)
-    with torch.no_grad(), huggingface.prepared(model):
-        exported = _export(model, args, kwargs, shapes)
-    return _Importer(exported, model).program(name or type(model).__name__)
+    notes: tuple[str, ...] = ()
+    with torch.no_grad(), _without_logs(), huggingface.prepared(model):
+        try:
+            exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, length))
+            low = _smallest_length(exported)
+        except _FixedLengthError as error:
+            exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, None))
+            low = 2
+            where = f"{error.location.short}: " if error.location else ""
+            notes = (f"{where}{error.message}",)
+        exported = _functional(exported)
+    program = _Importer(exported, model).program(name or type(model).__name__)
+    _, high = program.length_range
+    return program.with_graph(program.graph, notes=notes, length_range=(low, high))
 
 
-def _example_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+@contextlib.contextmanager
+def _without_logs() -> Iterator[None]:
+    """What torch logs on the way to an error is in the error that becomes ours."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _example_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The length of the example sequence; None where the first input holds no tokens."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
     if not tensors or tensors[0].dim() < 2:
         raise RingCompileError(
             "the first example input must be a tensor with the sequence as its dim 1",
             hint="pass for example token ids of shape [batch, sequence]",
         )
+    if tensors[0].dim() > 3:  # an image: how many tokens it becomes is the model's to say
+        return None
     length = tensors[0].shape[1]
     if length < 2:
         raise RingCompileError(f"the example sequence has length {length}; use at least 2")
@@ -77,10 +113,10 @@ def _example_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], length: int | None
 ) -> Any:
     def dims(leaf: Any) -> Any:
-        if not torch.is_tensor(leaf):
+        if not torch.is_tensor(leaf) or length is None:
             return None
         found = {i: Dim.DYNAMIC for i, size in enumerate(leaf.shape) if i and size == length}
         if leaf.is_floating_point() and leaf.dim() == 3 and len(found) > 1:
@@ -98,12 +134,56 @@ def _dynamic_shapes(
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> ExportedProgram:
+    printed = io.StringIO()  # torch prints the graph as far as it came before it raises
     try:
-        return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with contextlib.redirect_stdout(printed):
+            exported = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        print(printed.getvalue(), end="")
+        return exported
     except RingCompileError:
         raise
     except Exception as error:  # torch.export raises many kinds; each becomes one of ours
         raise _explain(error) from error
+
+
+class _FixedLengthError(RingCompileError):
+    """The model can be captured for the length of the example only."""
+
+
+def _smallest_length(exported: ExportedProgram) -> int:
+    low = smallest_length(exported, *_length_range(exported))
+    if low is None:
+        raise _FixedLengthError(
+            "the model's code fixes the sequence length to that of the example",
+            hint="a size was turned into a number: torch.export kept "
+            f"{'; '.join(exported._guards_code)[:200]}",
+        )
+    return low
+
+
+def _length_range(exported: ExportedProgram) -> tuple[int, int | None]:
+    """What torch says of the sizes of inputs; sizes that data tell have ranges too."""
+    low, high = 2, None
+    for free, limits in exported.range_constraints.items():
+        if not depends_on_data(unbacked(free.name)):
+            low = max(low, int(limits.lower)) if limits.lower.is_Integer else low
+            high = int(limits.upper) if limits.upper.is_Integer else None
+    return low, high if high is None or high < 2**40 else None
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """The same program without ops that write in place; no op is taken apart."""
+    writes = any(
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        for node in exported.graph.nodes
+    )
+    if not writes:
+        return exported
+    with warnings.catch_warnings():  # torch's own use of what it deprecates
+        warnings.simplefilter("ignore", FutureWarning)
+        return exported.run_decompositions({})
 
 
 def _explain(error: Exception) -> RingCompileError:
@@ -124,8 +204,8 @@ def _explain(error: Exception) -> RingCompileError:
             location=location,
         )
     if "ConstraintViolation" in type(error).__name__ or "specialized" in text:
-        return RingCompileError(
-            f"the model fixes the sequence length: {first[:200]}",
+        return _FixedLengthError(
+            "the model's code fixes the sequence length to that of the example",
             hint="use sizes taken from the inputs (x.shape[1]) instead of a constant",
             location=location,
         )
@@ -152,19 +232,13 @@ class _Importer:
 
     def _name_symbols(self) -> dict[str, sympy.Symbol]:
         """Torch's symbols for input sizes: all were one length in the example, so all are `s`."""
-        renamed = {
+        return {
             free.name: symbol(SEQUENCE)
             for node in self._user_inputs()
             for size in node.meta["val"].shape
             if isinstance(size, torch.SymInt)
             for free in size.node.expr.free_symbols
         }
-        if not renamed:
-            raise RingCompileError(
-                "the model fixes the sequence length: it cannot be captured for other lengths",
-                hint="use sizes taken from the inputs (x.shape[1]) instead of a constant",
-            )
-        return renamed
 
     def _user_inputs(self) -> list[fx.Node]:
         names = {
@@ -201,7 +275,7 @@ class _Importer:
             placeholders=self.placeholders,
             weights=self.weights,
             output_structure=structure,
-            length_range=self._length_range(),
+            length_range=_length_range(self.exported),
             name=name,
             source=self._source(),
             passes=("capture",),
@@ -228,6 +302,8 @@ class _Importer:
         location = _location(node)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return  # read where it is used, from its value
+        if str(node.target) in _ASSERTIONS:
+            return
         try:
             args, kwargs = map_values((node.args, node.kwargs), self._argument)
             new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)
@@ -269,14 +345,6 @@ class _Importer:
         structure = _structure(pytree.tree_unflatten(flat, spec))
         self.graph.output(tuple(value for value in flat if isinstance(value, fx.Node)))
         return structure
-
-    def _length_range(self) -> tuple[int, int | None]:
-        low, high = 2, None
-        for free, limits in self.exported.range_constraints.items():
-            if self.symbols.get(free.name) == symbol(SEQUENCE):
-                low = int(limits.lower) if limits.lower.is_Integer else low
-                high = int(limits.upper) if limits.upper.is_Integer else None
-        return low, high if high is None or high < 2**40 else None
 
     def _source(self) -> WeightSource:
         held = {**dict(self.model.named_parameters(remove_duplicate=False)),

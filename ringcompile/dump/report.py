@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,11 +81,35 @@ def gathers_of(program: Program) -> tuple[str, ...]:
 
 
 def describe_mask(node: fx.Node) -> str:
-    """`causal`, `causal window 9 + key padding`, `full + mask f32[1, 8, s/ring, s]`."""
-    call = Call(node)
-    parts = [str(Band(call["lower"], call["upper"]))]
+    """`causal`, `causal window 9 + key mask`, `full + bias f32[1, 8, s/ring, s] + sink`."""
+    call, kind = Call(node), node.meta.get("mask_kind", "mask")
+    parts = [str(_own_band(call["lower"], call["upper"], kind))]
     if call["key_mask"] is not None:
         parts.append("key mask")
     if call["mask"] is not None:
-        parts.append(f"mask {type_of(call['mask'])}")
+        parts.append(kind if _SAYS_ALL.fullmatch(kind) else f"{kind} {type_of(call['mask'])}")
+    if call["softcap"] is not None:
+        parts.append(f"soft cap {call['softcap']:g}")
+    if _has_sink(node):
+        parts.append("sink")
     return " + ".join(parts)
+
+
+# What needs no type beside it: nothing but positions or documents decides.
+_SAYS_ALL = re.compile(r"documents|prefix|chunks of \d+")
+
+
+def _own_band(lower: int | None, upper: int | None, kind: str) -> Band:
+    """The band without the bounds that follow from chunks anyway."""
+    found = re.search(r"chunks of (\d+)", kind)
+    reach = int(found[1]) - 1 if found else None
+    return Band(
+        None if lower is not None and reach == -lower and lower < 0 else lower,
+        None if upper is not None and reach == upper else upper,
+    )
+
+
+def _has_sink(node: fx.Node) -> bool:
+    """Over whole keys, the op that finishes the state takes the sink."""
+    holder = node if "sink" in Call(node).arguments else next(iter(node.users))
+    return Call(holder)["sink"] is not None

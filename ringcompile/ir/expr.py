@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeGuard
 
@@ -59,6 +60,22 @@ def symbol(name: str) -> sympy.Symbol:
 def coordinate(axis: str) -> sympy.Symbol:
     """This rank's coordinate on a mesh axis, as a symbol."""
     return sympy.Symbol(axis, integer=True, nonnegative=True)
+
+
+@lru_cache
+def unbacked(name: str) -> sympy.Symbol:
+    """A size that only the data tells, `u0`: it stands in types, never in an argument."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def depends_on_data(value: object) -> bool:
+    """Whether a size holds an unbacked symbol."""
+    return is_symbolic(value) and any(_UNBACKED.fullmatch(s.name) for s in value.free_symbols)
+
+
+def spelled(shape: Iterable[Size]) -> list[Size]:
+    """A shape as an argument: a size that only the data tells is -1, what is left over."""
+    return [-1 if depends_on_data(size) else size for size in shape]
 
 
 def simplify(value: Any) -> Size:
@@ -113,16 +130,12 @@ def from_torch(expression: sympy.Expr, renamed: Mapping[str, sympy.Symbol]) -> S
     """Read an expression of a torch SymInt; `renamed` maps torch's symbols to ours.
 
     Raises:
-        RingCompileError: a symbol that is not the size of an input (the value depends on data),
-            or a function that sizes are not expected to hold.
+        RingCompileError: a symbol or a function that sizes are not expected to hold.
     """
-    if expression.is_Symbol:
-        if expression.name not in renamed:
-            raise RingCompileError(
-                f"a size depends on the data (torch calls it {expression.name})",
-                hint="sizes may depend on the lengths of inputs, not on their values",
-            )
+    if expression.is_Symbol and expression.name in renamed:
         return renamed[expression.name]
+    if expression.is_Symbol and _UNBACKED.fullmatch(expression.name):
+        return unbacked(expression.name)
     if expression.is_Number:
         return simplify(expression)
     arguments = [from_torch(argument, renamed) for argument in expression.args]
@@ -168,6 +181,8 @@ def _build(node: ast.AST) -> Any:
             return symbol(name)
         case ast.Name(id=name) if name in AXIS_KINDS:
             return coordinate(name)
+        case ast.Name(id=name) if _UNBACKED.fullmatch(name):
+            return unbacked(name)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_built(left), _built(right))
         case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)):
@@ -191,3 +206,4 @@ _TOO_LARGE = 2**63
 SEQUENCE = "s"
 LOCAL = "n"
 _SIZE_NAMES = frozenset({SEQUENCE, LOCAL})
+_UNBACKED = re.compile(r"u\d{1,6}")

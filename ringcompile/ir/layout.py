@@ -4,9 +4,9 @@ A dim is a sequence of atoms, major to minor, each a size and the axes that spli
 the ordinary case. Several arise where a view flattens dims of which one is split: `[2, s/ring, 64]`
 viewed as `[2*s, 64]` is no longer one contiguous piece on a rank, but it is still exactly "2, then
 s split over ring", and a later view takes it apart again. Adjacent unsplit atoms are merged, and an
-unsplit atom behind a split one of known size is absorbed by it, so equal placements compare equal.
-(A split atom of symbolic size is always one whole length, because lengths are padded before they
-are split.)
+unsplit atom behind a split one is absorbed by it, so equal placements compare equal. Not so where
+the sequence is split: such an atom is always the one whole length, because it is padded before it
+is split.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ringcompile.ir.expr import Size, divide, equal, is_symbolic, product
+from ringcompile.ir.expr import Size, divide, equal, product
+from ringcompile.mesh import SEQUENCE_AXES
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Atom:
 
     size: Size
     axes: tuple[str, ...] = ()
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether this is the sequence, whose shares are padded: it stays one atom."""
+        return not SEQUENCE_AXES.isdisjoint(self.axes)
 
 
 # A whole dim is the empty tuple; a split one lists all its atoms.
@@ -36,7 +42,7 @@ def merge(atoms: Iterable[Atom]) -> list[Atom]:
     for atom in atoms:
         if equal(atom.size, 1):
             continue
-        if merged and not atom.axes and not (merged[-1].axes and is_symbolic(merged[-1].size)):
+        if merged and not atom.axes and not merged[-1].is_sequence:
             merged[-1] = Atom(product([merged[-1].size, atom.size]), merged[-1].axes)
         else:
             merged.append(atom)
@@ -144,6 +150,6 @@ def _cut(atom: Atom, major: Size, axis_sizes: dict[str, int]) -> tuple[Atom, Ato
         return None
     if atom.axes:
         ways = product(axis_sizes[axis] for axis in atom.axes)
-        if is_symbolic(atom.size) or divide(major, ways) is None:
+        if atom.is_sequence or divide(major, ways) is None:
             return None
     return Atom(major, atom.axes), Atom(minor)

@@ -14,7 +14,14 @@ import sympy
 from torch import fx
 
 from ringcompile.ir import expr
-from ringcompile.ir.call_text import band_text, has_band, is_ours, op_name, symbols_of
+from ringcompile.ir.call_text import (
+    band_text,
+    given_arguments,
+    has_band,
+    is_ours,
+    op_name,
+    symbols_of,
+)
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
@@ -132,6 +139,8 @@ def _chunks(program: Program) -> _Entries:
 def _attention(program: Program) -> _Entries:
     words = {word for node in _calls(program) if has_band(node) for word in band_text(node).split()}
     yield from ((word, text) for word, text in _BANDS.items() if word in words)
+    given = {a.name for node in _calls(program) if is_ours(node) for a in given_arguments(node)}
+    yield from ((name, text) for name, text in _SCORES.items() if name in given)
     if any(is_state(node.meta.get("type")) for node in _calls(program)):
         yield "state", (
             "attention over some of the keys: out, of the shape shown, and for each of its rows "
@@ -145,6 +154,16 @@ _BANDS = {
     "window": "of these the last so many, its own included",
     "band": "a query sees the keys that lie so many positions before it",
 }
+_SCORES = {
+    "softcap": "the bound c of scores, which become c * tanh(score / c) before keys are hidden",
+    "sink": "one more score for every query head: it takes weight from the keys and gives nothing",
+}
+_EXPERTS = "ringcompile.expert_linear.default"
+
+
+def _experts(program: Program) -> _Entries:
+    if any(str(node.target) == _EXPERTS for node in _calls(program)):
+        yield "expert_linear", "each row times the matrix of its own expert"
 
 
 def _transfers(program: Program) -> _Entries:
@@ -170,7 +189,8 @@ def _notes(program: Program) -> _Entries:
 
 
 _ENTRIES = (
-    _lengths, _split_dims, _axes, _chunks, _transfers, _attention, _weights, _lines, _notes,
+    _lengths, _split_dims, _axes, _chunks, _transfers, _attention, _experts, _weights, _lines,
+    _notes,
 )
 
 

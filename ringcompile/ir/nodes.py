@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.ir.layout import Layout
 from ringcompile.ir.types import TensorType, ValueType
 
 
@@ -13,6 +14,17 @@ def type_of(node: fx.Node) -> TensorType:
     value: ValueType = node.meta["type"]
     assert isinstance(value, TensorType), f"{node.name} returns several tensors"
     return value
+
+
+def layout_of(node: fx.Node) -> Layout:
+    """The layout of a node's value; all results of an op that returns several share one."""
+    return results_of(node)[0].layout
+
+
+def results_of(node: fx.Node) -> tuple[TensorType, ...]:
+    """The types of what a node returns, one or several tensors."""
+    value: ValueType = node.meta["type"]
+    return value if isinstance(value, tuple) else (value,)
 
 
 def location_of(node: fx.Node) -> SourceLocation:

@@ -110,7 +110,7 @@ def _line(program: Program, node: fx.Node, block: str, names: Mapping[fx.Node, s
 
 
 def _why(program: Program, node: fx.Node) -> str:
-    why: str = node.meta.get("why") or ""
+    why = "; ".join(filter(None, (node.meta.get("why"), node.meta.get("mask_kind"))))
     if op_name(node) != "redistribute":
         return why
     source = type_of(node.args[0])  # type: ignore[arg-type]

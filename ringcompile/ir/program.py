@@ -153,7 +153,7 @@ class Program:
                 f"sequence length {length} is outside {low}..{high if high is not None else ''}",
                 hint="the model's own code fixes this range (a position table, or a guard)",
             )
-        if self.sequence is not None and length is not None:
+        if self.sequence is not None:
             lengths.update(self.sequence.bindings(length))
         return lengths
 

@@ -24,7 +24,7 @@ from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import Size, equal, parse, simplify, to_text
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import Program, Structure, Weight
-from ringcompile.ir.types import ValueType
+from ringcompile.ir.types import SequenceSplit, ValueType
 
 # The values that stand as {kind: name}.
 CONSTANTS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "passes": list(program.passes),
         "notes": list(program.notes),
         "mesh": None if program.mesh is None else str(program.mesh),
-        "sequence": None if program.sequence is None else dict(vars(program.sequence)),
+        "sequence": None if program.sequence is None else _sequence_to_json(program.sequence),
         "coordinates": program.coordinates,
         "length_range": list(program.length_range),
         "lengths": dict(program.lengths),
@@ -113,6 +113,10 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "locations": locations.rows,
         "nodes": nodes,
     }
+
+
+def _sequence_to_json(sequence: SequenceSplit) -> dict[str, Any]:
+    return {**vars(sequence), "length": _size_to_json(sequence.length)}
 
 
 def inputs_to_json(program: Program) -> list[dict[str, Any]]:
@@ -137,8 +141,9 @@ def _node_to_json(node: fx.Node, types: _Table, locations: _Table) -> dict[str, 
         raise error_at(node, error.message) from None
     if "loc" in node.meta:
         data["loc"] = locations.index(node.meta["loc"])
-    if "why" in node.meta:
-        data["why"] = node.meta["why"]
+    for key in ("why", "mask_kind"):
+        if key in node.meta:
+            data[key] = node.meta[key]
     return data
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,12 +79,17 @@ class SequenceSplit:
 
     The sequence is padded to a multiple of `num_chunks`, cut into that many equal chunks, and each
     rank holds one chunk (`contiguous`) or two (`zigzag`: rank r holds chunk r and its mirror, so
-    that causal attention costs every rank the same). `s` is the true length, `n` a rank's share.
+    that causal attention costs every rank the same). `n` is a rank's share.
+
+    Attributes:
+        length: the true length, padding not included: `s`, the length of the inputs, unless the
+            model attends over another one (`s + 4` behind prefix tokens, 197 patches of an image).
     """
 
     axis: str
     num_ranks: int
     order: str = "contiguous"
+    length: Size = field(default_factory=lambda: symbol(SEQUENCE))
 
     @property
     def chunks_per_rank(self) -> int:
@@ -95,11 +100,6 @@ class SequenceSplit:
     def num_chunks(self) -> int:
         """Chunks of the whole sequence; its padded length is a multiple of this."""
         return self.num_ranks * self.chunks_per_rank
-
-    @property
-    def length(self) -> Size:
-        """The true length of the whole sequence, `s`; padding not included."""
-        return symbol(SEQUENCE)
 
     @property
     def local(self) -> Size:
@@ -121,9 +121,12 @@ class SequenceSplit:
         """The number of tokens each rank holds of a sequence of `length`, padding included."""
         return -(-length // self.num_chunks) * self.chunks_per_rank
 
-    def bindings(self, length: int) -> dict[str, int]:
-        """The values of `s` and `n` for a sequence of `length`."""
-        return {SEQUENCE: length, LOCAL: self.local_length(length)}
+    def bindings(self, length: int | None = None) -> dict[str, int]:
+        """The values of `s` and `n` for inputs of `length`; None where the model fixes it."""
+        known = {} if length is None else {SEQUENCE: length}
+        total = bind(self.length, known)
+        assert isinstance(total, int), f"{self.length} needs the length of the inputs"
+        return {**known, LOCAL: self.local_length(total)}
 
 
 def local_size(atom: Atom, mesh: Mesh | None, sequence: SequenceSplit | None) -> Size | None:

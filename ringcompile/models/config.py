@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final
 
 import torch
@@ -28,6 +29,7 @@ _COUNTS: Final = (
     "head_dim",
     "mlp_hidden",
     "max_positions",
+    "top_k",
 )
 _FLAGS: Final = ("causal", "tie_embeddings", "bias")
 _REALS: Final = ("rope_theta", "norm_eps")
@@ -49,6 +51,10 @@ class TransformerConfig:
         positions: ``'rotary'`` on queries and keys, or a ``'learned'`` table added to the input.
         norm: ``'rms'`` or ``'layer'``.
         mlp: ``'gated'`` (SiLU, three matrices) or ``'plain'`` (GELU, two matrices).
+        num_experts: Experts E in place of each MLP, each one such an MLP; 0 for none.
+        top_k: Experts a token goes through.
+        capacity_factor: An expert takes ``ceil(capacity_factor * tokens * top_k / num_experts)``
+            tokens and leaves the others out; None for all that choose it.
         inputs: ``'tokens'``, or ``'hidden'``: hidden states in and out, no embedding and no head.
         max_positions: Longest sequence meant; the rows of a learned table.
         rope_theta: Base of the rotary frequencies.
@@ -72,6 +78,9 @@ class TransformerConfig:
     positions: str = "rotary"
     norm: str = "rms"
     mlp: str = "gated"
+    num_experts: int = 0
+    top_k: int = 2
+    capacity_factor: Fraction | None = None
     inputs: str = "tokens"
     max_positions: int = 2048
     rope_theta: float = 10000.0
@@ -106,12 +115,24 @@ class TransformerConfig:
         else:
             fits, rule = self.vocab_size == 0, "must be 0"
         self._require("vocab_size", fits, f"{rule} with inputs={self.inputs!r}")
+        self._check_experts()
         self._require(
             "tie_embeddings",
             not self.tie_embeddings or self.has_head,
             "needs a head: inputs='tokens' and causal=True, "
             f"here inputs={self.inputs!r} and causal={self.causal}",
         )
+
+    def _check_experts(self) -> None:
+        count, factor = self.num_experts, self.capacity_factor
+        self._require("num_experts", count == 0 or _is_count(count), "must be 0 or a positive integer")
+        if count == 0:
+            self._require("capacity_factor", factor is None, "must be None without experts (num_experts is 0)")
+            return
+        self._require("top_k", self.top_k <= count, f"must be at most num_experts, which is {count}")
+        self._require("bias", not self.bias, "must be False with experts, which have none")
+        exact = factor is None or (isinstance(factor, Fraction) and factor > 0)
+        self._require("capacity_factor", exact, "must be None or a positive Fraction")
 
     def _require(self, field: str, fits: bool, rule: str) -> None:
         if not fits:

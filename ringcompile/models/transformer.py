@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ringcompile.models.config import TransformerConfig
+from ringcompile.models.moe import MoE
 
 __all__ = ["Transformer", "TransformerConfig"]
 
@@ -121,6 +122,12 @@ def _norm(config: TransformerConfig) -> nn.Module:
     return nn.LayerNorm(size, eps=eps, bias=config.bias, dtype=dtype)
 
 
+def _mlp(config: TransformerConfig) -> nn.Module:
+    if config.num_experts:
+        return MoE(config)
+    return GatedMLP(config) if config.mlp == "gated" else PlainMLP(config)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
@@ -129,7 +136,7 @@ class Block(nn.Module):
         self.attention_norm = _norm(config)
         self.attention = Attention(config)
         self.mlp_norm = _norm(config)
-        self.mlp = GatedMLP(config) if config.mlp == "gated" else PlainMLP(config)
+        self.mlp = _mlp(config)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
@@ -169,7 +176,8 @@ class Transformer(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Draw every weight from ``seed``, in float32 on the CPU, so that any device gets the same.
 
-        Matrices have standard deviation 1/sqrt(inputs), so that queries, keys and logits are O(1)
+        Matrices have standard deviation 1/sqrt(inputs) (dim 1 of a linear layer's [outputs, inputs]
+        and of experts' [E, inputs, outputs]), so that queries, keys and logits are O(1)
         and attention is not uniform at any width; projections into the residual stream are divided
         by sqrt(2 * num_layers) as in GPT-2. Biases and norms are not trivial, so that a dropped or
         doubled one shows.
@@ -181,7 +189,7 @@ class Transformer(nn.Module):
             if parameter.ndim == 1:
                 draw = draw.mul(0.1).add(0.0 if name.endswith("bias") else 1.0)
             else:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                into_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 draw = draw * parameter.shape[1] ** -0.5 * (depth_scale if into_residual else 1.0)
             with torch.no_grad():
                 parameter.copy_(draw)

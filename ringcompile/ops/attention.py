@@ -26,8 +26,10 @@ def attention(
     v: torch.Tensor,
     key_mask: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     *,
     scale: float,
+    softcap: float | None = None,
     lower: int | None = None,
     upper: int | None = None,
 ) -> torch.Tensor:
@@ -39,13 +41,16 @@ def attention(
         v: [B,G,Sk,E].
         key_mask: [B|1, 1, 1, Sk], bool (True is visible) or additive.
         mask: [B|1, H|1, Sq|1, Sk], bool or additive.
+        sink: [H], see `finish`.
         scale: what q k^T is multiplied by before masks are applied.
+        softcap: what scores are bent to stay within before masks are applied, see `kernels.attend`.
         lower: the smallest visible query position - key position, see `blocks.Band`.
         upper: the largest one.
     """
     rows, columns = (pieces(None, 0, _NO_LIMIT, x.shape[2]) for x in (q, k))
     masks = _Masks(key_mask, mask, Band(lower, upper))
-    return finish(_attend(q, k, v, masks, rows, columns, scale), dtype=q.dtype)
+    state = _attend(q, k, v, masks, rows, columns, _Scoring(scale, softcap))
+    return finish(state, sink, dtype=q.dtype)
 
 
 def pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -80,6 +85,7 @@ def block_attention(
     chunk: int,
     limit: int,
     scale: float,
+    softcap: float | None = None,
     lower: int | None = None,
     upper: int | None = None,
 ) -> State:
@@ -96,6 +102,7 @@ def block_attention(
         chunk: length of a chunk.
         limit: the true length; keys from here on are padding.
         scale: as in `attention`.
+        softcap: as in `attention`.
         lower: as in `attention`, of positions in the whole sequence.
         upper: likewise.
     """
@@ -104,7 +111,16 @@ def block_attention(
     masks = _Masks(key_mask, mask, Band(lower, upper))
     if queries == keys and masks.only_causal:
         columns = rows  # padding sits behind every token: no need to leave it out
-    return _attend(q, *unpack(kv, head_dim), masks, rows, columns, scale)
+    scoring = _Scoring(scale, softcap)
+    return _attend(q, *unpack(kv, head_dim), masks, rows, columns, scoring)
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How q k^T becomes scores, before masks."""
+
+    scale: float
+    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -127,14 +143,14 @@ def _attend(
     masks: _Masks,
     rows: tuple[Piece, ...],
     columns: tuple[Piece, ...],
-    scale: float,
+    scoring: _Scoring,
 ) -> State:
     """As few kernel calls as the positions allow, each over what its rows see."""
     if masks.only_causal and rows == columns and q.shape[2] == k.shape[2]:
         # Positions rise along both, in step: the kernel's own causal mask is the right one.
-        return list(kernels.attend(q, k, v, scale=scale, causal=True))
+        return _kernel(q, k, v, scoring, causal=True)
     plan = [(row, _visible(row, columns, masks.band)) for row in rows]
-    states = [_attend_rows(q, k, v, masks, run, seen, scale) for run, seen in _runs(plan)]
+    states = [_attend_rows(q, k, v, masks, run, seen, scoring) for run, seen in _runs(plan)]
     if len(states) == 1:
         return states[0]
     return [torch.cat([state[i] for state in states], 2) for i in (0, 1)]
@@ -178,7 +194,7 @@ def _attend_rows(
     masks: _Masks,
     rows: tuple[Piece, ...],
     seen: _Seen,
-    scale: float,
+    scoring: _Scoring,
 ) -> State:
     """One kernel call: these rows over the columns that they see."""
     first, num_rows = rows[0].offset, sum(row.length for row in rows)
@@ -200,7 +216,22 @@ def _attend_rows(
         pairs = masks.by_pair
         pairs = pairs if pairs.shape[2] == 1 else pairs.narrow(2, first, num_rows)
         parts.append(_columns(pairs, by_position))
-    return list(kernels.attend(q, k, v, scale=scale, mask=_combine(parts)))
+    return _kernel(q, k, v, scoring, mask=_combine(parts))
+
+
+def _kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scoring: _Scoring,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> State:
+    return list(
+        kernels.attend(
+            q, k, v, scale=scoring.scale, causal=causal, mask=mask, softcap=scoring.softcap
+        )
+    )
 
 
 def _columns(mask: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -241,6 +272,25 @@ def merge(state: State, block: State, *, start: int) -> State:
     return [out, lse]
 
 
-def finish(state: State, *, dtype: torch.dtype) -> torch.Tensor:
-    """The attention output [B,H,S,E] of a state, in the model's dtype."""
-    return state[0].to(dtype)
+def finish(
+    state: State, sink: torch.Tensor | None = None, *, dtype: torch.dtype
+) -> torch.Tensor:
+    """The attention output [B,H,S,E] of a state that has seen all keys, in the model's dtype.
+
+    A sink is one more score in the softmax of every query, with the value 0 (gpt-oss, 2025). The
+    weights of the keys, exp(x) / (sum + exp(sink)) instead of exp(x) / sum, shrink by the factor
+    sum / (sum + exp(sink)) = sigmoid(lse - sink) of their row, so that it can be applied once,
+    whichever blocks made the state. A row that sees no key stays 0.
+
+    Args:
+        state: [out, lse].
+        sink: [H], a score for every query head.
+        dtype: the model's.
+    """
+    out, lse = state
+    if sink is None:
+        return out.to(dtype)
+    weight = torch.sigmoid(lse - sink.to(lse.dtype)[:, None])
+    # A head whose sink is -inf, in a row that sees no key: -inf - -inf is NaN.
+    weight = weight.masked_fill_(lse.isneginf(), 0.0)
+    return (out * weight.unsqueeze(-1)).to(dtype)

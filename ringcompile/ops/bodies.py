@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ringcompile.ops import attention, schemas
+from ringcompile.ops.experts import expert_linear
 from ringcompile.ops.sequence import positions
 
 
@@ -18,6 +19,7 @@ def _redistribute(x: torch.Tensor, *, layout: str) -> torch.Tensor:
 
 BODIES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
+    "expert_linear": expert_linear,
     "redistribute": _redistribute,
     "positions": positions,
     "pack": attention.pack,

@@ -30,6 +30,7 @@ def attend(
     scale: float,
     causal: bool = False,
     mask: Tensor | None = None,
+    softcap: float | None = None,
     provider: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a block of queries over a block of keys.
@@ -42,6 +43,8 @@ def attend(
         scale: what scores are multiplied by before the softmax.
         causal: query i sees the keys j <= i only; needs Sq == Sk.
         mask: broadcastable to [B,H,Sq,Sk]; bool (True is visible) or additive. Adds to `causal`.
+        softcap: a positive bound c that scores x are bent to before they are masked, as
+            c * tanh(x / c) (Gemma 2, 2024); only `math` takes it.
         provider: a name from `providers()`; by default the first one that fits.
 
     Returns:
@@ -54,7 +57,7 @@ def attend(
     """
     if mask is not None and mask.dim() < 4:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    call = _Call(q, k, v, scale, causal, mask)
+    call = _Call(q, k, v, scale, causal, mask, softcap)
     _check_call(call)
     chosen = _select(provider, call)
     if 0 in call.scores:
@@ -112,6 +115,7 @@ class _Call:
     scale: float
     causal: bool
     mask: Tensor | None
+    softcap: float | None
 
     @property
     def scores(self) -> tuple[int, ...]:
@@ -131,11 +135,14 @@ class _Provider:
     device: str | None
     refuses: Callable[[_Call], str | None]
     run: Callable[[_Call], tuple[Tensor, Tensor]]
+    softcap: bool = False
 
     def refusal(self, call: _Call) -> str | None:
         device = call.q.device.type
         if self.device not in (None, device):
             return f"tensors are on {device}, it runs on {self.device}"
+        if call.softcap is not None and not self.softcap:
+            return "it takes no soft cap"
         return self.refuses(call)
 
 
@@ -173,6 +180,8 @@ def _check_call(call: _Call) -> None:
         raise RingCompileError(
             f"attention takes q, k, v of one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    if call.softcap is not None and not 0 < call.softcap < math.inf:
+        raise RingCompileError(f"a soft cap is a positive number, got {call.softcap}")
     if call.mask is not None:
         _check_mask(call.mask, call.scores)
 
@@ -225,6 +234,8 @@ def _math(call: _Call) -> tuple[Tensor, Tensor]:
     # The rows of a query group go through one matmul with their KV head, which is not repeated.
     grouped = q.reshape(*k.shape[:2], -1, q.shape[3])
     scores = (grouped @ k.mT).view(call.scores).mul_(call.scale)
+    if call.softcap is not None:
+        scores.div_(call.softcap).tanh_().mul_(call.softcap)
     if call.mask is not None:
         scores += _additive(call.mask, scores.dtype)
     if call.causal:
@@ -335,5 +346,5 @@ _PROVIDERS = (
     _Provider("cuda-flash", "cuda", _cuda_flash_refuses, _cuda_flash),
     _Provider("cuda-efficient", "cuda", _cuda_efficient_refuses, _cuda_efficient),
     _Provider("cpu-flash", "cpu", _cpu_flash_refuses, _cpu_flash),
-    _Provider("math", None, lambda call: None, _math),
+    _Provider("math", None, lambda call: None, _math, softcap=True),
 )

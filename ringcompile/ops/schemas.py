@@ -1,37 +1,44 @@
 """Our operators: a table of schemas, registered with torch so that graphs can be typed and checked.
 
-`attention` and `redistribute` are what a program for one device holds; the rest appear as it is
-partitioned. A state is the running result of attention over some of the keys: [out, lse], out
-in the model's dtype until blocks are merged into it, then float32 (float64 for float64), and lse
-the natural-log sum of exponentials per row.
+`attention`, `expert_linear` and `redistribute` are what a program for one device holds; the rest
+appear as it is partitioned. A state is the running result of attention over some of the keys:
+[out, lse], out in the model's dtype until blocks are merged into it, then float32 (float64 for
+float64), and lse the natural-log sum of exponentials per row.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 SCHEMAS = {
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? mask=None, *, float scale, "
-        "SymInt? lower=None, SymInt? upper=None) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? mask=None, "
+        "Tensor? sink=None, *, float scale, float? softcap=None, SymInt? lower=None, "
+        "SymInt? upper=None) -> Tensor"
+    ),
+    "expert_linear": (
+        "(Tensor x, Tensor expert, Tensor weight, Tensor? bias=None, *, bool transposed=False) "
+        "-> Tensor"
     ),
     "redistribute": "(Tensor x, *, str layout) -> Tensor",
     "positions": "(SymInt[] chunks, *, SymInt chunk, SymInt limit) -> Tensor",
     "gather": "(Tensor x, *, int dim, str axis, SymInt limit) -> Tensor",
     "ring_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? mask=None, *, float scale, "
-        "SymInt? lower=None, SymInt? upper=None, str axis) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? mask=None, "
+        "Tensor? sink=None, *, float scale, float? softcap=None, SymInt? lower=None, "
+        "SymInt? upper=None, str axis) -> Tensor"
     ),
     "pack": "(Tensor k, Tensor v) -> Tensor",
     "block_attention": (
         "(Tensor q, Tensor[] kv, Tensor? key_mask=None, Tensor? mask=None, *, SymInt head_dim, "
         "SymInt[]? queries, SymInt[]? keys, SymInt chunk, SymInt limit, float scale, "
-        "SymInt? lower=None, SymInt? upper=None) -> Tensor[]"
+        "float? softcap=None, SymInt? lower=None, SymInt? upper=None) -> Tensor[]"
     ),
     "merge": "(Tensor[] state, Tensor[] block, *, SymInt start) -> Tensor[]",
-    "finish": "(Tensor[] state, *, ScalarType dtype) -> Tensor",
+    "finish": "(Tensor[] state, Tensor? sink=None, *, ScalarType dtype) -> Tensor",
     "shift_start": (
         "(Tensor x, *, str axis, SymInt? to, SymInt? source, SymInt[] sends, SymInt[] takes, "
         "str of) -> Tensor"
@@ -43,6 +50,28 @@ NAMESPACE = "ringcompile"
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
+
+
+def _attention_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _expert_linear_shape(
+    x: torch.Tensor,
+    expert: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[2 if transposed else 1]))
+
+
+# What a model may call while it is captured, where there is no data: results of the right shape.
+torch.library.register_fake(f"{NAMESPACE}::attention", _attention_shape, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_shape, lib=_library)
 
 # The ops that move data between ranks; everything else is local.
 COMMUNICATION = frozenset({"gather", "shift_start", "wait"})

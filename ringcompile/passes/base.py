@@ -64,6 +64,10 @@ class Pipeline:
         return program
 
 
+# What a copied node keeps; `why_not` and `mask_kind` are texts for refusals and reports.
+_CARRIED = ("type", "loc", "why", "why_not", "mask_kind")
+
+
 @dataclass
 class Builder:
     """Writes a new graph node by node from an old one.
@@ -112,7 +116,7 @@ class Builder:
         """Append a node as it was, over mapped operands."""
         args, kwargs = self.mapped((node.args, node.kwargs))
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
-        new.meta.update({k: node.meta[k] for k in ("type", "loc", "why") if k in node.meta})
+        new.meta.update({k: node.meta[k] for k in _CARRIED if k in node.meta})
         return new
 
     def output(self, nodes: tuple[fx.Node, ...]) -> None:

@@ -14,18 +14,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import Size, equal, simplify
+from ringcompile.ir.expr import Size, depends_on_data, equal, simplify, spelled, unbacked
 from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass, refuse
+from ringcompile.passes.views import unexpanded
 
 aten = torch.ops.aten
 _END = 2**63 - 1
+# Sizes that torch has no symbol for are named from here on.
+_FIRST_OWN = 100_000
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,28 @@ class Canonicalize(Pass):
         for node in program.graph.nodes:
             builder.at(node)
             rewrite = _REWRITES.get(_short(node)) if node.op == "call_function" else None
+            if _short(node) in _ALIASES:
+                rewrite = _renamed
             try:
                 new = rewrite(builder, node) if rewrite else builder.copy(node)
             except RingCompileError as error:
                 raise refuse(node, error) from None
             builder.env[node] = new
+            _check_arguments(new)
         return program.with_graph(builder.graph)
+
+
+def _check_arguments(node: Any) -> None:
+    """A size that only the data tells may be that of a tensor, but no number in the graph."""
+    if isinstance(node, fx.Node) and node.op == "call_function":
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        unknown = next((leaf for leaf in leaves if depends_on_data(leaf)), None)
+        if unknown is not None:
+            raise error_at(
+                node,
+                f"a size depends on the data (torch calls it {unknown})",
+                hint="sizes may depend on the lengths of inputs, not on their values",
+            )
 
 
 def _short(node: fx.Node) -> str:
@@ -57,6 +77,25 @@ def _short(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
     return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+# Second names that torch has for one op, with the same overloads and arguments.
+_ALIASES = {
+    "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "absolute": "abs",
+    "negative": "neg", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le",
+    "not_equal": "ne", "clip": "clamp", "fix": "trunc", "arccos": "acos", "arcsin": "asin",
+    "arctan": "atan", "concat": "cat", "concatenate": "cat", "special_expit": "sigmoid",
+    "special_erf": "erf", "special_log1p": "log1p", "special_logsumexp": "logsumexp",
+    "special_softmax": "softmax",
+}
+
+
+def _renamed(builder: Builder, node: fx.Node) -> fx.Node:
+    new = builder.copy(node)
+    _, short, overload = str(node.target).split(".")
+    other = {"special_softmax": "int"}.get(short, overload)
+    new.target = getattr(getattr(aten, _ALIASES[short]), other)
+    return new
 
 
 def _operand(builder: Builder, node: fx.Node) -> fx.Node:
@@ -80,7 +119,7 @@ def _reshape(builder: Builder, node: fx.Node) -> fx.Node:
 def _as_shape(builder: Builder, x: fx.Node, type_: TensorType, name: str) -> fx.Node:
     if _same_shape(type_of(x).shape, type_.shape):
         return x
-    return builder.call(aten.reshape.default, (x, list(type_.shape)), type_, name=name)
+    return builder.call(aten.reshape.default, (x, spelled(type_.shape)), type_, name=name)
 
 
 def _same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
@@ -92,6 +131,8 @@ def _permute(builder: Builder, node: fx.Node) -> fx.Node:
     dims = list(range(rank))
     if "dims" in call.arguments:
         dims = [dim % rank for dim in call["dims"]]
+    elif _short(node) == "mT":
+        dims[-2:] = dims[:-3:-1]
     else:  # transpose of two dims; t and numpy_T have none and turn all around
         a, b = call.get("dim0", call.get("axis0")), call.get("dim1", call.get("axis1"))
         if a is None:
@@ -125,7 +166,35 @@ def _expand(builder: Builder, node: fx.Node) -> fx.Node:
     x, type_ = _operand(builder, node), type_of(node)
     if _same_shape(type_of(x).shape, type_.shape):
         return x
-    return builder.call(aten.expand.default, (x, list(type_.shape)), type_, name=node.name)
+    return builder.call(aten.expand.default, (x, spelled(type_.shape)), type_, name=node.name)
+
+
+def _repeat(builder: Builder, node: fx.Node) -> fx.Node:
+    """Copies side by side: a dim of copies grown in front of each dim, and merged with it."""
+    x, type_ = _operand(builder, node), type_of(node)
+    call = Call(node)
+    times = list(call.get("repeats", call.get("dims")))
+    sizes = (*(1,) * (len(type_.shape) - len(type_of(x).shape)), *type_of(x).shape)
+    times = [1] * (len(sizes) - len(times)) + times
+    apart = tuple(size for pair in zip([1] * len(sizes), sizes, strict=True) for size in pair)
+    grown = tuple(size for pair in zip(times, sizes, strict=True) for size in pair)
+    for target, shape in ((aten.reshape.default, apart), (aten.expand.default, grown)):
+        x = builder.call(target, (x, list(shape)), TensorType.whole(type_.dtype, shape))
+    return _as_shape(builder, x, type_, node.name)
+
+
+def _broadcast(builder: Builder, node: fx.Node) -> list[fx.Node]:
+    """meshgrid and broadcast_tensors: each result is an operand expanded."""
+    made = []
+    for i, (old, type_) in enumerate(zip(node.args[0], node.meta["type"], strict=True)):  # type: ignore[arg-type]
+        x, rank = builder.env[old], len(type_.shape)
+        if _short(node) == "meshgrid":
+            swapped = {0: 1, 1: 0} if Call(node).get("indexing") == "xy" else {}
+            dim = swapped.get(i, i)
+            shape = tuple(type_.shape[dim] if j == dim else 1 for j in range(rank))
+            x = _as_shape(builder, x, TensorType.whole(type_.dtype, shape), f"{node.name}_{i}")
+        made.append(builder.call(aten.expand.default, (x, list(type_.shape)), type_))
+    return made
 
 
 def _slice(builder: Builder, node: fx.Node) -> fx.Node:
@@ -175,6 +244,31 @@ def _pieces(builder: Builder, node: fx.Node) -> list[fx.Node]:
     return made
 
 
+def _index(builder: Builder, node: fx.Node) -> fx.Node:
+    """A mask among the indices becomes the positions where it holds."""
+    call = Call(node)
+    entries: list[Any] = []
+    for entry in call["indices"]:
+        index = builder.env[entry] if entry is not None else None
+        if index is None or type_of(index).dtype not in (torch.bool, torch.uint8):
+            entries.append(index)
+        else:
+            entries += _where_true(builder, index, node)
+    args = (_operand(builder, node), entries, *builder.mapped(node.args[2:]))
+    return builder.call(node.target, args, type_of(node), name=node.name)
+
+
+def _where_true(builder: Builder, mask: fx.Node, node: fx.Node) -> list[fx.Node]:
+    """One index tensor for each dim of the mask; how many entries, only the data tells."""
+    values = Call(node).get("values")
+    sizes = type_of(values).shape if values is not None else type_of(node).shape
+    size = next(filter(depends_on_data, sizes), unbacked(f"u{_FIRST_OWN + len(builder.graph.nodes)}"))
+    found = TensorType.whole(torch.int64, (size,))
+    rank = len(type_of(mask).shape)
+    made = builder.call(aten.where.default, (mask,), (found,) * rank)
+    return [builder.call(operator.getitem, (made, i), found) for i in range(rank)]
+
+
 def _getitem(builder: Builder, node: fx.Node) -> Any:
     source = builder.env[node.args[0]]  # type: ignore[index]
     if isinstance(source, list):
@@ -208,6 +302,10 @@ def _full(value: Any) -> Callable[[Builder, fx.Node], fx.Node]:
         fill = Call(node)["fill_value"] if value is None else value
         if isinstance(fill, fx.Node):
             return builder.copy(node)
+        if any(map(depends_on_data, type_.shape)) and _short(node).endswith("_like"):
+            return builder.call(
+                aten.full_like.default, (_operand(builder, node), fill), type_, dtype=type_.dtype
+            )
         return builder.call(
             aten.full.default, (list(type_.shape), fill), type_, name=node.name, dtype=type_.dtype
         )
@@ -271,7 +369,7 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
         mask = _as_shape(builder, mask, TensorType.whole(type_of(mask).dtype, shape), "mask")
     return builder.call(
         op("attention"),
-        (q, _unexpanded(k), _unexpanded(v), None, mask),
+        (q, *_key_heads(builder, k, v), None, mask),
         type_of(node),
         name=node.name,
         scale=float(scale),
@@ -280,20 +378,36 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
     )
 
 
-def _unexpanded(x: fx.Node) -> fx.Node:
-    """[B,G,S,D] behind reshape(expand(reshape(x, [B,G,1,S,D]), [B,G,r,S,D]), [B,G*r,S,D])."""
-    steps = [x]
-    for target in (aten.reshape.default, aten.expand.default, aten.reshape.default):
-        if steps[-1].target is not target:
-            return x
-        steps.append(steps[-1].args[0])  # type: ignore[arg-type]
-    grown, single, source = (type_of(node).shape for node in steps[1:])
-    repeats_heads = (
-        len(grown) == 5
-        and single == (*grown[:2], 1, *grown[3:])
-        and source == (*grown[:2], *grown[3:])
-    )
-    return steps[-1] if repeats_heads else x
+def _key_heads(builder: Builder, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values without the repetition of heads, where both have it."""
+    own = unexpanded(builder, k), unexpanded(builder, v)
+    return own if equal(type_of(own[0]).shape[1], type_of(own[1]).shape[1]) else (k, v)
+
+
+def _repeat_interleave(builder: Builder, node: fx.Node) -> fx.Node:
+    """Each index of a dim so many times over: a dim of copies grown behind it, and merged."""
+    call, x, type_ = Call(node), _operand(builder, node), type_of(node)
+    shape, dim = type_of(x).shape, call["dim"]
+    if dim is None or isinstance(call["repeats"], fx.Node):
+        return builder.copy(node)
+    behind = dim % len(shape) + 1
+    for target, copies in ((aten.reshape.default, 1), (aten.expand.default, call["repeats"])):
+        grown = (*shape[:behind], copies, *shape[behind:])
+        x = builder.call(target, (x, list(grown)), TensorType.whole(type_.dtype, grown))
+    return _as_shape(builder, x, type_, node.name)
+
+
+def _baddbmm(builder: Builder, node: fx.Node) -> fx.Node:
+    call, type_ = Call(node), type_of(node)
+    bias, left, right = (builder.env[call[name]] for name in ("self", "batch1", "batch2"))
+    product = builder.call(aten.matmul.default, (left, right), type_)
+    if call["alpha"] != 1:
+        product = builder.call(aten.mul.Tensor, (product, call["alpha"]), type_)
+    if call["beta"] == 0:  # what is there is not read, not even a NaN
+        return product
+    if call["beta"] != 1:
+        bias = builder.call(aten.mul.Tensor, (bias, call["beta"]), type_of(bias))
+    return builder.call(aten.add.Tensor, (product, bias), type_, name=node.name)
 
 
 _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
@@ -302,7 +416,9 @@ _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
          "view_as"],
         _reshape,
     ),
-    **dict.fromkeys(["transpose", "t", "numpy_T", "permute", "swapaxes", "swapdims"], _permute),
+    **dict.fromkeys(
+        ["transpose", "t", "numpy_T", "mT", "permute", "swapaxes", "swapdims"], _permute
+    ),
     **dict.fromkeys(["movedim", "moveaxis"], _movedim),
     **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expand),
     **dict.fromkeys(
@@ -316,13 +432,22 @@ _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
         _removed,
     ),
     **dict.fromkeys(["ones", "ones_like", "new_ones"], _full(1)),
-    **dict.fromkeys(["zeros", "zeros_like", "new_zeros"], _full(0)),
+    # What is in an empty tensor is not told, so zeros are as good as anything.
+    **dict.fromkeys(
+        ["zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty"], _full(0)
+    ),
     **dict.fromkeys(["full", "full_like", "new_full"], _full(None)),
     **dict.fromkeys(["split", "split_with_sizes", "chunk", "unbind", "tensor_split"], _pieces),
     "add": _neutral(0),
     "mul": _neutral(1),
+    **dict.fromkeys(["repeat", "tile"], _repeat),
+    "repeat_interleave": _repeat_interleave,
+    "baddbmm": _baddbmm,
+    **dict.fromkeys(["meshgrid", "broadcast_tensors"], _broadcast),
     "slice": _slice,
     "narrow": _narrow,
+    "index": _index,
+    "index_put": _index,
     "getitem": _getitem,
     "arange": _arange,
     "scalar_tensor": _scalar_tensor,

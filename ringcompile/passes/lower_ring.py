@@ -144,9 +144,9 @@ class _Ring:
         )
         self.cut: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         self.q, self.k, self.v = (builder.env[self.call[name]] for name in ("q", "k", "v"))
-        self.key_mask, self.mask = (
+        self.key_mask, self.mask, self.sink = (
             builder.env[self.call[name]] if self.call[name] is not None else None
-            for name in ("key_mask", "mask")
+            for name in ("key_mask", "mask", "sink")
         )
 
     def write(self) -> fx.Node:
@@ -162,7 +162,7 @@ class _Ring:
             held = {way: self._wait(transfers[way], way, step) for way in (1, -1)}
         assert state is not None
         return self.builder.call(
-            op("finish"), (state,), self.node.meta["type"], name=self.node.name,
+            op("finish"), (state, self.sink), self.node.meta["type"], name=self.node.name,
             dtype=type_of(self.node).dtype,
         )
 
@@ -253,6 +253,7 @@ class _Ring:
             chunk=self.sequence.chunk,
             limit=self.sequence.length,
             scale=self.call["scale"],
+            softcap=self.call["softcap"],
             lower=self.call["lower"],
             upper=self.call["upper"],
         )

@@ -7,7 +7,7 @@ or opaque.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,34 @@ from torch import fx
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, equal, is_symbolic
 from ringcompile.ir.nodes import type_of
-from ringcompile.passes.mask_values import Affine, Choice, Condition, Test, Value
+from ringcompile.ir.program import Program
+from ringcompile.passes.mask_constants import buffer_value
+from ringcompile.passes.mask_kinds import expression, same_by_row_and_column
+from ringcompile.passes.mask_values import (
+    Affine,
+    Choice,
+    Condition,
+    Floored,
+    Test,
+    Value,
+    hull,
+    implied,
+    sees_itself,
+)
+
+aten = torch.ops.aten
 
 
 @dataclass
 class Analysis:
-    """Abstract values of nodes, computed on demand."""
+    """Abstract values of nodes, computed on demand.
 
+    Attributes:
+        program: whose buffers may be read; without it they are opaque.
+        values: what is known already.
+    """
+
+    program: Program | None = None
     values: dict[fx.Node, Value] = field(default_factory=dict)
 
     def of(self, node: Any) -> Value:
@@ -39,7 +60,25 @@ class Analysis:
         value = self.of(node)
         return value if isinstance(value, Condition) else Condition((Test(None, node),))
 
+    def number(self, value: Any) -> float | None:
+        """The number a scalar, or a tensor that is the same everywhere, holds."""
+        if isinstance(value, int | float):
+            return float(value)
+        known = self.of(value)
+        if isinstance(known, Choice) and known.condition.constant is not None:
+            return known.true if known.condition.constant else known.false
+        return None
+
+    def is_apart(self, node: fx.Node) -> bool:
+        """Whether a node holds a multiple of the difference of two positions, and a constant."""
+        value = self.of(node)
+        return isinstance(value, Affine) and len(value.coefficients) == 2 and equal(
+            sum(c for _, c in value.coefficients), 0
+        )
+
     def _compute(self, node: fx.Node) -> Value:
+        if node.op == "placeholder" and self.program is not None:
+            return buffer_value(self.program, node.name)
         if node.op != "call_function":
             return None
         name = str(node.target).removeprefix("aten.")
@@ -78,32 +117,66 @@ def _arange(analysis: Analysis, call: Call) -> Value:
     return Affine.of({-1: call["step"]} if type_.shape[0] != 1 else {}, call["start"])
 
 
+_APART = Affine.of({-2: 1, -1: -1}, 0)
+
+
 def _map_tests(value: Value, change: Callable[[Affine], Affine], node: fx.Node) -> Value:
-    """A value behind an op that only moves elements; opaque tests stay behind and are lost."""
+    """A value behind an op that only moves elements.
+
+    Of a condition that is not understood in full, `node` itself says the rest.
+    """
     if isinstance(value, Affine):
         return change(value)
+    if isinstance(value, Floored):  # an unknown number for each entry does not say where it goes
+        return replace(value, value=change(value.value)) if value.shift is None else None
     if isinstance(value, Choice):
         inner = _map_tests(value.condition, change, node)
-        return Choice(inner, value.true, value.false) if isinstance(inner, Condition) else None
+        known = isinstance(inner, Condition) and all(t.node is not node for t in inner.tests)
+        return Choice(inner, value.true, value.false) if known else None  # type: ignore[arg-type]
     if isinstance(value, Condition):
-        if any(test.value is None for test in value.tests):
-            return None
-        return Condition(tuple(Test(change(t.value), None) for t in value.tests if t.value),
-                         value.never)
+        moved = [replace(t, value=change(t.value), node=None) for t in value.tests if t.value]
+        opaque = [test for test in value.tests if test.value is None]
+        if opaque:
+            kind = opaque[0].kind if len(opaque) == 1 else None
+            itself = all(test.reflexive for test in opaque) and change(_APART) == _APART
+            moved.append(Test(None, node, reflexive=itself, kind=kind))
+        return Condition(tuple(moved), value.never)
     return None
 
 
 def _reshape(analysis: Analysis, call: Call) -> Value:
-    """Only size-1 dims may come or go."""
+    """Size-1 dims may come or go, and dims that the value does not depend on."""
     source, target = type_of(call["self"]).shape, type_of(call.node).shape
+    value = analysis.of(call["self"])
     kept = [[(i - len(shape), size) for i, size in enumerate(shape) if size != 1]
             for shape in (source, target)]
-    if len(kept[0]) != len(kept[1]) or any(
-        not equal(a[1], b[1]) for a, b in zip(*kept, strict=True)
+    if len(kept[0]) == len(kept[1]) and all(
+        equal(a[1], b[1]) for a, b in zip(*kept, strict=True)
     ):
+        dims = {a[0]: b[0] for a, b in zip(*kept, strict=True)}
+        return _map_tests(value, lambda v: v.moved(dims), call.node)
+    same = {}
+    for dim in range(-1, -1 - min(len(source), len(target)), -1):
+        if not equal(source[dim], target[dim]):
+            break
+        same[dim] = dim
+    if not _dims_of(value) <= same.keys():
         return None
-    dims = {a[0]: b[0] for a, b in zip(*kept, strict=True)}
-    return _map_tests(analysis.of(call["self"]), lambda v: v.moved(dims), call.node)
+    return _map_tests(value, lambda v: v.moved(same), call.node)
+
+
+def _dims_of(value: Value) -> set[int]:
+    """The dims that the understood part of a value depends on."""
+    match value:
+        case Affine():
+            return {dim for dim, _ in value.coefficients}
+        case Floored():
+            return _dims_of(value.value)
+        case Choice():
+            return _dims_of(value.condition)
+        case Condition():
+            return set().union(*(_dims_of(test.value) for test in value.tests))
+    return set()
 
 
 def _permute(analysis: Analysis, call: Call) -> Value:
@@ -114,8 +187,6 @@ def _permute(analysis: Analysis, call: Call) -> Value:
 
 def _expand(analysis: Analysis, call: Call) -> Value:
     value = analysis.of(call["self"])
-    if isinstance(value, Condition):
-        return value
     if value is None and type_of(call.node).dtype == torch.bool:
         return analysis.condition(call["self"])  # broadcasts the same from before the expand
     return value
@@ -181,9 +252,35 @@ def _add(sign: int) -> Callable[[Analysis, Call], Value]:
         alpha = call.get("alpha", 1)
         if isinstance(a, Affine) and isinstance(b, Affine):
             return a + b.scaled(sign * alpha) if isinstance(alpha, int) else None
+        if isinstance(a, Affine) and alpha == 1 and _is_by_batch(call["other"]):
+            return Floored(a, (sign, expression(call["other"])))
         return _on_choice(a, call["other"], lambda x, y: x + sign * alpha * y)
 
     return step
+
+
+def _is_by_batch(node: Any) -> bool:
+    """An integer tensor that is the same for all queries and keys."""
+    if not isinstance(node, fx.Node) or type_of(node).dtype not in _WIDE:
+        return False
+    return len(type_of(node).shape) < 1 or all(n == 1 for n in type_of(node).shape[-2:])
+
+
+def _divide(analysis: Analysis, call: Call) -> Value:
+    """Whole division by a number, rounded down; or to zero where that is the same."""
+    value, divisor = analysis.of(call["self"]), call["other"]
+    is_division = call.node.target is aten.div.Tensor_mode
+    mode = call["rounding_mode"] if is_division else "floor"
+    if isinstance(value, Affine):
+        value = Floored(value)
+    if not isinstance(value, Floored) or value.divisor != 1:
+        return None
+    if not isinstance(divisor, int) or isinstance(divisor, bool) or divisor < 1:
+        return None
+    positive = value.shift is None and value.value.is_never_negative
+    if mode != "floor" and not (mode == "trunc" and positive):
+        return None
+    return replace(value, divisor=divisor)
 
 
 def _rsub(analysis: Analysis, call: Call) -> Value:
@@ -209,8 +306,14 @@ def _on_choice(value: Value, other: Any, change: Callable[[float, float], float]
 def _compare(name: str) -> Callable[[Analysis, Call], Value]:
     def step(analysis: Analysis, call: Call) -> Value:
         a, b = analysis.of(call["self"]), analysis.of(call["other"])
+        if isinstance(a, Condition):
+            a = Choice(a, 1.0, 0.0)
         if isinstance(a, Choice) and isinstance(call["other"], int | float):
             return _chosen(a, _COMPARE[name], call["other"])
+        if name == "eq":
+            found = _equal(a, b, call)
+            if found is not None:
+                return found
         if not isinstance(a, Affine) or not isinstance(b, Affine):
             return None
         if name in ("eq", "ne"):
@@ -223,6 +326,35 @@ def _compare(name: str) -> Callable[[Analysis, Call], Value]:
         return _decided(high + low.scaled(-1) + Affine((), slack), call.node)
 
     return step
+
+
+def _equal(a: Value, b: Value, call: Call) -> Condition | None:
+    """Equal chunks, which are less than a chunk apart, or equal documents."""
+    node = call.node
+    if isinstance(a, Floored) and isinstance(b, Floored):
+        if (a.shift, a.divisor) != (b.shift, b.divisor):
+            return None
+        apart, most = a.value + b.value.scaled(-1), Affine((), a.divisor - 1)
+        bounds = [Test(most + apart.scaled(sign), None, implied=True) for sign in (1, -1)]
+        exact = Test(
+            None, node, reflexive=_is_apart(apart), kind=f"chunks of {a.divisor}"
+        )
+        return Condition((*bounds, exact))
+    if isinstance(a, Affine) and isinstance(b, Affine) and (a + b.scaled(-1)).coefficients:
+        apart = a + b.scaled(-1)
+        return Condition((Test(apart, node), Test(apart.scaled(-1), node)))
+    pair = isinstance(call["other"], fx.Node) and not type_of(call["self"]).dtype.is_floating_point
+    if pair and same_by_row_and_column(*call.operands):
+        return Condition((Test(None, node, reflexive=True, kind="documents"),))
+    return None
+
+
+def _is_apart(value: Affine) -> bool:
+    """Whether it is a multiple of query - key."""
+    match dict(value.coefficients):
+        case {-2: query, -1: key, **rest} if not rest:
+            return equal(query, -key) and equal(value.constant, 0)
+    return False
 
 
 def _decided(value: Affine, node: fx.Node) -> Condition:
@@ -271,7 +403,21 @@ def _or(analysis: Analysis, call: Call) -> Value:
             if one.constant:
                 return Condition()
             return other if isinstance(other, Condition) else None
-    return None
+    if type_of(call.node).dtype != torch.bool or len(call.operands) != 2:
+        return None
+    sides = [analysis.condition(x) for x in call.operands]
+    kind = "prefix" if _is_prefix(call.operands, sides) else None
+    whole = Test(None, call.node, reflexive=any(map(sees_itself, sides)), kind=kind)
+    return Condition((*implied(hull(sides)), whole))
+
+
+def _is_prefix(nodes: list[fx.Node], sides: list[Condition]) -> bool:
+    """What is before, and some keys for all queries."""
+    for node, other in (nodes, sides[1]), (nodes[::-1], sides[0]):
+        shape = type_of(node[0]).shape
+        if other.tests and hull([other]).lower == 0 and (len(shape) < 2 or shape[-2] == 1):
+            return True
+    return False
 
 
 def _not(analysis: Analysis, call: Call) -> Value:
@@ -300,24 +446,14 @@ def _triangle(lower: bool) -> Callable[[Analysis, Call], Value]:
 
 def _where(analysis: Analysis, call: Call) -> Value:
     condition = analysis.condition(call["condition"])
-    numbers = [_scalar(analysis, call[name]) for name in ("self", "other")]
+    numbers = [analysis.number(call[name]) for name in ("self", "other")]
     if None in numbers:
         return None
     return Choice(condition, *numbers)  # type: ignore[arg-type]
 
 
-def _scalar(analysis: Analysis, value: Any) -> float | None:
-    """The number a scalar, or a tensor that is the same everywhere, holds."""
-    if isinstance(value, int | float):
-        return float(value)
-    known = analysis.of(value)
-    if isinstance(known, Choice) and known.condition.constant is not None:
-        return known.true if known.condition.constant else known.false
-    return None
-
-
 def _masked_fill(analysis: Analysis, call: Call) -> Value:
-    kept, filled = _scalar(analysis, call["self"]), _scalar(analysis, call["value"])
+    kept, filled = analysis.number(call["self"]), analysis.number(call["value"])
     if kept is None or filled is None:
         return None
     return Choice(analysis.condition(call["mask"]), filled, kept)
@@ -352,6 +488,8 @@ _STEPS: dict[str, Callable[[Analysis, Call], Value]] = {
     "sub": _add(-1),
     "rsub": _rsub,
     "mul": _mul,
+    "floor_divide": _divide,
+    "div.Tensor_mode": _divide,
     **{name: _compare(name) for name in _COMPARE},
     **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), _and),
     **dict.fromkeys(("__or__", "bitwise_or", "logical_or"), _or),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ringcompile.ir.expr import Size, equal, simplify
+from ringcompile.ops.blocks import Band
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,37 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Floored:
+    """An integer tensor: an affine one, less an unknown number for each batch entry, by a divisor.
+
+    Attributes:
+        value: the affine part.
+        shift: tells unknown numbers apart; None for none.
+        divisor: what the difference is divided by, rounded down.
+    """
+
+    value: Affine
+    shift: object = None
+    divisor: int = 1
+
+
+@dataclass(frozen=True)
 class Test:
-    """One condition of a conjunction: `value >= 0` where that is understood, else a bool node."""
+    """One condition of a conjunction: `value >= 0` where that is understood, else a bool node.
+
+    Attributes:
+        value: what is understood of it.
+        node: the bool tensor, in dims that line up with the mask; None where there is none.
+        implied: it follows from the other tests, and may be left out.
+        reflexive: it holds wherever query and key are the same position.
+        kind: what people call such a mask.
+    """
 
     value: Affine | None
     node: fx.Node | None
+    implied: bool = False
+    reflexive: bool = False
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,4 +116,53 @@ class Choice:
     false: float
 
 
-Value = Affine | Condition | Choice | None
+Value = Affine | Floored | Condition | Choice | None
+
+
+def band_of(test: Test) -> Band | None:
+    """The test as a bound on query - key, the dims -2 and -1."""
+    if not isinstance(test.value, Affine) or not isinstance(test.value.constant, int):
+        return None
+    match dict(test.value.coefficients):
+        case {-2: 1, -1: -1, **rest} if not rest:
+            return Band(lower=-test.value.constant)
+        case {-2: -1, -1: 1, **rest} if not rest:
+            return Band(upper=test.value.constant)
+    return None
+
+
+def sees_itself(condition: Condition) -> bool:
+    """Whether every query sees the key at its own position, and that is proved."""
+    return not condition.never and all(map(_holds_at_itself, condition.tests))
+
+
+def _holds_at_itself(test: Test) -> bool:
+    band = band_of(test)
+    return test.reflexive or test.implied or (
+        band is not None and band.relation(0, 0) == "full"
+    )
+
+
+def hull(conditions: list[Condition]) -> Band:
+    """The band outside of which none of the conditions holds."""
+    bands = []
+    for condition in conditions:
+        band = Band()
+        for test in condition.tests:
+            band &= band_of(test) or Band()
+        bands.append(band)
+    lowers, uppers = [band.lower for band in bands], [band.upper for band in bands]
+    return Band(
+        None if None in lowers else min(lower for lower in lowers if lower is not None),
+        None if None in uppers else max(upper for upper in uppers if upper is not None),
+    )
+
+
+def implied(band: Band) -> tuple[Test, ...]:
+    """A band as tests that follow from others."""
+    tests = []
+    if band.lower is not None:
+        tests.append(Test(Affine.of({-2: 1, -1: -1}, -band.lower), None, implied=True))
+    if band.upper is not None:
+        tests.append(Test(Affine.of({-2: -1, -1: 1}, band.upper), None, implied=True))
+    return tuple(tests)

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import Call, replace_operands, with_argument
-from ringcompile.ir.expr import coordinate, equal
+from ringcompile.ir.calls import Call, with_argument
+from ringcompile.ir.expr import coordinate, equal, spelled
 from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program
@@ -60,7 +60,7 @@ class _Partitioner:
         return self.program.with_graph(self.builder.graph)
 
     def _shape(self, type_: TensorType) -> list[Any]:
-        return list(local_shape(type_, self.program.mesh, self.sequence))
+        return spelled(local_shape(type_, self.program.mesh, self.sequence))
 
     def _local(self, node: fx.Node) -> fx.Node:
         """The same op on shares; the argument that spells out a shape is written anew."""
@@ -167,39 +167,47 @@ class _Partitioner:
 
     def _attention(self, node: fx.Node) -> fx.Node:
         call = Call(node)
-        operands = [self.builder.env[n] for n in call.operands]
-        args, _ = replace_operands(node, operands)
-        q, k = (type_of(n).layout.dims[2] for n in operands[:2])
-        band = {"scale": call["scale"], "lower": call["lower"], "upper": call["upper"]}
+        args = self.builder.mapped(tuple(call[name] for name in _ATTENTION_OPERANDS))
+        q, k = (type_of(n).layout.dims[2] for n in args[:2])
+        how = {name: call[name] for name in ("scale", "softcap", "lower", "upper")}
         if not q and not k:
             return self.builder.copy(node)
         if k:
-            return self.builder.call(
-                op("ring_attention"), tuple(args), node.meta["type"], name=node.name,
-                axis=self.sequence.axis, **band,
+            new = self.builder.call(
+                op("ring_attention"), args, node.meta["type"], name=node.name,
+                axis=self.sequence.axis, **how,
             )
-        return self._rows_only(node, tuple(args), band)
+            return _with_mask_kind(new, node)
+        return self._rows_only(node, args, how)
 
-    def _rows_only(self, node: fx.Node, args: tuple[Any, ...], band: dict[str, Any]) -> fx.Node:
+    def _rows_only(self, node: fx.Node, args: tuple[Any, ...], how: dict[str, Any]) -> fx.Node:
         """Split queries over keys that every rank has whole."""
-        q, k, v, *masks = args
+        q, k, v, key_mask, mask, sink = args
         sequence, type_ = self.sequence, type_of(node)
         state = self.builder.call(
             op("block_attention"),
-            (q, [k, v], *masks),
+            (q, [k, v], key_mask, mask),
             state_type(type_),
             head_dim=type_of(q).shape[3],
             queries=list(sequence.chunks(coordinate(sequence.axis))),
             keys=None,
             chunk=sequence.chunk,
             limit=type_of(k).shape[2],
-            **band,
+            **how,
         )
+        _with_mask_kind(state, node)
         return self.builder.call(
-            op("finish"), (state,), type_, name=node.name, dtype=type_.dtype
+            op("finish"), (state, sink), type_, name=node.name, dtype=type_.dtype
         )
 
 
+def _with_mask_kind(new: fx.Node, node: fx.Node) -> fx.Node:
+    if "mask_kind" in node.meta:
+        new.meta["mask_kind"] = node.meta["mask_kind"]
+    return new
+
+
+_ATTENTION_OPERANDS = ("q", "k", "v", "key_mask", "mask", "sink")
 _STEPS = {
     "aten.arange.start_step": _Partitioner._arange,
     "ringcompile.redistribute.default": _Partitioner._redistribute,

@@ -7,6 +7,8 @@ otherwise writes a `redistribute` node, which `partition` turns into a local sli
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,11 +17,11 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, replace_operands
-from ringcompile.ir.expr import equal
+from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, symbol
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.nodes import error_at, type_of
+from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.rules import ConflictError, FactorRule, Factors, Placement, Rule, find_rule
+from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
@@ -48,7 +50,9 @@ class Place(Pass):
 
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
-        sequence = SequenceSplit("ring", self.mesh.size("ring"), self._order(program))
+        sequence = SequenceSplit(
+            "ring", self.mesh.size("ring"), self._order(program), _sequence_length(program)
+        )
         self._check_mesh()
         placer = _Placer(program, self.mesh, sequence, self.gather_unknown)
         return placer.run()
@@ -71,6 +75,28 @@ class Place(Pass):
         calls = [Call(node) for node in program.graph.nodes if node.target is _ATTENTION]
         causal = calls and all(c["lower"] == 0 and c["upper"] is None for c in calls)
         return "zigzag" if causal else "contiguous"
+
+
+def _sequence_length(program: Program) -> Size:
+    """The length that is split: the one most self-attentions have, before any other that of inputs.
+
+    It is not a length of the inputs where the model adds prefix tokens, or cuts patches.
+    """
+    lengths: Counter[Size] = Counter()
+    for node in program.graph.nodes:
+        if node.target is _ATTENTION:
+            queries, keys = (type_of(n).shape[2] for n in Call(node).operands[:2])
+            if equal(queries, keys):
+                lengths[queries] += 1
+    if not lengths:
+        if not any(is_symbolic(size) for spec in program.inputs for size in spec.type.shape):
+            raise RingCompileError(
+                "there is no sequence to split: the model has no attention that is understood, and "
+                "its code fixes the length",
+                hint="; ".join(program.notes) or None,
+            )
+        return symbol(SEQUENCE)
+    return max(lengths, key=lambda length: (lengths[length], length == symbol(SEQUENCE)))
 
 
 class _Placer:
@@ -109,17 +135,21 @@ class _Placer:
         self.placeholders[node.name] = self.program.placeholders[node.name]
         layout = Layout.whole(len(type_.shape))
         dims = [i for i, size in enumerate(type_.shape) if equal(size, self.sequence.length)]
-        if dims:
-            layout = Layout.split(
-                len(type_.shape), dims[0], self.sequence.length, (self.sequence.axis,)
-            )
+        if dims and is_symbolic(self.sequence.length):  # an equal number may be any size
+            layout = self._split(len(type_.shape), dims[0])
         return self.builder.placeholder(node.name, type_.with_layout(layout))
 
+    def _split(self, rank: int, dim: int) -> Layout:
+        return Layout.split(rank, dim, self.sequence.length, (self.sequence.axis,))
+
     def _call(self, node: fx.Node) -> fx.Node:
+        if node.target is operator.getitem:
+            source, index = node.args
+            return self._pick(self.builder.env[source], index, node.name)  # type: ignore[index,arg-type]
         rule = self._rule(node)
         call = Call(node)
         operands = [self.builder.env[n] for n in call.operands]
-        layouts = [type_of(n).layout for n in operands]
+        layouts = [layout_of(n) for n in operands]
         placement = self._placement(node, rule, call, layouts)
         new = [
             self._request(n, wanted) for n, wanted in zip(operands, placement.operands, strict=True)
@@ -128,7 +158,7 @@ class _Placer:
 
     def _rule(self, node: fx.Node) -> Rule:
         rule = find_rule(node.target)
-        if rule is not None and isinstance(node.meta.get("type"), TensorType):
+        if rule is not None:
             return rule
         if self.gather_unknown and isinstance(node.meta.get("type"), TensorType):
             self._note(node, f"{node.target} has no rule: computed whole on every rank")
@@ -162,6 +192,9 @@ class _Placer:
 
     def _attention(self, rule: Rule, call: Call, layouts: Sequence[Layout]) -> Placement:
         """Keys and values may stay split along the sequence as queries are: that is the ring."""
+        layouts = [self._seeded(n, x) for n, x in zip(call.operands[:3], layouts, strict=False)] + [
+            *layouts[3:]
+        ]
         q, k, v = layouts[:3]
         placement = rule.forward(call, layouts, self.axis_sizes)
         if not q.dims[2]:
@@ -173,17 +206,34 @@ class _Placer:
                 wanted[i] = Layout((*wanted[i].dims[:2], q.dims[2], wanted[i].dims[3]))
         return Placement(tuple(wanted), placement.output)
 
+    def _seeded(self, operand: fx.Node, layout: Layout) -> Layout:
+        """Queries, keys and values of the sequence's length are split, even if they came whole."""
+        if layout.is_whole and equal(type_of(operand).shape[2], self.sequence.length):
+            return self._split(4, 2)
+        return layout
+
     def _note(self, node: fx.Node, text: str) -> None:
         place = node.meta["loc"].short if "loc" in node.meta else ""
         self.notes.append(f"{place}: %{node.name}: {text}".lstrip(": "))
 
     def _emit(self, node: fx.Node, operands: list[fx.Node], layout: Layout) -> fx.Node:
         args, kwargs = replace_operands(node, operands)
-        new = self.builder.call(
-            node.target, args, type_of(node).with_layout(layout), name=node.name, **kwargs
+        types = node.meta["type"]
+        placed = (
+            types.with_layout(layout)
+            if isinstance(types, TensorType)
+            else tuple(type_.with_layout(layout) for type_ in types)
         )
+        new = self.builder.call(node.target, args, placed, name=node.name, **kwargs)
         new.meta["loc"] = node.meta.get("loc")
+        if "mask_kind" in node.meta:
+            new.meta["mask_kind"] = node.meta["mask_kind"]
         return new
+
+    def _pick(self, source: fx.Node, index: int, name: str) -> fx.Node:
+        """One of several results, in the layout that they have."""
+        type_ = source.meta["type"][index]
+        return self.builder.call(operator.getitem, (source, index), type_, name=name)
 
     # -- requests: a value that exists in one layout, wanted in another ---------------------------
 
@@ -207,12 +257,16 @@ class _Placer:
         return self.requests[key]
 
     def _recompute(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
-        type_ = type_of(node)
-        if type_.layout == wanted:
+        have = layout_of(node)
+        if have == wanted:
             return node
-        shrinking = type_.layout.is_whole
+        shrinking = have.is_whole
         if node.op == "placeholder":
             return self._input_again(node, wanted)
+        if node.target is operator.getitem:
+            source, index = node.args
+            again = self._recomputed(source, wanted)  # type: ignore[arg-type]
+            return again and self._pick(again, index, node.name)  # type: ignore[arg-type]
         rule = find_rule(node.target)
         if rule is None or not (rule.cheap or shrinking):
             return None
@@ -269,9 +323,4 @@ def _placeholders_first(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _all_whole(call: Call) -> Factors:
-    operands = tuple((None,) * len(type_of(n).shape) for n in call.operands)
-    return Factors(operands, (None,) * len(type_of(call.node).shape))
-
-
-_WHOLE_RULE = FactorRule(_all_whole, cheap=False)
+_WHOLE_RULE = FactorRule(all_whole, cheap=False)

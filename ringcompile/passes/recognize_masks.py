@@ -16,14 +16,16 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import equal
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.types import TensorType
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.mask_analysis import Analysis
-from ringcompile.passes.mask_values import Affine, Choice, Condition, Test
+from ringcompile.passes.mask_kinds import kind_of_rest
+from ringcompile.passes.mask_operands import joined
+from ringcompile.passes.mask_values import Choice, Condition, band_of, sees_itself
 
 aten = torch.ops.aten
 _ATTENTION = op("attention")
@@ -35,6 +37,12 @@ class Parts:
 
     band: Band = field(default_factory=Band)
     nodes: list[fx.Node] = field(default_factory=list)
+    kinds: dict[fx.Node, str] = field(default_factory=dict)
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(
+            self.band & other.band, self.nodes + other.nodes, {**self.kinds, **other.kinds}
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class RecognizeMasks(Pass):
 
     def run(self, program: Program) -> Program:
         """Rewrite each attention that has a mask; other nodes are copied."""
-        analysis, builder = Analysis(), Builder()
+        analysis, builder = Analysis(program), Builder()
         for node in program.graph.nodes:
             builder.at(node)
             if node.target is _ATTENTION and Call(node)["mask"] is not None:
@@ -63,18 +71,24 @@ def _rewrite(node: fx.Node, analysis: Analysis, builder: Builder) -> fx.Node:
     call = Call(node)
     parts = _parts(call["mask"], analysis)
     band = parts.band & Band(call["lower"], call["upper"])
-    key_nodes = [n for n in parts.nodes if _for_all_queries(n)]
+    key_nodes = [builder.env[n] for n in parts.nodes if _for_all_queries(n)]
     others = [n for n in parts.nodes if not _for_all_queries(n)]
     q, k, v = (builder.env[call[name]] for name in ("q", "k", "v"))
-    return builder.call(
+    sink = builder.env[call["sink"]] if call["sink"] is not None else None
+    rest = joined([builder.env[n] for n in others], builder)
+    new = builder.call(
         _ATTENTION,
-        (q, k, v, _joined(key_nodes, builder), _joined(others, builder)),
+        (q, k, v, joined(key_nodes, builder), rest, sink),
         node.meta["type"],
         name=node.name,
         scale=call["scale"],
+        softcap=call["softcap"],
         lower=band.lower,
         upper=band.upper,
     )
+    if others:
+        new.meta["mask_kind"] = _kind(others, parts, analysis)
+    return new
 
 
 def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
@@ -86,12 +100,38 @@ def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
     terms = mask.args[:2]
     plain = mask.target is aten.add.Tensor and Call(mask)["alpha"] == 1
     if plain and all(isinstance(term, fx.Node) for term in terms):
-        both = [_parts(term, analysis) for term in terms]  # type: ignore[arg-type]
-        return Parts(both[0].band & both[1].band, both[0].nodes + both[1].nodes)
+        return _parts(terms[0], analysis) + _parts(terms[1], analysis)  # type: ignore[arg-type]
     if mask.target is aten.expand.default:
         return _parts(mask.args[0], analysis)  # type: ignore[arg-type]
-    condition = _as_condition(analysis.of(mask), type_of(mask).dtype)
-    return _of_condition(mask, condition) if condition is not None else Parts(nodes=[mask])
+    condition = _as_condition(analysis.of(mask), mask)
+    if condition is not None:
+        return _of_condition(mask, condition)
+    return _of_hidden(mask, analysis) or Parts(nodes=[mask])
+
+
+def _of_hidden(mask: fx.Node, analysis: Analysis) -> Parts | None:
+    """-inf where a condition does not hold, and another additive mask where it does."""
+    name = str(mask.target).split(".")[1] if mask.op == "call_function" else ""
+    if name not in ("where", "masked_fill"):
+        return None
+    call = Call(mask)
+    if name == "masked_fill":
+        condition, rest, hidden, where = call["mask"], call["self"], call["value"], False
+    else:
+        condition, rest, hidden, where = call["condition"], call["self"], call["other"], True
+        if not isinstance(rest, fx.Node) or analysis.number(rest) == -inf:
+            rest, hidden, where = hidden, rest, False
+    if not isinstance(rest, fx.Node) or analysis.number(hidden) != -inf:
+        return None
+    seen: Condition | None = analysis.condition(condition)
+    if not where and seen is not None:
+        seen = seen.negated()
+    if seen is None or any(test.node is None and test.value is None for test in seen.tests):
+        return None
+    parts = _of_condition(mask, seen)
+    if mask in parts.nodes:
+        return None
+    return parts + _parts(rest, analysis)
 
 
 def _adds_leading_dims(node: fx.Node) -> bool:
@@ -103,7 +143,7 @@ def _adds_leading_dims(node: fx.Node) -> bool:
     return added > 0 and all(size == 1 for size in shape[:added]) and shape[added:] == source
 
 
-def _as_condition(value: object, dtype: torch.dtype) -> Condition | None:
+def _as_condition(value: object, mask: fx.Node) -> Condition | None:
     """An additive mask of 0 and -inf as a condition.
 
     The most negative finite number hides a key just as well, unless it hides all of a row's keys
@@ -111,7 +151,7 @@ def _as_condition(value: object, dtype: torch.dtype) -> Condition | None:
     """
     if not isinstance(value, Choice):
         return None
-    low = torch.finfo(dtype).min
+    low = torch.finfo(type_of(mask).dtype).min
     if value.true == 0 and value.false in (-inf, low):
         condition, hidden = value.condition, value.false
     elif value.false == 0 and value.true in (-inf, low):
@@ -121,90 +161,38 @@ def _as_condition(value: object, dtype: torch.dtype) -> Condition | None:
         condition, hidden = negated, value.true
     else:
         return None
-    if hidden != -inf and not _sees_itself(condition):
+    rows, columns = type_of(mask).shape[-2:]
+    if hidden != -inf and not (equal(rows, columns) and sees_itself(condition)):
         return None
     return condition
-
-
-def _sees_itself(condition: Condition) -> bool:
-    bands = [_band(test) for test in condition.tests]
-    return not condition.never and all(
-        band is not None and band.relation(0, 0) == "full" for band in bands
-    )
 
 
 def _of_condition(mask: fx.Node, condition: Condition) -> Parts:
     parts = Parts()
     if condition.never:
         return Parts(nodes=[mask])
+    whole = False
     for test in condition.tests:
-        band = _band(test)
+        band = band_of(test)
         if band is not None:
             parts.band &= band
         elif test.node is not None:
-            parts.nodes.append(test.node)
-        else:  # understood, but no band, and its own node no longer lines up: take the whole mask
-            return Parts(nodes=[mask])
-    return parts
+            if test.node not in parts.nodes:
+                parts.nodes.append(test.node)
+            if test.kind:
+                parts.kinds[test.node] = test.kind
+        elif not test.implied:  # understood, but no band, and its own node no longer lines up
+            whole = True
+    return Parts(parts.band, [mask], parts.kinds) if whole else parts
 
 
-def _band(test: Test) -> Band | None:
-    """The test as a bound on query - key, the dims -2 and -1."""
-    if not isinstance(test.value, Affine) or not isinstance(test.value.constant, int):
-        return None
-    match dict(test.value.coefficients):
-        case {-2: 1, -1: -1, **rest} if not rest:
-            return Band(lower=-test.value.constant)
-        case {-2: -1, -1: 1, **rest} if not rest:
-            return Band(upper=test.value.constant)
-    return None
+def _kind(nodes: list[fx.Node], parts: Parts, analysis: Analysis) -> str:
+    """What is left over of a mask, in the words that people have for it."""
+    kinds = [parts.kinds.get(n) or kind_of_rest(n, analysis.is_apart) for n in nodes]
+    return " + ".join(dict.fromkeys(kinds))
 
 
 def _for_all_queries(node: fx.Node) -> bool:
     """[B|1, 1, 1, Sk]: the same for every query and head."""
     shape = type_of(node).shape
     return all(size == 1 for size in shape[-3:-1])
-
-
-def _joined(nodes: list[fx.Node], builder: Builder) -> fx.Node | None:
-    """One 4-dim mask operand from several: bools are and-ed, additive ones added."""
-    flags = [_four_dims(builder.env[n], builder) for n in nodes if _is_bool(n)]
-    biases = [_four_dims(builder.env[n], builder) for n in nodes if not _is_bool(n)]
-    joined = _fold(aten.logical_and.default, flags, builder)
-    bias = _fold(aten.add.Tensor, biases, builder)
-    if joined is None or bias is None:
-        return joined if bias is None else bias
-    return builder.call(
-        aten.where.ScalarOther,
-        (joined, bias, -inf),
-        _broadcast([joined, bias], type_of(bias).dtype),
-    )
-
-
-def _fold(target: object, nodes: list[fx.Node], builder: Builder) -> fx.Node | None:
-    if not nodes:
-        return None
-    total = nodes[0]
-    for node in nodes[1:]:
-        total = builder.call(target, (total, node), _broadcast([total, node], type_of(total).dtype))
-    return total
-
-
-def _broadcast(nodes: list[fx.Node], dtype: torch.dtype) -> TensorType:
-    shapes = [type_of(node).shape for node in nodes]
-    sizes = (next((s for s in sizes if s != 1), 1) for sizes in zip(*shapes, strict=True))
-    return TensorType.whole(dtype, tuple(sizes))
-
-
-def _four_dims(node: fx.Node, builder: Builder) -> fx.Node:
-    type_ = type_of(node)
-    if len(type_.shape) == 4:
-        return node
-    shape = (*(1,) * (4 - len(type_.shape)), *type_.shape)
-    return builder.call(
-        aten.reshape.default, (node, list(shape)), TensorType.whole(type_.dtype, shape)
-    )
-
-
-def _is_bool(node: fx.Node) -> bool:
-    return type_of(node).dtype == torch.bool

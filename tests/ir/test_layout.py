@@ -19,6 +19,7 @@ from ringcompile.ops.sequence import positions
 
 S = symbol("s")
 RING = ("ring",)
+TP = ("tp",)
 few = settings(max_examples=120, deadline=None)
 
 
@@ -65,14 +66,14 @@ def placed(draw: st.DrawFn) -> tuple[tuple[int, ...], Layout, int]:
     dims = [i for i, size in enumerate(shape) if size % ranks == 0]
     assume(dims)
     dim = draw(st.sampled_from(dims))
-    return shape, Layout.split(len(shape), dim, shape[dim], RING), ranks
+    return shape, Layout.split(len(shape), dim, shape[dim], TP), ranks
 
 
 def check_view(
     shape: tuple[int, ...], layout: Layout, out: tuple[int, ...], found: Layout, ranks: int
 ) -> None:
     x = arange(shape)
-    mesh = Mesh((("ring", ranks),))
+    mesh = Mesh((("tp", ranks),))
     here = local_shape(TensorType(torch.int64, out, found), mesh, None)
     for rank in range(ranks):
         share = split_share(x, layout, ranks, rank)
@@ -85,7 +86,7 @@ def layouts_of(shape: tuple[int, ...], ranks: int) -> Iterator[Layout]:
     for dim, size in enumerate(shape):
         for major in divisors(size):
             if size // major % ranks == 0:
-                atoms = normalise([Atom(major), Atom(size // major, RING)])
+                atoms = normalise([Atom(major), Atom(size // major, TP)])
                 yield Layout(tuple(atoms if i == dim else WHOLE for i in range(len(shape))))
 
 
@@ -114,7 +115,7 @@ def test_a_share_of_a_view_is_the_view_of_the_share(
     shape, layout, ranks = start
     for _ in range(3):
         out = data.draw(shapes(math.prod(shape)))
-        found = regroup(shape, layout, out, {"ring": ranks})
+        found = regroup(shape, layout, out, {"tp": ranks})
         if found is None:
             return
         assert not found.is_whole, "a split is never lost"
@@ -126,7 +127,7 @@ def test_a_share_of_a_view_is_the_view_of_the_share(
 @given(placed(), st.data())
 def test_there_and_back(start: tuple[tuple[int, ...], Layout, int], data: st.DataObject) -> None:
     shape, layout, ranks = start
-    axes = {"ring": ranks}
+    axes = {"tp": ranks}
     flat = (math.prod(shape),)
     flattened = regroup(shape, layout, flat, axes)
     assert flattened is not None, "flattening cuts nothing"
@@ -148,8 +149,8 @@ def test_a_view_that_leaves_the_split_dim_alone_is_never_refused(
     before = data.draw(shapes(math.prod(shape[:dim]), max_dims=3))
     after = data.draw(shapes(math.prod(shape[dim + 1 :]), max_dims=3))
     out = (*before, shape[dim], *after)
-    found = regroup(shape, layout, out, {"ring": ranks})
-    assert found == Layout.split(len(out), len(before), shape[dim], RING)
+    found = regroup(shape, layout, out, {"tp": ranks})
+    assert found == Layout.split(len(out), len(before), shape[dim], TP)
 
 
 @few
@@ -159,7 +160,7 @@ def test_what_is_found_is_the_only_layout(
 ) -> None:
     shape, layout, ranks = start
     out = data.draw(shapes(math.prod(shape)))
-    found = regroup(shape, layout, out, {"ring": ranks})
+    found = regroup(shape, layout, out, {"tp": ranks})
     possible = expressible(shape, layout, out, ranks)
     assert len(set(possible)) <= 1, "a placement is written in one way"
     if found is not None:
@@ -185,13 +186,13 @@ def splits() -> Iterator[tuple[tuple[int, ...], Layout, tuple[int, ...], int]]:
     for (shape, out), ranks in pairs(small_views(), (2, 3)):
         for dim, size in enumerate(shape):
             if size % ranks == 0:
-                yield shape, Layout.split(len(shape), dim, size, RING), out, ranks
+                yield shape, Layout.split(len(shape), dim, size, TP), out, ranks
 
 
 def test_through_the_flat_shape_a_layout_is_found_wherever_there_is_one() -> None:
     found_some = found_none = 0
     for shape, layout, out, ranks in splits():
-        axes, flat = {"ring": ranks}, (math.prod(shape),)
+        axes, flat = {"tp": ranks}, (math.prod(shape),)
         flattened = regroup(shape, layout, flat, axes)
         assert flattened is not None
         found = regroup(flat, flattened, out, axes)
@@ -203,7 +204,7 @@ def test_through_the_flat_shape_a_layout_is_found_wherever_there_is_one() -> Non
 
 def test_a_layout_is_found_wherever_there_is_one() -> None:
     for shape, layout, out, ranks in splits():
-        found = regroup(shape, layout, out, {"ring": ranks})
+        found = regroup(shape, layout, out, {"tp": ranks})
         assert expressible(shape, layout, out, ranks) == ([] if found is None else [found])
 
 
@@ -291,8 +292,9 @@ FORMS: dict[str, tuple[list[Atom], DimLayout]] = {
     "ones": ([Atom(1), Atom(1)], WHOLE),
     "split": ([Atom(6, RING)], (Atom(6, RING),)),
     "split beside ones": ([Atom(1), Atom(6, RING), Atom(1)], (Atom(6, RING),)),
-    "a known split takes in what is behind it": ([Atom(4, RING), Atom(3)], (Atom(12, RING),)),
-    "all of it": ([Atom(4, RING), Atom(3), Atom(5)], (Atom(60, RING),)),
+    "a known split takes in what is behind it": ([Atom(4, TP), Atom(3)], (Atom(12, TP),)),
+    "all of it": ([Atom(4, TP), Atom(3), Atom(5)], (Atom(60, TP),)),
+    "the sequence stays apart": ([Atom(26, RING), Atom(3)], (Atom(26, RING), Atom(3))),
     "not what is before it": ([Atom(3), Atom(4, RING)], (Atom(3), Atom(4, RING))),
     "a length stays apart": ([Atom(S, RING), Atom(3)], (Atom(S, RING), Atom(3))),
     "what is behind a length is one": (

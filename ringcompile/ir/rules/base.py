@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout, regroup
-from ringcompile.ir.nodes import type_of
+from ringcompile.ir.nodes import results_of, type_of
 
 Names = tuple[Hashable | None, ...]
 
@@ -145,5 +145,5 @@ def shapes(call: Call) -> list[tuple[object, ...]]:
 
 
 def rank_of(call: Call) -> int:
-    """The number of dims of a call's output."""
-    return len(type_of(call.node).shape)
+    """The number of dims of a call's output; of several, of the first."""
+    return len(results_of(call.node)[0].shape)

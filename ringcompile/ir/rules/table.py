@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.nodes import type_of
+from ringcompile.ir.rules import contraction, indexing, spatial
 from ringcompile.ir.rules.base import FactorRule, Factors, Names, Rule, ViewRule, rank_of, shapes
 
 
@@ -74,6 +75,20 @@ def select(call: Call) -> Factors:
     return Factors((operand,), tuple(i for i in range(rank) if i != dim))
 
 
+def all_whole(call: Call) -> Factors:
+    """An op that needs all of its operands, and whose results every rank computes."""
+    operands = tuple((None,) * len(shape) for shape in shapes(call))
+    return Factors(operands, (None,) * rank_of(call))
+
+
+def real_pairs(call: Call) -> Factors:
+    """Complex numbers as a last dim of two, or back."""
+    operand, out = len(shapes(call)[0]), rank_of(call)
+    names: Names = tuple(range(min(operand, out)))
+    pair: Names = (None,)
+    return Factors((names + pair * (operand > out),), names + pair * (out > operand))
+
+
 def stack(call: Call) -> Factors:
     """Operands side by side along a new dim, which is whole."""
     rank = rank_of(call)
@@ -91,91 +106,10 @@ def trailing_whole(call: Call) -> Factors:
     return Factors((names, *others), names)
 
 
-def linear(call: Call) -> Factors:
-    """... i, o i, o -> ... o."""
-    batch = tuple(range(rank_of(call) - 1))
-    bias: tuple[Names, ...] = (("o",),) if len(call.operands) == 3 else ()
-    return Factors(((*batch, "i"), ("o", "i"), *bias), (*batch, "o"))
-
-
-def addmm(call: Call) -> Factors:
-    """Bias (broadcast), m k, k n -> m n."""
-    bias = shapes(call)[0]
-    names: Names = ("m", "n")[2 - len(bias):]
-    out = type_of(call.node).shape[2 - len(bias):]
-    names = tuple(None if b == 1 and o != 1 else f
-                  for f, b, o in zip(names, bias, out, strict=True))
-    return Factors((names, ("m", "k"), ("k", "n")), ("m", "n"))
-
-
-def matmul(call: Call) -> Factors:
-    """... m k, ... k n -> ... m n, batch dims broadcast; a vector lacks its outer dim."""
-    left, right = shapes(call)
-    out = type_of(call.node).shape
-    m = ("m",) if len(left) > 1 else ()
-    n = ("n",) if len(right) > 1 else ()
-    num_batch = len(out) - len(m) - len(n)
-
-    def batch(shape: tuple[object, ...]) -> Names:
-        count = max(len(shape) - 2, 0)
-        offset = num_batch - count
-        return tuple(None if shape[i] == 1 and out[offset + i] != 1 else offset + i
-                     for i in range(count))
-
-    return Factors(
-        ((*batch(left), *m, "k"), (*batch(right), "k", *n)), (*range(num_batch), *m, *n)
-    )
-
-
 def embedding(call: Call) -> Factors:
     """V d, ... -> ... d; the vocabulary whole."""
     index = tuple(range(rank_of(call) - 1))
     return Factors(((None, "d"), index), (*index, "d"))
-
-
-def index_select(call: Call) -> Factors:
-    """One dim is picked from, and must be whole; the picked entries may be split."""
-    rank = rank_of(call)
-    dim = call["dim"] % rank
-    names: Names = tuple(None if i == dim else i for i in range(rank))
-    return Factors((names, ("picked",)), tuple("picked" if i == dim else i for i in range(rank)))
-
-
-def index(call: Call) -> Factors:
-    """x[i, j, ...] with index tensors side by side: indexed dims whole, indices broadcast."""
-    entries = list(call["indices"])
-    source = shapes(call)[0]
-    where = [i for i, entry in enumerate(entries) if entry is not None]
-    adjacent = where == list(range(where[0], where[-1] + 1))
-    index_shapes = [type_of(entries[i]).shape for i in where]
-    width = max(map(len, index_shapes))
-    out = type_of(call.node).shape
-    start = where[0] if adjacent else 0
-    operand: list[object] = [None] * len(source)
-    kept = [i for i in range(len(source)) if i not in where]
-    free = [i for i in range(len(out)) if not start <= i < start + width]
-    for i, name in zip(kept, free, strict=True):
-        operand[i] = ("kept", name)
-    output: Names = tuple(
-        ("picked", i - start) if start <= i < start + width else ("kept", i)
-        for i in range(len(out))
-    )
-    picked = tuple(
-        tuple(None if size == 1 and out[start + width - len(shape) + i] != 1
-              else ("picked", width - len(shape) + i) for i, size in enumerate(shape))
-        for shape in index_shapes
-    )
-    return Factors((tuple(operand), *picked), output)
-
-
-def gather(call: Call) -> Factors:
-    """torch.gather: only where index and source agree on the other dims; kept to whole there."""
-    rank = rank_of(call)
-    dim = call["dim"] % rank
-    source, picked = shapes(call)
-    same = tuple(i if i != dim and source[i] == picked[i] else None for i in range(rank))
-    index_names: Names = tuple("picked" if i == dim else same[i] for i in range(rank))
-    return Factors((same, index_names), index_names)
 
 
 def last_two_whole(call: Call) -> Factors:
@@ -190,6 +124,7 @@ def attention(call: Call) -> Factors:
 
     Keys and values may be split along their sequence on the axis that splits the queries: that
     is ring attention, and `passes/place.py` keeps such a split. The key mask must know all keys.
+    A sink has one number a query head.
     """
     names: list[Names] = [("b", "h", "q", "d"), ("b", "g", "k", "d"), ("b", "g", "k", "e")]
     if call["key_mask"] is not None:
@@ -199,7 +134,17 @@ def attention(call: Call) -> Factors:
         shape = type_of(call["mask"]).shape
         rows = zip(("b", "h", "q"), shape, strict=False)
         names.append((*(None if size == 1 else f for f, size in rows), None))
+    if call["sink"] is not None:
+        names.append(("h",))
     return Factors(tuple(names), ("b", "h", "q", "e"))
+
+
+def expert_linear(call: Call) -> Factors:
+    """... i, ..., E o i (or E i o), E o -> ... o; all experts are to be had everywhere."""
+    batch = tuple(range(rank_of(call) - 1))
+    weight: Names = (None, None, "o") if call["transposed"] else (None, "o", None)
+    bias: tuple[Names, ...] = ((None, "o"),) if call["bias"] is not None else ()
+    return Factors(((*batch, None), batch, weight, *bias), (*batch, "o"))
 
 
 _UNARY = [
@@ -207,7 +152,10 @@ _UNARY = [
     "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu", "silu", "gelu", "elu", "leaky_relu",
     "mish", "hardswish", "hardsigmoid", "softplus", "logical_not", "bitwise_not", "sign", "floor",
     "ceil", "round", "trunc", "isnan", "isinf", "square", "selu", "hardtanh", "relu6",
-    "log_sigmoid",
+    "log_sigmoid", "log10", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh",
+    "erfc", "erfinv", "isfinite", "frac", "celu", "hardshrink", "softshrink", "signbit", "logit",
+    "conj", "_conj", "real", "imag", "resolve_conj", "positive", "angle",
+    "full_like",
 ]
 _BINARY = [
     "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "mul.Tensor",
@@ -221,16 +169,35 @@ _BINARY = [
     "__or__.Tensor", "__and__.Scalar", "__or__.Scalar", "where.self", "where.ScalarOther",
     "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor", "clamp.default",
     "clamp.Tensor", "clamp_min.default", "clamp_max.default", "lerp.Scalar", "lerp.Tensor",
-    "addcmul.default", "atan2.default", "to.dtype", "nan_to_num.default",
+    "addcmul.default", "addcdiv.default", "atan2.default", "to.dtype", "nan_to_num.default",
+    "polar.default", "complex.default", "bitwise_left_shift.Tensor_Scalar",
+    "bitwise_right_shift.Tensor_Scalar", "floor_divide.Scalar", "xlogy.Tensor", "fmod.Tensor",
+    "threshold.default", "heaviside.default", "copy.default", "fill.Scalar",
+    "isclose.default", "logaddexp.default", "hypot.default", "bitwise_xor.Scalar",
+    "isin.Tensor_Scalar", "clamp_min.Tensor", "clamp_max.Tensor",
 ]
 _ALONG_DIM = [
     "softmax.int", "_softmax.default", "log_softmax.int", "cumsum.default", "cumprod.default",
-    "slice.Tensor", "cat.default", "diff.default", "logcumsumexp.default",
+    "slice.Tensor", "cat.default", "diff.default", "logcumsumexp.default", "topk.default",
+    "sort.default", "sort.stable", "argsort.default", "argsort.stable", "cummax.default",
+    "cummin.default", "fft_fft.default", "fft_ifft.default", "fft_rfft.default",
+    "_log_softmax.default",
+]
+# What these return depends on all of what they read, in no way that dims could carry.
+_ALL_WHOLE = [
+    "nonzero.default", "nonzero_numpy.default", "where.default", "masked_select.default",
+    "masked_scatter.default", "bincount.default", "histc.default", "searchsorted.Tensor",
+    "eye.default", "eye.m", "linspace.default", "isin.Tensor_Tensor", "fft_fftn.default",
+    "fft_fft2.default", "tril_indices.default", "triu_indices.default", "_weight_norm.default",
+    "im2col.default", "pixel_shuffle.default", "pixel_unshuffle.default",
+    "repeat_interleave.Tensor", "unique_consecutive.default", "_unique2.default",
 ]
 _REDUCTIONS = [
     "mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "any.dims", "all.dim",
     "all.dims", "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
-    "std.correction", "logsumexp.default", "linalg_vector_norm.default",
+    "std.correction", "logsumexp.default", "linalg_vector_norm.default", "max.dim", "min.dim",
+    "median.dim", "mode.default", "prod.default", "count_nonzero.dim_IntList",
+    "var_mean.correction", "nansum.default",
 ]
 
 
@@ -267,6 +234,7 @@ RULES: dict[str, Rule] = {
     "aten.permute.default": FactorRule(permute),
     "aten.select.int": FactorRule(select),
     "aten.stack.default": FactorRule(stack),
+    **_rows(["view_as_complex.default", "view_as_real.default"], real_pairs),
     "aten.full.default": FactorRule(creation, shape_argument="size"),
     "aten.arange.start_step": FactorRule(creation),
     "aten.tril.default": FactorRule(last_two_whole),
@@ -274,15 +242,41 @@ RULES: dict[str, Rule] = {
     "aten.layer_norm.default": FactorRule(trailing_whole),
     "aten.rms_norm.default": FactorRule(trailing_whole),
     "aten.embedding.default": FactorRule(embedding),
-    "aten.index_select.default": FactorRule(index_select),
-    "aten.index.Tensor": FactorRule(index),
-    "aten.gather.default": FactorRule(gather),
-    "aten.linear.default": FactorRule(linear, cheap=False),
-    "aten.addmm.default": FactorRule(addmm, cheap=False),
-    "aten.matmul.default": FactorRule(matmul, cheap=False),
-    "aten.bmm.default": FactorRule(matmul, cheap=False),
-    "aten.mm.default": FactorRule(matmul, cheap=False),
+    "aten.index_select.default": FactorRule(indexing.index_select),
+    "aten.index.Tensor": FactorRule(indexing.index),
+    "aten.gather.default": FactorRule(indexing.gather),
+    **_rows(["index_put.default"], indexing.index_put),
+    **_rows(["index_add.default", "index_copy.default", "index_fill.int_Scalar"],
+            indexing.index_add),
+    **_rows(["scatter.src", "scatter.value", "scatter.reduce", "scatter.value_reduce",
+             "scatter_add.default", "scatter_reduce.two"], indexing.scatter),
+    **_rows(["slice_scatter.default"], indexing.slice_scatter),
+    **_rows(["select_scatter.default"], indexing.select_scatter),
+    **_rows(["one_hot.default"], indexing.one_hot),
+    **_rows(["bucketize.Tensor"], indexing.bucketize),
+    **_rows(["roll.default"], indexing.roll),
+    **_rows(["linear.default"], contraction.linear, cheap=False),
+    **_rows(["addmm.default", "baddbmm.default"], contraction.addmm, cheap=False),
+    **_rows(["matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default"],
+            contraction.matmul, cheap=False),
+    **_rows(["outer.default", "ger.default"], contraction.outer),
+    **_rows(["einsum.default"], contraction.einsum, cheap=False),
+    **_rows(["_grouped_mm.default"], contraction.grouped_mm, cheap=False),
+    **_rows(["conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding",
+             "conv2d.padding"], spatial.convolution, cheap=False),
+    **_rows(["conv_transpose1d.default", "conv_transpose2d.input"],
+            spatial.transposed_convolution, cheap=False),
+    **_rows(["avg_pool1d.default", "avg_pool2d.default", "max_pool1d.default", "max_pool2d.default",
+             "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default",
+             "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
+             "upsample_bicubic2d.vec", "upsample_linear1d.vec"], spatial.pooling),
+    **_rows(["pad.default", "constant_pad_nd.default"], spatial.pad),
+    **_rows(["unfold.default"], spatial.unfold),
+    **_rows(["batch_norm.default"], spatial.channel_norm),
+    **_rows(["group_norm.default"], spatial.group_norm),
+    **_rows(_ALL_WHOLE, all_whole),
     "ringcompile.attention.default": FactorRule(attention, cheap=False),
+    "ringcompile.expert_linear.default": FactorRule(expert_linear, cheap=False),
 }
 
 

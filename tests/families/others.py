@@ -1,0 +1,212 @@
+"""Image encoders, encoder-decoders, speech, and state space models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.families.decoders import ROTARY, layers, sizes
+from tests.families.family import Family, ids
+
+IMAGE = 32
+
+
+def image(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """An image of fixed size; `length` plays no part."""
+    return {"pixel_values": torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)}
+
+
+def pair(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """An encoder's tokens and a decoder's, of one length."""
+    return {"input_ids": ids(length, batch, generator),
+            "decoder_input_ids": ids(length, batch, generator)}
+
+
+def speech(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Decoder tokens, and the mel spectrum of as many frames as the config fixes."""
+    return {"decoder_input_ids": ids(length, batch, generator),
+            "input_features": torch.randn(batch, 8, 40, generator=generator)}
+
+
+def wave(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Samples, 16 for each position."""
+    return {"input_values": torch.randn(batch, 16 * length, generator=generator)}
+
+
+def picture(*args: Any, **kwargs: Any) -> Family:
+    """A row that takes images of one size."""
+    return Family(*args, **{"inputs": image, "padding": None, "fixed_length": True, **kwargs})
+
+
+def translator(*args: Any, **kwargs: Any) -> Family:
+    """A row with an encoder and a decoder."""
+    return Family(*args, **{"inputs": pair, "padding": "right", "two_sequences": True, **kwargs})
+
+
+def sight(**changes: Any) -> dict[str, Any]:
+    """16 patches of 8 by 8."""
+    return {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": IMAGE, "patch_size": 8, **changes}
+
+
+SEQ2SEQ = {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+    "max_position_embeddings": 64, "decoder_start_token_id": 1, "forced_eos_token_id": None,
+}
+T5 = {
+    "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+}
+SPEECH = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
+    "conv_dim": (32, 32), "conv_stride": (4, 4), "conv_kernel": (8, 4),
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+    "num_feat_extract_layers": 2,
+}
+PATCHES = "learned table of patches"
+
+IMAGES = [
+    picture("vit", "ViTModel", sight(), "full, with a class token", PATCHES),
+    picture("deit", "DeiTModel", sight(), "full, with class and distillation tokens", PATCHES),
+    picture("dinov2", "Dinov2Model", sight(mlp_ratio=2), "full, with a class token", PATCHES),
+    picture("dinov2_with_registers", "Dinov2WithRegistersModel",
+            sight(mlp_ratio=2, num_register_tokens=2),
+            "full, with a class token and 2 registers", PATCHES),
+    picture("dinov3_vit", "DINOv3ViTModel", sight(num_register_tokens=2),
+            "full, with a class token and 2 registers", "rotary over rows and columns"),
+    picture("siglip-vision", "SiglipVisionModel", sight(), "full, pooled by attention", PATCHES),
+    picture("clip-vision", "CLIPVisionModel", sight(), "full, with a class token", PATCHES),
+    picture("beit", "BeitModel", sight(use_relative_position_bias=True),
+            "full, with a class token", "relative bias over rows and columns"),
+    picture("data2vec-vision", "Data2VecVisionModel",
+            sight(use_shared_relative_position_bias=True), "full, with a class token",
+            "relative bias over rows and columns"),
+    picture("vit_mae", "ViTMAEModel", sight(mask_ratio=0.0), "full, patches in random order",
+            "sinusoids over rows and columns"),
+    picture("vit_msn", "ViTMSNModel", sight(), "full, with a class token", PATCHES),
+    picture("ijepa", "IJepaModel", sight(), "full", PATCHES),
+    picture("yolos", "YolosModel", sight(image_size=[32, 32], num_detection_tokens=6),
+            "full, with class and detection tokens", PATCHES),
+    picture("swin", "SwinModel",
+            {"image_size": IMAGE, "patch_size": 4, "embed_dim": 32, "depths": [2, 2],
+             "num_heads": [2, 4], "window_size": 4},
+            "full in shifted windows, pooled between stages", "relative bias in a window"),
+    picture("pvt", "PvtModel",
+            {"image_size": IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1],
+             "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "patch_sizes": [4, 2],
+             "strides": [4, 2], "sequence_reduction_ratios": [2, 1], "num_encoder_blocks": 2},
+            "full over reduced keys, pooled between stages", PATCHES),
+    picture("segformer", "SegformerModel",
+            {"hidden_sizes": [16, 32], "depths": [1, 1], "num_attention_heads": [1, 2],
+             "sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2],
+             "num_encoder_blocks": 2},
+            "full over reduced keys, pooled between stages", "convolutions"),
+]
+TEXT_TOWERS = [
+    Family("clip-text", "CLIPTextModel", sizes(), "causal", "learned table", padding="right"),
+    Family("siglip-text", "SiglipTextModel", sizes(projection_size=64), "full", "learned table",
+           padding="right"),
+]
+ENCODER_DECODERS = [
+    translator("t5", "T5ForConditionalGeneration", T5, "full, causal and cross, unscaled",
+               "relative bias", sharpen=0.7),
+    translator("t5-encoder", "T5EncoderModel", T5, "full, unscaled", "relative bias", sharpen=0.7,
+               inputs=lambda length, batch, g: {"input_ids": ids(length, batch, g)},
+               two_sequences=False),
+    translator("mt5", "MT5ForConditionalGeneration", T5, "full, causal and cross, unscaled",
+               "relative bias", sharpen=0.7),
+    translator("umt5", "UMT5ForConditionalGeneration", T5, "full, causal and cross, unscaled",
+               "relative bias in every layer", sharpen=0.7),
+    translator("longt5", "LongT5ForConditionalGeneration",
+               {**T5, "local_radius": 4, "encoder_attention_type": "local"},
+               "windows of 4 to both sides, causal and cross", "relative bias", sharpen=0.7),
+    translator("switch_transformers", "SwitchTransformersForConditionalGeneration",
+               {**T5, "num_experts": 4, "expert_capacity": 8, "num_sparse_encoder_layers": 1,
+                "num_sparse_decoder_layers": 1},
+               "full, causal and cross; expert 1 of 4 with a capacity", "relative bias",
+               sharpen=0.7),
+    translator("nllb_moe", "NllbMoeForConditionalGeneration",
+               {**SEQ2SEQ, "num_experts": 4, "expert_capacity": 8, "encoder_sparse_step": 2,
+                "decoder_sparse_step": 2},
+               "full, causal and cross; experts 2 of 4 with a capacity", "sinusoids"),
+    translator("bart", "BartForConditionalGeneration", SEQ2SEQ, "full, causal and cross",
+               "learned table"),
+    translator("mbart", "MBartForConditionalGeneration", SEQ2SEQ, "full, causal and cross",
+               "learned table"),
+    translator("marian", "MarianMTModel", {**SEQ2SEQ, "decoder_vocab_size": 97},
+               "full, causal and cross", "sinusoids"),
+    translator("pegasus", "PegasusForConditionalGeneration", SEQ2SEQ, "full, causal and cross",
+               "sinusoids"),
+    translator("m2m_100", "M2M100ForConditionalGeneration", SEQ2SEQ, "full, causal and cross",
+               "sinusoids, counted over real tokens"),
+    translator("blenderbot", "BlenderbotForConditionalGeneration", SEQ2SEQ,
+               "full, causal and cross", "learned table"),
+    translator("prophetnet", "ProphetNetForConditionalGeneration",
+               {"hidden_size": 64, "num_encoder_layers": 2, "num_decoder_layers": 2,
+                "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+                "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 64,
+                "ngram": 2, "decoder_start_token_id": 1},
+               "full, causal for each of two n-grams, and cross", "relative bias"),
+    translator("whisper", "WhisperForConditionalGeneration",
+               {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20,
+                "max_target_positions": 64, "suppress_tokens": None,
+                "begin_suppress_tokens": None},
+               "full, causal and cross", "convolutions and learned tables", inputs=speech,
+               padding=None),
+]
+STATES = [
+    Family("mamba", "MambaForCausalLM",
+           {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "none: state space",
+           "recurrence"),
+    Family("mamba2", "Mamba2ForCausalLM",
+           {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 4,
+            "head_dim": 16, "n_groups": 1, "chunk_size": 8}, "none: state space", "recurrence"),
+    Family("rwkv", "RwkvForCausalLM",
+           {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32,
+            "intermediate_size": 64, "context_length": 64}, "none: recurrence", "recurrence",
+           padding=None),
+    Family("recurrent_gemma", "RecurrentGemmaForCausalLM",
+           sizes(num_hidden_layers=3, attention_window_size=8, lru_width=64),
+           "grouped-query, causal + window 8 every third layer, recurrence elsewhere",
+           "recurrence and rotary"),
+    Family("jamba", "JambaForCausalLM",
+           sizes(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
+                 expert_layer_period=2, num_experts=4, mamba_d_state=8, mamba_dt_rank=8,
+                 use_mamba_kernels=False),
+           "grouped-query, causal every other layer, state space elsewhere; experts 2 of 4",
+           "recurrence"),
+    Family("bamba", "BambaForCausalLM",
+           sizes(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8,
+                 mamba_chunk_size=8),
+           "grouped-query, causal every other layer, state space elsewhere",
+           "recurrence and rotary"),
+    Family("lfm2", "Lfm2ForCausalLM",
+           sizes(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+           "grouped-query with query/key norm, causal every other layer, convolutions elsewhere",
+           ROTARY),
+    Family("qwen3_next", "Qwen3NextForCausalLM",
+           sizes(layer_types=["linear_attention", "full_attention"], num_experts=4,
+                 num_experts_per_tok=2, moe_intermediate_size=32,
+                 shared_expert_intermediate_size=32, head_dim=16, linear_num_value_heads=4,
+                 linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16),
+           "gated, grouped-query, causal every other layer, gated delta rule elsewhere; "
+           "experts 2 of 4", "rotary on a quarter of each head"),
+]
+SOUNDS = [
+    Family("wav2vec2", "Wav2Vec2Model", SPEECH, "full", "convolutions", inputs=wave,
+           padding=None),
+    Family("hubert", "HubertModel", SPEECH, "full", "convolutions", inputs=wave, padding=None),
+    Family("wavlm", "WavLMModel", {**SPEECH, "num_buckets": 16, "max_bucket_distance": 32},
+           "full", "gated relative bias", inputs=wave, padding=None),
+    Family("audio_spectrogram_transformer", "ASTModel",
+           {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 96, "patch_size": 8, "frequency_stride": 8, "time_stride": 8,
+            "max_length": 32, "num_mel_bins": 16},
+           "full, with class and distillation tokens", PATCHES, padding=None, fixed_length=True,
+           inputs=lambda length, batch, g: {"input_values": torch.randn(batch, 32, 16,
+                                                                        generator=g)}),
+]
+FAMILIES = [*IMAGES, *TEXT_TOWERS, *ENCODER_DECODERS, *STATES, *SOUNDS]

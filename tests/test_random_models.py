@@ -1,0 +1,91 @@
+"""Ways of writing a mixture do what their table says; random models match, or are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.moe_styles import STYLES, Style, WithLoss, reference
+
+
+def made(name: str, top_k: int = 2, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return STYLES[name].factory(size=16, num_experts=8, top_k=top_k).eval()
+
+
+def exported(name: str, length: int) -> torch.export.ExportedProgram:
+    x = torch.randn(2, length, 16, dtype=STYLES[name].dtype)
+    with torch.no_grad():
+        return torch.export.export(
+            made(name).to(x.dtype), (x,), dynamic_shapes={"x": {1: torch.export.Dim.DYNAMIC}},
+            strict=False)
+
+
+def first(value: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else value[0]
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("name", [name for name in STYLES if name != "experts choose"])
+def test_a_style_computes_its_mixture(name: str, top_k: int) -> None:
+    style = STYLES[name]
+    module, x = made(name, top_k), torch.randn(2, 21, 16)
+    if style.dtype is torch.float32:
+        module, x = module.double(), x.double()
+    with torch.no_grad():
+        found, expected = first(module(x)), reference(style, module, x)
+    assert (found - expected).abs().max() <= (1e-12 if x.dtype == torch.float64 else 1e-5)
+    if style.order is not None:
+        everything = Style(style.factory)
+        assert (found - reference(everything, module, x)).abs().max() > 1e-3, "nothing was dropped"
+
+
+def test_experts_that_choose() -> None:
+    module, x = made("experts choose").double(), torch.randn(2, 21, 16, dtype=torch.float64)
+    tokens, expected = x.flatten(0, 1), torch.zeros(42, 16, dtype=torch.float64)
+    scores = module.router(tokens).softmax(-1).detach()
+    for expert in range(8):
+        for token in sorted(range(42), key=lambda t: -float(scores[t, expert]))[: 42 * 2 // 8]:
+            row = module.expert(expert, tokens[token : token + 1])[0]
+            expected[token] = expected[token] + scores[token, expert] * row
+    torch.testing.assert_close(module(x), expected.view(x.shape), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.order is None])
+def test_what_a_token_depends_on(name: str) -> None:
+    """A token alone gives what it gives among others, if the style is one of single tokens."""
+    module, x = made(name), torch.randn(2, 21, 16)
+    with torch.no_grad():
+        pairs = zip(torch.utils._pytree.tree_leaves(module(x)),
+                    torch.utils._pytree.tree_leaves(module(x[:, 4:5])), strict=True)
+        same = [torch.allclose(a[:, 4:5] if a.ndim else a, b, atol=1e-5) for a, b in pairs]
+    assert all(same) == STYLES[name].tokenwise
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")  # torch.export's own, in copyreg
+@pytest.mark.parametrize("name", STYLES)
+def test_what_export_makes_of_a_style(name: str) -> None:
+    style = STYLES[name]
+    if not style.captured:
+        with pytest.raises(RuntimeError, match="data-dependent"):
+            exported(name, 9)
+        return
+    program = exported(name, 9)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    mutating = {t._schema.name.removeprefix("aten::") for t in targets
+                if isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable}
+    assert mutating == set(style.mutates)
+    module, longer = made(name).to(style.dtype), torch.randn(2, 30, 16, dtype=style.dtype)
+    if not style.any_length:
+        with pytest.raises(AssertionError, match="Guard failed"):
+            program.module()(longer)
+        return
+    with torch.no_grad():
+        assert torch.equal(first(program.module()(longer)), first(module(longer)))
+
+
+def test_the_loss_is_that_of_the_whole_batch() -> None:
+    module, x = WithLoss(16, 4, 2), torch.randn(2, 21, 16)
+    _, loss = module(x)
+    halves = [module(part)[1] for part in x.split((10, 11), dim=1)]
+    assert (loss - sum(halves) / 2).abs() > 1e-5
