@@ -31,7 +31,7 @@ from ringcompile.artifact.fields import (
 )
 from ringcompile.artifact.ops import check_arguments, resolve
 from ringcompile.errors import RingCompileError, SourceLocation
-from ringcompile.ir.expr import LOCAL, SEQUENCE, Size, depends_on_data, is_symbolic, symbol
+from ringcompile.ir.expr import LOCAL, OWN, SEQUENCE, Size, depends_on_data, is_symbolic, symbol
 from ringcompile.ir.layout import Atom, Layout
 from ringcompile.ir.program import Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
@@ -41,7 +41,7 @@ from ringcompile.mesh import Mesh
 
 _DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,3})?")
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_LENGTHS = frozenset({SEQUENCE, LOCAL})
+_LENGTHS = frozenset({SEQUENCE, LOCAL, OWN})
 _ORDERS = ("contiguous", "zigzag")
 
 

@@ -205,5 +205,6 @@ _TOO_LARGE = 2**63
 # Lengths have these names; the only other ones in an expression are mesh axes, for coordinates.
 SEQUENCE = "s"
 LOCAL = "n"
-_SIZE_NAMES = frozenset({SEQUENCE, LOCAL})
+OWN = "m"
+_SIZE_NAMES = frozenset({SEQUENCE, LOCAL, OWN})
 _UNBACKED = re.compile(r"u\d{1,6}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -120,6 +121,19 @@ class SequenceSplit:
     def local_length(self, length: int) -> int:
         """The number of tokens each rank holds of a sequence of `length`, padding included."""
         return -(-length // self.num_chunks) * self.chunks_per_rank
+
+    def own_length(self, rank: int, lengths: Mapping[str, int]) -> int:
+        """`m`, the tokens that one rank holds, padding not counted.
+
+        Args:
+            rank: its coordinate on the axis.
+            lengths: from `bindings`.
+        """
+        total, chunk = bind(self.length, lengths), bind(self.chunk, lengths)
+        assert isinstance(total, int)
+        assert isinstance(chunk, int)
+        held = (bind(index, {}) for index in self.chunks(rank))
+        return sum(min(max(total - index * chunk, 0), chunk) for index in held)  # type: ignore[operator]
 
     def bindings(self, length: int | None = None) -> dict[str, int]:
         """The values of `s` and `n` for inputs of `length`; None where the model fixes it."""

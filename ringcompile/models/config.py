@@ -125,11 +125,14 @@ class TransformerConfig:
 
     def _check_experts(self) -> None:
         count, factor = self.num_experts, self.capacity_factor
-        self._require("num_experts", count == 0 or _is_count(count), "must be 0 or a positive integer")
+        counted = count == 0 or _is_count(count)
+        self._require("num_experts", counted, "must be 0 or a positive integer")
         if count == 0:
-            self._require("capacity_factor", factor is None, "must be None without experts (num_experts is 0)")
+            rule = "must be None without experts (num_experts is 0)"
+            self._require("capacity_factor", factor is None, rule)
             return
-        self._require("top_k", self.top_k <= count, f"must be at most num_experts, which is {count}")
+        rule = f"must be at most num_experts, which is {count}"
+        self._require("top_k", self.top_k <= count, rule)
         self._require("bias", not self.bias, "must be False with experts, which have none")
         exact = factor is None or (isinstance(factor, Fraction) and factor > 0)
         self._require("capacity_factor", exact, "must be None or a positive Fraction")

@@ -87,15 +87,14 @@ class MoE(nn.Module):
         return (out * gates.t().unsqueeze(-1)).sum(dim=0)
 
     def _slots(self, tokens: Tensor, weights: Tensor, chosen: Tensor, slots: int) -> Tensor:
-        """Each kept choice has a row of a buffer [E * C]; all dropped ones share the row behind."""
-        size, overflow = tokens.shape[1], self.num_experts * slots
-        choices = chosen.reshape(-1)
-        one_hot = F.one_hot(choices, self.num_experts)
+        """Each choice takes its expert's next slot; those past the last share one that is cut."""
+        size, experts = tokens.shape[1], chosen.reshape(-1)
+        one_hot = F.one_hot(experts, self.num_experts)
         arrival = ((one_hot.cumsum(dim=0) - 1) * one_hot).sum(dim=-1)
-        row = torch.where(arrival < slots, choices * slots + arrival, overflow)
         repeated = tokens.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, size)
-        buffer = tokens.new_zeros(overflow + 1, size).index_copy(0, row, repeated)
-        out = self.experts(buffer[:-1].view(self.num_experts, slots, size))
-        padded = torch.cat((out.view(-1, size), out.new_zeros(1, size)))
-        picked = padded[row].view(-1, self.top_k, size)
-        return (picked * weights.unsqueeze(-1)).sum(dim=1)
+        buffer = tokens.new_zeros(self.num_experts, slots + 1, size)
+        buffer = buffer.index_put((experts, arrival.clamp(max=slots)), repeated)
+        out = self.experts(buffer[:, :slots])
+        picked = out[experts, arrival.clamp(max=slots - 1)]
+        kept = torch.where((arrival < slots).unsqueeze(-1), picked, 0.0)
+        return (kept.view(-1, self.top_k, size) * weights.unsqueeze(-1)).sum(dim=1)

@@ -24,6 +24,7 @@ SCHEMAS = {
         "-> Tensor"
     ),
     "redistribute": "(Tensor x, *, str layout) -> Tensor",
+    "tokenwise": "(Tensor x, *, int region, bool leaves) -> Tensor",
     "positions": "(SymInt[] chunks, *, SymInt chunk, SymInt limit) -> Tensor",
     "gather": "(Tensor x, *, int dim, str axis, SymInt limit) -> Tensor",
     "ring_attention": (

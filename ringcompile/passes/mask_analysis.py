@@ -70,11 +70,13 @@ class Analysis:
         return None
 
     def is_apart(self, node: fx.Node) -> bool:
-        """Whether a node holds a multiple of the difference of two positions, and a constant."""
+        """Whether only the difference of two positions decides what a node holds."""
         value = self.of(node)
-        return isinstance(value, Affine) and len(value.coefficients) == 2 and equal(
-            sum(c for _, c in value.coefficients), 0
-        )
+        if isinstance(value, Condition):
+            return bool(value.tests) and all(
+                test.value is not None and _is_difference(test.value) for test in value.tests
+            )
+        return isinstance(value, Affine) and _is_difference(value)
 
     def _compute(self, node: fx.Node) -> Value:
         if node.op == "placeholder" and self.program is not None:
@@ -84,6 +86,10 @@ class Analysis:
         name = str(node.target).removeprefix("aten.")
         step = _STEPS.get(name) or _STEPS.get(name.split(".")[0])
         return step(self, Call(node)) if step else None
+
+
+def _is_difference(value: Affine) -> bool:
+    return len(value.coefficients) == 2 and equal(sum(c for _, c in value.coefficients), 0)
 
 
 def _number(value: Any) -> Value:
@@ -310,6 +316,12 @@ def _compare(name: str) -> Callable[[Analysis, Call], Value]:
             a = Choice(a, 1.0, 0.0)
         if isinstance(a, Choice) and isinstance(call["other"], int | float):
             return _chosen(a, _COMPARE[name], call["other"])
+        if name in ("lt", "le") and isinstance(b, Affine) and not b.coefficients:
+            inside = _absolute(analysis, call["self"])
+            if inside is not None:
+                most = b + Affine((), 0 if name == "le" else -1)
+                tests = [Test(most + inside.scaled(sign), call.node) for sign in (1, -1)]
+                return Condition(tuple(tests))
         if name == "eq":
             found = _equal(a, b, call)
             if found is not None:
@@ -326,6 +338,14 @@ def _compare(name: str) -> Callable[[Analysis, Call], Value]:
         return _decided(high + low.scaled(-1) + Affine((), slack), call.node)
 
     return step
+
+
+def _absolute(analysis: Analysis, node: Any) -> Affine | None:
+    """X, of the node abs(x)."""
+    if not isinstance(node, fx.Node) or node.target is not aten.abs.default:
+        return None
+    value = analysis.of(node.args[0])
+    return value if isinstance(value, Affine) and value.coefficients else None
 
 
 def _equal(a: Value, b: Value, call: Call) -> Condition | None:

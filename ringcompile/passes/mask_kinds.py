@@ -5,7 +5,7 @@ Names are for reports; that two tensors hold the same, the analysis also relies 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx
@@ -20,7 +20,7 @@ _ELEMENTWISE = frozenset([
     "add", "sub", "rsub", "mul", "div", "neg", "abs", "log", "exp", "sqrt", "pow", "sign", "clamp",
     "clamp_min", "clamp_max", "minimum", "maximum", "where", "lt", "le", "gt", "ge", "eq", "ne",
     "masked_fill", "floor_divide", "logical_not", "bitwise_not", "logical_and", "logical_or",
-    "tanh", "sigmoid", "relu", "gelu", "silu", "linear", "embedding", "index",
+    "tanh", "sigmoid", "relu", "gelu", "silu", "linear", "embedding", "index", "select", "slice",
 ])
 
 
@@ -61,16 +61,19 @@ def _same_lookup(a: fx.Node, b: fx.Node) -> bool:
     )
 
 
-def kind_of_rest(node: fx.Node, is_apart: Callable[[fx.Node], bool]) -> str:
+def kind_of_rest(
+    node: fx.Node, is_apart: Callable[[fx.Node], bool], weights: Collection[str]
+) -> str:
     """The kind of a tensor that is left over of a mask.
 
     Args:
         node: it.
         is_apart: whether a node is known to hold multiples of query - key.
+        weights: the placeholders that are no inputs.
     """
     if type_of(node).dtype.is_floating_point:
         return "relative bias" if _is_relative(node, is_apart, {}) else "bias"
-    return "data-dependent mask" if _reads_inputs(node) else "mask"
+    return "data-dependent mask" if _reads_inputs(node, weights) else "mask"
 
 
 def _is_relative(
@@ -95,11 +98,11 @@ def _is_small(node: fx.Node) -> bool:
     return node.op == "placeholder" or _short(node) == "full"
 
 
-def _reads_inputs(node: fx.Node) -> bool:
+def _reads_inputs(node: fx.Node, weights: Collection[str]) -> bool:
     seen, rest = set[fx.Node](), [node]
     while rest:
         node = rest.pop()
-        if node.op == "placeholder":
+        if node.op == "placeholder" and node.name not in weights:
             return True
         rest.extend(x for x in node.all_input_nodes if x not in seen)
         seen.update(node.all_input_nodes)

@@ -21,6 +21,7 @@ from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, state_type
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.scan import Scan
 
 aten = torch.ops.aten
 
@@ -103,6 +104,16 @@ class _Partitioner:
         if type_.dtype != torch.int64:
             here = self.builder.call(aten.to.dtype, (here, type_.dtype), type_)
         return here
+
+    def _cumsum(self, node: fx.Node) -> fx.Node:
+        """A running sum along a split dim: each chunk's own, and the total of all before it."""
+        call, type_ = Call(node), type_of(node)
+        dim = call["dim"] % len(type_.shape)
+        if not type_.layout.dims[dim]:
+            return self.builder.copy(node)
+        return Scan(self.builder, self.sequence, self._shape).write(
+            self.builder.env[call["self"]], dim, type_
+        )
 
     def _redistribute(self, node: fx.Node) -> fx.Node:
         source, target = type_of(node.args[0]), type_of(node)  # type: ignore[arg-type]
@@ -209,6 +220,7 @@ def _with_mask_kind(new: fx.Node, node: fx.Node) -> fx.Node:
 
 _ATTENTION_OPERANDS = ("q", "k", "v", "key_mask", "mask", "sink")
 _STEPS = {
+    "aten.cumsum.default": _Partitioner._cumsum,
     "aten.arange.start_step": _Partitioner._arange,
     "ringcompile.redistribute.default": _Partitioner._redistribute,
     "ringcompile.attention.default": _Partitioner._attention,

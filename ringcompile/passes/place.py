@@ -26,8 +26,11 @@ from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.own_tokens import OwnTokens
+from ringcompile.passes.regions import CAPACITIES, Finder, Region, may_route
+from ringcompile.passes.token_wise import TokenWise
 
-_ATTENTION = op("attention")
+_ATTENTION, _REDISTRIBUTE = op("attention"), op("redistribute")
 _SUPPORTED_AXES = ("ring",)
 ORDERS = ("contiguous", "zigzag")
 
@@ -41,12 +44,15 @@ class Place(Pass):
         order: which positions a rank holds; `auto` is zigzag where all attention is causal.
         gather_unknown: compute what has no rule on whole operands, on every rank, instead of
             refusing it.
+        capacity: whose tokens count where experts have a capacity, "exact" or "local"; see
+            regions.py.
     """
 
     name: ClassVar[str] = "place"
     mesh: Mesh
     order: str = "auto"
     gather_unknown: bool = False
+    capacity: str = "exact"
 
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
@@ -54,8 +60,23 @@ class Place(Pass):
             "ring", self.mesh.size("ring"), self._order(program), _sequence_length(program)
         )
         self._check_mesh()
-        placer = _Placer(program, self.mesh, sequence, self.gather_unknown)
-        return placer.run()
+        regions = self._regions(program, sequence)
+        return _Placer(program, self.mesh, sequence, self.gather_unknown, regions).run()
+
+    def _regions(self, program: Program, sequence: SequenceSplit) -> list[Region]:
+        """What each rank runs on its own tokens; by rules alone the model is placed first."""
+        if self.capacity not in CAPACITIES:
+            raise RingCompileError(
+                f"unknown capacity '{self.capacity}'", hint=f"one of: {', '.join(CAPACITIES)}"
+            )
+        if not may_route(program):
+            return []
+        scout = _Placer(program, self.mesh, sequence, gather_unknown=True, regions=[])
+        scout.run()
+        layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
+        finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity)
+        check = TokenWise(program)
+        return [*map(check.demand, finder.declared()), *filter(check.holds, finder.find())]
 
     def _check_mesh(self) -> None:
         for axis, size in self.mesh.axes:
@@ -101,7 +122,12 @@ def _sequence_length(program: Program) -> Size:
 
 class _Placer:
     def __init__(
-        self, program: Program, mesh: Mesh, sequence: SequenceSplit, gather_unknown: bool
+        self,
+        program: Program,
+        mesh: Mesh,
+        sequence: SequenceSplit,
+        gather_unknown: bool,
+        regions: Sequence[Region],
     ) -> None:
         self.program, self.mesh, self.sequence = program, mesh, sequence
         self.gather_unknown = gather_unknown
@@ -110,6 +136,13 @@ class _Placer:
         self.placeholders: dict[str, str] = {}
         self.requests: dict[tuple[fx.Node, Layout], fx.Node | None] = {}
         self.notes: list[str] = []
+        self.gathering: set[fx.Node] = set()
+        self.writers = {
+            node: writer
+            for region in regions
+            for writer in [OwnTokens(region, self.builder, self._wanted)]
+            for node in region.nodes
+        }
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -117,9 +150,13 @@ class _Placer:
             if node.op == "placeholder":
                 self.builder.env[node] = self._placeholder(node)
             elif node.op == "call_function":
-                self.builder.env[node] = self._call(node)
+                writer = self.writers.get(node)
+                if writer is not None:
+                    writer.write(node)
+                if writer is None or node in writer.region.outside:
+                    self.builder.env[node] = self._call(node)
             else:
-                self.builder.output(tuple(self.builder.env[n] for n in node.args[0]))
+                self.builder.output(tuple(map(self._value, node.args[0])))
         return self.program.with_graph(
             _placeholders_first(self.builder.graph),
             placeholders=self.placeholders,
@@ -145,16 +182,27 @@ class _Placer:
     def _call(self, node: fx.Node) -> fx.Node:
         if node.target is operator.getitem:
             source, index = node.args
-            return self._pick(self.builder.env[source], index, node.name)  # type: ignore[index,arg-type]
+            return self._pick(self._value(source), index, node.name)  # type: ignore[arg-type]
         rule = self._rule(node)
         call = Call(node)
-        operands = [self.builder.env[n] for n in call.operands]
+        operands = list(map(self._value, call.operands))
         layouts = [layout_of(n) for n in operands]
         placement = self._placement(node, rule, call, layouts)
         new = [
             self._request(n, wanted) for n, wanted in zip(operands, placement.operands, strict=True)
         ]
+        if any(n.target is _REDISTRIBUTE and layout_of(n).is_whole for n in new):
+            self.gathering.add(node)
         return self._emit(node, new, placement.output)
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """What stands for a node of the model in the new graph."""
+        if node not in self.builder.env:
+            self.builder.env[node] = self.writers[node].leave(node)
+        return self.builder.env[node]  # type: ignore[no-any-return]
+
+    def _wanted(self, node: fx.Node, layout: Layout) -> fx.Node:
+        return self._request(self._value(node), layout)
 
     def _rule(self, node: fx.Node) -> Rule:
         rule = find_rule(node.target)
@@ -302,7 +350,7 @@ class _Placer:
             have = type_of(node).layout
             why = "sliced" if have.is_whole else "gathered"
             self.requests[key] = self.builder.call(
-                op("redistribute"),
+                _REDISTRIBUTE,
                 (node,),
                 type_of(node).with_layout(wanted),
                 layout=str(wanted),

@@ -188,7 +188,10 @@ def _of_condition(mask: fx.Node, condition: Condition) -> Parts:
 
 def _kind(nodes: list[fx.Node], parts: Parts, analysis: Analysis) -> str:
     """What is left over of a mask, in the words that people have for it."""
-    kinds = [parts.kinds.get(n) or kind_of_rest(n, analysis.is_apart) for n in nodes]
+    weights = analysis.program.weights if analysis.program else ()
+    kinds = [
+        parts.kinds.get(n) or kind_of_rest(n, analysis.is_apart, weights) for n in nodes
+    ]
     return " + ".join(dict.fromkeys(kinds))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import bind, depends_on_data, is_symbolic
+from ringcompile.ir.expr import OWN, bind, depends_on_data, is_symbolic
 from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
@@ -98,7 +98,8 @@ class Executor:
         device: torch.device | str = "cpu",
         check_types: bool = False,
     ) -> None:
-        self.program, self.lengths, self.check_types = program, lengths, check_types
+        self.program, self.check_types = program, check_types
+        self.lengths = _with_own(program, lengths)
         self.device = torch.device(device)
         nodes = list(program.graph.nodes)
         self.slots = {node: i for i, node in enumerate(nodes)}
@@ -204,6 +205,14 @@ class Executor:
                 f"%{node.name} ({node.target}) is {tensor.dtype} {list(tensor.shape)}, "
                 f"its type says {type_}, here {expected}"
             )
+
+
+def _with_own(program: Program, lengths: dict[str, int]) -> dict[str, int]:
+    """The lengths, and how many tokens this very rank holds."""
+    sequence, coordinates = program.sequence, program.coordinates
+    if sequence is None or coordinates is None:
+        return lengths
+    return {**lengths, OWN: sequence.own_length(coordinates[sequence.axis], lengths)}
 
 
 def _called(step: _Step, args: list[Any], kwargs: dict[str, Any]) -> Any:

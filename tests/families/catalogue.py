@@ -1,11 +1,17 @@
-"""All families, by name."""
+"""All families, by chapter and by name."""
 
 from __future__ import annotations
 
 from tests.families import decoders, encoders, experts, others
 
-FAMILIES = {
-    family.name: family
-    for module in (decoders, encoders, experts, others)
-    for family in module.FAMILIES
+CHAPTERS = {
+    "Decoders": decoders.FAMILIES,
+    "Decoders with experts": experts.FAMILIES,
+    "Text encoders": encoders.FAMILIES,
+    "Encoders beside images": others.TEXT_TOWERS,
+    "Image encoders": others.IMAGES,
+    "Encoder-decoders": others.ENCODER_DECODERS,
+    "State space and recurrence": others.STATES,
+    "Sound": others.SOUNDS,
 }
+FAMILIES = {family.name: family for families in CHAPTERS.values() for family in families}

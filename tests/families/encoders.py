@@ -98,11 +98,10 @@ FAMILIES = [
             "full, of text and of layout, scores added", "learned table, and boxes on the page",
             inputs=boxes),
     encoder("longformer", "LongformerModel", sizes(attention_window=8),
-            "full in windows of 8", LEARNED),
+            "window of 4 to both sides", LEARNED, first_seen=False),
     encoder("big_bird", "BigBirdModel", sizes(attention_type="original_full"), "full", LEARNED),
     encoder("fnet", "FNetModel", sizes(), "Fourier transform", LEARNED, padding=None),
     encoder("funnel", "FunnelBaseModel",
             {"block_sizes": [1, 1], "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96},
-            "full, pooled between blocks", "relative sinusoids", first_seen=False),
-    encoder("mra", "MraModel", sizes(), "multi-resolution approximation", LEARNED),
+            "full, pooled between blocks", "relative sinusoids"),
 ]

@@ -100,7 +100,8 @@ def _draw_weights(model: nn.Module, sharpen: float) -> None:
         if parameter.dim() < 2:
             parameter.add_(0.15 * noise).mul_(factor)
         else:
-            parameter.copy_(noise * factor / math.sqrt(_fan_in(of_module[id(parameter)], parameter)))
+            fan_in = _fan_in(of_module[id(parameter)], parameter)
+            parameter.copy_(noise * factor / math.sqrt(fan_in))
 
 
 def _fan_in(module: nn.Module, parameter: torch.Tensor) -> int:

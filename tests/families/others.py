@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.families.decoders import ROTARY, layers, sizes
+from tests.families.decoders import ROTARY, sizes
 from tests.families.family import Family, ids
 
 IMAGE = 32
@@ -21,6 +21,12 @@ def pair(length: int, batch: int, generator: torch.Generator) -> dict[str, torch
     """An encoder's tokens and a decoder's, of one length."""
     return {"input_ids": ids(length, batch, generator),
             "decoder_input_ids": ids(length, batch, generator)}
+
+
+def masked_pair(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """As above, with the mask that some families' code takes for given when it is exported."""
+    return {**pair(length, batch, generator),
+            "attention_mask": torch.ones(batch, length, dtype=torch.int64)}
 
 
 def speech(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -122,12 +128,13 @@ ENCODER_DECODERS = [
                "relative bias in every layer", sharpen=0.7),
     translator("longt5", "LongT5ForConditionalGeneration",
                {**T5, "local_radius": 4, "encoder_attention_type": "local"},
-               "windows of 4 to both sides, causal and cross", "relative bias", sharpen=0.7),
+               "windows of 4 to both sides, causal and cross", "relative bias", sharpen=0.7,
+               inputs=masked_pair),
     translator("switch_transformers", "SwitchTransformersForConditionalGeneration",
                {**T5, "num_experts": 4, "expert_capacity": 8, "num_sparse_encoder_layers": 1,
                 "num_sparse_decoder_layers": 1},
                "full, causal and cross; expert 1 of 4 with a capacity", "relative bias",
-               sharpen=0.7),
+               sharpen=0.7, inputs=masked_pair),
     translator("nllb_moe", "NllbMoeForConditionalGeneration",
                {**SEQ2SEQ, "num_experts": 4, "expert_capacity": 8, "encoder_sparse_step": 2,
                 "decoder_sparse_step": 2},
@@ -159,30 +166,31 @@ ENCODER_DECODERS = [
 ]
 STATES = [
     Family("mamba", "MambaForCausalLM",
-           {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "none: state space",
-           "recurrence"),
+           {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}, "none: state space",
+           "recurrence", padding=None),
     Family("mamba2", "Mamba2ForCausalLM",
-           {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 4,
-            "head_dim": 16, "n_groups": 1, "chunk_size": 8}, "none: state space", "recurrence"),
+           {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "num_heads": 4,
+            "head_dim": 16, "n_groups": 1, "chunk_size": 8}, "none: state space", "recurrence",
+           padding=None),
     Family("rwkv", "RwkvForCausalLM",
-           {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32,
+           {"hidden_size": 32, "num_hidden_layers": 1, "attention_hidden_size": 32,
             "intermediate_size": 64, "context_length": 64}, "none: recurrence", "recurrence",
            padding=None),
     Family("recurrent_gemma", "RecurrentGemmaForCausalLM",
            sizes(num_hidden_layers=3, attention_window_size=8, lru_width=64),
            "grouped-query, causal + window 8 every third layer, recurrence elsewhere",
-           "recurrence and rotary"),
+           "recurrence and rotary", padding=None),
     Family("jamba", "JambaForCausalLM",
-           sizes(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
+           sizes(num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1,
                  expert_layer_period=2, num_experts=4, mamba_d_state=8, mamba_dt_rank=8,
                  use_mamba_kernels=False),
            "grouped-query, causal every other layer, state space elsewhere; experts 2 of 4",
-           "recurrence"),
+           "recurrence", padding=None),
     Family("bamba", "BambaForCausalLM",
            sizes(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8,
                  mamba_chunk_size=8),
            "grouped-query, causal every other layer, state space elsewhere",
-           "recurrence and rotary"),
+           "recurrence and rotary", padding=None),
     Family("lfm2", "Lfm2ForCausalLM",
            sizes(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
            "grouped-query with query/key norm, causal every other layer, convolutions elsewhere",
@@ -193,7 +201,7 @@ STATES = [
                  shared_expert_intermediate_size=32, head_dim=16, linear_num_value_heads=4,
                  linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16),
            "gated, grouped-query, causal every other layer, gated delta rule elsewhere; "
-           "experts 2 of 4", "rotary on a quarter of each head"),
+           "experts 2 of 4", "rotary on a quarter of each head", padding=None),
 ]
 SOUNDS = [
     Family("wav2vec2", "Wav2Vec2Model", SPEECH, "full", "convolutions", inputs=wave,
@@ -209,4 +217,3 @@ SOUNDS = [
            inputs=lambda length, batch, g: {"input_values": torch.randn(batch, 32, 16,
                                                                         generator=g)}),
 ]
-FAMILIES = [*IMAGES, *TEXT_TOWERS, *ENCODER_DECODERS, *STATES, *SOUNDS]

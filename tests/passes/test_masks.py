@@ -23,7 +23,7 @@ ORDERS = ("contiguous", "zigzag")
 BATCH, LENGTH = 2, 23
 INF, MIN = float("-inf"), torch.finfo(torch.float32).min
 PAIRS = "mask bool[1, 1, s/ring, s]"
-BIAS = "mask f32[1, 1, s/ring, s]"
+BIAS = "bias f32[1, 1, s/ring, s]"
 
 Mask = Callable[[torch.Tensor], torch.Tensor | None]
 
@@ -144,6 +144,13 @@ BANDS: dict[str, tuple[Mask, str]] = {
     "itself only": (lambda x: causal(x) & (apart(x) < 1), "causal window 1"),
     "both sides": (lambda x: (apart(x) <= 3) & (apart(x) >= -3), "band -3..3"),
     "both sides, unequal": (lambda x: (apart(x) <= 6) & (key(x) - query(x) < 3), "band -2..6"),
+    "distance": (lambda x: apart(x).abs() < 4, "band -3..3"),
+    "distance, inclusive": (lambda x: apart(x).abs() <= 4, "band -4..4"),
+    "distance of keys": (lambda x: (key(x) - query(x)).abs() < 4, "band -3..3"),
+    "equal positions": (lambda x: query(x) == key(x), "causal window 1"),
+    "equal to the next": (lambda x: query(x) == key(x) + 1, "band 1..1"),
+    "where == 0": (lambda x: (query(x) < key(x)) == 0, "causal"),
+    "where != 1": (lambda x: (query(x) < key(x)) != 1, "causal"),
     # Zero and -inf.
     "triu(1) of -inf": (lambda x: full(x, INF).triu(1), "causal"),
     "triu of -inf": (lambda x: full(x, INF).triu(), "band 1..None"),
@@ -196,33 +203,42 @@ KEPT: dict[str, tuple[Mask, str]] = {
         lambda x: TABLE[: x.shape[1], 0][None, None, None, :] + full(x, INF).triu(1),
         "causal + key mask"),
     "queries by data": (
-        lambda x: token(x)[:, None, :, None] | causal(x), "full + mask bool[2, 1, s/ring, s]"),
+        lambda x: token(x)[:, None, :, None] | causal(x),
+        "full + data-dependent mask bool[2, 1, s/ring, s]"),
     "queries by data and causal": (
         lambda x: token(x)[:, None, :, None] & causal(x),
-        "causal + mask bool[2, 1, s/ring, 1]"),
+        "causal + data-dependent mask bool[2, 1, s/ring, 1]"),
     "queries and keys by data": (
         lambda x: token(x)[:, None, :, None] & by_key(x),
-        "full + key mask + mask bool[2, 1, s/ring, 1]"),
+        "full + key mask + data-dependent mask bool[2, 1, s/ring, 1]"),
     "bias by query": (
-        lambda x: (index(x) * 0.1)[None, None, :, None], "full + mask f32[1, 1, s/ring, 1]"),
-    "ALiBi": (lambda x: -apart(x) * slopes(), "full + mask f32[1, 3, s/ring, s]"),
+        lambda x: (index(x) * 0.1)[None, None, :, None], "full + bias f32[1, 1, s/ring, 1]"),
+    "ALiBi": (lambda x: -apart(x) * slopes(), "full + relative bias f32[1, 3, s/ring, s]"),
     "ALiBi and causal": (
         lambda x: -apart(x) * slopes() + full(x, INF).triu(1),
-        "causal + mask f32[1, 3, s/ring, s]"),
+        "causal + relative bias f32[1, 3, s/ring, s]"),
     "causal and ALiBi": (
         lambda x: full(x, INF).triu(1) + -apart(x) * slopes(),
-        "causal + mask f32[1, 3, s/ring, s]"),
+        "causal + relative bias f32[1, 3, s/ring, s]"),
     "ALiBi where causal": (lambda x: torch.where(causal(x), -0.1 * apart(x), INF),
-                           f"full + {BIAS}"),
+                           f"causal + relative {BIAS}"),
+    "ALiBi filled where not causal": (
+        lambda x: (-0.1 * apart(x)).masked_fill(~causal(x), INF), f"causal + relative {BIAS}"),
+    "ALiBi, and keys by data": (
+        lambda x: torch.where(by_key(x) & causal(x), -0.1 * apart(x), INF),
+        f"causal + key mask + relative {BIAS}"),
+    "ALiBi where causal, of min": (lambda x: torch.where(causal(x), -0.1 * apart(x), MIN),
+                                   f"full + relative {BIAS}"),
     "learned where causal": (lambda x: torch.where(causal(x), TABLE[: x.shape[1], 0], INF),
-                             f"full + {BIAS}"),
+                             "causal + key mask"),
     "shifted by what is learned": (
         lambda x: query(x) >= key(x) + (TABLE[0, 0] > 0).long(), f"full + {PAIRS}"),
     "one of the heads otherwise": (
         lambda x: torch.stack([causal(x), ones(x), causal(x)])[None],
         "full + mask bool[1, 3, s/ring, s]"),
-    "prefix": (lambda x: causal(x) | (key(x) < 4), f"full + {PAIRS}"),
-    "causal or a window": (lambda x: causal(x) | (apart(x).abs() < 5), f"full + {PAIRS}"),
+    "prefix": (lambda x: causal(x) | (key(x) < 4), "full + prefix"),
+    "causal or a window": (
+        lambda x: causal(x) | (apart(x).abs() < 5), f"band -4..None + {PAIRS}"),
     "flipped": (lambda x: causal(x).flip(0), f"full + {PAIRS}"),
     "rows in another order": (
         lambda x: torch.cat([causal(x)[1:], causal(x)[:1]]), f"full + {PAIRS}"),
@@ -252,19 +268,13 @@ CAUTIOUS: dict[str, tuple[Mask, str]] = {
     "positions as numbers": (lambda x: query(x).to(torch.float32) >= key(x), "causal"),
     "against half a step": (lambda x: apart(x) >= -0.5, "causal"),
     "the sign": (lambda x: apart(x).sign() >= 0, "causal"),
-    "distance": (lambda x: apart(x).abs() < 4, "band -3..3"),
     "squares": (lambda x: apart(x) ** 2 < 9, "band -2..2"),
-    "equal positions": (lambda x: query(x) == key(x), "causal window 1"),
     "tril of triu": (lambda x: ones(x).triu(-4).tril(), "causal window 5"),
     "nested where": (
         lambda x: torch.where(causal(x), torch.where(apart(x) < 5, 0.0, INF), INF),
         "causal window 5"),
     "bias and causal, two dims": (lambda x: apart(x) * 0.1 + full(x, INF).triu(1),
-                                  f"causal + {BIAS}"),
-    "chunks": (
-        lambda x: causal(x) & (query(x) // 6 == key(x) // 6),
-        f"causal + {PAIRS}",
-    ),
+                                  f"causal + relative {BIAS}"),
     "-inf twice": (lambda x: full(x, INF).triu(1) + full(x, INF).triu(1), "causal"),
 }  # fmt: skip
 

@@ -51,6 +51,12 @@ def along_dim(call: Call) -> Factors:
     return Factors((names,) * len(call.operands), names)
 
 
+def scan(call: Call) -> Factors:
+    """A running sum goes on from rank to rank: `partition` writes that out."""
+    names: Names = tuple(range(rank_of(call)))
+    return Factors((names,), names)
+
+
 def reduction(call: Call) -> Factors:
     """`dim` (one, several or all) reduced, with or without keepdim."""
     rank = len(shapes(call)[0])
@@ -177,7 +183,7 @@ _BINARY = [
     "isin.Tensor_Scalar", "clamp_min.Tensor", "clamp_max.Tensor",
 ]
 _ALONG_DIM = [
-    "softmax.int", "_softmax.default", "log_softmax.int", "cumsum.default", "cumprod.default",
+    "softmax.int", "_softmax.default", "log_softmax.int", "cumprod.default",
     "slice.Tensor", "cat.default", "diff.default", "logcumsumexp.default", "topk.default",
     "sort.default", "sort.stable", "argsort.default", "argsort.stable", "cummax.default",
     "cummin.default", "fft_fft.default", "fft_ifft.default", "fft_rfft.default",
@@ -224,6 +230,7 @@ RULES: dict[str, Rule] = {
     **_rows([f"{name}.default" for name in _UNARY], pointwise),
     **_rows(_BINARY, pointwise),
     **_rows(_ALONG_DIM, along_dim),
+    **_rows(["cumsum.default"], scan),
     **_rows(_REDUCTIONS, reduction),
     **_rows(["mean.default", "sum.default", "max.default", "min.default", "any.default",
              "all.default"], reduce_all),

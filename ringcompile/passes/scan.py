@@ -1,0 +1,146 @@
+"""A running sum along the split sequence, as an exclusive scan over the chunks of all ranks.
+
+Each rank sums up its own chunks, and all exchange one total a chunk: what a chunk starts from is
+the total of all chunks before it in the sequence (Blelloch, "Prefix sums and their applications").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.ir.expr import coordinate, product
+from ringcompile.ir.layout import WHOLE, Atom, Layout
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.types import SequenceSplit, TensorType
+from ringcompile.ops.schemas import op
+from ringcompile.passes.base import Builder
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Scan:
+    """Writes the nodes of one running sum.
+
+    Attributes:
+        builder: the graph that is written.
+        sequence: how the dim is divided.
+        shape: the argument that spells out a type's local shape.
+    """
+
+    builder: Builder
+    sequence: SequenceSplit
+    shape: Callable[[TensorType], list[Any]]
+
+    def write(self, x: fx.Node, dim: int, type_: TensorType) -> fx.Node:
+        """The running sum of x along `dim`, whose split atom may stand between whole ones.
+
+        Args:
+            x: one rank's share, [.., before * n * behind, ..].
+            dim: the dim summed along.
+            type_: of the result; `dim` is laid out as (before, s/ring, behind).
+        """
+        atoms = type_.layout.dims[dim]
+        where = next(i for i, atom in enumerate(atoms) if atom.axes)
+        before = product(atom.size for atom in atoms[:where])
+        behind = product(atom.size for atom in atoms[where + 1 :])
+        run = product([self.sequence.chunk, behind])  # a run of entries that lie side by side
+
+        source = type_of(x)
+        rows = self._reshape(x, self._opened(source, dim, before, (run,)))
+        sums = self._call(aten.cumsum.default, (rows, dim + 2), type_.dtype, rows, dtype=type_.dtype)
+        total = self._totals(rows, dim, type_.dtype, behind)
+        start = self._starts(total, dim, before)
+        made = self._call(aten.add.Tensor, (sums, start), type_.dtype, sums)
+        return self._reshape(made, type_)
+
+    def _opened(
+        self, type_: TensorType, dim: int, before: Any, inner: tuple[Any, ...]
+    ) -> TensorType:
+        """The type with `dim` taken apart into (before, chunks/ring, *inner)."""
+        chunks = self.sequence.num_chunks
+        split = (Atom(chunks, (self.sequence.axis,)),)
+        shape = (*type_.shape[:dim], before, chunks, *inner, *type_.shape[dim + 1 :])
+        dims = (
+            *type_.layout.dims[:dim], WHOLE, split, *(WHOLE,) * len(inner),
+            *type_.layout.dims[dim + 1 :],
+        )
+        return TensorType(type_.dtype, shape, Layout(dims))
+
+    def _totals(self, rows: fx.Node, dim: int, dtype: torch.dtype, behind: Any) -> fx.Node:
+        """The sum of every chunk of this rank, padding not counted, with a size-1 dim for it."""
+        valid = self._valid(len(type_of(rows).shape) - dim - 3, behind)
+        kept = self._call(
+            aten.mul.Tensor, (rows, valid), type_of(rows).dtype, rows, why="without padding"
+        )
+        summed = type_of(rows)
+        shape = (*summed.shape[: dim + 2], 1, *summed.shape[dim + 3 :])
+        return self.builder.call(
+            aten.sum.dim_IntList, (kept, [dim + 2], True),
+            TensorType(dtype, shape, summed.layout), dtype=dtype, why="total of each chunk",
+        )
+
+    def _valid(self, trailing: int, behind: Any) -> fx.Node:
+        """Bool [chunks/ring, run, 1, ...]: whether an entry is a token, not padding."""
+        sequence = self.sequence
+        chunk, axis = sequence.chunk, sequence.axis
+        runs = [
+            self.builder.call(
+                aten.arange.start_step, (index * chunk, (index + 1) * chunk, 1),
+                TensorType.whole(torch.int64, (chunk,)), dtype=torch.int64,
+            )
+            for index in sequence.chunks(coordinate(axis))
+        ]
+        layout = Layout(((Atom(sequence.num_chunks, (axis,)),), WHOLE))
+        places = TensorType(torch.int64, (sequence.num_chunks, chunk), layout)
+        place = self.builder.call(aten.stack.default, (runs,), places)
+        here = self._call(aten.lt.Scalar, (place, sequence.length), torch.bool, place)
+        open_ = TensorType(
+            torch.bool, (*places.shape, 1), Layout((*layout.dims, WHOLE))
+        )
+        grown = TensorType(torch.bool, (*places.shape, behind), open_.layout)
+        wide = self.builder.call(
+            aten.expand.default, (self._reshape(here, open_), self.shape(grown)), grown
+        )
+        shape = (sequence.num_chunks, product([chunk, behind]), *(1,) * trailing)
+        dims = (layout.dims[0], *(WHOLE,) * (1 + trailing))
+        return self._reshape(wide, TensorType(torch.bool, shape, Layout(dims)))
+
+    def _starts(self, total: fx.Node, dim: int, before: Any) -> fx.Node:
+        """For each chunk of this rank, the total of all chunks before it, rows before included."""
+        sequence, own = self.sequence, type_of(total)
+        chunks = sequence.num_chunks
+        everywhere = Layout(
+            (*own.layout.dims[: dim + 1], WHOLE, *own.layout.dims[dim + 2 :])
+        )
+        whole = self.builder.call(
+            op("gather"), (total,), own.with_layout(everywhere), dim=dim + 1,
+            axis=sequence.axis, limit=chunks, why="totals of all ranks",
+        )
+        flat_shape = (*own.shape[:dim], product([before, chunks]), *own.shape[dim + 2 :])
+        flat_dims = (*everywhere.dims[:dim], WHOLE, *everywhere.dims[dim + 2 :])
+        flat = self._reshape(whole, TensorType(own.dtype, flat_shape, Layout(flat_dims)))
+        up_to = self._call(aten.cumsum.default, (flat, dim), own.dtype, flat)
+        before_it = self._call(aten.sub.Tensor, (up_to, flat), own.dtype, flat)
+        opened = self._reshape(before_it, own.with_layout(everywhere))
+        held = self.builder.call(
+            op("positions"), (list(sequence.chunks(coordinate(sequence.axis))),),
+            TensorType(torch.int64, (chunks,), Layout(((Atom(chunks, (sequence.axis,)),),))),
+            chunk=1, limit=chunks, why="this rank's chunks",
+        )
+        return self.builder.call(aten.index_select.default, (opened, dim + 1, held), own)
+
+    def _reshape(self, x: fx.Node, type_: TensorType) -> fx.Node:
+        return self.builder.call(aten.reshape.default, (x, self.shape(type_)), type_)
+
+    def _call(
+        self, target: Any, args: tuple[Any, ...], result: torch.dtype, like: fx.Node, **kwargs: Any
+    ) -> fx.Node:
+        """An op whose result has the shape and layout of `like`."""
+        type_ = TensorType(result, type_of(like).shape, type_of(like).layout)
+        return self.builder.call(target, args, type_, **kwargs)

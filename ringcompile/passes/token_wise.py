@@ -1,0 +1,261 @@
+"""Whether a region may run on some of the tokens alone: run whole and in parts, and compared.
+
+All data is random, so that a token which another one changes shows; where slots are counted, there
+are too few for all tokens, so that some are dropped. Weights are random as well, and large ones
+have rank one: then a product with them costs next to nothing, and no model is too large to check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from ringcompile.ir.calls import map_values
+from ringcompile.ir.expr import OWN, SEQUENCE, bind, is_symbolic
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.nodes import error_at, type_of
+from ringcompile.ir.program import Program, Weight
+from ringcompile.ops.bodies import body_of
+from ringcompile.ops.experts import expert_linear
+from ringcompile.passes.regions import Region
+
+_LENGTH = 14
+# Which tokens run alone: neighbours, and some from all over, as in a zigzag order.
+_PARTS = ([*range(6)], [*range(6, 14)], [0, 1, 2, 9, 10], [3, 4, 13], [7])
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_LOW_PRECISION = 5e-2
+_LARGE = 2**22
+
+
+class _UnknownError(Exception):
+    """The region reads something for which random data means nothing."""
+
+
+@dataclass(frozen=True)
+class _RankOne:
+    """A large weight [.., A, B] as the product of [.., A, 1] and [.., 1, B]."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass
+class TokenWise:
+    """Checks regions of a program; layers that are alike are checked once."""
+
+    program: Program
+    known: dict[Any, bool] = field(default_factory=dict)
+
+    def holds(self, region: Region) -> bool:
+        """Whether tokens do not change each other, or only by the slots that they take.
+
+        Capacity that is counted by each rank alone needs no check: it changes the result, as the
+        user asked for.
+        """
+        if region.has_capacity and region.slots is None:
+            return True
+        nodes = [node for node in self.program.graph.nodes if node in region.nodes]
+        key = self._structure(nodes, region)
+        if key not in self.known:
+            self.known[key] = self._same(nodes, region)
+        return self.known[key]
+
+    def demand(self, region: Region) -> Region:
+        """A declared region.
+
+        Raises:
+            RingCompileError: it is not token-wise.
+        """
+        if not self.holds(region):
+            first = next(node for node in self.program.graph.nodes if node in region.nodes)
+            raise error_at(
+                first,
+                "what is declared token-wise is not: run on some of the tokens alone, it gives "
+                "them other results",
+                hint="leave the declaration out: it is then computed by its ops' rules",
+            )
+        return region
+
+    def _structure(self, nodes: list[fx.Node], region: Region) -> Any:
+        """Equal for regions that compute the same of their operands."""
+        index: dict[fx.Node, int] = {}
+
+        def named(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return f"%{index.setdefault(value, len(index))}: {value.meta['type']}"
+            return str(value)
+
+        texts = [
+            (str(node.target), str(map_values((node.args, dict(node.kwargs)), named)), named(node))
+            for node in nodes
+        ]
+        ends = [[named(node) for node in part] for part in (region.entering, region.leaving)]
+        return str((texts, ends, region.slots))
+
+    def _same(self, nodes: list[fx.Node], region: Region) -> bool:
+        run = _Run(self.program, region)
+        try:
+            whole = run.whole(nodes)
+            return all(
+                _close(run.part(whole, nodes, part), whole, region.leaving, part)
+                for part in _PARTS
+            )
+        except (_UnknownError, RuntimeError, IndexError, ValueError, TypeError):
+            return False
+
+
+def _close(
+    part: Mapping[fx.Node, Any],
+    whole: Mapping[fx.Node, Any],
+    leaving: Mapping[fx.Node, Layout],
+    tokens: list[int],
+) -> bool:
+    for node, layout in leaving.items():
+        found, expected = part[node], _taken(whole[node], layout, tokens)
+        if found.shape != expected.shape:
+            return False
+        scale = float(whole[node].abs().max()) or 1.0
+        limit = _TOLERANCE.get(found.dtype, _LOW_PRECISION) * scale
+        if not float((found - expected).abs().max()) <= limit:
+            return False
+    return True
+
+
+def _taken(x: Tensor, layout: Layout, tokens: list[int]) -> Tensor:
+    """Some of the tokens of a tensor in which they are the split atom of one dim."""
+    dim = next(i for i, atoms in enumerate(layout.dims) if atoms)
+    atoms = layout.dims[dim]
+    where = next(i for i, atom in enumerate(atoms) if atom.axes)
+    sizes = [int(bind(atom.size, {SEQUENCE: _LENGTH})) for atom in atoms]
+    opened = x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+    picked = opened.index_select(dim + where, torch.tensor(tokens))
+    return picked.flatten(dim, dim + len(atoms) - 1)
+
+
+class _Run:
+    """Runs a region's nodes, on random data for what they read from outside."""
+
+    def __init__(self, program: Program, region: Region) -> None:
+        self.program, self.region = program, region
+        self.generator = torch.Generator().manual_seed(0)
+        self.outside: dict[fx.Node, Any] = {}
+
+    def whole(self, nodes: list[fx.Node]) -> dict[fx.Node, Any]:
+        """All values, for all tokens."""
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            values[node] = self._call(node, values, lambda size: size, {SEQUENCE: _LENGTH})
+        return values
+
+    def part(
+        self, whole: Mapping[fx.Node, Any], nodes: list[fx.Node], tokens: list[int]
+    ) -> dict[fx.Node, Any]:
+        """All values for some tokens alone; what is counted over all tokens is taken from all."""
+        taken = {
+            node: _taken(self._outer(node), layout, tokens)
+            for node, layout in self.region.entering.items()
+        }
+        counted = {
+            node: _taken(whole[node], layout, tokens)
+            for node, layout in self.region.counted.items()
+        }
+        lengths = {SEQUENCE: _LENGTH, OWN: len(tokens)}
+        values: dict[fx.Node, Any] = dict(taken)
+        for node in nodes:
+            made = self._call(node, values, self.region.own, lengths)
+            values[node] = counted.get(node, made)
+        return values
+
+    def _call(
+        self,
+        node: fx.Node,
+        values: Mapping[fx.Node, Any],
+        own: Callable[[Any], Any],
+        lengths: dict[str, int],
+    ) -> Any:
+        def filled(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return values[value] if value in values else self._outer(value)
+            return bind(own(value), lengths) if is_symbolic(value) else value
+
+        args, kwargs = map_values((list(node.args), dict(node.kwargs)), filled)
+        thin = _THIN.get(str(node.target))
+        if thin is not None and len(args) > 1 and isinstance(args[-1], _RankOne):
+            return thin(*args, **kwargs)
+        args, kwargs = map_values((args, kwargs), _dense)
+        return body_of(node.target)(*args, **kwargs)
+
+    def _outer(self, node: fx.Node) -> Any:
+        """A value from outside: random features, weights, and what is computed of these."""
+        if node not in self.outside:
+            self.outside[node] = self._made(node)
+        return self.outside[node]
+
+    def _made(self, node: fx.Node) -> Any:
+        if node in self.region.entering:
+            return self._random(node)
+        if node.op == "call_function":
+            return self._call(node, {}, lambda size: size, {SEQUENCE: _LENGTH})
+        if node.name in self.program.weights:
+            return self._weight(self.program.weights[node.name])
+        return self._random(node)
+
+    def _random(self, node: fx.Node) -> Tensor:
+        type_ = type_of(node)
+        if not type_.dtype.is_floating_point:
+            raise _UnknownError
+        shape = [int(bind(size, {SEQUENCE: _LENGTH})) for size in type_.shape]
+        return torch.randn(shape, generator=self.generator).to(type_.dtype)
+
+    def _weight(self, weight: Weight) -> Tensor | _RankOne:
+        if not weight.dtype.is_floating_point:  # a table of indices means something
+            if self.program.source is None:
+                raise _UnknownError
+            return self.program.source(weight.name)
+        scale = 1 / math.sqrt(weight.shape[-1]) if weight.shape else 1.0
+        if math.prod(weight.shape) <= _LARGE:
+            return self._normal(weight.shape, weight.dtype).mul_(scale)
+        *batch, rows, columns = weight.shape
+        left = self._normal((*batch, rows, 1), weight.dtype)
+        return _RankOne(left, self._normal((*batch, 1, columns), weight.dtype).mul_(scale))
+
+    def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+
+def _dense(value: Any) -> Any:
+    return value.left @ value.right if isinstance(value, _RankOne) else value
+
+
+def _matmul(x: Tensor, weight: _RankOne) -> Tensor:
+    return x @ weight.left @ weight.right
+
+
+def _linear(x: Tensor, weight: _RankOne) -> Tensor:
+    return F.linear(F.linear(x, weight.right), weight.left)
+
+
+def _expert_linear(
+    x: Tensor, expert: Tensor, weight: _RankOne, *, transposed: bool = False
+) -> Tensor:
+    first, second = weight.right, weight.left
+    if transposed:
+        first, second = second, first
+    inner = expert_linear(x, expert, first, transposed=transposed)
+    return expert_linear(inner, expert, second, transposed=transposed)
+
+
+# Products of which the last operand may be a weight of rank one.
+_THIN: dict[str, Callable[..., Tensor]] = {
+    "aten.bmm.default": _matmul,
+    "aten.mm.default": _matmul,
+    "aten.matmul.default": _matmul,
+    "aten.linear.default": _linear,
+    "ringcompile.expert_linear.default": _expert_linear,
+}

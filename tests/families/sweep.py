@@ -1,0 +1,60 @@
+"""Many trials, in processes of their own: one that dies takes no other with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+import transformers
+
+from tests.families.catalogue import FAMILIES
+from tests.families.trial import CRASHED, Outcome, Trial, try_family
+
+
+def sweep(names: Sequence[str], jobs: int = 2, seconds: int = 300) -> Iterator[Trial]:
+    """The trials of these families, in their order."""
+    left = list(names)
+    while left:
+        with _pool(jobs) as pool:
+            futures = [pool.submit(_trial, name, seconds) for name in left]
+            for future in futures:
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    break
+                left = left[1:]
+        if left:  # a process died: the next one alone, so that it is known which
+            yield _alone(left[0], seconds)
+            left = left[1:]
+
+
+def _alone(name: str, seconds: int) -> Trial:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_trial, name, seconds).result()
+        except BrokenProcessPool:
+            return Trial(name, Outcome(CRASHED, reason="the process died"))
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, context, initializer=_quiet)
+
+
+def _quiet() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    # torch prints the whole graph where an export fails; the reason comes as an exception.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+
+
+def _trial(name: str, seconds: int) -> Trial:
+    return try_family(FAMILIES[name], seconds)

@@ -1,0 +1,126 @@
+"""The trials' table, on the terminal and as docs/families.md."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.families.catalogue import CHAPTERS, FAMILIES
+from tests.families.trial import (
+    CAPTURED,
+    LENGTH,
+    MATCHED,
+    PADDED,
+    SPEC,
+    Outcome,
+    Trial,
+)
+from tests.support import TOLERANCE
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+_HEADER = ("family", "class", "attention", "positions", "masks found", "gathers", "outcome",
+           "padded batch")
+_SIZES = re.compile(r"\[[^\]]*\]")
+
+
+def verdict(outcome: Outcome | None) -> str:
+    """What the table says of an outcome, without figures that rounding could change."""
+    if outcome is None:
+        return "-"
+    if outcome.kind == MATCHED:
+        return MATCHED
+    where = f" (`{outcome.line}`)" if outcome.line else ""
+    return f"**{outcome.kind}**: {outcome.reason}{where}"
+
+
+def cells(trial: Trial) -> dict[str, str]:
+    """A row of the table, by column."""
+    family = FAMILIES[trial.family]
+    same = trial.padding is not None and verdict(trial.padding) == verdict(trial.plain) != MATCHED
+    outcome = verdict(trial.plain)
+    if trial.plain.kind == MATCHED and not trial.any_length:
+        outcome += ", at this length only"
+    row = (family.name, f"`{family.model}`", family.attention, family.positions,
+           _masks(trial.masks), str(trial.gathers) if trial.masks or trial.gathers else "-",
+           outcome, "likewise" if same else verdict(trial.padding))
+    return dict(zip(_HEADER, row, strict=True))
+
+
+def _masks(masks: Sequence[tuple[str, int]]) -> str:
+    counts: Counter[str] = Counter()
+    for name, count in masks:
+        counts[_SIZES.sub("", re.sub(r"mask \w+\[", "a tensor[", name))] += count
+    return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "-"
+
+
+def terminal(trial: Trial) -> str:
+    """One line, with the differences."""
+    row = cells(trial)
+    parts = [f"{row['family']:22} {_figure(trial.plain)}", f"padded {_figure(trial.padding)}",
+             f"masks {row['masks found']}", f"gathers {row['gathers']}"]
+    reasons = {o.reason + (f" ({o.line})" if o.line else "")
+               for o in (trial.plain, trial.padding) if o and o.reason}
+    return " | ".join([*parts, *sorted(reasons)])
+
+
+def _figure(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
+    return f"{outcome.kind} {outcome.difference:.1e}" if outcome.difference else outcome.kind
+
+
+def counts(trials: Mapping[str, Trial]) -> Counter[str]:
+    """How many families had which outcome; the worse one of a family's two."""
+    order = ("crashed", "wrong", "refused", MATCHED)
+    return Counter(
+        min((o.kind for o in (t.plain, t.padding) if o), key=order.index) for t in trials.values()
+    )
+
+
+def page(trials: Mapping[str, Trial]) -> str:
+    """docs/families.md."""
+    text = [_INTRODUCTION.format(
+        torch=torch.__version__.partition("+")[0], transformers=transformers.__version__,
+        spec=SPEC, captured=CAPTURED, length=LENGTH, padded=PADDED, tolerance=TOLERANCE,
+        summary=summary(trials),
+    )]
+    for title, families in CHAPTERS.items():
+        rows = [cells(trials[family.name]) for family in families]
+        text += [f"## {title}\n", _line(_HEADER), _line(["---"] * len(_HEADER)),
+                 *(_line(list(row.values())) for row in rows), ""]
+    return "\n".join(text).rstrip("\n") + "\n"
+
+
+def summary(trials: Mapping[str, Trial]) -> str:
+    """`tried 120: 110 matched, 10 refused, 0 wrong, 0 crashed`."""
+    found = counts(trials)
+    kinds = (MATCHED, "refused", "wrong", "crashed")
+    return f"tried {len(trials)}: " + ", ".join(f"{found[kind]} {kind}" for kind in kinds)
+
+
+def _line(entries: Sequence[str]) -> str:
+    return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |"
+
+
+_INTRODUCTION = """\
+# Families of models
+
+What becomes of models of Hugging Face transformers, each a small one of its family: {summary}.
+Made by `python -m tests.families --write` with torch {torch} and transformers {transformers};
+`make test-all` holds this page against what the code does.
+
+Weights are random, drawn so that masks, windows, positions, soft caps and sinks change the outputs.
+A model is captured at length {captured} and compiled with `--parallel {spec}`; all ranks run at
+length {length}, which does not divide over them, and every output is compared with one device's. It
+is *matched* if no value is off by more than {tolerance:g} of max(1, the largest value of that
+output), in float32. *Refused* is an error that names the reason and the model's line; *wrong* are
+outputs that differ. A padded batch has two sequences, {padded} tokens of one are padding, and the
+real tokens' outputs are compared. Models that only work at the length of the example (images of one
+size, for instance) are captured at the length at which they run: "at this length only". *Gathers*
+counts tensors that are gathered whole, such as the first token's state for a pooler.
+"""

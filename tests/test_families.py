@@ -1,0 +1,165 @@
+"""Families of Hugging Face models, small: what the compiler makes of them is right, and on record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from ringcompile.errors import RingCompileError, SourceLocation
+from tests.families import table, trial
+from tests.families.catalogue import FAMILIES
+from tests.families.family import Family
+from tests.families.health import problems
+from tests.families.sweep import sweep
+from tests.families.trial import CRASHED, MATCHED, REFUSED, WRONG, Outcome, Trial, try_family
+
+# One of each kind, quick to compile.
+FAST = ["llama", "gemma2", "gpt2", "cohere2", "gpt_oss", "olmoe", "bert", "modernbert", "layoutlm",
+        "vit", "clip-text", "bart"]
+LEAST_MATCHED = 0.9
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_matches_one_device(name: str) -> None:
+    found = try_family(FAMILIES[name])
+    assert found.plain.kind == MATCHED, table.terminal(found)
+    assert found.padding is None or found.padding.kind == MATCHED, table.terminal(found)
+    assert found.masks
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_what_should_matter_does(name: str) -> None:
+    assert problems(FAMILIES[name]) == []
+
+
+def test_a_window_that_is_too_long_would_be_noticed() -> None:
+    family = replace(FAMILIES["gemma2"], matters={"sliding_window": trial.LENGTH + 1})
+    assert problems(family) == []
+    assert problems(replace(family, matters={"sliding_window": 8})) == [
+        "sliding_window=8 changes nothing"
+    ]
+    assert problems(replace(family, first_seen=False)) == ["the last position sees the first: True"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "reason", "line"),
+    [
+        (RingCompileError("no", location=SourceLocation("/x/transformers/models/a.py", 3)),
+         REFUSED, "no", "transformers/models/a.py:3"),
+        (RingCompileError("see /y/ringcompile/mesh.py"), REFUSED, "see ringcompile/mesh.py", ""),
+        (KeyError("/z/torch/a.py"), CRASHED, "KeyError: '/z/torch/a.py'", None),
+    ],
+    ids=["refused", "refused without a line", "crashed"],
+)
+def test_exceptions_become_outcomes(
+    fault: Exception, kind: str, reason: str, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(trial, "transform", fails)
+    found = try_family(FAMILIES["gpt2"])
+    assert (found.plain.kind, found.plain.reason) == (kind, reason)
+    assert line is None or found.plain.line == line
+    assert found.padding == found.plain
+
+
+@pytest.mark.parametrize(
+    ("where", "plain", "padding"),
+    [((0, 0), WRONG, WRONG), ((1, 0), MATCHED, MATCHED), ((1, -1), MATCHED, WRONG)],
+    ids=["a real token", "a padded one", "a real one of the padded sequence"],
+)
+def test_outputs_that_differ_are_wrong(
+    where: tuple[int, int], plain: str, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trial.reference
+
+    def slightly_off(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+        outputs = original(model, inputs)
+        if where[0] < outputs["logits"].shape[0]:
+            outputs["logits"][where] += 1e-3
+        return outputs
+
+    monkeypatch.setattr(trial, "reference", slightly_off)
+    found = try_family(FAMILIES["gpt2"])
+    assert found.padding is not None
+    assert (found.plain.kind, found.padding.kind) == (plain, padding)
+
+
+def test_nan_and_missing_outputs_are_wrong() -> None:
+    family, value = FAMILIES["gpt2"], torch.zeros(1, 3)
+    for outputs in ({"x": value * torch.nan}, {}, {"x": value, "y": value}, {"x": value[:, :2]}):
+        assert trial._judged(family, outputs, {"x": value}, {}).kind == WRONG
+    assert trial._judged(family, {"x": value}, {"x": value}, {}).kind == MATCHED
+
+
+def test_a_trial_without_end_is_stopped() -> None:
+    def forever() -> Outcome:
+        while True:
+            pass
+
+    assert trial._guarded(forever, 1) == Outcome(
+        CRASHED, reason="_TimeoutError: longer than 1 s", line=trial._guarded(forever, 1).line
+    )
+
+
+def test_a_family_counts_by_its_worse_outcome() -> None:
+    trials = {
+        "a": Trial("a", Outcome(MATCHED), Outcome(WRONG)),
+        "b": Trial("b", Outcome(MATCHED)),
+        "c": Trial("c", Outcome(REFUSED), Outcome(MATCHED)),
+    }
+    assert table.summary(trials) == "tried 3: 1 matched, 1 refused, 1 wrong, 0 crashed"
+
+
+def test_the_catalogue_is_broad() -> None:
+    assert len(FAMILIES) >= 65
+    assert all(family.name == name for name, family in FAMILIES.items())
+    assert sum(len(families) for families in table.CHAPTERS.values()) == len(FAMILIES)
+
+
+def test_the_page_lists_every_family() -> None:
+    listed = [line.split(" | ")[0].removeprefix("| ") for line in rows(table.PAGE.read_text())]
+    assert listed == list(FAMILIES)
+
+
+def rows(page: str) -> list[str]:
+    """The rows of all tables, without headers; versions may differ from those at hand."""
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    return [line for line in lines if not line.startswith(("| family |", "| --- |"))]
+
+
+@pytest.fixture(scope="module")
+def all_trials() -> Iterator[dict[str, Trial]]:
+    yield {found.family: found for found in sweep(tuple(FAMILIES))}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_all_families(all_trials: dict[str, Trial]) -> None:
+    found = table.counts(all_trials)
+    bad = [table.terminal(t) for t in all_trials.values()
+           if {WRONG, CRASHED} & {o.kind for o in (t.plain, t.padding) if o}]
+    assert bad == []
+    assert found[MATCHED] >= LEAST_MATCHED * len(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_page_is_up_to_date(all_trials: dict[str, Trial]) -> None:
+    assert rows(table.page(all_trials)) == rows(table.PAGE.read_text(encoding="utf-8")), (
+        "`python -m tests.families --write` makes it anew"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_what_should_matter_does_everywhere(family: Family) -> None:
+    assert problems(family) == []
