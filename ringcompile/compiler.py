@@ -32,14 +32,16 @@ from ringcompile.passes.specialize import Specialize
 Observer = Callable[[Pass, Program, float], None]
 
 
-def front_passes(mesh: Mesh, order: str = "auto", gather_unknown: bool = False) -> list[Pass]:
+def front_passes(
+    mesh: Mesh, order: str = "auto", gather_unknown: bool = False, capacity: str = "exact"
+) -> list[Pass]:
     """From a captured program to one program for all ranks."""
     return [
         Canonicalize(),
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
-        Place(mesh, order, gather_unknown),
+        Place(mesh, order, gather_unknown, capacity),
         CleanUp(),
         Partition(),
         CleanUp(),
@@ -135,6 +137,7 @@ def transform(
     order: str = "auto",
     length: int | None = None,
     gather_unknown: bool = False,
+    capacity: str = "exact",
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ParallelProgram:
@@ -148,6 +151,8 @@ def transform(
         length: fix the sequence length; blocks out of a window's reach are then dropped from the
             graphs, and other lengths refused. By default one program serves all lengths.
         gather_unknown: compute what has no rule whole on every rank instead of refusing it.
+        capacity: where experts take a limited number of tokens: "exact" drops the tokens that a
+            single device drops, "local" lets each rank count its own tokens only.
         observe: called behind every pass with the pass, the program and its seconds.
         options: anything to keep with the artifact.
 
@@ -157,13 +162,13 @@ def transform(
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     if length is not None and length < 1:
         raise RingCompileError(f"sequence length {length}: it must be at least 1")
-    placed = Pipeline(front_passes(mesh, order, gather_unknown), observe).run(program)
+    placed = Pipeline(front_passes(mesh, order, gather_unknown, capacity), observe).run(program)
     if length is not None:
         assert placed.sequence is not None
         known = placed.sequence.bindings(length)
         placed = placed.with_graph(placed.graph, lengths=known)
     kept = {"parallel": str(mesh), "order": order, "length": length,
-            "gather_unknown": gather_unknown, **(options or {})}
+            "gather_unknown": gather_unknown, "capacity": capacity, **(options or {})}
     return ParallelProgram(placed, mesh, kept, observe)
 
 
@@ -192,6 +197,7 @@ def check(
     kwargs: Mapping[str, Any] | None = None,
     *,
     order: str = "auto",
+    capacity: str = "exact",
 ) -> report.Report:
     """Say, layer by layer, what would become of a model; never raises for what is refused.
 
@@ -201,12 +207,13 @@ def check(
         args: as for `capture`; unused with a program.
         kwargs: likewise.
         order: as for `transform`.
+        capacity: likewise.
     """
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     name = model.name if isinstance(model, Program) else type(model).__name__
     try:
         program = model if isinstance(model, Program) else capture(model, args, kwargs)
-        made, refusals = _made(program, mesh, order)
+        made, refusals = _made(program, mesh, order, capacity)
         ranks = made.ranks()
     except RingCompileError as error:
         return report.Report(name, str(mesh), order, False, refusals=(str(error),))
@@ -224,13 +231,13 @@ def check(
 
 
 def _made(
-    program: Program, mesh: Mesh, order: str
+    program: Program, mesh: Mesh, order: str, capacity: str
 ) -> tuple[ParallelProgram, tuple[str, ...]]:
     """The first refusal in full, and all others that gathering would get around."""
     try:
-        return transform(program, mesh, order=order), ()
+        return transform(program, mesh, order=order, capacity=capacity), ()
     except RingCompileError as error:
-        made = transform(program, mesh, order=order, gather_unknown=True)
+        made = transform(program, mesh, order=order, capacity=capacity, gather_unknown=True)
         return made, (str(error), *made.program.notes[1:])
 
 
@@ -245,7 +252,8 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
         return Pipeline(_up_to(late, name)).run(made.program)
     options = made.options
     front = front_passes(
-        made.mesh, options.get("order", "auto"), options.get("gather_unknown", False)
+        made.mesh, options.get("order", "auto"), options.get("gather_unknown", False),
+        options.get("capacity", "exact"),
     )
     if name not in [step.name for step in front]:
         known = [step.name for step in (*front, *late)]

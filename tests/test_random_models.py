@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import lru_cache
+
 import pytest
 import torch
 
+from ringcompile.ops import kernels
+from tests import random_models
 from tests.moe_styles import STYLES, Style, WithLoss, reference
+from tests.random_models import Case, Outcome, case_of, trial
+
+ORDINARY, MANY = range(50), range(50, 550)
+SHARE_MATCHED = 0.65  # the rest is refused; what is wrong or crashes is a failure
 
 
 def made(name: str, top_k: int = 2, seed: int = 0) -> torch.nn.Module:
@@ -89,3 +98,84 @@ def test_the_loss_is_that_of_the_whole_batch() -> None:
     _, loss = module(x)
     halves = [module(part)[1] for part in x.split((10, 11), dim=1)]
     assert (loss - sum(halves) / 2).abs() > 1e-5
+
+
+# -- random whole models -------------------------------------------------------------------------
+
+
+@lru_cache
+def outcome(seed: int) -> Outcome:
+    return trial(case_of(seed))
+
+
+@pytest.mark.parametrize(
+    "seed", [*ORDINARY, *(pytest.param(seed, marks=pytest.mark.slow) for seed in MANY)])
+def test_random_model(seed: int) -> None:
+    found = outcome(seed)
+    assert found.kind in ("matched", "refused"), f"{found.detail}\n{case_of(seed).words()}"
+
+
+@pytest.mark.parametrize(
+    "seeds", [ORDINARY, pytest.param(MANY, marks=pytest.mark.slow)], ids=["ordinary", "many"])
+def test_most_random_models_match(seeds: range) -> None:
+    kinds = [outcome(seed).kind for seed in seeds]
+    assert kinds.count("matched") >= SHARE_MATCHED * len(kinds)
+
+
+def ring_case() -> Case:
+    """A case with nothing to refuse and attention over several ranks."""
+    return dataclasses.replace(
+        case_of(0), mlp="plain", attention="sdpa", documents="none", padding="none", head="logits",
+        band="causal", mask_form="flag", positions="rotary", counted="arange", ranks=3,
+        inputs="tokens", extra_output=False, fixed=False, lengths=(2, 24, 31))
+
+
+def test_a_fault_on_purpose_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trial(ring_case()).kind == "matched"
+
+    def average(out: torch.Tensor, lse: torch.Tensor, out_b: torch.Tensor, lse_b: object) -> None:
+        out.lerp_(out_b.to(out.dtype), 0.5)
+
+    monkeypatch.setattr(kernels, "merge", average)
+    assert trial(ring_case()).kind == "wrong"
+
+
+def test_numbers_that_are_off_by_a_little_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = random_models.run
+
+    def off(*args: object) -> object:
+        result = right(*args)  # type: ignore[arg-type]
+        result.outputs[0, -1, -1] += 1e-6
+        return result
+
+    monkeypatch.setattr(random_models, "run", off)
+    found = trial(ring_case())
+    assert (found.kind, found.detail[:12]) == ("wrong", "at length 2:")
+
+
+def test_a_failure_at_run_time_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> object:
+        raise random_models.RingCompileError("failed")
+
+    monkeypatch.setattr(random_models, "run", fails)
+    assert trial(ring_case()).kind == "crashed"
+
+
+def test_a_seed_is_replayed() -> None:
+    case = case_of(11)
+    assert case == case_of(11) != case_of(12)
+    models = [random_models.RandomModel(case).state_dict() for _ in range(2)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    inputs = [random_models.inputs_of(case, 13)["inputs"] for _ in range(2)]
+    assert torch.equal(*inputs)
+
+
+def test_every_choice_is_drawn() -> None:
+    """No branch of the generator is dead: each field takes its values within the slow seeds."""
+    cases = [case_of(seed) for seed in MANY]
+    assert {case.mlp for case in cases} == {"plain", "gated", *random_models.MIXTURES}
+    assert {case.band for case in cases} == {"bidirectional", *random_models.BANDS}
+    assert {case.head for case in cases} == {*random_models.POOLED, "last real"}
+    assert {case.ranks for case in cases} == set(range(1, 9))
+    assert any(min(case.lengths) < case.ranks for case in cases)
+    assert any(length % case.ranks for case in cases for length in case.lengths)

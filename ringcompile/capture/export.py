@@ -70,7 +70,7 @@ def capture(
     )
     length = _example_length(args, kwargs)
     notes: tuple[str, ...] = ()
-    with torch.no_grad(), _without_logs(), huggingface.prepared(model):
+    with torch.no_grad(), _without_logs(), _unchanged(model), huggingface.prepared(model):
         try:
             exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, length))
             low = _smallest_length(exported)
@@ -83,6 +83,18 @@ def capture(
     program = _Importer(exported, model).program(name or type(model).__name__)
     _, high = program.length_range
     return program.with_graph(program.graph, notes=notes, length_range=(low, high))
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore attributes that modules set while they run: what was traced would stay in them."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextlib.contextmanager
@@ -136,7 +148,7 @@ def _export(
 ) -> ExportedProgram:
     printed = io.StringIO()  # torch prints the graph as far as it came before it raises
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             exported = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         print(printed.getvalue(), end="")
         return exported
@@ -342,6 +354,11 @@ class _Importer:
     def _output(self, node: fx.Node) -> Structure:
         flat = [self._argument(value) for value in node.args[0]]  # type: ignore[union-attr]
         spec = self.exported.call_spec.out_spec
+        if spec.num_leaves != len(flat):
+            raise RingCompileError(
+                "the model changes its own state or its inputs while it runs",
+                hint="inference must not change state: turn caches and running states off",
+            )
         structure = _structure(pytree.tree_unflatten(flat, spec))
         self.graph.output(tuple(value for value in flat if isinstance(value, fx.Node)))
         return structure

@@ -42,13 +42,29 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for name in _SETTINGS
         if hasattr(config, name)
     ]
+    by_hand = _attending_by_hand(model, transformers)
     try:
-        for config, name, _ in saved:
-            setattr(config, name, _SETTINGS[name])
+        for config, name, value in saved:
+            kept = name == "_attn_implementation" and id(config) in by_hand
+            setattr(config, name, value if kept else _SETTINGS[name])
         yield
     finally:
         for config, name, value in saved:
             setattr(config, name, value)
+
+
+def _attending_by_hand(model: nn.Module, transformers: Any) -> set[int]:
+    """Configs of models that do not ask the registry how to attend.
+
+    Their code would read our name as one of the implementations that it knows, and our masks, where
+    True is visible, as numbers to add.
+    """
+    return {
+        id(module.config)
+        for module in model.modules()
+        if isinstance(module, transformers.PreTrainedModel)
+        and not type(module)._can_set_attn_implementation()
+    }
 
 
 def _register() -> None:

@@ -87,7 +87,9 @@ def describe_mask(node: fx.Node) -> str:
     if call["key_mask"] is not None:
         parts.append("key mask")
     if call["mask"] is not None:
-        parts.append(kind if _SAYS_ALL.fullmatch(kind) else f"{kind} {type_of(call['mask'])}")
+        names = sorted(kind.split(" + "), key=lambda name: not _SAYS_ALL.fullmatch(name))
+        typed = "" if _SAYS_ALL.fullmatch(names[-1]) else f" {type_of(call['mask'])}"
+        parts.append(" + ".join(names) + typed)
     if call["softcap"] is not None:
         parts.append(f"soft cap {call['softcap']:g}")
     if _has_sink(node):

@@ -93,6 +93,11 @@ ENTRIES: Final = {
         dataclasses.replace(_DENSE_4L, **_TINY),
         default_sequence=48,
     ),
+    "moe-4l": Entry(
+        "the paper's mixture of experts: dense-4l with 8 experts, top 2, capacity factor 1.25",
+        _MOE_4L,
+        default_sequence=16384,
+    ),
     "moe-4l-small": Entry(
         "moe-4l with 8 heads x 32, hidden 256, experts of 1024, float32",
         dataclasses.replace(_MOE_4L, **_SMALL),

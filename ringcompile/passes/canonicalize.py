@@ -86,16 +86,26 @@ _ALIASES = {
     "not_equal": "ne", "clip": "clamp", "fix": "trunc", "arccos": "acos", "arcsin": "asin",
     "arctan": "atan", "concat": "cat", "concatenate": "cat", "special_expit": "sigmoid",
     "special_erf": "erf", "special_log1p": "log1p", "special_logsumexp": "logsumexp",
-    "special_softmax": "softmax",
 }
 
 
 def _renamed(builder: Builder, node: fx.Node) -> fx.Node:
     new = builder.copy(node)
     _, short, overload = str(node.target).split(".")
-    other = {"special_softmax": "int"}.get(short, overload)
-    new.target = getattr(getattr(aten, _ALIASES[short]), other)
+    new.target = getattr(getattr(aten, _ALIASES[short]), overload)
     return new
+
+
+def _elementwise(target: Any) -> Callable[[Builder, fx.Node], fx.Node]:
+    """min and max of two tensors, which share their names with reductions."""
+
+    def rewrite(builder: Builder, node: fx.Node) -> fx.Node:
+        new = builder.copy(node)
+        if str(node.target).endswith(".other"):
+            new.target = target
+        return new
+
+    return rewrite
 
 
 def _operand(builder: Builder, node: fx.Node) -> fx.Node:
@@ -413,7 +423,7 @@ def _baddbmm(builder: Builder, node: fx.Node) -> fx.Node:
 _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
     **dict.fromkeys(
         ["view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
-         "view_as"],
+         "view_as", "reshape_as"],
         _reshape,
     ),
     **dict.fromkeys(
@@ -445,6 +455,8 @@ _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
     "baddbmm": _baddbmm,
     **dict.fromkeys(["meshgrid", "broadcast_tensors"], _broadcast),
     "slice": _slice,
+    "min": _elementwise(aten.minimum.default),
+    "max": _elementwise(aten.maximum.default),
     "narrow": _narrow,
     "index": _index,
     "index_put": _index,

@@ -6,11 +6,13 @@ A buffer is part of the program, so what all of its elements show is a proof.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from ringcompile.ir.program import Program
-from ringcompile.passes.mask_values import Affine, Choice, Condition, Test, Value
+from ringcompile.ops.blocks import Band
+from ringcompile.passes.mask_values import Affine, Choice, Condition, Value, implied
 
 # Buffers of more elements stay what they are: comparing them would take gigabytes.
 _MAX_ELEMENTS = 2**26
@@ -30,7 +32,7 @@ def buffer_value(program: Program, name: str) -> Value:
     rows = tensor.reshape(tensor.shape[-2:])
     if rows.dim() == 1 or rows.shape[0] == 1:
         return _positions(rows.reshape(-1))
-    return _triangle(rows)
+    return _diagonals(rows)
 
 
 def _positions(row: torch.Tensor) -> Value:
@@ -43,17 +45,24 @@ def _positions(row: torch.Tensor) -> Value:
     return Affine.of({-1: step}, start) if torch.equal(row.to(torch.int64), even) else None
 
 
-def _triangle(rows: torch.Tensor) -> Value:
-    """One number on and below a diagonal, another above it."""
-    below, above = rows[-1, 0], rows[0, -1]
-    if below == above or min(rows.shape) < 2:
+def _diagonals(rows: torch.Tensor) -> Value:
+    """Two numbers, one of them on a run of diagonals: a triangle, a window."""
+    if min(rows.shape) < 2 or not torch.equal(rows[1:, 1:], rows[:-1, :-1]):
         return None
-    in_row, in_column = int((rows[0] == below).sum()), int((rows[:, 0] == above).sum())
-    diagonal = in_row - 1 if in_row else -in_column
-    inside = torch.ones(rows.shape, dtype=torch.bool, device=rows.device).tril(diagonal)
-    if not torch.equal(rows, torch.where(inside, below, above)):
+    by_distance = torch.cat([rows[0].flip(0), rows[1:, 0]])  # from row - column = 1 - columns on
+    numbers = by_distance.unique()
+    if len(numbers) != 2:
         return None
-    test = Affine.of({-2: 1, -1: -1}, diagonal)
-    if rows.dtype == torch.bool:
-        return Condition((Test(test if below else test.scaled(-1) + Affine((), -1), None),))
-    return Choice(Condition((Test(test, None),)), float(below), float(above))
+    for inside, outside in (numbers.flip(0), numbers):
+        places = (by_distance == inside).nonzero().flatten()
+        first, last = int(places[0]), int(places[-1])
+        if last - first + 1 != len(places):
+            continue
+        start = 1 - rows.shape[1]
+        band = Band(first + start if first else None,
+                    last + start if last + 1 < len(by_distance) else None)
+        condition = Condition(tuple(replace(t, implied=False) for t in implied(band)))
+        if rows.dtype != torch.bool:
+            return Choice(condition, float(inside), float(outside))
+        return condition if inside else condition.negated()
+    return None

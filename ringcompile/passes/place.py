@@ -137,12 +137,11 @@ class _Placer:
         self.requests: dict[tuple[fx.Node, Layout], fx.Node | None] = {}
         self.notes: list[str] = []
         self.gathering: set[fx.Node] = set()
-        self.writers = {
-            node: writer
-            for region in regions
-            for writer in [OwnTokens(region, self.builder, self._wanted)]
-            for node in region.nodes
-        }
+        self.writers: dict[fx.Node, list[OwnTokens]] = {}
+        for region in regions:
+            writer = OwnTokens(region, self.builder, self._wanted)
+            for node in region.nodes:
+                self.writers.setdefault(node, []).append(writer)
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -150,10 +149,10 @@ class _Placer:
             if node.op == "placeholder":
                 self.builder.env[node] = self._placeholder(node)
             elif node.op == "call_function":
-                writer = self.writers.get(node)
-                if writer is not None:
+                writers = self.writers.get(node, [])
+                for writer in writers:
                     writer.write(node)
-                if writer is None or node in writer.region.outside:
+                if not writers or any(node in writer.region.outside for writer in writers):
                     self.builder.env[node] = self._call(node)
             else:
                 self.builder.output(tuple(map(self._value, node.args[0])))
@@ -198,7 +197,8 @@ class _Placer:
     def _value(self, node: fx.Node) -> fx.Node:
         """What stands for a node of the model in the new graph."""
         if node not in self.builder.env:
-            self.builder.env[node] = self.writers[node].leave(node)
+            (writer,) = self.writers[node]
+            self.builder.env[node] = writer.leave(node)
         return self.builder.env[node]  # type: ignore[no-any-return]
 
     def _wanted(self, node: fx.Node, layout: Layout) -> fx.Node:
@@ -226,6 +226,9 @@ class _Placer:
         try:
             return rule.forward(call, layouts, self.axis_sizes)
         except ConflictError:
+            rows = _rows_of_pairs(node, layouts)
+            if rule.cheap and rows is not None:
+                return rule.forward(call, rows, self.axis_sizes)
             if self.gather_unknown:
                 self._note(node, "rows and columns both along the sequence: gathered")
                 kept = [layouts[0], *(Layout.whole(len(x.dims)) for x in layouts[1:])]
@@ -359,6 +362,24 @@ class _Placer:
         found = self.requests[key]
         assert found is not None
         return found
+
+
+def _rows_of_pairs(node: fx.Node, layouts: Sequence[Layout]) -> list[Layout] | None:
+    """Layouts for one rank's rows of flags or numbers of token pairs (equal documents, say).
+
+    What varies along columns is one number a token: it is had whole. None for other pairs.
+    """
+    type_ = node.meta.get("type")
+    if not isinstance(type_, TensorType) or type_.dtype.is_floating_point:
+        return None
+    splits = [
+        {i - len(layout.dims) for i, dim in enumerate(layout.dims) if dim} for layout in layouts
+    ]
+    row = min(min(split) for split in splits if split)
+    return [
+        layout if split <= {row} else Layout.whole(len(layout.dims))
+        for layout, split in zip(layouts, splits, strict=True)
+    ]
 
 
 def _placeholders_first(graph: fx.Graph) -> fx.Graph:

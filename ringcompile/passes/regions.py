@@ -148,7 +148,7 @@ class Finder:
             region = self._grown(nodes)
             if region is None or any(node.target is op("attention") for node in region.nodes):
                 continue
-            if any(region.nodes & other.nodes for other in found):
+            if any(region.nodes & other.nodes & self.of_tokens for other in found):
                 continue
             if region.has_capacity and self.capacity == "exact":
                 region = self._exact(region)
@@ -195,7 +195,8 @@ class Finder:
         nodes = set(seeds)
         while True:
             before = len(nodes)
-            nodes |= _below(nodes, self.calls) & _above(nodes, self.calls)
+            held = nodes & self.of_tokens  # constants may serve several layers
+            nodes |= _below(held, self.calls) & _above(held, self.calls)
             entering = self._pull(nodes)
             leaving = self._push(seeds, nodes, entering) if entering is not None else None
             if entering is None or leaving is None:

@@ -178,7 +178,7 @@ _BINARY = [
     "addcmul.default", "addcdiv.default", "atan2.default", "to.dtype", "nan_to_num.default",
     "polar.default", "complex.default", "bitwise_left_shift.Tensor_Scalar",
     "bitwise_right_shift.Tensor_Scalar", "floor_divide.Scalar", "xlogy.Tensor", "fmod.Tensor",
-    "threshold.default", "heaviside.default", "copy.default", "fill.Scalar",
+    "threshold.default", "heaviside.default", "fill.Tensor", "copy.default", "fill.Scalar",
     "isclose.default", "logaddexp.default", "hypot.default", "bitwise_xor.Scalar",
     "isin.Tensor_Scalar", "clamp_min.Tensor", "clamp_max.Tensor",
 ]
