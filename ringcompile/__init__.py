@@ -14,6 +14,7 @@ from ringcompile.compiler import ParallelProgram, check, load, transform
 from ringcompile.errors import RingCompileError
 from ringcompile.execution import run, verify
 from ringcompile.mesh import Mesh
+from ringcompile.tokenwise import tokenwise
 
 __all__ = [
     "Mesh",
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "load",
     "run",
+    "tokenwise",
     "transform",
     "verify",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.place import ORDERS
+from ringcompile.passes.regions import CAPACITIES
 
 _CONSOLE = Console(stderr=True)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -36,6 +37,10 @@ _PARALLEL = click.option(
 _ORDER = click.option(
     "--order", type=click.Choice(["auto", *ORDERS]), default="auto", show_default=True,
     help="Which positions a rank holds; auto is zigzag where all attention is causal.",
+)
+_CAPACITY = click.option(
+    "--capacity", type=click.Choice(CAPACITIES), default=CAPACITIES[0], show_default=True,
+    help="Whose tokens count where experts have a capacity: all of them, or each rank's own.",
 )
 _DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
 _BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
@@ -86,6 +91,7 @@ def models(as_json: bool) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @_PARALLEL
 @_ORDER
+@_CAPACITY
 @_DTYPE
 @_BATCH
 @click.option("--seq", type=click.IntRange(1), help="Fix the sequence length (else any).")
@@ -102,6 +108,7 @@ def transform(
     out: Path | None,
     parallel: str,
     order: str,
+    capacity: str,
     dtype: str | None,
     batch: int,
     seq: int | None,
@@ -126,7 +133,8 @@ def transform(
     with _CONSOLE.status("capturing"):
         program = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
     if passes is not None:
-        click.echo(print_program(_run_passes(program, passes, mesh, order, gather_unknown)))
+        every = compiler.front_passes(mesh, order, gather_unknown, capacity)
+        click.echo(print_program(_run_passes(program, passes, every)))
         return
     seconds: dict[str, float] = {}
     observe = _observer(print_ir_after_all, seconds)
@@ -134,7 +142,7 @@ def transform(
     with _CONSOLE.status("transforming"):
         made = compiler.transform(
             program, mesh, order=order, length=seq, gather_unknown=gather_unknown,
-            observe=observe, options=options,
+            capacity=capacity, observe=observe, options=options,
         )
         if verify_each:
             made.verify()
@@ -147,13 +155,8 @@ def transform(
     _print_summary(out, made, as_json)
 
 
-def _run_passes(
-    program: Program, names: str, mesh: Mesh, order: str, gather_unknown: bool
-) -> Program:
-    known: dict[str, Pass] = {
-        step.name: step
-        for step in (*compiler.front_passes(mesh, order, gather_unknown), *compiler.rank_passes(0))
-    }
+def _run_passes(program: Program, names: str, front: Sequence[Pass]) -> Program:
+    known: dict[str, Pass] = {step.name: step for step in (*front, *compiler.rank_passes(0))}
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in known:
             raise RingCompileError(f"unknown pass '{name}'", hint=f"passes: {', '.join(known)}")
@@ -201,18 +204,25 @@ def _print_summary(out: Path, made: compiler.ParallelProgram, as_json: bool) -> 
 @click.argument("model")
 @_PARALLEL
 @_ORDER
+@_CAPACITY
 @_DTYPE
 @_BATCH
 @_JSON
 def check(
-    model: str, parallel: str, order: str, dtype: str | None, batch: int, as_json: bool
+    model: str,
+    parallel: str,
+    order: str,
+    capacity: str,
+    dtype: str | None,
+    batch: int,
+    as_json: bool,
 ) -> None:
     """Say layer by layer what would become of MODEL; reads no weights. Exit 1 if refused."""
     mesh = Mesh.parse(parallel)
     with _CONSOLE.status(f"checking {model}"):
         loaded = load_model(model, batch=batch, dtype=dtype, weights=":" in model)
         found = compiler.check(
-            loaded.module, mesh, loaded.args, loaded.kwargs, order=order
+            loaded.module, mesh, loaded.args, loaded.kwargs, order=order, capacity=capacity
         )
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
@@ -231,6 +241,8 @@ def _print_report(found: Report) -> None:
         table.add_row(row.layer, row.line, row.form, row.mask)
     if found.attention:
         console.print(table)
+    for text in found.notes:
+        click.echo(f"note: {text}")
     for text in found.gathers:
         click.echo(f"gathered whole on every rank: {text}")
     for rank, expression in found.bytes_sent.items():

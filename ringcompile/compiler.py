@@ -226,6 +226,7 @@ def check(
         attention=report.attention_of(made.program),
         gathers=report.gathers_of(made.program),
         refusals=refusals,
+        notes=made.program.notes,
         bytes_sent={rank: str(bytes_sent(p)) for rank, p in enumerate(ranks)},
     )
 
@@ -238,7 +239,7 @@ def _made(
         return transform(program, mesh, order=order, capacity=capacity), ()
     except RingCompileError as error:
         made = transform(program, mesh, order=order, capacity=capacity, gather_unknown=True)
-        return made, (str(error), *made.program.notes[1:])
+        return made, (str(error), *made.program.without_rule[1:])
 
 
 def program_after(made: ParallelProgram, name: str, rank: int) -> Program:

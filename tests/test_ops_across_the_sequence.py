@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     ),
     "sort": (lambda x: x.sort(1).values, "aten.sort.default has no rule for split tensors"),
     "attention by hand": (
-        lambda x: (heads(x) @ heads(x).transpose(-1, -2)).softmax(-1) @ heads(x),
+        lambda x: (heads(x) @ heads(x).transpose(-1, -2)).sigmoid() @ heads(x),
         "this pairs every token with every other and is not an attention that is understood",
     ),
     "dropout": (lambda x: F.dropout(x, 0.1, training=True), "dropout with p=0.1 is left on"),

@@ -39,6 +39,7 @@ class Report:
         attention: every attention: its layer, line, what it becomes, and the kind of its mask.
         gathers: tensors that are gathered whole on every rank, and where.
         refusals: what has no rule, as full error texts.
+        notes: what else the user should know: a fixed length, how experts are run.
         bytes_sent: bytes each rank sends in one run, as an expression in the sequence length `s`
             and a rank's share `n`, by rank.
     """
@@ -50,6 +51,7 @@ class Report:
     attention: tuple[AttentionReport, ...] = ()
     gathers: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     bytes_sent: dict[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -91,7 +91,9 @@ class Program:
         mesh, sequence: the parallel plan, once `place` has run.
         coordinates: this rank's place on the mesh, once `specialize` has run.
         passes: the passes that ran, in order.
-        stage: how far it is compiled; see `STAGES`.
+        notes: what the user should know of how it was compiled.
+        without_rule: of these, what has no rule and is computed whole on every rank, on request.
+        lengths: symbols whose value is fixed.
     """
 
     graph: fx.Graph
@@ -107,6 +109,7 @@ class Program:
     coordinates: dict[str, int] | None = None
     passes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    without_rule: tuple[str, ...] = ()
     lengths: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -17,10 +17,16 @@ def _redistribute(x: torch.Tensor, *, layout: str) -> torch.Tensor:
     return x
 
 
+def _tokenwise(x: torch.Tensor, *, region: int, leaves: bool) -> torch.Tensor:
+    """A mark in the graph, which does nothing."""
+    return x
+
+
 BODIES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "expert_linear": expert_linear,
     "redistribute": _redistribute,
+    "tokenwise": _tokenwise,
     "positions": positions,
     "pack": attention.pack,
     "block_attention": attention.block_attention,

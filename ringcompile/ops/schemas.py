@@ -71,6 +71,9 @@ def _expert_linear_shape(
 
 
 # What a model may call while it is captured, where there is no data: results of the right shape.
+torch.library.register_fake(
+    f"{NAMESPACE}::tokenwise", lambda x, *, region, leaves: torch.empty_like(x), lib=_library
+)
 torch.library.register_fake(f"{NAMESPACE}::attention", _attention_shape, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_shape, lib=_library)
 

@@ -179,6 +179,17 @@ def _expand(builder: Builder, node: fx.Node) -> fx.Node:
     return builder.call(aten.expand.default, (x, spelled(type_.shape)), type_, name=node.name)
 
 
+def _cat(builder: Builder, node: fx.Node) -> fx.Node:
+    """Empty tensors without dims of their own, to which caches are joined at first, are left out."""
+    parts = [builder.env[n] for n in Call(node).operands]
+    parts = [part for part in parts if type_of(part).shape != (0,)] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    return builder.call(
+        aten.cat.default, (parts, Call(node)["dim"]), type_of(node), name=node.name
+    )
+
+
 def _repeat(builder: Builder, node: fx.Node) -> fx.Node:
     """Copies side by side: a dim of copies grown in front of each dim, and merged with it."""
     x, type_ = _operand(builder, node), type_of(node)
@@ -458,6 +469,7 @@ _REWRITES: dict[str, Callable[[Builder, fx.Node], Any]] = {
     "min": _elementwise(aten.minimum.default),
     "max": _elementwise(aten.maximum.default),
     "narrow": _narrow,
+    "cat": _cat,
     "index": _index,
     "index_put": _index,
     "getitem": _getitem,

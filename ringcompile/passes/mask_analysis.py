@@ -360,8 +360,10 @@ def _equal(a: Value, b: Value, call: Call) -> Condition | None:
             None, node, reflexive=_is_apart(apart), kind=f"chunks of {a.divisor}"
         )
         return Condition((*bounds, exact))
-    if isinstance(a, Affine) and isinstance(b, Affine) and (a + b.scaled(-1)).coefficients:
+    if isinstance(a, Affine) and isinstance(b, Affine):
         apart = a + b.scaled(-1)
+        if not apart.coefficients:
+            return None
         return Condition((Test(apart, node), Test(apart.scaled(-1), node)))
     pair = isinstance(call["other"], fx.Node) and not type_of(call["self"]).dtype.is_floating_point
     if pair and same_by_row_and_column(*call.operands):

@@ -27,7 +27,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.own_tokens import OwnTokens
-from ringcompile.passes.regions import CAPACITIES, Finder, Region, may_route
+from ringcompile.passes.regions import CAPACITIES, Finder, Region, describe, may_route
 from ringcompile.passes.token_wise import TokenWise
 
 _ATTENTION, _REDISTRIBUTE = op("attention"), op("redistribute")
@@ -75,8 +75,7 @@ class Place(Pass):
         scout.run()
         layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
         finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity)
-        check = TokenWise(program)
-        return [*map(check.demand, finder.declared()), *filter(check.holds, finder.find())]
+        return list(filter(TokenWise(program).holds, finder.find()))
 
     def _check_mesh(self) -> None:
         for axis, size in self.mesh.axes:
@@ -136,6 +135,7 @@ class _Placer:
         self.placeholders: dict[str, str] = {}
         self.requests: dict[tuple[fx.Node, Layout], fx.Node | None] = {}
         self.notes: list[str] = []
+        self.routing = describe(regions)
         self.gathering: set[fx.Node] = set()
         self.writers: dict[fx.Node, list[OwnTokens]] = {}
         for region in regions:
@@ -161,7 +161,8 @@ class _Placer:
             placeholders=self.placeholders,
             mesh=self.mesh,
             sequence=self.sequence,
-            notes=tuple(dict.fromkeys(self.notes)),
+            notes=tuple(dict.fromkeys((*self.program.notes, *self.routing, *self.notes))),
+            without_rule=tuple(dict.fromkeys(self.notes)),
         )
 
     def _placeholder(self, node: fx.Node) -> fx.Node:

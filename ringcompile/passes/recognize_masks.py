@@ -143,6 +143,10 @@ def _adds_leading_dims(node: fx.Node) -> bool:
     return added > 0 and all(size == 1 for size in shape[:added]) and shape[added:] == source
 
 
+# No score comes near: the most negative numbers of wide dtypes, also where they were scaled.
+_LOW = -1e30
+
+
 def _as_condition(value: object, mask: fx.Node) -> Condition | None:
     """An additive mask of 0 and -inf as a condition.
 
@@ -151,10 +155,10 @@ def _as_condition(value: object, mask: fx.Node) -> Condition | None:
     """
     if not isinstance(value, Choice):
         return None
-    low = torch.finfo(type_of(mask).dtype).min
-    if value.true == 0 and value.false in (-inf, low):
+    low = max(torch.finfo(type_of(mask).dtype).min, _LOW)
+    if value.true == 0 and value.false <= low:
         condition, hidden = value.condition, value.false
-    elif value.false == 0 and value.true in (-inf, low):
+    elif value.false == 0 and value.true <= low:
         negated = value.condition.negated()
         if negated is None:
             return None

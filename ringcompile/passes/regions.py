@@ -13,7 +13,7 @@ region from outside; in it, slots are only addresses, and are counted by each ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -98,6 +98,27 @@ def sizes_of(node: fx.Node) -> list[Any]:
                      if is_symbolic(leaf)]
 
 
+def describe(regions: Sequence[Region]) -> list[str]:
+    """What becomes of each region, layers that are treated alike in one line."""
+    alike: dict[str, list[str]] = {}
+    for region in regions:
+        alike.setdefault(_description(region), []).append(region.name or "the model")
+    return [
+        f"{names[0]}{f' and {len(names) - 1} layers like it' if len(names) > 1 else ''}: {text}"
+        for text, names in alike.items()
+    ]
+
+
+def _description(region: Region) -> str:
+    if region.declared:
+        return "declared token-wise: runs on each rank's own tokens"
+    if region.counted:
+        return "experts run on each rank's own tokens; their capacity is counted over all ranks"
+    if region.has_capacity:
+        return "experts run on each rank's own tokens; their capacity is counted by each rank alone"
+    return "experts run on each rank's own tokens"
+
+
 def _is_rounded(size: Any) -> bool:
     return is_symbolic(size) and any(_S in atom.free_symbols for atom in size.atoms(*_ROUNDING))
 
@@ -138,12 +159,16 @@ class Finder:
                 self.of_tokens.add(node)
 
     def find(self) -> list[Region]:
-        """A region for each router behind which tokens would have to be gathered."""
+        """What is declared, and a region for each router that would have tokens gathered.
+
+        Raises:
+            RingCompileError: something other than tokens goes into what is declared, or out of it.
+        """
+        found = self._declared()
         seeds: dict[fx.Node, set[fx.Node]] = {}
         for node, router in self._routers().items():
             if node in self.gathering:
                 seeds.setdefault(router, set()).add(node)
-        found: list[Region] = []
         for nodes in seeds.values():
             region = self._grown(nodes)
             if region is None or any(node.target is op("attention") for node in region.nodes):
@@ -167,12 +192,8 @@ class Finder:
                 router[node] = max(above, key=self.order.__getitem__)
         return router
 
-    def declared(self) -> list[Region]:
-        """What the user marked with `tokenwise`, from where tokens enter to where they leave.
-
-        Raises:
-            RingCompileError: something other than tokens goes in or out.
-        """
+    def _declared(self) -> list[Region]:
+        """What the user marked with `tokenwise`, from where tokens enter to where they leave."""
         marks: dict[int, set[fx.Node]] = {}
         for node in filter(is_mark, self.program.graph.nodes):
             marks.setdefault(Call(node)["region"], set()).add(node)
@@ -220,21 +241,21 @@ class Finder:
             for operand in node.all_input_nodes:
                 if operand in nodes or operand in entering or not self._matters(operand):
                     continue
-                if is_mark(node) or (
-                    operand in self.of_tokens
-                    and all(t.dtype.is_floating_point for t in results_of(operand))
-                    and len(results_of(operand)) == 1
-                ):
-                    layout = self.layouts[operand]
-                    if sum(map(bool, layout.dims)) != 1 or len(token_dims(operand)) != 1:
-                        return None
-                    entering[operand] = layout
+                if self._may_enter(operand, by_mark=is_mark(node)):
+                    entering[operand] = self.layouts[operand]
                 elif operand in self.calls:
                     nodes.add(operand)
                     work.append(operand)
                 else:
                     return None
         return entering
+
+    def _may_enter(self, node: fx.Node, by_mark: bool) -> bool:
+        """Whether a value is features with an entry for each token, or any such that is marked."""
+        types, layout = results_of(node), self.layouts[node]
+        one_dim = sum(map(bool, layout.dims)) == 1 == len(token_dims(node))
+        features = len(types) == 1 and types[0].dtype.is_floating_point
+        return node in self.of_tokens and one_dim and (features or by_mark)
 
     def _matters(self, node: fx.Node) -> bool:
         """Whether a value differs when there are fewer tokens."""

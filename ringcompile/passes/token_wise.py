@@ -31,6 +31,8 @@ _PARTS = ([*range(6)], [*range(6, 14)], [0, 1, 2, 9, 10], [3, 4, 13], [7])
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _LOW_PRECISION = 5e-2
 _LARGE = 2**22
+# How alike tokens are: enough that some experts are chosen by more of them than they take.
+_SKEW = 1.5
 
 
 class _UnknownError(Exception):
@@ -57,6 +59,9 @@ class TokenWise:
 
         Capacity that is counted by each rank alone needs no check: it changes the result, as the
         user asked for.
+
+        Raises:
+            RingCompileError: the user declared it token-wise, and it is not.
         """
         if region.has_capacity and region.slots is None:
             return True
@@ -64,23 +69,14 @@ class TokenWise:
         key = self._structure(nodes, region)
         if key not in self.known:
             self.known[key] = self._same(nodes, region)
-        return self.known[key]
-
-    def demand(self, region: Region) -> Region:
-        """A declared region.
-
-        Raises:
-            RingCompileError: it is not token-wise.
-        """
-        if not self.holds(region):
-            first = next(node for node in self.program.graph.nodes if node in region.nodes)
+        if region.declared and not self.known[key]:
             raise error_at(
-                first,
+                nodes[0],
                 "what is declared token-wise is not: run on some of the tokens alone, it gives "
                 "them other results",
                 hint="leave the declaration out: it is then computed by its ops' rules",
             )
-        return region
+        return self.known[key]
 
     def _structure(self, nodes: list[fx.Node], region: Region) -> Any:
         """Equal for regions that compute the same of their operands."""
@@ -211,7 +207,9 @@ class _Run:
         if not type_.dtype.is_floating_point:
             raise _UnknownError
         shape = [int(bind(size, {SEQUENCE: _LENGTH})) for size in type_.shape]
-        return torch.randn(shape, generator=self.generator).to(type_.dtype)
+        common = [1 if is_symbolic(size) else int(size) for size in type_.shape]
+        own, shared = (torch.randn(s, generator=self.generator) for s in (shape, common))
+        return (own + _SKEW * shared).to(type_.dtype)
 
     def _weight(self, weight: Weight) -> Tensor | _RankOne:
         if not weight.dtype.is_floating_point:  # a table of indices means something

@@ -172,6 +172,7 @@ BANDS: dict[str, tuple[Mask, str]] = {
     "where min": (lambda x: torch.where(causal(x), 0.0, MIN), "causal"),
     "masked fill of min": (lambda x: full(x, 0.0).masked_fill(key(x) > query(x), MIN), "causal"),
     "1 - mask times min": (lambda x: (1.0 - causal(x).to(torch.float32)) * MIN, "causal"),
+    "triu(1) of min, scaled": (lambda x: full(x, MIN).triu(1) * 0.125, "causal"),
     "window of min": (
         lambda x: torch.where(causal(x) & (apart(x) < 5), 0.0, MIN), "causal window 5"),
 }  # fmt: skip
@@ -251,11 +252,11 @@ KEPT: dict[str, tuple[Mask, str]] = {
     "triu(1) of -1e9": (lambda x: full(x, -1e9).triu(1), f"full + {BIAS}"),
     "triu(1) of another dtype's min": (lambda x: full(x, -65504.0).triu(1), f"full + {BIAS}"),
     "1 - mask times -1e4": (
-        lambda x: (1.0 - causal(x).to(torch.float32)) * -1e4, f"full + {BIAS}"),
-    "one and -inf": (lambda x: torch.where(causal(x), 1.0, INF), f"full + {BIAS}"),
+        lambda x: (1.0 - causal(x).to(torch.float32)) * -1e4, f"full + relative {BIAS}"),
+    "one and -inf": (lambda x: torch.where(causal(x), 1.0, INF), f"full + relative {BIAS}"),
     # Of a row that sees nothing the most negative number makes an average of all values.
     "triu of min": (lambda x: full(x, MIN).triu(), f"full + {BIAS}"),
-    "mask times min": (lambda x: causal(x).to(torch.float32) * MIN, f"full + {BIAS}"),
+    "mask times min": (lambda x: causal(x).to(torch.float32) * MIN, f"full + relative {BIAS}"),
 }  # fmt: skip
 
 # Right either way: what is not proved to be a band stays a mask, and may be proved one day.

@@ -669,3 +669,63 @@ def test_attention_over_features_is_no_attention_over_tokens() -> None:
     assert not attention_of(parallel.program)
     with torch.no_grad():
         assert difference(run(parallel, (x,)).outputs, module(x)) < 2e-5
+
+
+# -- models of the library that write it out ------------------------------------------------------
+
+transformers = pytest.importorskip("transformers")
+SMALL = {"vocab_size": 96, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+LAYERS = {"n_layer": 2, "n_head": 4}
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "bloom": (
+        lambda: transformers.BloomModel(transformers.BloomConfig(
+            **SMALL, hidden_size=32, **LAYERS)),
+        ("causal + bias f32[2, 4, 1, s]",)),
+    "gpt_neo": (
+        lambda: transformers.GPTNeoModel(transformers.GPTNeoConfig(
+            **SMALL, hidden_size=32, num_layers=2, num_heads=4, window_size=5,
+            attention_types=[[["global", "local"], 1]], max_position_embeddings=128)),
+        ("causal", "causal window 5")),
+    "gptj": (
+        lambda: transformers.GPTJModel(transformers.GPTJConfig(
+            **SMALL, n_embd=32, **LAYERS, rotary_dim=4, n_positions=128)),
+        ("causal",)),
+    "codegen": (
+        lambda: transformers.CodeGenModel(transformers.CodeGenConfig(
+            **SMALL, n_embd=32, **LAYERS, rotary_dim=4, n_positions=128)),
+        ("causal",)),
+    "xlnet": (
+        lambda: transformers.XLNetModel(transformers.XLNetConfig(
+            vocab_size=96, d_model=32, **LAYERS, d_inner=48)),
+        ("full + bias f32[2, 4, s/ring, s]",)),
+    "mpnet": (
+        lambda: transformers.MPNetModel(transformers.MPNetConfig(
+            vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=48)),
+        ("full + relative bias f32[1, 4, s/ring, s]",)),
+    "llama4": (
+        lambda: transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(
+            **SMALL, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            num_local_experts=2, attention_chunk_size=8, moe_layers=[], no_rope_layers=[1, 0])),
+        ("causal", "causal + chunks of 8")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face(family: str) -> None:
+    torch.manual_seed(1)
+    module = FAMILIES[family][0]().eval()
+    for parameter in module.parameters():  # larger weights: positions and masks must matter
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    program = capture(module, (torch.randint(0, 96, (BATCH, 24)),))
+    parallel, ids = transform(program, "ring=4"), torch.randint(0, 96, (BATCH, 37))
+    reports = attention_of(parallel.program)
+    assert sorted({report.mask for report in reports}) == sorted(FAMILIES[family][1])
+    assert {report.form for report in reports} == {RING}
+    with torch.no_grad():
+        expected = module(ids)
+    found = run(parallel, (ids,)).outputs
+    key = next(iter(found))
+    assert difference(found[key], expected[key]) < 2e-5

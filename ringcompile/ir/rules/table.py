@@ -229,6 +229,7 @@ def _rows(
 RULES: dict[str, Rule] = {
     **_rows([f"{name}.default" for name in _UNARY], pointwise),
     **_rows(_BINARY, pointwise),
+    "ringcompile.tokenwise.default": FactorRule(pointwise),
     **_rows(_ALONG_DIM, along_dim),
     **_rows(["cumsum.default"], scan),
     **_rows(_REDUCTIONS, reduction),

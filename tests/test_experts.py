@@ -1,0 +1,255 @@
+"""Experts under a split sequence: every way of writing them, exact and local capacity, and faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ringcompile as rc
+from ringcompile.capture.loaders import load_model
+from ringcompile.ir.types import SequenceSplit
+from ringcompile.models.config import TransformerConfig
+from ringcompile.models.moe import MoE
+from ringcompile.passes import regions, token_wise
+from tests.moe_styles import STYLES, Style
+from tests.support import TOLERANCE, compiled, counts, difference, run
+
+SIZE, CAPTURED = 16, 12
+# What runs on each rank's own tokens, and what it then still sends for each mixture.
+ON_OWN_TOKENS = {
+    "one-hot products, slots by batch": {"gather": 3},
+    "loop, nonzero and index_add_": {},
+    "loop, boolean indexing": {},
+    "scatter_add": {"gather": 1},
+    "sort, grouped product": {},
+    "sort, grouped product, index_add": {},
+}
+BY_RULE = ("dense, one-hot weights", "loop, dense", "loop, dense in place", "gathered weights",
+           "scattered gates", "shared expert", "sigmoid, groups of experts")
+ANY_LENGTH = [name for name, style in STYLES.items() if style.captured and style.any_length]
+
+
+def made(name: str) -> tuple[Style, nn.Module]:
+    torch.manual_seed(3)
+    style = STYLES[name]
+    return style, style.factory().eval().to(style.dtype)
+
+
+def tokens(style: Style, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return alike(torch.randn(2, length, SIZE, generator=generator)).to(style.dtype)
+
+
+def alike(x: torch.Tensor) -> torch.Tensor:
+    """Tokens that have much in common, so that some experts are chosen too often."""
+    return x + torch.linspace(-2, 2, x.shape[-1])
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", ANY_LENGTH)
+def test_every_style(name: str, order: str) -> None:
+    """The single device's numbers, whatever ops the mixture is written in, at several lengths."""
+    style, module = made(name)
+    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4", order=order)
+    tolerance = TOLERANCE if style.dtype == torch.float32 else 2e-2
+    for length in (27, 4, 3):
+        x = tokens(style, length, seed=length)
+        with torch.no_grad():
+            expected = module(x)
+        assert difference(run(parallel, (x,)).outputs, expected) <= tolerance, length
+
+
+@pytest.mark.parametrize("name", ON_OWN_TOKENS)
+def test_tokens_stay_where_they_are(name: str) -> None:
+    """No features are gathered; where capacity is exact, counts of slots are."""
+    style, module = made(name)
+    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    found = counts(parallel, 1)
+    assert {k: v for k, v in found.items() if k == "gather"} == ON_OWN_TOKENS[name]
+    gathered = [n for n in parallel.rank(1).graph.nodes
+                if str(n.target) == "ringcompile.gather.default"]
+    assert not any(n.meta["type"].dtype.is_floating_point for n in gathered)
+    assert any("own tokens" in note for note in parallel.program.notes)
+
+
+@pytest.mark.parametrize("name", BY_RULE)
+def test_what_needs_nothing(name: str) -> None:
+    """Every expert over every token, or weights by token: rules alone keep it split."""
+    style, module = made(name)
+    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    assert counts(parallel, 1) == {}
+    assert parallel.program.notes == ()
+
+
+@pytest.mark.parametrize("name", [n for n, style in STYLES.items() if not style.captured])
+def test_looking_at_the_data_is_refused_with_the_line(name: str) -> None:
+    style, module = made(name)
+    with pytest.raises(rc.RingCompileError, match="depends on the values of a tensor") as error:
+        compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    assert "moe_styles.py" in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("ring", [2, 4, 16])
+def test_exact_capacity_drops_what_one_device_drops(ring: int, order: str) -> None:
+    """moe-4l-tiny at several lengths, some shorter than the ring."""
+    loaded = load_model("moe-4l-tiny", batch=2)
+    parallel = compiled(loaded.module, loaded.args, f"ring={ring}", order=order)
+    for length in (37, 16, 5):
+        x = alike(torch.randn(2, length, loaded.args[0].shape[2]))
+        with torch.no_grad():
+            expected = loaded.module(x)
+        assert difference(run(parallel, (x,)).outputs, expected) <= TOLERANCE
+
+
+def mixture() -> MoE:
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=0, inputs="hidden", num_layers=1, hidden_size=SIZE, num_heads=2, num_kv_heads=2,
+        head_dim=8, mlp_hidden=32, mlp="plain", num_experts=8, top_k=2,
+        capacity_factor=load_model("moe-4l-tiny").module.config.capacity_factor,
+    )
+    module = MoE(config).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return module
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("length", [64, 27, 3])
+def test_local_capacity_is_the_model_on_each_ranks_tokens(length: int, order: str) -> None:
+    module, ranks = mixture(), 4
+    x = alike(torch.randn(2, length, SIZE))
+    parallel = compiled(module, (torch.randn(2, 12, SIZE),), f"ring={ranks}", order=order,
+                        capacity="local")
+    found = run(parallel, (x,)).outputs
+    sequence = SequenceSplit("ring", ranks, order)
+    chunk = sequence.local_length(length) // sequence.chunks_per_rank
+    for rank in range(ranks):
+        held = [p for c in sequence.chunks(rank) for p in range(c * chunk, (c + 1) * chunk)
+                if p < length]
+        if held:
+            with torch.no_grad():
+                expected = module(x[:, held])
+            assert difference(found[:, held], expected) <= TOLERANCE
+    assert counts(parallel, 0) == {}, "nothing is sent"
+    with torch.no_grad():
+        whole = module(x)
+    assert length == 3 or difference(found, whole) > 1e-2, "it drops other tokens than one device"
+
+
+def test_exact_capacity_drops_some() -> None:
+    """The test above would pass for a mixture in which all tokens find a slot."""
+    module = mixture()
+    x = alike(torch.randn(2, 64, SIZE))
+    with torch.no_grad():
+        module.capacity_factor *= 8
+        all_kept = module(x)
+        module.capacity_factor /= 8
+        assert difference(module(x), all_kept) > 1e-2
+
+
+# -- what is declared ------------------------------------------------------------------------------
+
+
+class Owned(nn.Module):
+    """Routing in ops that nothing recognises; `mean` makes it look at the other tokens."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mean, self.router = mean, nn.Linear(SIZE, 4)
+        self.experts = nn.Parameter(torch.randn(4, SIZE, SIZE) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, SIZE)
+        chosen = self.router(flat).argmax(-1)
+        order = chosen.argsort(stable=True)
+        back = order.argsort()
+        sorted_ = flat[order]
+        made_ = torch.stack([sorted_ @ w for w in self.experts], 1)
+        out = made_.gather(1, chosen[order, None, None].expand(-1, 1, SIZE))[:, 0][back]
+        return (out - flat.mean(0) if self.mean else out).view(x.shape)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.linear = inner, nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.inner(self.linear(x)))
+
+
+def test_declared_token_wise() -> None:
+    module = Around(rc.tokenwise(Owned(mean=False))).eval()
+    x = torch.randn(2, 27, SIZE)
+    parallel = compiled(module, (x[:, :12],), "ring=4")
+    with torch.no_grad():
+        assert difference(run(parallel, (x,)).outputs, module(x)) <= TOLERANCE
+    assert counts(parallel, 0) == {}
+    assert "declared token-wise" in parallel.program.notes[0]
+
+
+def test_declared_and_not_token_wise_is_refused() -> None:
+    module = Around(rc.tokenwise(Owned(mean=True))).eval()
+    with pytest.raises(rc.RingCompileError, match="is not: run on some of the tokens alone"):
+        compiled(module, (torch.randn(2, 12, SIZE),), "ring=4")
+
+
+def test_not_declared_and_not_token_wise_is_computed_whole() -> None:
+    module = Around(Owned(mean=True)).eval()
+    x = torch.randn(2, 27, SIZE)
+    parallel = compiled(module, (x[:, :12],), "ring=4")
+    with torch.no_grad():
+        assert difference(run(parallel, (x,)).outputs, module(x)) <= TOLERANCE
+    assert counts(parallel, 0)["gather"]
+
+
+def test_a_declaration_changes_nothing_outside_of_capture() -> None:
+    module, x = Owned(mean=False), torch.randn(1, 5, SIZE)
+    expected = module(x)
+    assert torch.equal(rc.tokenwise(module)(x), expected)
+
+
+def test_declared_without_tokens_is_refused() -> None:
+    class Pooled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + rc.tokenwise(lambda y: y.mean(1))(x)[:, None]
+
+    with pytest.raises(rc.RingCompileError, match="declared token-wise"):
+        compiled(Pooled(), (torch.randn(2, 12, SIZE),), "ring=4")
+
+
+# -- faults: the check must see what is not token-wise ---------------------------------------------
+
+
+def test_without_the_check_the_numbers_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that choose tokens look token-wise to the finder; only running them tells."""
+    style, module = made("experts choose")
+    x = tokens(style, 27)
+    with torch.no_grad():
+        expected = module(x)
+    monkeypatch.setattr(token_wise.TokenWise, "holds", lambda self, region: True)
+    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    wrong = any("own tokens" in note for note in parallel.program.notes)
+    assert not wrong or difference(run(parallel, (x,)).outputs, expected) > 1e-2
+
+
+def test_slots_counted_by_each_rank_alone_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the comparison with the capacity were not taken from all ranks, this would show."""
+    style, module = made("scatter_add")
+    x = tokens(style, 64)
+    with torch.no_grad():
+        expected = module(x)
+    monkeypatch.setattr(regions.Finder, "_exact", lambda self, region: region)
+    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    assert difference(run(parallel, (x,)).outputs, expected) > 1e-2
+
+
+def test_unknown_capacity() -> None:
+    style, module = made("scatter_add")
+    with pytest.raises(rc.RingCompileError, match="unknown capacity 'most'"):
+        compiled(module, (tokens(style, CAPTURED),), "ring=4", capacity="most")
