@@ -1,4 +1,4 @@
-"""Experts under a split sequence: every way of writing them, exact and local capacity, and faults."""
+"""Experts under a split sequence: ways of writing them, exact and local capacity, faults."""
 
 from __future__ import annotations
 

@@ -65,9 +65,15 @@ def capture(
             length that the code fixes, state that a call would change.
     """
     # Strides would be taken for a property of the model, and fix its length.
-    args, kwargs = pytree.tree_map_only(
+    dense: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
         torch.Tensor, torch.Tensor.contiguous, (args, dict(kwargs or {}))
     )
+    return _capture(model, *dense, name or type(model).__name__)
+
+
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> Program:
     length = _example_length(args, kwargs)
     notes: tuple[str, ...] = ()
     with torch.no_grad(), _without_logs(), _unchanged(model), huggingface.prepared(model):
@@ -80,7 +86,7 @@ def capture(
             where = f"{error.location.short}: " if error.location else ""
             notes = (f"{where}{error.message}",)
         exported = _functional(exported)
-    program = _Importer(exported, model).program(name or type(model).__name__)
+    program = _Importer(exported, model).program(name)
     _, high = program.length_range
     return program.with_graph(program.graph, notes=notes, length_range=(low, high))
 

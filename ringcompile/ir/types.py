@@ -133,7 +133,7 @@ class SequenceSplit:
         assert isinstance(total, int)
         assert isinstance(chunk, int)
         held = (bind(index, {}) for index in self.chunks(rank))
-        return sum(min(max(total - index * chunk, 0), chunk) for index in held)  # type: ignore[operator]
+        return sum(min(max(total - index * chunk, 0), chunk) for index in held)
 
     def bindings(self, length: int | None = None) -> dict[str, int]:
         """The values of `s` and `n` for inputs of `length`; None where the model fixes it."""

@@ -97,7 +97,7 @@ def _renamed(builder: Builder, node: fx.Node) -> fx.Node:
 
 
 def _elementwise(target: Any) -> Callable[[Builder, fx.Node], fx.Node]:
-    """min and max of two tensors, which share their names with reductions."""
+    """Min and max of two tensors, which share their names with reductions."""
 
     def rewrite(builder: Builder, node: fx.Node) -> fx.Node:
         new = builder.copy(node)
@@ -180,7 +180,7 @@ def _expand(builder: Builder, node: fx.Node) -> fx.Node:
 
 
 def _cat(builder: Builder, node: fx.Node) -> fx.Node:
-    """Empty tensors without dims of their own, to which caches are joined at first, are left out."""
+    """Empty tensors without dims, to which caches are joined at first, are left out."""
     parts = [builder.env[n] for n in Call(node).operands]
     parts = [part for part in parts if type_of(part).shape != (0,)] or parts[:1]
     if len(parts) == 1:
@@ -205,7 +205,7 @@ def _repeat(builder: Builder, node: fx.Node) -> fx.Node:
 
 
 def _broadcast(builder: Builder, node: fx.Node) -> list[fx.Node]:
-    """meshgrid and broadcast_tensors: each result is an operand expanded."""
+    """Meshgrid and broadcast_tensors: each result is an operand expanded."""
     made = []
     for i, (old, type_) in enumerate(zip(node.args[0], node.meta["type"], strict=True)):  # type: ignore[arg-type]
         x, rank = builder.env[old], len(type_.shape)
@@ -283,7 +283,8 @@ def _where_true(builder: Builder, mask: fx.Node, node: fx.Node) -> list[fx.Node]
     """One index tensor for each dim of the mask; how many entries, only the data tells."""
     values = Call(node).get("values")
     sizes = type_of(values).shape if values is not None else type_of(node).shape
-    size = next(filter(depends_on_data, sizes), unbacked(f"u{_FIRST_OWN + len(builder.graph.nodes)}"))
+    fresh = unbacked(f"u{_FIRST_OWN + len(builder.graph.nodes)}")
+    size = next(filter(depends_on_data, sizes), fresh)
     found = TensorType.whole(torch.int64, (size,))
     rank = len(type_of(mask).shape)
     made = builder.call(aten.where.default, (mask,), (found,) * rank)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import map_values, operands as operands_of, replace_operands
+from ringcompile.ir.calls import map_values, replace_operands
+from ringcompile.ir.calls import operands as operands_of
 from ringcompile.ir.expr import LOCAL, OWN, product, simplify, symbol
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout
 from ringcompile.ir.nodes import results_of, type_of

@@ -200,7 +200,7 @@ class _Placer:
         if node not in self.builder.env:
             (writer,) = self.writers[node]
             self.builder.env[node] = writer.leave(node)
-        return self.builder.env[node]  # type: ignore[no-any-return]
+        return self.builder.env[node]
 
     def _wanted(self, node: fx.Node, layout: Layout) -> fx.Node:
         return self._request(self._value(node), layout)

@@ -23,7 +23,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import OWN, SEQUENCE, Size, is_symbolic, product, simplify, symbol
+from ringcompile.ir.expr import OWN, SEQUENCE, Size, bind, is_symbolic, product, simplify, symbol
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout
 from ringcompile.ir.nodes import error_at, location_of, results_of
 from ringcompile.ir.program import Program
@@ -326,14 +326,14 @@ class Finder:
             slots = min(
                 (results_of(node)[0].shape[dim] for node in region.entering
                  for dim in token_dims(node)),
-                key=lambda size: size.xreplace({_S: 1000}),
+                key=lambda size: bind(size, {SEQUENCE: 1000}),
             )
         else:
             slots = product([len(sums), sum(
                 results_of(node)[0].shape[Call(node)["dim"]] for node in sums
             )])
         counted = {test: self.layouts[test] for test in tests}
-        return replace(region, counted=counted, slots=slots.xreplace({_S: _M}))
+        return replace(region, counted=counted, slots=sympy.sympify(slots).xreplace({_S: _M}))
 
 
 def may_route(program: Program) -> bool:

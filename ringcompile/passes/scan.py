@@ -53,10 +53,11 @@ class Scan:
 
         source = type_of(x)
         rows = self._reshape(x, self._opened(source, dim, before, (run,)))
-        sums = self._call(aten.cumsum.default, (rows, dim + 2), type_.dtype, rows, dtype=type_.dtype)
-        total = self._totals(rows, dim, type_.dtype, behind)
+        dtype = type_.dtype
+        sums = self._call(aten.cumsum.default, (rows, dim + 2), dtype, rows, dtype=dtype)
+        total = self._totals(rows, dim, dtype, behind)
         start = self._starts(total, dim, before)
-        made = self._call(aten.add.Tensor, (sums, start), type_.dtype, sums)
+        made = self._call(aten.add.Tensor, (sums, start), dtype, sums)
         return self._reshape(made, type_)
 
     def _opened(

@@ -197,11 +197,11 @@ class Executor:
         )
         for tensor, type_ in pairs:
             expected = self._local_shape(type_)
-            known = len(expected) == tensor.dim() and all(
+            fits = tensor.dtype == type_.dtype and len(expected) == tensor.dim() and all(
                 depends_on_data(e) or e == size
                 for e, size in zip(expected, tensor.shape, strict=True)
             )
-            assert known and tensor.dtype == type_.dtype, (
+            assert fits, (
                 f"%{node.name} ({node.target}) is {tensor.dtype} {list(tensor.shape)}, "
                 f"its type says {type_}, here {expected}"
             )

@@ -39,7 +39,7 @@ def flags(buffer: Tensor, size: int) -> Tensor:
 
 
 def positions(buffer: Tensor, size: int) -> Tensor:
-    return buffer[:, :size].T >= buffer[:, :size]
+    return buffer[:, :size] <= buffer[:, :size].T
 
 
 def one_flipped(mask: Tensor, row: int, column: int) -> Tensor:
@@ -65,13 +65,14 @@ BUFFERS: dict[str, tuple[Tensor, Callable[[Tensor, int], Tensor], str]] = {
     "window": (ones().tril() ^ ones().tril(-5), square, "causal window 5"),
     "window on both sides": (ones().tril(2) & ones().triu(-3), square, "band -2..3"),
     "outside of a window": (
-        ~(ones().tril() & ones().triu(-3)), lambda b, s: ~square(b, s), "causal window 4"),
+        ~(ones().tril() & ones().triu(-3)), lambda b, s: ~square(b, s), PAIRS),
     "-inf": (torch.full((SIZE, SIZE), INF).triu(1), square, "causal"),
     "positions": (NUMBERS[None], positions, "causal"),
     "positions from two": (NUMBERS[None] + 2, positions, "causal"),
+    "tril without the corner": (
+        one_flipped(ones().tril(), SIZE - 1, 0), square, f"causal window {SIZE - 1}"),
     # Not quite.
     "tril but for one": (one_flipped(ones().tril(), 30, 7), square, PAIRS),
-    "tril but for the corner": (one_flipped(ones().tril(), SIZE - 1, 0), square, PAIRS),
     "tril but for the end": (one_flipped(ones().tril(), SIZE - 2, SIZE - 1), square, PAIRS),
     "tril but for the start": (one_flipped(ones().tril(), 0, 1), square, PAIRS),
     "three numbers": (
