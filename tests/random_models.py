@@ -152,7 +152,7 @@ def case_of(seed: int) -> Case:
         attention=pick(["sdpa", "sdpa", "sdpa", "matmul", "einsum"]),
         grouping="repeat", fused=chance(0.3), qk_norm=chance(0.2), scale=pick([None, None, 0.3]),
         head="logits", extra_output=chance(0.15),
-        band=pick(["bidirectional", "causal", "causal", *BANDS]), width=draw.randint(1, 12),
+        band=pick(["bidirectional", "causal", "causal", *BANDS]), width=draw.randint(2, 12),
         padding=padding, documents=pick(["none"] * 5 + ["given"] + separators),
         mask_form="boolean", tril=chance(0.3),
         ranks=ranks, order=pick(["contiguous", "zigzag", "auto"]),
@@ -166,7 +166,9 @@ def _dependent(case: Case, draw: random.Random) -> Case:
     """The choices that others limit."""
     mixtures = [*DROPLESS, *(() if case.hides_rows else DROPS)]
     heads = ["logits"] * 4 + ["mean"] + ["last real"] * (case.padding == "right")
-    heads += [] if case.hides_rows else ["last", "last kept", "first"]
+    heads += [] if case.hides_rows else ["last", "last kept"]
+    sees_ahead = case.band in ("bidirectional", "prefix", "window on both sides")
+    heads += ["first"] if sees_ahead and not case.hides_rows else []
     plain_causal = (case.band == "causal" and case.padding == case.documents == "none"
                     and case.positions != "ALiBi" and case.attention == "sdpa")
     forms = ["boolean", "lowest"] + ["-inf"] * (not case.hides_rows) + ["flag"] * plain_causal * 4
@@ -471,7 +473,9 @@ def lengths_of(parallel: ParallelProgram, case: Case) -> tuple[int, ...]:
     size = parallel.program.inputs[0].type.shape[1]
     if isinstance(size, int):
         return (size,)
-    return tuple(n for n in case.lengths if n >= parallel.program.length_range[0])
+    taken = tuple(n for n in case.lengths if n >= parallel.program.length_range[0])
+    assert taken, "none of the lengths is tried"
+    return taken
 
 
 def compiled(model: RandomModel) -> ParallelProgram:

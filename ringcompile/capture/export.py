@@ -209,7 +209,8 @@ def _explain(error: Exception) -> RingCompileError:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, _HERE)) and "/contextlib.py" not in frame.filename
+        if not frame.filename.startswith((_TORCH, _HERE, "<")) and "/contextlib.py" not in
+        frame.filename
     ]
     inside = [f for f in frames if "/ringcompile/compiler.py" not in f.filename]
     location = SourceLocation(inside[-1].filename, inside[-1].lineno or 0) if inside else None
@@ -226,6 +227,11 @@ def _explain(error: Exception) -> RingCompileError:
             "the model's code fixes the sequence length to that of the example",
             hint="use sizes taken from the inputs (x.shape[1]) instead of a constant",
             location=location,
+        )
+    if "not a known type" in text and "Cache" in first:
+        return RingCompileError(
+            "the model returns a cache of keys and values beside its tensors",
+            hint="call it with use_cache=False",
         )
     return RingCompileError(
         f"torch.export cannot capture the model: {type(error).__name__}: {first[:300]}",

@@ -368,6 +368,10 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
             hint="call model.eval() before capture",
         )
     q, k, v = (builder.env[call[name]] for name in ("query", "key", "value"))
+    result, one_head = type_of(node), len(type_of(q).shape) == 3
+    if one_head:
+        q, k, v = (_with_head_dim(builder, x) for x in (q, k, v))
+        result = TensorType.whole(result.dtype, _with_head(result.shape))
     if len(type_of(q).shape) != 4:
         raise RingCompileError(
             f"attention over tensors of {len(type_of(q).shape)} dims; [batch, heads, tokens, dim] "
@@ -386,18 +390,31 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
     if scale is None:
         scale = float(type_of(q).shape[3]) ** -0.5
     mask = builder.env[call["attn_mask"]] if call["attn_mask"] is not None else None
+    if mask is not None and one_head and len(type_of(mask).shape) == 3:
+        mask = _with_head_dim(builder, mask)
     if mask is not None and len(type_of(mask).shape) < 4:
         shape = (*(1,) * (4 - len(type_of(mask).shape)), *type_of(mask).shape)
         mask = _as_shape(builder, mask, TensorType.whole(type_of(mask).dtype, shape), "mask")
-    return builder.call(
+    made = builder.call(
         op("attention"),
         (q, *_key_heads(builder, k, v), None, mask),
-        type_of(node),
+        result,
         name=node.name,
         scale=float(scale),
         lower=0 if causal else None,
         upper=None,
     )
+    return _as_shape(builder, made, type_of(node), "heads")
+
+
+def _with_head(shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    return (shape[0], 1, *shape[1:])
+
+
+def _with_head_dim(builder: Builder, x: fx.Node) -> fx.Node:
+    """[N, S, D] as [N, 1, S, D]."""
+    type_ = type_of(x)
+    return _as_shape(builder, x, TensorType.whole(type_.dtype, _with_head(type_.shape)), "head")
 
 
 def _key_heads(builder: Builder, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -209,7 +209,7 @@ class _Placer:
         rule = find_rule(node.target)
         if rule is not None:
             return rule
-        if self.gather_unknown and isinstance(node.meta.get("type"), TensorType):
+        if self.gather_unknown and "type" in node.meta:
             self._note(node, f"{node.target} has no rule: computed whole on every rank")
             return _WHOLE_RULE
         raise error_at(

@@ -192,7 +192,7 @@ FAMILIES = [
            "grouped-query, causal + window 8", ROTARY, matters={"sliding_window": 64}),
     Family("granite_swa", "GraniteSWAForCausalLM",
            sizes(**layers("sf"), sliding_window=8, attention_multiplier=0.25),
-           "grouped-query, causal + window 8 every other layer", ROTARY,
+           "grouped-query with sinks, causal + window 8 every other layer", ROTARY,
            matters={"sliding_window": 64}),
     Family("gemma4", "Gemma4ForCausalLM",
            sizes(**layers("sf"), sliding_window=8, head_dim=16, global_head_dim=16,

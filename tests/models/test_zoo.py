@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ringcompile.models import zoo
 
-SMALL = [name for name in zoo.names() if name != "dense-4l"]
+SMALL = [name for name in zoo.names() if name not in ("dense-4l", "moe-4l")]
 
 
 def test_names() -> None:
@@ -18,8 +18,12 @@ def test_names() -> None:
         "dense-4l",
         "dense-4l-small",
         "dense-4l-tiny",
+        "moe-4l",
+        "moe-4l-small",
+        "moe-4l-tiny",
         "gpt-tiny",
         "llama-tiny",
+        "mixtral-tiny",
         "bert-tiny",
     ]
 
@@ -36,7 +40,7 @@ def test_unknown_name(ask: object) -> None:
         ask("gpt-5")  # type: ignore[operator]
     assert caught.value.args[0] == (
         "no model 'gpt-5' in the zoo; there are dense-4l, dense-4l-small, dense-4l-tiny, "
-        "gpt-tiny, llama-tiny, bert-tiny"
+        "moe-4l, moe-4l-small, moe-4l-tiny, gpt-tiny, llama-tiny, mixtral-tiny, bert-tiny"
     )
 
 
