@@ -75,7 +75,7 @@ def _capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
 ) -> Program:
     length = _example_length(args, kwargs)
-    notes: tuple[str, ...] = ()
+    notes = huggingface.caveats(model, kwargs)
     with torch.no_grad(), _without_logs(), _unchanged(model), huggingface.prepared(model):
         try:
             exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, length))
@@ -84,7 +84,7 @@ def _capture(
             exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, None))
             low = 2
             where = f"{error.location.short}: " if error.location else ""
-            notes = (f"{where}{error.message}",)
+            notes = (*notes, f"{where}{error.message}")
         exported = _functional(exported)
     program = _Importer(exported, model).program(name)
     _, high = program.length_range
@@ -96,7 +96,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore attributes that modules set while they run: what was traced would stay in them."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*assigned during export")
+            yield
     finally:
         for module, attributes in before:
             vars(module).clear()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -51,6 +51,24 @@ def prepared(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name, value in saved:
             setattr(config, name, value)
+
+
+def caveats(model: nn.Module, arguments: Collection[str]) -> tuple[str, ...]:
+    """Where a model that is called as usual may differ from what is captured.
+
+    Args:
+        model: any module.
+        arguments: the names of what it is called with.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or "position_ids" not in arguments:
+        return ()
+    if not any(getattr(config, "use_cache", False) for config in _configs(model, transformers)):
+        return ()
+    return (
+        "captured as with use_cache=False: where position_ids restart, transformers then keeps "
+        "documents apart; with its cache it does not",
+    )
 
 
 def _attending_by_hand(model: nn.Module, transformers: Any) -> set[int]:

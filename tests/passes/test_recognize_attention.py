@@ -661,7 +661,7 @@ def test_attention_over_features_is_no_attention_over_tokens() -> None:
 
     def features(m: Weights, x: Tensor) -> Tensor:
         q, k, v = m.heads(x)
-        return merged(v @ (q.mT @ k).softmax(-1))
+        return merged(((q.mT @ k).softmax(-1) @ v.mT).mT)
 
     module, program = captured(features, torch.float32)
     x = torch.randn(BATCH, LENGTH, WIDTH)
