@@ -73,6 +73,50 @@ def test_dense_4l() -> None:
 
 
 @pytest.mark.slow
+def test_moe_4l() -> None:
+    """The check that its experts are token-wise included: large weights are checked as rank one."""
+    found = measured("moe-4l")
+    assert found["weights"] == pytest.approx(36.5e9, rel=0.01)
+    assert found["bytes"] < BYTES
+    assert found["seconds"] < SECONDS
+
+
+MODELS_32 = {
+    "dense": {**LLAMA_70B, "num_hidden_layers": 32, "hidden_size": 4096,
+              "intermediate_size": 14336, "num_attention_heads": 32},
+    "experts": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16",
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "use_cache": False,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS_32)
+def test_check_of_32_layers(kind: str, tmp_path: Path) -> None:
+    """From the command line, in CPU seconds: `check` reads no weights, so none need be there."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS_32[kind]))
+    script = (
+        "import sys, time; from ringcompile.cli import cli\n"
+        "try: cli.main(sys.argv[1:], standalone_mode=False)\n"
+        "finally: print('seconds', time.process_time())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "check", str(tmp_path), "--parallel", "ring=8"],
+        capture_output=True, text=True, check=False, timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, seconds = done.stdout.splitlines()
+    print(kind, seconds)
+    assert lines[-1] == "supported"
+    assert sum("ring: keys" in line for line in lines) == 32
+    assert float(seconds.split()[1]) < 30
+
+
+@pytest.mark.slow
 def test_llama_3_70b(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     found = measured(str(tmp_path))

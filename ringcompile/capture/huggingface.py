@@ -65,10 +65,11 @@ def caveats(model: nn.Module, arguments: Collection[str]) -> tuple[str, ...]:
         return ()
     if not any(getattr(config, "use_cache", False) for config in _configs(model, transformers)):
         return ()
-    return (
+    caveat = (
         "captured as with use_cache=False: where position_ids restart, transformers then keeps "
-        "documents apart; with its cache it does not",
+        "documents apart; with its cache it does not"
     )
+    return (caveat,)
 
 
 def _attending_by_hand(model: nn.Module, transformers: Any) -> set[int]:

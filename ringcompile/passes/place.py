@@ -98,7 +98,7 @@ class Place(Pass):
 
 
 def _sequence_length(program: Program) -> Size:
-    """The length that is split: the one most self-attentions have, before any other that of inputs.
+    """The length that is split: the one that most self-attentions have, of those that may vary.
 
     It is not a length of the inputs where the model adds prefix tokens, or cuts patches.
     """
@@ -116,7 +116,7 @@ def _sequence_length(program: Program) -> Size:
                 hint="; ".join(program.notes) or None,
             )
         return symbol(SEQUENCE)
-    return max(lengths, key=lambda length: (lengths[length], length == symbol(SEQUENCE)))
+    return max(lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)))
 
 
 class _Placer:
