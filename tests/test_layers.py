@@ -17,7 +17,7 @@ FLOORS = [
     {"execution"},
     {"compiler"},
     {"runtime"},
-    {"artifact", "capture", "cost", "dump", "passes"},
+    {"artifact", "capture", "cost", "dump", "passes", "tokenwise"},
     {"ops"},
     {"ir"},
     {"mesh"},

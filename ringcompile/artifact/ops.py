@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.rules import RULES
@@ -46,6 +48,10 @@ def resolve(name: str) -> Callable[..., Any]:
 
 def check_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise RingCompileError where the arguments do not fit an op's schema by number and name."""
+    if target is operator.getitem:
+        if kwargs or [type(arg) for arg in args] != [fx.Node, int]:
+            raise RingCompileError("the arguments do not fit: one of several results, by its index")
+        return
     if not isinstance(target, torch._ops.OpOverload):
         return
     arguments = target._schema.arguments

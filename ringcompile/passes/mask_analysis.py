@@ -316,16 +316,9 @@ def _compare(name: str) -> Callable[[Analysis, Call], Value]:
             a = Choice(a, 1.0, 0.0)
         if isinstance(a, Choice) and isinstance(call["other"], int | float):
             return _chosen(a, _COMPARE[name], call["other"])
-        if name in ("lt", "le") and isinstance(b, Affine) and not b.coefficients:
-            inside = _absolute(analysis, call["self"])
-            if inside is not None:
-                most = b + Affine((), 0 if name == "le" else -1)
-                tests = [Test(most + inside.scaled(sign), call.node) for sign in (1, -1)]
-                return Condition(tuple(tests))
-        if name == "eq":
-            found = _equal(a, b, call)
-            if found is not None:
-                return found
+        found = _equal(a, b, call) if name == "eq" else _within(analysis, name, b, call)
+        if found is not None:
+            return found
         if not isinstance(a, Affine) or not isinstance(b, Affine):
             return None
         if name in ("eq", "ne"):
@@ -340,12 +333,18 @@ def _compare(name: str) -> Callable[[Analysis, Call], Value]:
     return step
 
 
-def _absolute(analysis: Analysis, node: Any) -> Affine | None:
-    """X, of the node abs(x)."""
-    if not isinstance(node, fx.Node) or node.target is not aten.abs.default:
+def _within(analysis: Analysis, name: str, limit: Value, call: Call) -> Condition | None:
+    """abs(x) < limit, or <=, as two tests."""
+    distance = call["self"]
+    if name not in ("lt", "le") or not isinstance(limit, Affine) or limit.coefficients:
         return None
-    value = analysis.of(node.args[0])
-    return value if isinstance(value, Affine) and value.coefficients else None
+    if not isinstance(distance, fx.Node) or distance.target is not aten.abs.default:
+        return None
+    value = analysis.of(distance.args[0])
+    if not isinstance(value, Affine) or not value.coefficients:
+        return None
+    most = limit + Affine((), 0 if name == "le" else -1)
+    return Condition(tuple(Test(most + value.scaled(sign), call.node) for sign in (1, -1)))
 
 
 def _equal(a: Value, b: Value, call: Call) -> Condition | None:

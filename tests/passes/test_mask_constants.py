@@ -72,6 +72,7 @@ BUFFERS: dict[str, tuple[Tensor, Callable[[Tensor, int], Tensor], str]] = {
     "tril without the corner": (
         one_flipped(ones().tril(), SIZE - 1, 0), square, f"causal window {SIZE - 1}"),
     # Not quite.
+    "outside of a window, as it is": (~(ones().tril(4) & ones().triu(-3)), square, PAIRS),
     "tril but for one": (one_flipped(ones().tril(), 30, 7), square, PAIRS),
     "tril but for the end": (one_flipped(ones().tril(), SIZE - 2, SIZE - 1), square, PAIRS),
     "tril but for the start": (one_flipped(ones().tril(), 0, 1), square, PAIRS),

@@ -167,6 +167,13 @@ def five_dims(m: Weights, x: Tensor) -> Tensor:
     return merged((scores.softmax(-1) @ v[:, :, None]).flatten(1, 2))
 
 
+def five_dims_in_turns(m: Weights, x: Tensor) -> Tensor:
+    """Neighbouring heads read different keys: these are no runs."""
+    q, k, v = m.groups(x)
+    p = (q.unflatten(1, (2, 2)) @ k[:, None].mT).softmax(-1)
+    return merged((p @ v[:, None]).flatten(1, 2))
+
+
 def multi_query(m: Weights, x: Tensor) -> Tensor:
     q, k, v = m.groups(x)
     k, v = k[:, :1], v[:, :1]
@@ -404,6 +411,7 @@ RECOGNISED: dict[Style, str] = {
     llama_of_meta: "causal",
     repeat_interleave: "causal",
     five_dims: "causal",
+    five_dims_in_turns: "full",
     multi_query: "causal",
     opt: "causal",
     bmm_only: "causal",
