@@ -56,7 +56,6 @@ class Family:
         inputs: makes inputs of a length and batch size.
         padding: the side on which a batch is padded; None: the family takes no padding.
         two_sequences: inputs are an encoder's and a decoder's; padding is the encoder's.
-        fixed_length: the config fixes the length (images), so that it is captured where it runs.
         sharpen: factor on the weights that attention scores come from.
         matters: config fields with a value that must change the outputs.
         first_seen: whether the last position sees the first.
@@ -70,7 +69,6 @@ class Family:
     inputs: Inputs = tokens
     padding: str | None = "left"
     two_sequences: bool = False
-    fixed_length: bool = False
     sharpen: float = 1.5
     matters: Mapping[str, Any] = field(default_factory=dict)
     first_seen: bool = True

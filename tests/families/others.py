@@ -47,7 +47,7 @@ def wave(length: int, batch: int, generator: torch.Generator) -> dict[str, torch
 
 def picture(*args: Any, **kwargs: Any) -> Family:
     """A row that takes images of one size."""
-    return Family(*args, **{"inputs": image, "padding": None, "fixed_length": True, **kwargs})
+    return Family(*args, **{"inputs": image, "padding": None, **kwargs})
 
 
 def translator(*args: Any, **kwargs: Any) -> Family:
@@ -289,7 +289,7 @@ SOUNDS = [
            {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
             "intermediate_size": 96, "patch_size": 8, "frequency_stride": 8, "time_stride": 8,
             "max_length": 32, "num_mel_bins": 16},
-           "full, with class and distillation tokens", PATCHES, padding=None, fixed_length=True,
+           "full, with class and distillation tokens", PATCHES, padding=None,
            inputs=lambda length, batch, g: {"input_values": torch.randn(batch, 32, 16,
                                                                         generator=g)}),
 ]
