@@ -37,9 +37,18 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Div: operator.truediv,
     ast.USub: operator.neg,
 }
+
+
+def _floor(value: sympy.Expr) -> sympy.Expr:
+    """The integer below; `-(-a // b)`, the usual way to round up, becomes the ceiling it is."""
+    if value.could_extract_minus_sign():
+        return -sympy.ceiling(-value)
+    return sympy.floor(value)
+
+
 # torch.export writes integer division and remainder with functions of its own.
 _FROM_TORCH: dict[Any, Callable[..., Any]] = {
-    torch_functions.FloorDiv: lambda a, b: sympy.floor(a / b),
+    torch_functions.FloorDiv: lambda a, b: _floor(a / b),
     torch_functions.CleanDiv: lambda a, b: a / b,
     torch_functions.Mod: sympy.Mod,
     torch_functions.PythonMod: sympy.Mod,

@@ -94,6 +94,14 @@ def _lengths(program: Program) -> _Entries:
         )
 
 
+def _own_sizes(program: Program) -> _Entries:
+    used = _symbols(program)
+    if expr.OWN in used:
+        yield _term(program, expr.OWN), "tokens that this rank holds, padding not counted"
+    if any(expr.depends_on_data(expr.unbacked(name)) for name in used):
+        yield "u0, u1, ..", "sizes that only the data tells"
+
+
 def _term(program: Program, name: str) -> str:
     return f"{name} = {program.lengths[name]}" if name in program.lengths else name
 
@@ -189,8 +197,8 @@ def _notes(program: Program) -> _Entries:
 
 
 _ENTRIES = (
-    _lengths, _split_dims, _axes, _chunks, _transfers, _attention, _experts, _weights, _lines,
-    _notes,
+    _lengths, _own_sizes, _split_dims, _axes, _chunks, _transfers, _attention, _experts, _weights,
+    _lines, _notes,
 )
 
 
