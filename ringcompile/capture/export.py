@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ringcompile.capture import huggingface
-from ringcompile.capture.guards import smallest_length
+from ringcompile.capture.guards import allowed_lengths
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.expr import SEQUENCE, depends_on_data, from_torch, symbol, unbacked
@@ -79,16 +79,15 @@ def _capture(
     with torch.no_grad(), _without_logs(), _unchanged(model), huggingface.prepared(model):
         try:
             exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, length))
-            low = _smallest_length(exported)
+            lengths = _allowed_lengths(exported, length)
         except _FixedLengthError as error:
             exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, None))
-            low = 2
+            lengths = _length_range(exported)
             where = f"{error.location.short}: " if error.location else ""
             notes = (*notes, f"{where}{error.message}")
         exported = _functional(exported)
     program = _Importer(exported, model).program(name)
-    _, high = program.length_range
-    return program.with_graph(program.graph, notes=notes, length_range=(low, high))
+    return program.with_graph(program.graph, notes=notes, length_range=lengths)
 
 
 @contextlib.contextmanager
@@ -170,15 +169,19 @@ class _FixedLengthError(RingCompileError):
     """The model can be captured for the length of the example only."""
 
 
-def _smallest_length(exported: ExportedProgram) -> int:
-    low = smallest_length(exported, *_length_range(exported))
-    if low is None:
+def _allowed_lengths(exported: ExportedProgram, example: int | None) -> tuple[int, int | None]:
+    """The lengths that the captured code is right for; where there is no example, any."""
+    found = _length_range(exported)
+    if example is None:
+        return found
+    allowed = allowed_lengths(exported, example, *found)
+    if allowed is None:
         raise _FixedLengthError(
             "the model's code fixes the sequence length to that of the example",
             hint="a size was turned into a number: torch.export kept "
             f"{'; '.join(exported._guards_code)[:200]}",
         )
-    return low
+    return allowed
 
 
 def _length_range(exported: ExportedProgram) -> tuple[int, int | None]:

@@ -16,15 +16,18 @@ _INPUT_SIZE = re.compile(r"L(?:\[[^\]]*\]|\.\w+)+\.size\(\)\[\d+\]")
 _NAMES = {"max": max, "min": min, "math": math}
 # Every small length, where rounding shows, and a few large ones.
 _SAMPLES = (*range(2, 400), 511, 512, 1000, 4096, 4097, 65536, 100003)
-# Lengths up to here may be left out of the range; more is not "any length".
-_MAX_LOW = 64
+# A range of fewer lengths than this is no range: the code means one length.
+_FEWEST = 8
 
 
-def smallest_length(exported: ExportedProgram, low: int, high: int | None) -> int | None:
-    """The length from which on all guards hold; None where they hold for a few lengths only.
+def allowed_lengths(
+    exported: ExportedProgram, example: int, low: int, high: int | None
+) -> tuple[int, int | None] | None:
+    """The lengths around that of the example for which all guards hold; None where they are few.
 
     Args:
         exported: as torch.export made it, before anything rewrote it.
+        example: the length of the example, for which they hold.
         low: the smallest length that torch allows.
         high: the largest one, if there is one.
     """
@@ -33,12 +36,15 @@ def smallest_length(exported: ExportedProgram, low: int, high: int | None) -> in
         for guard in getattr(exported, "_guards_code", None) or ()
         if ".size()" in guard
     ]
-    allowed = [s for s in _SAMPLES if s >= low and (high is None or s <= high)]
-    violated = [s for s in allowed if not all(_holds(guard, s) for guard in guards)]
-    if not violated:
-        return low
-    above = max(violated) + 1
-    return above if above <= _MAX_LOW and any(s >= above for s in allowed) else None
+    ends = () if high is None else (high - 1, high)
+    samples = sorted(s for s in {*_SAMPLES, *ends} if s >= low and (high is None or s <= high))
+    violated = [s for s in samples if not all(_holds(guard, s) for guard in guards)]
+    low = max([low, *(s + 1 for s in violated if s < example)])
+    above = [s - 1 for s in violated if s > example]
+    if above:
+        high = min(above)
+    few = example in violated or (high is not None and high - low + 1 < _FEWEST)
+    return None if few and violated else (low, high)
 
 
 def _holds(guard: str, length: int) -> bool:
@@ -47,4 +53,3 @@ def _holds(guard: str, length: int) -> bool:
         return bool(eval(guard, {"__builtins__": {}}, {**_NAMES, "s": length}))
     except Exception:
         return False
-

@@ -234,10 +234,11 @@ class _Placer:
                 self._note(node, "rows and columns both along the sequence: gathered")
                 kept = [layouts[0], *(Layout.whole(len(x.dims)) for x in layouts[1:])]
                 return rule.forward(call, kept, self.axis_sizes)
+            reason = node.meta.get("why_not", "both operands are split along the sequence")
             raise error_at(
                 node,
                 "this pairs every token with every other and is not an attention that is "
-                "understood (both operands are split along the sequence)",
+                f"understood ({reason})",
                 hint="use torch.nn.functional.scaled_dot_product_attention, or pass "
                 "--gather-unknown to gather the second operand whole on every rank",
             ) from None

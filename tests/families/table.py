@@ -23,8 +23,8 @@ from tests.families.trial import (
 from tests.support import TOLERANCE
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-_HEADER = ("family", "class", "attention", "positions", "masks found", "gathers", "outcome",
-           "padded batch")
+_HEADER = ("family", "class", "attention", "positions", "masks found", "split", "gathers",
+           "outcome", "padded batch")
 _SIZES = re.compile(r"\[[^\]]*\]")
 
 
@@ -45,9 +45,18 @@ def cells(trial: Trial) -> dict[str, str]:
     outcome = verdict(trial.plain)
     if trial.plain.kind == MATCHED and not trial.any_length:
         outcome += ", at this length only"
-    row = (family.name, f"`{family.model}`", family.attention, family.positions,
-           _masks(trial.masks), str(trial.gathers) if trial.masks or trial.gathers else "-",
-           outcome, "likewise" if same else verdict(trial.padding))
+    compiled = trial.products > 0
+    row = (
+        family.name,
+        f"`{family.model}`",
+        family.attention,
+        family.positions,
+        _masks(trial.masks),
+        f"{trial.split} of {trial.products}" if compiled else "-",
+        str(trial.gathers) if compiled else "-",
+        outcome,
+        "likewise" if same else verdict(trial.padding),
+    )
     return dict(zip(_HEADER, row, strict=True))
 
 
@@ -62,7 +71,8 @@ def terminal(trial: Trial) -> str:
     """One line, with the differences."""
     row = cells(trial)
     parts = [f"{row['family']:22} {_figure(trial.plain)}", f"padded {_figure(trial.padding)}",
-             f"masks {row['masks found']}", f"gathers {row['gathers']}"]
+             f"masks {row['masks found']}", f"split {row['split']}",
+             f"gathers {row['gathers']}"]
     reasons = {o.reason + (f" ({o.line})" if o.line else "")
                for o in (trial.plain, trial.padding) if o and o.reason}
     return " | ".join([*parts, *sorted(reasons)])
@@ -121,6 +131,9 @@ is *matched* if no value is off by more than {tolerance:g} of max(1, the largest
 output), in float32. *Refused* is an error that names the reason and the model's line; *wrong* are
 outputs that differ. A padded batch has two sequences, {padded} tokens of one are padding, and the
 real tokens' outputs are compared. Models that only work at the length of the example (images of one
-size, for instance) are captured at the length at which they run: "at this length only". *Gathers*
-counts tensors that are gathered whole, such as the first token's state for a pooler.
+size, for instance) are captured at the length at which they run: "at this length only". *Split*
+counts the matrix products and convolutions, beside attention itself, of which each rank computes
+its share; the others are computed whole on every rank, as what comes before the first attention of
+a model with recurrence is. *Gathers* counts tensors that are gathered whole, such as the first
+token's state for a pooler.
 """

@@ -13,13 +13,15 @@ from typing import Any
 
 import sympy
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import ParallelProgram, transform
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
+from ringcompile.ir.types import TensorType
 from tests.families.family import Family
 from tests.support import TOLERANCE, run
 
@@ -27,6 +29,11 @@ SPEC = "ring=4"
 # Captured at one length and run at another, which does not divide over the ranks.
 CAPTURED, LENGTH = 24, 27
 PADDED = 5
+# Ops that multiply weights with activations, or activations with one another.
+_PRODUCTS = frozenset({
+    "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "einsum", "expert_linear",
+    "linear", "matmul", "mm",
+})
 MATCHED, REFUSED, WRONG, CRASHED = "matched", "refused", "wrong", "crashed"
 
 
@@ -58,6 +65,8 @@ class Trial:
         forms: what attentions become, each with how many there are.
         masks: the kinds of mask, likewise.
         gathers: how many tensors are gathered whole.
+        products: how many matrix products and convolutions there are beside attention.
+        split: how many of them each rank computes for its own share only.
     """
 
     family: str
@@ -67,6 +76,8 @@ class Trial:
     forms: tuple[tuple[str, int], ...] = ()
     masks: tuple[tuple[str, int], ...] = ()
     gathers: int = 0
+    products: int = 0
+    split: int = 0
 
 
 class _TimeoutError(Exception):
@@ -84,7 +95,7 @@ def try_family(family: Family, seconds: int = 240) -> Trial:
     if not found:
         return Trial(family.name, plain, padding)
     program = found[0].program
-    attention = report.attention_of(program)
+    attention, products = report.attention_of(program), _products(program)
     return Trial(
         family.name,
         plain,
@@ -93,7 +104,22 @@ def try_family(family: Family, seconds: int = 240) -> Trial:
         forms=_counted([a.form for a in attention]),
         masks=_counted([a.mask for a in attention]),
         gathers=len(report.gathers_of(program)),
+        products=len(products),
+        split=sum(bool(type_.layout.axes) for type_ in products),
     )
+
+
+def _products(program: Program) -> list[TensorType]:
+    return [
+        type_of(node)
+        for node in program.graph.nodes
+        if node.op == "call_function" and _op_name(node) in _PRODUCTS
+    ]
+
+
+def _op_name(node: fx.Node) -> str:
+    """`linear` for `aten.linear.default`."""
+    return str(node.target).partition(".")[2].partition(".")[0]
 
 
 def _counted(names: list[str]) -> tuple[tuple[str, int], ...]:
