@@ -105,6 +105,26 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_casts_of_modules() -> Iterator[None]:
+    """`self.classifier.to(dtype)` inside a forward, to the dtype that it has, changes nothing.
+
+    It would exchange parameters while they are traced, which cannot be captured.
+    """
+    original = nn.Module._apply
+
+    def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+        if all(function(p).dtype == p.dtype for p in module.parameters()):
+            return module
+        return original(module, function, recurse)
+
+    nn.Module._apply = apply  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _without_logs() -> Iterator[None]:
     """What torch logs on the way to an error is in the error that becomes ours."""
     before = logging.root.manager.disable
@@ -155,7 +175,10 @@ def _export(
 ) -> ExportedProgram:
     printed = io.StringIO()  # torch prints the graph as far as it came before it raises
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with (
+            contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
+            _without_casts_of_modules(),
+        ):
             exported = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         print(printed.getvalue(), end="")
         return exported

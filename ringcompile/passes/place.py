@@ -18,7 +18,7 @@ from torch import fx
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, replace_operands
 from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, symbol
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
@@ -245,9 +245,7 @@ class _Placer:
 
     def _attention(self, rule: Rule, call: Call, layouts: Sequence[Layout]) -> Placement:
         """Keys and values may stay split along the sequence as queries are: that is the ring."""
-        layouts = [self._seeded(n, x) for n, x in zip(call.operands[:3], layouts, strict=False)] + [
-            *layouts[3:]
-        ]
+        layouts = [self._rows(n, x) for n, x in zip(call.operands, layouts, strict=True)]
         q, k, v = layouts[:3]
         placement = rule.forward(call, layouts, self.axis_sizes)
         if not q.dims[2]:
@@ -259,11 +257,21 @@ class _Placer:
                 wanted[i] = Layout((*wanted[i].dims[:2], q.dims[2], wanted[i].dims[3]))
         return Placement(tuple(wanted), placement.output)
 
-    def _seeded(self, operand: fx.Node, layout: Layout) -> Layout:
-        """Queries, keys and values of the sequence's length are split, even if they came whole."""
-        if layout.is_whole and equal(type_of(operand).shape[2], self.sequence.length):
-            return self._split(4, 2)
-        return layout
+    def _rows(self, operand: fx.Node, layout: Layout) -> Layout:
+        """What attention takes of an operand's rows: the sequence itself, or whole.
+
+        Queries, keys and values of the sequence's length are split, even if they came whole. Rows
+        that hold the sequence several times over are not a run of positions, and are gathered.
+        """
+        if len(layout.dims) != 4:
+            return layout
+        sequence = self._split(4, 2)
+        rows = type_of(operand).shape[2]
+        if layout.is_whole and equal(rows, self.sequence.length):
+            return sequence
+        if layout.dims[2] in (WHOLE, sequence.dims[2]):
+            return layout
+        return Layout((*layout.dims[:2], WHOLE, layout.dims[3]))
 
     def _note(self, node: fx.Node, text: str) -> None:
         place = node.meta["loc"].short if "loc" in node.meta else ""
@@ -322,6 +330,8 @@ class _Placer:
             return again and self._pick(again, index, node.name)  # type: ignore[arg-type]
         rule = find_rule(node.target)
         if rule is None or not (rule.cheap or shrinking):
+            return None
+        if node.target is _ATTENTION and self._rows(node, wanted) != wanted:
             return None
         call = Call(node)
         wants = rule.backward(call, wanted, self.axis_sizes)

@@ -45,7 +45,8 @@ def _scalar_tensor(*parts: Any) -> Case:
 
     def make(draws: Draws) -> Arguments:
         shape = draws.shape()
-        return called(*(part(draws, shape) for part in parts[:-1]), parts[-1](draws, ()))
+        full = (part(draws, draws.narrower(shape)) for part in parts[:-1])
+        return called(*full, parts[-1](draws, ()))
 
     return Case(make, aligned)
 
@@ -125,7 +126,7 @@ _BINARY: dict[str, Case] = {
     **{f"{name}.Tensor": broadcast(INTEGERS, SMALL)
        for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__")},
     **{f"{name}.Scalar": broadcast(INTEGERS, 5)
-       for name in ("bitwise_and", "bitwise_xor", "__and__", "__or__")},
+       for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__")},
     "bitwise_left_shift.Tensor_Scalar": broadcast(INTEGERS, 2),
     "bitwise_right_shift.Tensor_Scalar": broadcast(INTEGERS, 1),
     "where.self": broadcast(FLAGS, REAL, REAL),

@@ -55,9 +55,12 @@ class Draws:
         """A dim, counted from the front or the end; of a tensor without dims 0 or -1."""
         return self.number(-max(rank, 1), max(rank, 1) - 1)
 
+    def permutation(self, size: int) -> list[int]:
+        return self.draw(st.permutations(range(size)))
+
     def dims(self, rank: int, least: int = 0) -> list[int]:
         """Several dims, each once."""
-        chosen = self.draw(st.permutations(range(rank)))[: self.number(min(least, rank), rank)]
+        chosen = self.permutation(rank)[: self.number(min(least, rank), rank)]
         return [dim - rank if self.flag() else dim for dim in chosen]
 
     def narrower(self, shape: Shape) -> Shape:
@@ -72,6 +75,10 @@ class Draws:
             else (self.number(1, size) if self.number(0, 4) == 0 else size)
             for i, size in enumerate(shape)
         )
+
+    def some_ones(self, shape: Shape) -> Shape:
+        """The same rank, some dims of size 1."""
+        return tuple(1 if self.number(0, 2) == 0 else size for size in shape)
 
     # -- tensors -----------------------------------------------------------------------------------
 
