@@ -285,6 +285,15 @@ class _Down:
         self.steps.append(Sink(column, single[0]))
         return found
 
+    def clip(self, node: fx.Node) -> Contraction:
+        """Maximum with the lowest number there is: for what a mask pushed below it."""
+        ways = [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
+        for scores, other in ways:
+            limit = self.reader.constant(other)
+            if limit is not None and limit <= torch.finfo(type_of(node).dtype).min:
+                return self.to_scores(scores)  # type: ignore[arg-type]
+        raise NotUnderstoodError("its scores are limited from below")
+
     def view(self, node: fx.Node) -> Contraction:
         """A reshape of the leading dims."""
         source, target = type_of(node.args[0]).shape, type_of(node).shape  # type: ignore[arg-type]
@@ -318,6 +327,7 @@ _DOWN: dict[str, Callable[[_Down, fx.Node], Contraction]] = {
     **dict.fromkeys(("add", "sub"), _Down.bias),
     **dict.fromkeys(("where", "masked_fill"), _Down.fill),
     "tanh": _Down.bend,
+    "maximum": _Down.clip,
     "cat": _Down.sink,
     "reshape": _Down.view,
     "to": _Down.cast,

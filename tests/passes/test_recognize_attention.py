@@ -104,6 +104,16 @@ def nano_gpt_in_place(m: Weights, x: Tensor) -> Tensor:
     return merged(att.softmax(-1) @ v)
 
 
+def xglm(m: Weights, x: Tensor) -> Tensor:
+    """Scores that a mask pushed below the lowest number are lifted to it."""
+    (q, k, v), size = m.heads(x), x.shape[1]
+    lowest = torch.finfo(x.dtype).min
+    mask = torch.full((size, size), lowest, dtype=x.dtype).triu(1)
+    scores = q @ k.transpose(-1, -2) * DIM**-0.5 + mask
+    scores = torch.max(scores, torch.tensor(lowest, dtype=x.dtype))
+    return merged(scores.softmax(-1) @ v)
+
+
 def gpt2(m: Weights, x: Tensor) -> Tensor:
     (q, k, v), size = m.heads(x), x.shape[1]
     w = torch.matmul(q, k.transpose(-1, -2))
@@ -403,6 +413,7 @@ RECOGNISED: dict[Style, str] = {
     plain: "full",
     nano_gpt: "causal",
     nano_gpt_in_place: "causal",
+    xglm: "causal",
     gpt2: "causal + key mask",
     gpt_neo: "causal",
     annotated_transformer: "full + data-dependent mask bool[2, 1, s/ring, s]",
@@ -618,6 +629,12 @@ def by_hand(m: Weights, x: Tensor) -> Tensor:
     return merged(w / (1 + w.sum(-1, keepdim=True)) @ v)
 
 
+def limited_scores(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    scores = torch.max(q @ k.transpose(-1, -2), torch.tensor(-0.5, dtype=x.dtype))
+    return merged(scores.softmax(-1) @ v)
+
+
 REFUSED: dict[Style, str | None] = {
     returned_weights: "its weights are used elsewhere, too",
     returned_scores: "its scores are used elsewhere, too",
@@ -635,6 +652,7 @@ REFUSED: dict[Style, str | None] = {
     flags_added: "bool[s, s] is added to its scores",
     best_keys: "its scores are used elsewhere, too",
     disentangled: "its weights are used elsewhere, too",
+    limited_scores: "its scores are limited from below",
     wider_softmax: "its softmax is wider than float32, its queries are not",
     sigmoid: None,
     by_hand: None,
