@@ -200,6 +200,29 @@ def test_declared_and_not_token_wise_is_refused() -> None:
         compiled(module, (torch.randn(2, 12, SIZE),), "ring=4")
 
 
+def test_a_rounded_size_is_no_way_around_the_check() -> None:
+    """Experts that choose a share of the tokens: a size that is rounded, and no capacity."""
+
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.router, self.expert = nn.Linear(SIZE, 1), nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.reshape(-1, SIZE)
+            chosen = self.router(flat)[:, 0].topk(flat.shape[0] // 4 + 1).indices
+            return flat.index_add(0, chosen, self.expert(flat[chosen])).view(x.shape)
+
+    x = torch.randn(2, 27, SIZE)
+    with pytest.raises(rc.RingCompileError, match="is not: run on some of the tokens alone"):
+        compiled(Around(rc.tokenwise(Choosing())).eval(), (x[:, :12],), "ring=4")
+    module = Around(Choosing()).eval()
+    parallel = compiled(module, (x[:, :12],), "ring=4")
+    with torch.no_grad():
+        assert difference(run(parallel, (x,)).outputs, module(x)) <= TOLERANCE
+
+
 def test_not_declared_and_not_token_wise_is_computed_whole() -> None:
     module = Around(Owned(mean=True)).eval()
     x = torch.randn(2, 27, SIZE)

@@ -84,7 +84,7 @@ def _capture(
             exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, None))
             lengths = _length_range(exported)
             where = f"{error.location.short}: " if error.location else ""
-            notes = (*notes, f"{where}{error.message}")
+            notes = (*notes, f"{where}{error.message}, {length}")
         exported = _functional(exported)
     program = _Importer(exported, model).program(name)
     return program.with_graph(program.graph, notes=notes, length_range=lengths)
@@ -110,14 +110,14 @@ def _without_casts_of_modules() -> Iterator[None]:
 
     It would exchange parameters while they are traced, which cannot be captured.
     """
-    original = nn.Module._apply
+    original: Any = nn.Module._apply
 
     def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
         if all(function(p).dtype == p.dtype for p in module.parameters()):
             return module
         return original(module, function, recurse)
 
-    nn.Module._apply = apply  # type: ignore[method-assign,assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -47,8 +47,9 @@ class Region:
         leaving: values that are used outside, with the layout that they are given back in.
         counted: of `nodes`, the comparisons with a capacity that are computed over all tokens, and
             the layout that they are taken in.
-        slots: the largest number of slots an expert can need for one rank's tokens; None where a
-            capacity is taken as the model counts it, of one rank's tokens.
+        slots: the largest number of slots an expert can need for one rank's tokens, where that is
+            counted over all ranks.
+        local: it has a capacity, which each rank counts alone: that changes the result, as asked.
         declared: the user says that it is token-wise.
         name: the layer.
     """
@@ -58,6 +59,7 @@ class Region:
     leaving: Mapping[fx.Node, Layout]
     counted: Mapping[fx.Node, Layout] = field(default_factory=dict)
     slots: Size | None = None
+    local: bool = False
     declared: bool = False
     name: str = ""
 
@@ -110,13 +112,11 @@ def describe(regions: Sequence[Region]) -> list[str]:
 
 
 def _description(region: Region) -> str:
-    if region.declared:
-        return "declared token-wise: runs on each rank's own tokens"
+    what = "declared token-wise: runs" if region.declared else "experts run"
+    text = f"{what} on each rank's own tokens"
     if region.counted:
-        return "experts run on each rank's own tokens; their capacity is counted over all ranks"
-    if region.has_capacity:
-        return "experts run on each rank's own tokens; their capacity is counted by each rank alone"
-    return "experts run on each rank's own tokens"
+        return f"{text}; capacity is counted over all ranks"
+    return f"{text}; capacity is counted by each rank alone" if region.local else text
 
 
 def _is_rounded(size: Any) -> bool:
@@ -175,8 +175,7 @@ class Finder:
                 continue
             if any(region.nodes & other.nodes & self.of_tokens for other in found):
                 continue
-            if region.has_capacity and self.capacity == "exact":
-                region = self._exact(region)
+            region = self._with_capacity(region)
             if region is not None:
                 found.append(region)
         return found
@@ -208,7 +207,8 @@ class Finder:
                     "each token",
                     hint="pass in and return tensors with one dim that is the tokens",
                 )
-            found.append(replace(region, declared=True))
+            region = replace(region, declared=True)
+            found.append(self._with_capacity(region) or region)
         return found
 
     def _grown(self, seeds: set[fx.Node]) -> Region | None:
@@ -309,6 +309,12 @@ class Finder:
             return None
         atoms = known[types[0].shape[dims[0]]]
         return Layout(tuple(atoms if i == dims[0] else WHOLE for i in range(len(types[0].shape))))
+
+    def _with_capacity(self, region: Region) -> Region | None:
+        """The region with its capacity counted as the user asks; None where that cannot be had."""
+        if not region.has_capacity:
+            return region
+        return self._exact(region) if self.capacity == "exact" else replace(region, local=True)
 
     def _exact(self, region: Region) -> Region | None:
         """Whether a token finds a slot is counted over all ranks."""

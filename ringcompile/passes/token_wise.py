@@ -63,7 +63,7 @@ class TokenWise:
         Raises:
             RingCompileError: the user declared it token-wise, and it is not.
         """
-        if region.has_capacity and region.slots is None:
+        if region.local:
             return True
         nodes = [node for node in self.program.graph.nodes if node in region.nodes]
         key = self._structure(nodes, region)

@@ -16,12 +16,16 @@ def _linear(draws: Draws) -> Arguments:
     inner, outer = draws.size(), draws.size()
     if draws.number(0, 5) == 0:  # a weight that is one row
         return called(draws.real((*draws.shape(1, 3), inner)), draws.real((inner,)))
-    bias = [draws.real((outer,))] * draws.flag()
+    bias = draws.pick([[], [draws.real((outer,))], [draws.real((1,))]])
     return called(draws.real((*draws.shape(0, 3), inner)), draws.real((outer, inner)), *bias)
 
 
 def _linear_free(call: Call) -> Free:
-    outer = {(i, 0) for i in range(1, len(call.operands)) if len(shape_of(call, 1)) == 2}
+    weight = shape_of(call, 1)
+    outer = {
+        (i, 0) for i in range(1, len(call.operands))
+        if len(weight) == 2 and shape_of(call, i)[0] == weight[0]
+    }
     return leading(1, 0)(call) | outer
 
 

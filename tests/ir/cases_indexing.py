@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ir.calls import Call
-from tests.ir.case import Arguments, Case, Free, aligned, all_but, called, shape_of
+from tests.ir.case import Arguments, Case, Free, all_but, called, leading, shape_of
 from tests.ir.draws import Draws, Shape
 
 
@@ -200,7 +200,7 @@ _TABLE: dict[str, Case] = {
     "slice_scatter.default": Case(_slice_scatter, all_but("dim"), exact=True),
     "select_scatter.default": Case(_select_scatter, _select_scatter_free, exact=True),
     "one_hot.default": Case(_one_hot, _one_hot_free),
-    "bucketize.Tensor": Case(_bucketize, lambda call: {p for p in aligned(call) if not p[0]}),
+    "bucketize.Tensor": Case(_bucketize, leading(0, 0)),
     "roll.default": Case(_roll, all_but("dims"), exact=True),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from ringcompile.ir.rules import RULES, Rule
@@ -17,6 +17,7 @@ NAMES = sorted(RULES)
 def profile(examples: int) -> settings:
     return settings(
         max_examples=examples, deadline=None, derandomize=True, database=None,
+        phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
 

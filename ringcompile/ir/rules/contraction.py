@@ -10,10 +10,12 @@ from ringcompile.ir.rules.base import Factors, Names, rank_of, shapes
 
 
 def linear(call: Call) -> Factors:
-    """... i, o i, o -> ... o."""
-    batch = tuple(range(rank_of(call) - 1))
-    bias: tuple[Names, ...] = (("o",),) if len(call.operands) == 3 else ()
-    return Factors(((*batch, "i"), ("o", "i"), *bias), (*batch, "o"))
+    """... i, o i, o -> ... o; a weight that is one row lacks o, and a bias of size 1 has none."""
+    weight, *biases = shapes(call)[1:]
+    outer: Names = ("o",) if len(weight) == 2 else ()
+    batch = tuple(range(rank_of(call) - len(outer)))
+    bias = tuple(tuple("o" if weight[0] == size else None for size in b) for b in biases)
+    return Factors(((*batch, "i"), (*outer, "i"), *bias), (*batch, *outer))
 
 
 def addmm(call: Call) -> Factors:

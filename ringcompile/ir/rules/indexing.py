@@ -10,12 +10,17 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules.base import Factors, Names, rank_of, shapes
 
 
+def _dim(call: Call) -> int:
+    """The dim that is read or written along, counted from the front."""
+    return call["dim"] % max(rank_of(call), 1)
+
+
 def index_select(call: Call) -> Factors:
     """One dim is picked from, and must be whole; the picked entries may be split."""
-    rank = rank_of(call)
-    dim = call["dim"] % rank
+    rank, dim = rank_of(call), _dim(call)
     names: Names = tuple(None if i == dim else i for i in range(rank))
-    return Factors((names, ("picked",)), tuple("picked" if i == dim else i for i in range(rank)))
+    index = ("picked",) * len(shapes(call)[1])
+    return Factors((names, index), tuple("picked" if i == dim else i for i in range(rank)))
 
 
 def index(call: Call) -> Factors:
@@ -78,8 +83,7 @@ def _kept(
 
 def gather(call: Call) -> Factors:
     """torch.gather: only where index and source agree on the other dims; kept to whole there."""
-    rank = rank_of(call)
-    dim = call["dim"] % rank
+    rank, dim = rank_of(call), _dim(call)
     source, picked = shapes(call)
     same = tuple(i if i != dim and source[i] == picked[i] else None for i in range(rank))
     index_names: Names = tuple("picked" if i == dim else same[i] for i in range(rank))
@@ -89,7 +93,7 @@ def gather(call: Call) -> Factors:
 def scatter(call: Call) -> Factors:
     """Scatter and its kind: the dim written along whole, others where all tensors agree."""
     operands = shapes(call)
-    dim = call["dim"] % rank_of(call)
+    dim = _dim(call)
     written = [shape for shape in operands if len(shape) == rank_of(call)]
     names: Names = tuple(
         i if i != dim and all(shape[i] == operands[0][i] for shape in written) else None
@@ -103,33 +107,32 @@ def scatter(call: Call) -> Factors:
 
 def index_add(call: Call) -> Factors:
     """x[index] += source along a dim, which is whole; the other dims pass."""
-    rank = rank_of(call)
-    dim = call["dim"] % rank
+    rank, dim = rank_of(call), _dim(call)
     names: Names = tuple(None if i == dim else i for i in range(rank))
     operands = shapes(call)
+    index = (None,) * len(operands[1])
     source = (names,) if len(operands) == 3 else ()
-    return Factors((names, (None,), *source), names)
+    return Factors((names, index, *source), names)
 
 
 def slice_scatter(call: Call) -> Factors:
     """A piece along one dim written into a tensor; the dim is whole."""
-    rank = rank_of(call)
-    dim = call["dim"] % rank
+    rank, dim = rank_of(call), _dim(call)
     names: Names = tuple(None if i == dim else i for i in range(rank))
     return Factors((names, names), names)
 
 
 def select_scatter(call: Call) -> Factors:
     """One index of a dim written into a tensor; the dim is whole."""
-    rank = rank_of(call)
-    dim = call["dim"] % rank
+    rank, dim = rank_of(call), _dim(call)
     names: Names = tuple(None if i == dim else i for i in range(rank))
     return Factors((names, tuple(i for i in range(rank) if i != dim)), names)
 
 
 def one_hot(call: Call) -> Factors:
-    """A new last dim with an entry a class, which is whole."""
-    names: Names = tuple(range(rank_of(call) - 1))
+    """A new last dim with an entry a class, which is whole; how many, only all entries may tell."""
+    known = call["num_classes"] != -1
+    names: Names = tuple(i if known else None for i in range(rank_of(call) - 1))
     return Factors((names,), (*names, None))
 
 

@@ -30,10 +30,9 @@ def transposed_convolution(call: Call) -> Factors:
     return Factors((names, *whole), names)
 
 
-def pooling(call: Call) -> Factors:
-    """Samples and channels pass; spatial dims, behind the first two, are whole."""
-    rank = rank_of(call)
-    names: Names = tuple(i if i < 2 and rank > 2 else None for i in range(rank))
+def pooling(num_spatial: int, call: Call) -> Factors:
+    """Samples, if there are any, and channels pass; the spatial dims, which are last, are whole."""
+    names: Names = (*range(rank_of(call) - num_spatial), *(None,) * num_spatial)
     return Factors((names,), names)
 
 
@@ -54,9 +53,12 @@ def unfold(call: Call) -> Factors:
 
 
 def channel_norm(call: Call) -> Factors:
-    """batch_norm of a model in eval mode: one factor and offset for each channel (dim 1)."""
-    rank = rank_of(call)
-    names: Names = tuple(range(rank))
+    """batch_norm: one factor and offset for each channel (dim 1).
+
+    Without running statistics, also in eval mode, they are those of all samples and positions.
+    """
+    of_batch = call["training"]
+    names: Names = tuple(i if i == 1 or not of_batch else None for i in range(rank_of(call)))
     return Factors((names, *((1,),) * (len(call.operands) - 1)), names)
 
 

@@ -7,6 +7,7 @@ treated as pointwise. The table is also the allowlist of ops that a saved graph 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.nodes import type_of
@@ -66,6 +67,11 @@ def reduction(call: Call) -> Factors:
     keep = call.get("keepdim", False)
     operand: Names = tuple(None if i in reduced else i for i in range(rank))
     return Factors((operand,), tuple(f for f in operand if f is not None or keep))
+
+
+def reduce_listed(call: Call) -> Factors:
+    """As `reduction`, but an empty list of dims reduces none of them."""
+    return pointwise(call) if call["dim"] == [] else reduction(call)
 
 
 def reduce_all(call: Call) -> Factors:
@@ -130,19 +136,23 @@ def attention(call: Call) -> Factors:
 
     Keys and values may be split along their sequence on the axis that splits the queries: that
     is ring attention, and `passes/place.py` keeps such a split. The key mask must know all keys.
-    A sink has one number a query head.
+    A sink has one number a query head. Heads pass where each has keys of its own (g is h) or all
+    have the same; in groups, a rank's heads would have to be those of its groups.
     """
-    names: list[Names] = [("b", "h", "q", "d"), ("b", "g", "k", "d"), ("b", "g", "k", "e")]
+    heads, groups = (shapes(call)[i][1] for i in range(2))
+    g = "h" if groups == heads else None
+    h = "h" if g or groups == 1 else None
+    names: list[Names] = [("b", h, "q", "d"), ("b", g, "k", "d"), ("b", g, "k", "e")]
     if call["key_mask"] is not None:
         shape = type_of(call["key_mask"]).shape
         names.append((None if shape[0] == 1 else "b", None, None, None))
     if call["mask"] is not None:
         shape = type_of(call["mask"]).shape
-        rows = zip(("b", "h", "q"), shape, strict=False)
+        rows = zip(("b", h, "q"), shape, strict=False)
         names.append((*(None if size == 1 else f for f, size in rows), None))
     if call["sink"] is not None:
-        names.append(("h",))
-    return Factors(tuple(names), ("b", "h", "q", "e"))
+        names.append((h,))
+    return Factors(tuple(names), ("b", h, "q", "e"))
 
 
 def expert_linear(call: Call) -> Factors:
@@ -199,10 +209,10 @@ _ALL_WHOLE = [
     "repeat_interleave.Tensor", "unique_consecutive.default", "_unique2.default",
 ]
 _REDUCTIONS = [
-    "mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "any.dims", "all.dim",
-    "all.dims", "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
+    "mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "all.dim",
+    "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
     "std.correction", "logsumexp.default", "linalg_vector_norm.default", "max.dim", "min.dim",
-    "median.dim", "mode.default", "prod.default", "count_nonzero.dim_IntList",
+    "median.dim", "mode.default", "count_nonzero.dim_IntList",
     "var_mean.correction", "nansum.default",
 ]
 
@@ -234,7 +244,8 @@ RULES: dict[str, Rule] = {
     **_rows(["cumsum.default"], scan),
     **_rows(_REDUCTIONS, reduction),
     **_rows(["mean.default", "sum.default", "max.default", "min.default", "any.default",
-             "all.default"], reduce_all),
+             "all.default", "prod.default"], reduce_all),
+    **_rows(["any.dims", "all.dims"], reduce_listed),
     "aten.flip.default": FactorRule(_flip),
     "aten.glu.default": FactorRule(_glu),
     "aten.reshape.default": ViewRule(),
@@ -274,10 +285,11 @@ RULES: dict[str, Rule] = {
              "conv2d.padding"], spatial.convolution, cheap=False),
     **_rows(["conv_transpose1d.default", "conv_transpose2d.input"],
             spatial.transposed_convolution, cheap=False),
-    **_rows(["avg_pool1d.default", "avg_pool2d.default", "max_pool1d.default", "max_pool2d.default",
-             "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default",
-             "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
-             "upsample_bicubic2d.vec", "upsample_linear1d.vec"], spatial.pooling),
+    **_rows(["avg_pool1d.default", "max_pool1d.default", "adaptive_avg_pool1d.default",
+             "upsample_nearest1d.vec", "upsample_linear1d.vec"], partial(spatial.pooling, 1)),
+    **_rows(["avg_pool2d.default", "max_pool2d.default", "adaptive_avg_pool2d.default",
+             "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec"],
+            partial(spatial.pooling, 2)),
     **_rows(["pad.default", "constant_pad_nd.default"], spatial.pad),
     **_rows(["unfold.default"], spatial.unfold),
     **_rows(["batch_norm.default"], spatial.channel_norm),
