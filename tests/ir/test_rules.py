@@ -49,7 +49,7 @@ def test_each_rank_computes_its_piece(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@profile(400)
+@profile(200)
 @given(st.data())
 def test_each_rank_computes_its_piece_of_many_examples(name: str, data: st.DataObject) -> None:
     hold(name, RULES[name], data)
