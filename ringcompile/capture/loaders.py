@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringcompile.capture.export import fake_weights
+from ringcompile.capture.surroundings import fake_weights
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
 

@@ -13,7 +13,7 @@ region from outside; in it, slots are only addresses, and are counted by each ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -358,22 +358,22 @@ def _short(node: fx.Node) -> str:
 
 def _below(nodes: Iterable[fx.Node], group: set[fx.Node]) -> set[fx.Node]:
     """The nodes and all that depends on them, as far as it goes through the group."""
-    found, work = set(), list(nodes)
-    while work:
-        node = work.pop()
-        if node not in found:
-            found.add(node)
-            work += [user for user in node.users if user in group]
-    return found
+    return _reached(nodes, group, lambda node: node.users)
 
 
 def _above(nodes: Iterable[fx.Node], group: set[fx.Node]) -> set[fx.Node]:
     """The nodes and all that they depend on, as far as it goes through the group."""
-    found, work = set(), list(nodes)
+    return _reached(nodes, group, lambda node: node.all_input_nodes)
+
+
+def _reached(
+    nodes: Iterable[fx.Node], group: set[fx.Node], beside: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    work = list(nodes)
     while work:
         node = work.pop()
         if node not in found:
             found.add(node)
-            work += [operand for operand in node.all_input_nodes if operand in group]
+            work += [other for other in beside(node) if other in group]
     return found
-

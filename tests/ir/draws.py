@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringcompile.ir.layout import WHOLE, Layout
-from tests.ir.sharding import WORLDS, World
+from tests.ir.sharding import RING, WORLDS, World
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -24,11 +24,10 @@ class Draws:
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
         self.world: World = draw(st.sampled_from(WORLDS))
-        length = self.world.length
-        split = [length, length, length, 2 * length] if "ring" in self.world.axis_sizes else []
-        if "tp" in self.world.axis_sizes:
-            split += [self.world.mesh.size("tp"), 4, 6]
-        self.sizes = [1, 2, 3, 4, 5, 6, *split]
+        length, axes = self.world.length, self.world.axis_sizes
+        split = [length, length, 2 * length] if RING in axes else []
+        split += [axes["tp"], 4, 6] if "tp" in axes else []
+        self.sizes = [1, 2, 3, 4, 5, *split * 3]
         self.data = torch.Generator().manual_seed(draw(st.integers(0, 99)))
 
     def pick(self, options: Sequence[T]) -> T:
@@ -44,9 +43,9 @@ class Draws:
         return self.pick(self.sizes)
 
     def shape(self, low: int = 0, high: int = 4) -> Shape:
-        """Sizes of low to high dims."""
+        """Sizes of low to high dims, seldom of the fewest."""
         found: list[int] = []
-        for _ in range(self.number(low, high)):
+        for _ in range(self.pick([low, *2 * list(range(low + 1, high + 1))])):
             size = self.size()
             found.append(size if math.prod(found) * size <= _MOST_ELEMENTS else 1)
         return tuple(found)
@@ -60,7 +59,7 @@ class Draws:
 
     def dims(self, rank: int, least: int = 0) -> list[int]:
         """Several dims, each once."""
-        chosen = self.permutation(rank)[: self.number(min(least, rank), rank)]
+        chosen = self.permutation(rank)[: self.pick([*range(least, rank + 1), 1, 1])]
         return [dim - rank if self.flag() else dim for dim in chosen]
 
     def narrower(self, shape: Shape) -> Shape:

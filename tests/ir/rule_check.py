@@ -164,25 +164,25 @@ def _compare(
 
 # -- usefulness ------------------------------------------------------------------------------------
 
-def check_kept(example: Example, rule: Rule) -> None:
-    """A split that must pass does, whichever way the dim is split; and can be asked for."""
-    world, call = example.world, example.call
-    whole = [Layout.whole(len(shape)) for shape in example.shapes]
-    for i, layout in _free_splits(example):
-        layouts = [*whole[:i], layout, *whole[i + 1 :]]
-        placement = rule.forward(call, layouts, world.axis_sizes)
-        where = f"{example}\noperand {i} in {layout}"
-        assert placement.operands[i] == layout, f"is not kept: {where}"
-        assert not placement.output.is_whole, f"is lost: {where}"
-        wanted = rule.backward(call, placement.output, world.axis_sizes)
-        assert wanted == placement.operands, f"cannot be asked for: {where}"
-
-
-def _free_splits(example: Example) -> Iterator[tuple[int, Layout]]:
+def free_splits(example: Example) -> Iterator[list[Layout]]:
+    """The operands' layouts with one split that must pass, each way the dim can be split."""
     world = example.world
     free = example.case.free(example.call)
+    whole = [Layout.whole(len(shape)) for shape in example.shapes]
     for axis, _ in world.mesh.axes:
         for i, shape in enumerate(example.shapes):
             for dim, made in world.splits(shape, axis):
                 if (i, dim) in free:
-                    yield i, single(len(shape), dim, made)
+                    yield [*whole[:i], single(len(shape), dim, made), *whole[i + 1 :]]
+
+
+def check_kept(example: Example, rule: Rule, layouts: Sequence[Layout]) -> None:
+    """The one split among the operands passes, and can be asked for."""
+    axis_sizes = example.world.axis_sizes
+    placement = rule.forward(example.call, layouts, axis_sizes)
+    where = f"{example}\n{[str(layout) for layout in layouts]}"
+    for have, layout in zip(layouts, placement.operands, strict=True):
+        assert have.is_whole or have == layout, f"a split is not kept: {where}"
+    assert not placement.output.is_whole, f"a split is lost: {where}"
+    wanted = rule.backward(example.call, placement.output, axis_sizes)
+    assert wanted == placement.operands, f"a split cannot be asked for: {where}"

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from ringcompile.ir.rules import RULES, Rule
 from tests.ir.cases import CASES
 from tests.ir.draws import Draws
-from tests.ir.rule_check import Example, check_backward, check_forward, check_kept, example
+from tests.ir.rule_check import (
+    Example,
+    check_backward,
+    check_forward,
+    check_kept,
+    example,
+    free_splits,
+)
 
 NAMES = sorted(RULES)
 
@@ -27,7 +34,11 @@ def hold(name: str, rule: Rule, data: st.DataObject) -> None:
     draws = Draws(data.draw)
     made = example(name, CASES[name], draws)
     note(str(made))
-    check_kept(made, rule)
+    free = list(free_splits(made))
+    for layouts in free:
+        check_kept(made, rule, layouts)
+    if free:
+        check_forward(made, rule, draws.pick(free))
     check_forward(made, rule, [draws.layout(shape) for shape in made.shapes])
     check_backward(made, rule, draws.layout(_result_shape(made)))
 

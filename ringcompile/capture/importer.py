@@ -1,0 +1,203 @@
+"""From torch's exported graph to ours: sizes as expressions, nodes typed, each with its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.ir.calls import map_values
+from ringcompile.ir.expr import SEQUENCE, from_torch, symbol
+from ringcompile.ir.program import Input, Program, Structure, Weight, WeightSource
+from ringcompile.ir.types import TensorType
+
+# Frames of code that is not the user's.
+NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+# What torch checks of sizes at run time; shapes are checked where the program starts.
+_ASSERTIONS = frozenset({
+    "aten._assert_scalar.default", "aten.sym_constrain_range.default",
+    "aten.sym_constrain_range_for_size.default",
+})
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+@dataclass
+class Importer:
+    """Copies an exported graph into ours: sympy sizes for SymInts, each node typed and located."""
+
+    exported: ExportedProgram
+    model: nn.Module
+
+    def __post_init__(self) -> None:
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.symbols = self._name_symbols()
+        self.inputs: list[Input] = []
+        self.placeholders: dict[str, str] = {}
+        self.weights: dict[str, Weight] = {}
+
+    def _name_symbols(self) -> dict[str, sympy.Symbol]:
+        """Torch's symbols for input sizes: all were one length in the example, so all are `s`."""
+        return {
+            free.name: symbol(SEQUENCE)
+            for node in self._user_inputs()
+            for size in node.meta["val"].shape
+            if isinstance(size, torch.SymInt)
+            for free in size.node.expr.free_symbols
+        }
+
+    def _user_inputs(self) -> list[fx.Node]:
+        names = {
+            spec.arg.name: spec
+            for spec in self.exported.graph_signature.input_specs
+            if spec.kind is InputKind.USER_INPUT
+        }
+        return [
+            node
+            for node in self.exported.graph.nodes
+            if node.op == "placeholder" and node.name in names and torch.is_tensor(node.meta["val"])
+        ]
+
+    def program(self, name: str) -> Program:
+        """The graph as a program, without a range of lengths."""
+        signature = self.exported.graph_signature
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+            changed = [*signature.buffers_to_mutate.values(),
+                       *signature.user_inputs_to_mutate.values()]
+            raise RingCompileError(
+                f"the model changes '{changed[0]}' while it runs; inference must not change state",
+                hint="call model.eval(), and turn caches off",
+            )
+        specs = {spec.arg.name: spec for spec in signature.input_specs}
+        for node in self.exported.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node, specs[node.name])
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                structure = self._output(node)
+        return Program(
+            graph=self.graph,
+            inputs=tuple(self.inputs),
+            placeholders=self.placeholders,
+            weights=self.weights,
+            output_structure=structure,
+            name=name,
+            source=self._source(),
+            passes=("capture",),
+        )
+
+    def _placeholder(self, node: fx.Node, spec: Any) -> None:
+        value = node.meta["val"]
+        if spec.kind is InputKind.USER_INPUT and not torch.is_tensor(value):
+            self.env[node] = value if not isinstance(value, torch.SymInt) else None
+            return
+        new = self.graph.placeholder(node.name)
+        new.meta["type"] = self._type(value)
+        self.env[node] = new
+        if spec.kind is InputKind.USER_INPUT:
+            self.inputs.append(Input(node.name, new.meta["type"]))
+            self.placeholders[new.name] = node.name
+        else:
+            self.weights[new.name] = Weight(
+                spec.target, value.dtype, tuple(int(size) for size in value.shape)
+            )
+
+    def _call(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        location = _location(node)
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return  # read where it is used, from its value
+        if str(node.target) in _ASSERTIONS:
+            return
+        try:
+            args, kwargs = map_values((node.args, node.kwargs), self._argument)
+            new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)
+            new.meta["loc"] = location
+            if value is not None:
+                new.meta["type"] = self._type(value)
+        except RingCompileError as error:
+            raise RingCompileError(
+                error.message, hint=error.hint, location=location, node=node.name
+            ) from None
+        self.env[node] = new
+
+    def _argument(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if value in self.env:
+            return self.env[value]
+        return self._number(value.meta["val"])
+
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            return from_torch(value.node.expr, self.symbols)
+        if isinstance(value, torch.SymBool):
+            raise RingCompileError("a value depends on whether a length satisfies a condition")
+        return value
+
+    def _type(self, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(self._type(v) for v in value)
+        shape = tuple(
+            self._number(size) if isinstance(size, torch.SymInt) else int(size)
+            for size in value.shape
+        )
+        return TensorType.whole(value.dtype, shape)
+
+    def _output(self, node: fx.Node) -> Structure:
+        flat = [self._argument(value) for value in node.args[0]]  # type: ignore[union-attr]
+        spec = self.exported.call_spec.out_spec
+        if spec.num_leaves != len(flat):
+            raise RingCompileError(
+                "the model changes its own state or its inputs while it runs",
+                hint="inference must not change state: turn caches and running states off",
+            )
+        structure = _structure(pytree.tree_unflatten(flat, spec))
+        self.graph.output(tuple(value for value in flat if isinstance(value, fx.Node)))
+        return structure
+
+    def _source(self) -> WeightSource:
+        held = {**dict(self.model.named_parameters(remove_duplicate=False)),
+                **dict(self.model.named_buffers(remove_duplicate=False)),
+                **self.exported.constants}
+        return lambda name: held[name].detach()
+
+
+def _structure(value: Any) -> Structure:
+    """The nesting of outputs; anything with keys counts as a dict."""
+    if isinstance(value, fx.Node):
+        return Structure("tensor")
+    if value is None:
+        return Structure("none")
+    if isinstance(value, Mapping):
+        return Structure("dict", tuple(value), tuple(map(_structure, value.values())))
+    if isinstance(value, tuple | list):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return Structure(kind, (), tuple(map(_structure, value)))
+    raise RingCompileError(
+        f"the model returns a {type(value).__name__} beside its tensors",
+        hint="return tensors, or tuples, lists and dicts of them",
+    )
+
+
+def _location(node: fx.Node) -> SourceLocation:
+    """The last frame of the user's code, and the innermost module's path."""
+    frames = [
+        (file, int(line))
+        for file, line in _FRAME.findall(node.meta.get("stack_trace") or "")
+        if not file.startswith(NOT_THE_USERS)
+    ]
+    file, line = frames[-1] if frames else ("", 0)
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    return SourceLocation(file, line, modules[-1][0] if modules else "")
