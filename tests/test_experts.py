@@ -273,6 +273,43 @@ def test_slots_counted_by_each_rank_alone_are_not_exact(monkeypatch: pytest.Monk
     assert difference(run(parallel, (x,)).outputs, expected) > 1e-2
 
 
+class Prefixed(nn.Module):
+    """Three tokens of its own in front: the sequence is s + 3 long."""
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.prefix, self.mixture = nn.Parameter(torch.randn(1, 3, SIZE)), mixture
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
+        h = x.unsqueeze(1)
+        x = x + nn.functional.scaled_dot_product_attention(h, h, h, is_causal=True)[:, 0]
+        return x + self.mixture(x)
+
+
+@pytest.mark.parametrize("name", ["scatter_add", "loop, nonzero and index_add_"])
+def test_behind_prefix_tokens(name: str) -> None:
+    style, mixture_ = made(name)
+    module = Prefixed(mixture_).eval()
+    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    assert any("own tokens" in note for note in parallel.program.notes)
+    for length in (27, 3):
+        x = tokens(style, length)
+        with torch.no_grad():
+            assert difference(run(parallel, (x,)).outputs, module(x)) <= TOLERANCE
+
+
+def test_declared_with_an_exact_capacity() -> None:
+    style, mixture_ = made("scatter_add")
+    module, x = Around(rc.tokenwise(mixture_)).eval(), tokens(style, 64)
+    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    assert "declared token-wise" in parallel.program.notes[0]
+    assert "over all ranks" in parallel.program.notes[0]
+    with torch.no_grad():
+        assert difference(run(parallel, (x,)).outputs, module(x)) <= TOLERANCE
+
+
 def test_unknown_capacity() -> None:
     style, module = made("scatter_add")
     with pytest.raises(rc.RingCompileError, match="unknown capacity 'most'"):

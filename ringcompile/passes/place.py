@@ -17,7 +17,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, replace_operands
-from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, symbol
+from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, simplify, symbol
 from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
@@ -69,12 +69,13 @@ class Place(Pass):
             raise RingCompileError(
                 f"unknown capacity '{self.capacity}'", hint=f"one of: {', '.join(CAPACITIES)}"
             )
-        if not may_route(program):
+        prefix = simplify(sequence.length - symbol(SEQUENCE))
+        if not isinstance(prefix, int) or not may_route(program):
             return []
         scout = _Placer(program, self.mesh, sequence, gather_unknown=True, regions=[])
         scout.run()
         layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
-        finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity)
+        finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity, prefix)
         return list(filter(TokenWise(program).holds, finder.find()))
 
     def _check_mesh(self) -> None:

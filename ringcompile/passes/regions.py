@@ -23,9 +23,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import OWN, SEQUENCE, Size, bind, is_symbolic, product, simplify, symbol
+from ringcompile.ir.expr import OWN, SEQUENCE, Size, is_symbolic, product, simplify, symbol
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout
-from ringcompile.ir.nodes import error_at, location_of, results_of
+from ringcompile.ir.nodes import error_at, location_of, results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ops.schemas import op
 
@@ -49,6 +49,7 @@ class Region:
             the layout that they are taken in.
         slots: the largest number of slots an expert can need for one rank's tokens, where that is
             counted over all ranks.
+        prefix: how many tokens the sequence has beyond those of the inputs.
         local: it has a capacity, which each rank counts alone: that changes the result, as asked.
         declared: the user says that it is token-wise.
         name: the layer.
@@ -59,6 +60,7 @@ class Region:
     leaving: Mapping[fx.Node, Layout]
     counted: Mapping[fx.Node, Layout] = field(default_factory=dict)
     slots: Size | None = None
+    prefix: int = 0
     local: bool = False
     declared: bool = False
     name: str = ""
@@ -72,19 +74,22 @@ class Region:
             outermost = [a for a in rounded if not any(a != b and b.has(a) for b in rounded)]
             stands = {a: sympy.Dummy(integer=True, positive=True) for a in outermost}
             kept = {d: sympy.Min(a, self.slots) for a, d in stands.items()}
-            return simplify(size.xreplace(stands).xreplace({_S: _M}).xreplace(kept))
-        return simplify(size.xreplace({_S: _M}))
+            return simplify(self._own(size.xreplace(stands)).xreplace(kept))
+        return simplify(self._own(size))
+
+    def _own(self, size: Any) -> Any:
+        """Of all tokens there are s + prefix, of a rank's own ones m."""
+        return size.xreplace({_S: _M - self.prefix})
 
     @cached_property
     def outside(self) -> frozenset[fx.Node]:
         """Nodes of the region that are computed outside as well, over all tokens."""
-        if self.declared:
-            return frozenset()
-        wanted = {
-            node for node in self.nodes
-            if node in self.counted
-            or (node not in self.leaving and any(user not in self.nodes for user in node.users))
-        }
+        wanted = set(self.counted)
+        if not self.declared:
+            wanted |= {
+                node for node in self.nodes - self.leaving.keys()
+                if any(user not in self.nodes for user in node.users)
+            }
         return frozenset(_above(wanted, set(self.nodes)) - set(self.leaving))
 
     @property
@@ -141,12 +146,14 @@ class Finder:
         layouts: the layout each node got.
         gathering: nodes for which a split operand was gathered.
         capacity: "exact" or "local".
+        prefix: how many tokens the sequence has beyond those of the inputs.
     """
 
     program: Program
     layouts: Mapping[fx.Node, Layout]
     gathering: frozenset[fx.Node]
     capacity: str
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         nodes = list(self.program.graph.nodes)
@@ -225,7 +232,8 @@ class Finder:
             if len(nodes) == before:
                 first = min(nodes, key=self.order.__getitem__)
                 return Region(
-                    frozenset(nodes), entering, leaving, name=location_of(first).layer
+                    frozenset(nodes), entering, leaving, prefix=self.prefix,
+                    name=location_of(first).layer,
                 )
 
     def _pull(self, nodes: set[fx.Node]) -> dict[fx.Node, Layout] | None:
@@ -327,19 +335,22 @@ class Finder:
         }
         if not tests or any(sum(map(bool, self.layouts[t].dims)) != 1 for t in tests):
             return None
-        distinct = any(_short(node) == "topk" for node in _above(sums, set(self.order)))
-        if distinct:  # a token chooses an expert once
-            slots = min(
-                (results_of(node)[0].shape[dim] for node in region.entering
-                 for dim in token_dims(node)),
-                key=lambda size: bind(size, {SEQUENCE: 1000}),
-            )
-        else:
-            slots = product([len(sums), sum(
-                results_of(node)[0].shape[Call(node)["dim"]] for node in sums
-            )])
+        slots = region._own(sympy.sympify(self._most_slots(sums)))
         counted = {test: self.layouts[test] for test in tests}
-        return replace(region, counted=counted, slots=sympy.sympify(slots).xreplace({_S: _M}))
+        return replace(region, counted=counted, slots=slots)
+
+    def _most_slots(self, sums: list[fx.Node]) -> Size:
+        """How often an expert can be chosen: once by each token where `topk` chooses."""
+        above = _above(sums, set(self.order))
+        choices = [node for node in above if _short(node) == "topk"]
+        if not choices:
+            return product([
+                len(sums), sum(results_of(node)[0].shape[Call(node)["dim"]] for node in sums)
+            ])
+        last = max(choices, key=self.order.__getitem__)
+        scores = type_of(last.all_input_nodes[0]).shape
+        dim = Call(last)["dim"] % len(scores)
+        return product([size for i, size in enumerate(scores) if i != dim])
 
 
 def may_route(program: Program) -> bool:

@@ -128,7 +128,7 @@ def _taken(x: Tensor, layout: Layout, tokens: list[int]) -> Tensor:
     dim = next(i for i, atoms in enumerate(layout.dims) if atoms)
     atoms = layout.dims[dim]
     where = next(i for i, atom in enumerate(atoms) if atom.axes)
-    sizes = [int(bind(atom.size, {SEQUENCE: _LENGTH})) for atom in atoms]
+    sizes = [-1 if atom.axes else int(atom.size) for atom in atoms]
     opened = x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
     picked = opened.index_select(dim + where, torch.tensor(tokens))
     return picked.flatten(dim, dim + len(atoms) - 1)
@@ -141,12 +141,13 @@ class _Run:
         self.program, self.region = program, region
         self.generator = torch.Generator().manual_seed(0)
         self.outside: dict[fx.Node, Any] = {}
+        self.lengths = {SEQUENCE: _LENGTH - region.prefix}
 
     def whole(self, nodes: list[fx.Node]) -> dict[fx.Node, Any]:
         """All values, for all tokens."""
         values: dict[fx.Node, Any] = {}
         for node in nodes:
-            values[node] = self._call(node, values, lambda size: size, {SEQUENCE: _LENGTH})
+            values[node] = self._call(node, values, lambda size: size, self.lengths)
         return values
 
     def part(
@@ -161,7 +162,7 @@ class _Run:
             node: _taken(whole[node], layout, tokens)
             for node, layout in self.region.counted.items()
         }
-        lengths = {SEQUENCE: _LENGTH, OWN: len(tokens)}
+        lengths = {**self.lengths, OWN: len(tokens)}
         values: dict[fx.Node, Any] = dict(taken)
         for node in nodes:
             made = self._call(node, values, self.region.own, lengths)
@@ -197,7 +198,7 @@ class _Run:
         if node in self.region.entering:
             return self._random(node)
         if node.op == "call_function":
-            return self._call(node, {}, lambda size: size, {SEQUENCE: _LENGTH})
+            return self._call(node, {}, lambda size: size, self.lengths)
         if node.name in self.program.weights:
             return self._weight(self.program.weights[node.name])
         return self._random(node)
@@ -206,7 +207,7 @@ class _Run:
         type_ = type_of(node)
         if not type_.dtype.is_floating_point:
             raise _UnknownError
-        shape = [int(bind(size, {SEQUENCE: _LENGTH})) for size in type_.shape]
+        shape = [int(bind(size, self.lengths)) for size in type_.shape]
         common = [1 if is_symbolic(size) else int(size) for size in type_.shape]
         own, shared = (torch.randn(s, generator=self.generator) for s in (shape, common))
         return (own + _SKEW * shared).to(type_.dtype)

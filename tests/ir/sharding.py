@@ -45,12 +45,13 @@ class World:
         )
 
     def symbolised(self, shape: Sequence[int]) -> tuple[Size, ...]:
-        """A shape as types write it: multiples of the length are multiples of `s`."""
-        return tuple(
-            S * (size // self.length) if self.symbolic and size and size % self.length == 0
-            else size
-            for size in shape
-        )
+        """A shape as types write it: a size that the length divides has a factor `s`."""
+        return tuple(map(self._symbolised, shape)) if self.symbolic else tuple(shape)
+
+    def _symbolised(self, size: int) -> Size:
+        if size == 0 or size % self.length:
+            return size
+        return S * self._symbolised(size // self.length)
 
     def bound(self, size: Size) -> int:
         return int(bind(size, self.sequence.bindings(self.length)))
@@ -67,8 +68,8 @@ class World:
         """Every way to split a dim of that size over one axis."""
         (written,) = self.symbolised((size,))
         if axis == RING:
-            if size % self.length == 0:
-                rest = size // self.length
+            rest, over = divmod(size, self.length)
+            if over == 0 and not (self.symbolic and rest % self.length == 0):
                 for before in _divisors(rest):
                     atoms = (Atom(before), Atom(self.sequence.length, (RING,)))
                     yield normalise((*atoms, Atom(rest // before)))
