@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import type_of
@@ -149,7 +148,8 @@ def _expert_linear(draws: Draws) -> Arguments:
 
 def _expert_linear_free(call: Call) -> Free:
     batch = range(len(shape_of(call, 1)))
-    outer = {(2, 2 if call["transposed"] else 1)} | ({(3, 1)} if call["bias"] is not None else set())
+    bias = {(3, 1)} if call["bias"] is not None else set()
+    outer = {(2, 2 if call["transposed"] else 1)} | bias
     return outer | {(i, d) for i in range(2) for d in batch}
 
 

@@ -96,7 +96,8 @@ def _fourier(part: Part) -> Case:
     def make(draws: Draws) -> Arguments:
         shape = draws.shape(1)
         length = draws.pick([None, 4])
-        return called(part(draws, shape), length, draws.dim(len(shape)), draws.pick([None, "ortho"]))
+        norm = draws.pick([None, "ortho"])
+        return called(part(draws, shape), length, draws.dim(len(shape)), norm)
 
     return Case(make, all_but("dim"))
 

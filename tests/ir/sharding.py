@@ -1,4 +1,4 @@
-"""Meshes, layouts and shares with which the rules are tried: what a rank holds of a whole tensor."""
+"""Meshes, layouts and shares with which rules are tried: what a rank holds of a tensor."""
 
 from __future__ import annotations
 
