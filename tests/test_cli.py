@@ -33,8 +33,8 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = self.w(x)
-        if self.kind == "conv":
-            return F.conv1d(x.transpose(1, 2), torch.ones(8, 8, 3), padding=1)
+        if self.kind == "unknown":
+            return x.kthvalue(2, 1).values
         if self.kind == "branch":
             return x if x.sum() > 0 else -x
         if self.kind == "dropout":
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def good(): return Net("good").eval(), (torch.randn(1, 19, 8),)
-def conv(): return Net("conv").eval(), (torch.randn(1, 19, 8),)
+def unknown(): return Net("unknown").eval(), (torch.randn(1, 19, 8),)
 def branch(): return Net("branch").eval(), (torch.randn(1, 19, 8),)
 def dropout(): return Net("dropout").eval(), (torch.randn(1, 19, 8),)
 def nothing(): return 3
@@ -129,9 +129,9 @@ def test_check(folder: Path) -> None:
     report = json.loads(done.stdout)
     assert report["supported"]
     assert {row["mask"] for row in report["attention"]} == {"full + key mask"}
-    refused = ringcompile("check", "mine:conv", "--parallel", "ring=4", cwd=folder)
+    refused = ringcompile("check", "mine:unknown", "--parallel", "ring=4", cwd=folder)
     assert refused.returncode == 1
-    assert "conv1d" in refused.stdout
+    assert "kthvalue" in refused.stdout
     assert "mine.py:15" in refused.stdout
 
 
@@ -185,8 +185,8 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "folder is there": (
         ["transform", "llama-tiny", "-o", "out", "--parallel", "ring=2"], 1, ["--overwrite"]),
     "op without a rule": (
-        ["transform", "mine:conv", "-o", "x", "--parallel", "ring=2"], 1,
-        ["mine.py:15: error:", "conv1d", "return F.conv1d", "hint:"]),
+        ["transform", "mine:unknown", "-o", "x", "--parallel", "ring=2"], 1,
+        ["mine.py:15: error:", "kthvalue", "return x.kthvalue", "hint:"]),
     "branch on data": (
         ["transform", "mine:branch", "-o", "x", "--parallel", "ring=2"], 1,
         ["mine.py:17: error:", "depends on the values", "return x if"]),

@@ -87,6 +87,7 @@ CASES: dict[str, Callable[[torch.Tensor], object]] = {
     "expand": lambda x: x[:, :, None, :].expand(-1, -1, 2, -1).reshape(*x.shape[:2], -1),
     "convolution along tokens": lambda x: F.conv1d(
         x.transpose(1, 2), W[:, :, None].expand(-1, -1, 3), padding=1).transpose(1, 2),
+    "repeat all entries": lambda x: x.repeat_interleave(2),
     "padding": lambda x: F.pad(x, (0, 0, 2, 1)),
     "sort": lambda x: x.sort(1),
     "largest tokens": lambda x: x.topk(2, 1),

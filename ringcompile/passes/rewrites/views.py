@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import Size, simplify, spelled
+from ringcompile.ir.expr import Size, product, simplify, spelled
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder
@@ -156,9 +156,13 @@ def _pieces(builder: Builder, node: fx.Node) -> list[fx.Node]:
 def _repeat_interleave(builder: Builder, node: fx.Node) -> fx.Node:
     """Each index of a dim so many times over: a dim of copies grown behind it, and merged."""
     call, x, type_ = Call(node), operand(builder, node), type_of(node)
-    shape, dim = type_of(x).shape, call["dim"]
-    if dim is None or isinstance(call["repeats"], fx.Node):
+    if isinstance(call["repeats"], fx.Node):
         return builder.copy(node)
+    dim = call["dim"]
+    if dim is None:  # over all entries, in order
+        flat = (product(type_of(x).shape),)
+        x, dim = as_shape(builder, x, TensorType.whole(type_.dtype, flat), "flat"), 0
+    shape = type_of(x).shape
     behind = dim % len(shape) + 1
     for target, copies in ((aten.reshape.default, 1), (aten.expand.default, call["repeats"])):
         grown = (*shape[:behind], copies, *shape[behind:])
