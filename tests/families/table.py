@@ -25,6 +25,8 @@ from tests.support import TOLERANCE
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _HEADER = ("family", "class", "attention", "positions", "masks found", "split", "gathers",
            "outcome", "padded batch")
+_WORST_FIRST = ("crashed", "wrong", "refused", MATCHED)
+_SUMMARY = re.compile(r"tried \d+: [\w ,]+ crashed")
 _SIZES = re.compile(r"\[[^\]]*\]")
 
 
@@ -35,7 +37,8 @@ def verdict(outcome: Outcome | None) -> str:
     if outcome.kind == MATCHED:
         return MATCHED
     where = f" (`{outcome.line}`)" if outcome.line else ""
-    return f"**{outcome.kind}**: {outcome.reason}{where}"
+    # The first sentence: torch's messages go on for paragraphs, with names that vary.
+    return f"**{outcome.kind}**: {outcome.reason.partition('. ')[0]}{where}"
 
 
 def cells(trial: Trial) -> dict[str, str]:
@@ -86,9 +89,9 @@ def _figure(outcome: Outcome | None) -> str:
 
 def counts(trials: Mapping[str, Trial]) -> Counter[str]:
     """How many families had which outcome; the worse one of a family's two."""
-    order = ("crashed", "wrong", "refused", MATCHED)
     return Counter(
-        min((o.kind for o in (t.plain, t.padding) if o), key=order.index) for t in trials.values()
+        min((o.kind for o in (t.plain, t.padding) if o), key=_WORST_FIRST.index)
+        for t in trials.values()
     )
 
 
@@ -106,11 +109,31 @@ def page(trials: Mapping[str, Trial]) -> str:
     return "\n".join(text).rstrip("\n") + "\n"
 
 
+def updated(text: str, trials: Mapping[str, Trial]) -> str:
+    """docs/families.md with the rows of these families as they are now."""
+    lines = text.splitlines()
+    worst: Counter[str] = Counter()
+    for i, line in enumerate(lines):
+        entries = line.split(" | ")
+        name = entries[0].removeprefix("| ")
+        if len(entries) < len(_HEADER) or name not in FAMILIES:
+            continue
+        if name in trials:
+            lines[i] = _line(list(cells(trials[name]).values()))
+        outcomes = " | ".join(lines[i].split(" | ")[len(_HEADER) - 2 :])
+        kinds = (kind for kind in _WORST_FIRST[:-1] if f"**{kind}**" in outcomes)
+        worst[next(kinds, MATCHED)] += 1
+    return _SUMMARY.sub(_summary(worst), "\n".join(lines), count=1) + "\n"
+
+
 def summary(trials: Mapping[str, Trial]) -> str:
     """`tried 120: 110 matched, 10 refused, 0 wrong, 0 crashed`."""
-    found = counts(trials)
+    return _summary(counts(trials))
+
+
+def _summary(found: Counter[str]) -> str:
     kinds = (MATCHED, "refused", "wrong", "crashed")
-    return f"tried {len(trials)}: " + ", ".join(f"{found[kind]} {kind}" for kind in kinds)
+    return f"tried {found.total()}: " + ", ".join(f"{found[kind]} {kind}" for kind in kinds)
 
 
 def _line(entries: Sequence[str]) -> str:

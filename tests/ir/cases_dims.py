@@ -1,4 +1,4 @@
-"""Cases of the rows that need some dims whole: along a dim, reductions, views and creation."""
+"""Cases of the rows that need some dims whole: along a dim, and reductions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,7 @@ import torch
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import Layout
-from tests.ir.case import (
-    Arguments,
-    Case,
-    Free,
-    aligned,
-    all_but,
-    called,
-    leading,
-    pairs,
-    shape_of,
-    whole,
-)
+from tests.ir.case import Arguments, Case, Free, aligned, all_but, called, leading, whole
 from tests.ir.cases_pointwise import COMPLEX, FLAGS, INTEGERS, REAL, SMALL, UNIT, Part
 from tests.ir.draws import Draws, Shape
 
@@ -66,10 +55,6 @@ def _stack(draws: Draws) -> Arguments:
     return called(parts, draws.dim(len(shape) + 1))
 
 
-def _beside_new(call: Call) -> Free:
-    return {(i, d) for i in range(len(call.operands)) for d in range(len(shape_of(call, i)))}
-
-
 def _diff(draws: Draws) -> Arguments:
     shape = draws.shape(1)
     dim = draws.dim(len(shape))
@@ -102,16 +87,26 @@ def _fourier(part: Part) -> Case:
     return Case(make, all_but("dim"))
 
 
+def _split_along(argument: str) -> Callable[[Call, Layout], bool]:
+    """Whether the result is split along the dim that an argument names."""
+
+    def rewritten(call: Call, layout: Layout) -> bool:
+        return bool(layout.dims) and bool(layout.dims[call[argument] % len(layout.dims)])
+
+    return rewritten
+
+
 _ALONG_DIM: dict[str, Case] = {
     "softmax.int": along(),
     "log_softmax.int": along(REAL, torch.float32),
     "_softmax.default": along(REAL, False),
     "_log_softmax.default": along(REAL, False),
+    "cumsum.default": Case(along().make, leading(0), rewritten=_split_along("dim")),
     "cumprod.default": along(UNIT),
     "logcumsumexp.default": along(),
     "slice.Tensor": Case(_slice, all_but("dim"), exact=True),
     "cat.default": Case(_cat, all_but("dim"), exact=True),
-    "stack.default": Case(_stack, _beside_new, exact=True),
+    "stack.default": Case(_stack, leading(0), exact=True),
     "diff.default": Case(_diff, all_but("dim")),
     "topk.default": Case(_topk, all_but("dim"), exact=True),
     "sort.default": along(_distinct, exact=True),
@@ -180,7 +175,8 @@ def _flags_free(call: Call) -> Free:
     return aligned(call) if call["dim"] == [] else all_but("dim")(call)
 
 
-def _everything(part: Part = REAL) -> Case:
+def everything(part: Part = REAL) -> Case:
+    """All dims, none of them named."""
     return Case(lambda draws: called(part(draws, draws.shape())), whole)
 
 
@@ -203,7 +199,7 @@ _REDUCTIONS: dict[str, Case] = {
     "argmax.default": Case(_place, all_but("dim")),
     "argmin.default": Case(_place, all_but("dim")),
     "prod.dim_int": _of_one(UNIT),
-    "prod.default": _everything(UNIT),
+    "prod.default": everything(UNIT),
     "var.correction": Case(_corrected, all_but("dim")),
     "std.correction": Case(_corrected, all_but("dim")),
     "var_mean.correction": Case(_corrected, all_but("dim")),
@@ -219,249 +215,15 @@ _REDUCTIONS: dict[str, Case] = {
     "median.dim": _of_one(_distinct),
     "mode.default": _of_one(SMALL),
     "count_nonzero.dim_IntList": Case(_nonzero_count, all_but("dim")),
-    "mean.default": _everything(),
-    "sum.default": _everything(INTEGERS),
-    "max.default": _everything(),
-    "min.default": _everything(),
-    "any.default": _everything(FLAGS),
-    "all.default": _everything(FLAGS),
+    "mean.default": everything(),
+    "sum.default": everything(INTEGERS),
+    "max.default": everything(),
+    "min.default": everything(),
+    "any.default": everything(FLAGS),
+    "all.default": everything(FLAGS),
 }
 
-
-# -- views, creation, norms ------------------------------------------------------------------------
-
-def _factors(number: int, draws: Draws) -> list[int]:
-    """A shape of that many elements."""
-    found = []
-    while number > 1 and draws.flag():
-        found.append(draws.pick([d for d in range(1, number + 1) if number % d == 0]))
-        number //= found[-1]
-    return [*found, number]
-
-
-def _reshape(draws: Draws) -> Arguments:
-    """Some dims stay, a run of them is joined and taken apart in another way."""
-    shape = draws.shape(0, 5)
-    first = draws.number(0, len(shape))
-    last = draws.number(first, len(shape))
-    middle = _factors(torch.Size(shape[first:last]).numel(), draws)
-    return called(draws.real(shape), [*shape[:first], *middle, *shape[last:]])
-
-
-def _kept_by_view(call: Call) -> Free:
-    """Dims before the first that changes."""
-    source, target = shape_of(call, 0), call.node.meta["type"].shape
-    kept = set()
-    for d, (old, new) in enumerate(zip(source, target, strict=False)):
-        if old != new:
-            break
-        kept.add((0, d))
-    return kept
-
-
-def _expand(draws: Draws) -> Arguments:
-    shape = draws.shape()
-    spelled = [-1 if size != 1 and draws.flag() else size for size in shape]
-    x = draws.real(draws.narrower(shape))
-    for i, size in enumerate(reversed(shape), 1):
-        if i > x.dim() or x.shape[-i] != size:
-            spelled[-i] = size
-    return called(x, spelled)
-
-
-def _permute(draws: Draws) -> Arguments:
-    shape = draws.shape(0, 5)
-    order = draws.permutation(len(shape))
-    return called(draws.real(shape), [d - len(shape) if draws.flag() else d for d in order])
-
-
-def _select(draws: Draws) -> Arguments:
-    shape = draws.shape(1)
-    dim = draws.dim(len(shape))
-    return called(draws.real(shape), dim, draws.number(-shape[dim], shape[dim] - 1))
-
-
-def _flip(draws: Draws) -> Arguments:
-    shape = draws.shape()
-    return called(draws.real(shape), draws.dims(len(shape)))
-
-
-def _flip_free(call: Call) -> Free:
-    return aligned(call) if not call["dims"] else all_but("dims")(call)
-
-
-def _glu(draws: Draws) -> Arguments:
-    shape = list(draws.shape(1))
-    dim = draws.dim(len(shape))
-    shape[dim] *= 2
-    return called(draws.real(tuple(shape)), dim)
-
-
-def _normed(weights: int) -> Case:
-    def make(draws: Draws) -> Arguments:
-        shape = draws.shape(1)
-        inner = shape[draws.number(0, len(shape) - 1) :]
-        others = [draws.real(inner) if draws.flag() else None for _ in range(weights)]
-        return called(draws.real(shape), list(inner), *others)
-
-    def free(call: Call) -> Free:
-        return leading(len(call["normalized_shape"]), 0)(call)
-
-    return Case(make, free)
-
-
-def _pieces(call: Call) -> Free:
-    """The pair of numbers is the last dim where they are real."""
-    rank = len(shape_of(call, 0))
-    behind = 1 if str(call.target) == "aten.view_as_complex.default" else 0
-    return {(0, d) for d in range(rank - behind)}
-
-
-def _arange(draws: Draws) -> Arguments:
-    step, start = draws.pick([1, 2, -1]), draws.number(-2, 3)
-    return called(start, start + step * draws.size(), step, dtype=torch.int64)
-
-
-def _split_along(argument: str) -> Callable[[Call, Layout], bool]:
-    """Whether the result is split along the dim that an argument names."""
-
-    def rewritten(call: Call, layout: Layout) -> bool:
-        return bool(layout.dims) and bool(layout.dims[call[argument] % len(layout.dims)])
-
-    return rewritten
-
-
-_VIEWS: dict[str, Case] = {
-    "reshape.default": Case(_reshape, _kept_by_view, exact=True),
-    "expand.default": Case(_expand, aligned, exact=True),
-    "permute.default": Case(_permute, _beside_new, exact=True),
-    "select.int": Case(_select, all_but("dim"), exact=True),
-    "flip.default": Case(_flip, _flip_free, exact=True),
-    "glu.default": Case(_glu, all_but("dim")),
-    "view_as_complex.default": Case(
-        lambda draws: called(draws.real((*draws.shape(), 2))), _pieces, exact=True
-    ),
-    "view_as_real.default": Case(
-        lambda draws: called(draws.complex(draws.shape())), _pieces, exact=True
-    ),
-    "full.default": Case(
-        lambda draws: called(list(draws.shape()), 1.5, dtype=torch.float64), whole, exact=True
-    ),
-    "arange.start_step": Case(
-        _arange, whole, exact=True, rewritten=lambda call, layout: not layout.is_whole
-    ),
-    "cumsum.default": Case(
-        along().make, _beside_new, rewritten=_split_along("dim")
-    ),
-    "tril.default": Case(
-        lambda draws: called(draws.real(draws.shape(2)), draws.number(-2, 2)), leading(2), True
-    ),
-    "triu.default": Case(
-        lambda draws: called(draws.real(draws.shape(2)), draws.number(-2, 2)), leading(2), True
-    ),
-    "layer_norm.default": _normed(2),
-    "rms_norm.default": _normed(1),
-}
-
-
-def _group_norm(draws: Draws) -> Arguments:
-    groups = draws.number(1, 3)
-    channels = groups * draws.size()
-    weights = [draws.real((channels,)) if draws.flag() else None for _ in range(2)]
-    return called(draws.real((draws.size(), channels, *draws.shape(1, 2))), groups, *weights)
-
-
-def _batch_norm(draws: Draws) -> Arguments:
-    """With running statistics, or with those of the batch where there are none."""
-    shape = (draws.size() + 1, draws.size(), *draws.shape(0, 2))
-    one = shape[1:2]
-    affine = [draws.real(one) if draws.flag() else None for _ in range(2)]
-    running = [draws.real(one), draws.positive(one)]
-    of_batch = draws.flag()
-    return called(
-        draws.real(shape), *affine, *([None, None] if of_batch else running), of_batch,
-        0.1, 1e-5, True,
-    )
-
-
-def _batch_norm_free(call: Call) -> Free:
-    rank = len(shape_of(call, 0))
-    others = {(i, 0) for i in range(1, len(call.operands))}
-    return others | ({(0, 1)} if call["training"] else {(0, d) for d in range(rank)})
-
-
-_NORMS: dict[str, Case] = {
-    "group_norm.default": Case(_group_norm, pairs((0, 0))),
-    "batch_norm.default": Case(_batch_norm, _batch_norm_free),
-}
-
-# -- all whole -------------------------------------------------------------------------------------
-
-def _whole(make: Callable[[Draws], Arguments]) -> Case:
-    return Case(make, whole)
-
-
-def _masked_scatter(draws: Draws) -> Arguments:
-    shape = draws.shape()
-    return called(
-        draws.real(shape), draws.flags(draws.narrower(shape)), draws.real((*shape, 2))
-    )
-
-
-def _searchsorted(draws: Draws) -> Arguments:
-    shape = draws.shape(1, 3)
-    return called(
-        draws.real(shape).sort(-1).values, draws.real((*shape[:-1], draws.size())),
-        right=draws.flag(),
-    )
-
-
-def _weight_norm(draws: Draws) -> Arguments:
-    shape = draws.shape(2, 3)
-    return called(draws.real(shape), draws.real((shape[0], *[1] * (len(shape) - 1))), 0)
-
-
-def _images(*more: Any, channels: int = 1, times: int = 1) -> Case:
-    def make(draws: Draws) -> Arguments:
-        height, width = (draws.size() * times for _ in range(2))
-        return called(draws.real((draws.size(), draws.size() * channels, height, width)), *more)
-
-    return Case(make, whole)
-
-
-_ALL_WHOLE: dict[str, Case] = {
-    "nonzero.default": _everything(SMALL),
-    "nonzero_numpy.default": _everything(SMALL),
-    "where.default": _everything(FLAGS),
-    "masked_select.default": _whole(lambda draws: called(
-        draws.real(shape := draws.shape()), draws.flags(draws.narrower(shape)))),
-    "masked_scatter.default": _whole(_masked_scatter),
-    "bincount.default": _whole(lambda draws: called(
-        draws.small(shape := draws.shape(1, 1)), draws.real(shape), draws.number(0, 8))),
-    "histc.default": _whole(lambda draws: called(draws.real(draws.shape()), 5, -1, 1)),
-    "searchsorted.Tensor": _whole(_searchsorted),
-    "eye.default": _whole(lambda draws: called(draws.size())),
-    "eye.m": _whole(lambda draws: called(draws.size(), draws.size())),
-    "linspace.default": _whole(lambda draws: called(-1, 2, draws.size())),
-    "isin.Tensor_Tensor": _whole(lambda draws: called(
-        draws.integers(draws.shape()), draws.small(draws.shape(1, 2)))),
-    "fft_fftn.default": _whole(lambda draws: called(draws.complex(draws.shape(1)))),
-    "fft_fft2.default": _whole(lambda draws: called(draws.complex(draws.shape(2)))),
-    "tril_indices.default": _whole(lambda draws: called(draws.size(), draws.size(), 1)),
-    "triu_indices.default": _whole(lambda draws: called(draws.size(), draws.size(), -1)),
-    "_weight_norm.default": _whole(_weight_norm),
-    "im2col.default": _images([1, 1], [1, 1], [0, 0], [1, 1]),
-    "pixel_shuffle.default": _images(2, channels=4),
-    "pixel_unshuffle.default": _images(2, times=2),
-    "repeat_interleave.Tensor": _whole(lambda draws: called(draws.small(draws.shape(1, 1)))),
-    "unique_consecutive.default": _whole(lambda draws: called(
-        draws.small(draws.shape()), True, True)),
-    "_unique2.default": _whole(lambda draws: called(
-        draws.small(draws.shape()), True, draws.flag(), draws.flag())),
-}
 
 CASES: dict[str, Case] = {
-    f"aten.{name}": case
-    for table in (_ALONG_DIM, _REDUCTIONS, _VIEWS, _NORMS, _ALL_WHOLE)
-    for name, case in table.items()
+    f"aten.{name}": case for table in (_ALONG_DIM, _REDUCTIONS) for name, case in table.items()
 }

@@ -71,7 +71,7 @@ class Draws:
         """A shape of the same rank that is nowhere larger, of any size in dim `but`."""
         return tuple(
             self.size() if but is not None and i == but % len(shape)
-            else (self.number(1, size) if self.number(0, 4) == 0 else size)
+            else (self.number(1, size) if self.number(0, 2) == 0 else size)
             for i, size in enumerate(shape)
         )
 

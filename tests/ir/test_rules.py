@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from ringcompile.ir.rules import RULES, Rule
+from ringcompile.ir.calls import Call
+from ringcompile.ir.rules import RULES, FactorRule, Factors, Rule, all_whole
+from ringcompile.ir.rules.contraction import matmul
+from ringcompile.ir.rules.indexing import gather
+from ringcompile.ir.rules.table import pointwise, reduction, stack
 from tests.ir.cases import CASES
 from tests.ir.draws import Draws
 from tests.ir.rule_check import (
@@ -21,10 +28,10 @@ from tests.ir.rule_check import (
 NAMES = sorted(RULES)
 
 
-def profile(examples: int) -> settings:
+def profile(examples: int, *more: Phase) -> settings:
     return settings(
         max_examples=examples, deadline=None, derandomize=True, database=None,
-        phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False,
+        phases=[Phase.generate, *more], report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
 
@@ -52,7 +59,7 @@ def test_every_row_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@profile(20)
+@profile(20, Phase.shrink)
 @given(st.data())
 def test_each_rank_computes_its_piece(name: str, data: st.DataObject) -> None:
     hold(name, RULES[name], data)
@@ -60,7 +67,91 @@ def test_each_rank_computes_its_piece(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@profile(200)
+@profile(200, Phase.shrink)
 @given(st.data())
 def test_each_rank_computes_its_piece_of_many_examples(name: str, data: st.DataObject) -> None:
     hold(name, RULES[name], data)
+
+
+# -- the property fails where a row is wrong -------------------------------------------------------
+
+def every_dim(call: Call) -> Factors:
+    """All dims pass, as if the op worked element by element on operands of one shape."""
+    names = tuple(range(len(call.node.meta["type"].shape)))
+    return Factors((names,) * len(call.operands), names)
+
+
+def swapped(call: Call) -> Factors:
+    """The product with rows and columns of its result the wrong way round."""
+    right = matmul(call)
+    return Factors(right.operands, (*right.output[:-2], *right.output[:-3:-1]))
+
+
+def tied(call: Call) -> Factors:
+    """Operands aligned at the right, dims of size 1 tied like others."""
+    out = pointwise(call).output
+    sizes = (len(names) for names in pointwise(call).operands)
+    return Factors(tuple(out[len(out) - size :] for size in sizes), out)
+
+
+def off_by_one(call: Call) -> Factors:
+    """Stack with the new dim at the end, wherever it is."""
+    operands = stack(call).operands
+    return Factors(operands, (*operands[0], None))
+
+
+def picked_anywhere(call: Call) -> Factors:
+    """Gather of which the other dims pass whether or not the sizes agree."""
+    names = gather(call).operands[1]
+    numbered = tuple(i if name is None else name for i, name in enumerate(names))
+    return Factors((tuple(None if n == "picked" else n for n in numbered), numbered), numbered)
+
+
+def left_over(call: Call) -> Factors:
+    """A reduction of which the kept dims are numbered anew."""
+    right = reduction(call)
+    return Factors(right.operands, tuple(range(len(right.output))))
+
+
+FAULTS: dict[str, tuple[str, Callable[[Call], Factors]]] = {
+    "cat passes its dim": ("aten.cat.default", every_dim),
+    "softmax passes its dim": ("aten.softmax.int", every_dim),
+    "scatter passes its dim": ("aten.scatter.src", every_dim),
+    "roll passes its dims": ("aten.roll.default", every_dim),
+    "layer norm passes what it normalises": ("aten.layer_norm.default", tied),
+    "matmul swaps its outer dims": ("aten.matmul.default", swapped),
+    "add ties dims of size 1": ("aten.add.Tensor", tied),
+    "where passes nothing": ("aten.where.self", all_whole),
+    "stack puts its dim last": ("aten.stack.default", off_by_one),
+    "gather ties dims of unequal sizes": ("aten.gather.default", picked_anywhere),
+    "sum numbers its dims anew": ("aten.sum.dim_IntList", left_over),
+    "batch norm is always one of running statistics": ("aten.batch_norm.default", tied),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_row_is_caught(fault: str) -> None:
+    name, factors = FAULTS[fault]
+    rule = RULES[name]
+    assert isinstance(rule, FactorRule)
+
+    @profile(40)
+    @given(st.data())
+    def held(data: st.DataObject) -> None:
+        hold(name, replace(rule, factors=factors), data)
+
+    with pytest.raises(AssertionError):
+        held()
+
+
+def test_a_shape_that_is_not_written_anew_is_caught() -> None:
+    rule = RULES["aten.expand.default"]
+    assert isinstance(rule, FactorRule)
+
+    @profile(40)
+    @given(st.data())
+    def held(data: st.DataObject) -> None:
+        hold("aten.expand.default", replace(rule, shape_argument=None), data)
+
+    with pytest.raises(AssertionError):
+        held()

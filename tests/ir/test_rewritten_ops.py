@@ -1,0 +1,107 @@
+"""Ops that `partition` writes anew where they are split: held against one device, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ringcompile.ir.rules import RULES
+from ringcompile.passes.partition import _STEPS
+from tests.support import compiled, difference, run
+
+H = 12
+KEYS = torch.linspace(-1, 1, 5 * H).reshape(1, 5, H)
+
+
+class Lambda(nn.Module):
+    """A function of hidden states [2, S, 12] as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.view(*x.shape[:2], 3, 4).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, **options: object) -> Tensor:
+    y = F.scaled_dot_product_attention(heads(q), heads(k), heads(k + 1), **options)  # type: ignore[arg-type]
+    return y.transpose(1, 2).flatten(2)
+
+
+def seen(x: Tensor) -> Tensor:
+    """Key j of five is seen from position 2j on."""
+    return torch.arange(x.shape[1])[:, None] >= 2 * torch.arange(5)[None, :]
+
+
+def places(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1])
+
+
+SUMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda x: x.cumsum(1),
+    "tokens, from the end": lambda x: x.cumsum(-2),
+    "tokens, counted": lambda x: (x > 0).cumsum(1),
+    "tokens, as another dtype": lambda x: (x * 4).int().cumsum(1, dtype=torch.float32),
+    "features": lambda x: x.cumsum(-1),
+    "tokens of all samples": lambda x: x.reshape(-1, H).cumsum(0),
+    "tokens with their features": lambda x: x.reshape(2, -1).cumsum(1),
+    "everything": lambda x: x.reshape(-1).cumsum(0),
+    "tokens, then features": lambda x: x.cumsum(1).cumsum(2),
+    "a sum of sums": lambda x: x.cumsum(1).cumsum(1),
+    "as positions": lambda x: F.embedding((x[..., 0] > 0).cumsum(1), torch.eye(64)),
+}
+POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one by one": lambda x: x + places(x)[:, None],
+    "from three in twos": lambda x: x + torch.arange(3, 3 + 2 * x.shape[1], 2)[:, None],
+    "backwards": lambda x: x * torch.arange(x.shape[1], 0, -1)[:, None],
+    "as numbers": lambda x: x + torch.arange(x.shape[1], dtype=torch.float32)[:, None] / 3,
+    "of all samples": lambda x: x.reshape(-1, H) + torch.arange(2 * x.shape[1])[:, None],
+    "of a part": lambda x: x[:, 1:] + torch.arange(1, x.shape[1])[:, None],
+}
+ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
+    "to itself": lambda x: attend(x, x),
+    "causal": lambda x: attend(x, x, is_causal=True),
+    "to keys that are whole": lambda x: attend(x, KEYS.expand(2, 5, H)),
+    "to keys that are whole, by position": lambda x: attend(
+        x, KEYS.expand(2, 5, H), attn_mask=seen(x)),
+    "of one token": lambda x: attend(x[:, -1:], x),
+}
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gathered": lambda x: x.softmax(1),
+    "gathered out of several": lambda x: x.reshape(-1, H).softmax(0),
+    "gathered, then cut": lambda x: x.flip(1) + x,
+    "cut into several": lambda x: (x.flip(1) + x).reshape(-1, H) * x.reshape(-1, H),
+}
+CASES = {
+    f"{kind}: {name}": function
+    for kind, table in (
+        ("cumsum", SUMS), ("arange", POSITIONS), ("attention", ATTENTION), ("redistribute", MOVED),
+    )
+    for name, function in table.items()
+}
+
+
+def test_these_are_the_ops_that_partition_rewrites() -> None:
+    kinds = {name.split(":")[0] for name in CASES}
+    assert kinds == {name.split(".")[1] for name in _STEPS}
+    assert set(_STEPS) - set(RULES) == {"ringcompile.redistribute.default"}
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", CASES)
+def test_written_anew_it_gives_the_same(name: str, order: str) -> None:
+    """Whether the length divides, leaves padding, or leaves ranks with nothing else."""
+    module = Lambda(CASES[name]).eval()
+    parallel = compiled(module, (torch.randn(2, 16, H),), "ring=3", order=order)
+    for length in (3, 13, 24):
+        x = torch.randn(2, length, H)
+        assert difference(run(parallel, (x,)).outputs, module(x)) < 2e-6, length
