@@ -284,7 +284,7 @@ class _Placer:
         placed = (
             types.with_layout(layout)
             if isinstance(types, TensorType)
-            else tuple(type_.with_layout(layout) for type_ in types)
+            else tuple(type_.with_layout(_of_rank(layout, len(type_.shape))) for type_ in types)
         )
         new = self.builder.call(node.target, args, placed, name=node.name, **kwargs)
         new.meta["loc"] = node.meta.get("loc")
@@ -326,9 +326,7 @@ class _Placer:
         if node.op == "placeholder":
             return self._input_again(node, wanted)
         if node.target is operator.getitem:
-            source, index = node.args
-            again = self._recomputed(source, wanted)  # type: ignore[arg-type]
-            return again and self._pick(again, index, node.name)  # type: ignore[arg-type]
+            return self._pick_again(node, wanted)
         rule = find_rule(node.target)
         if rule is None or not (rule.cheap or shrinking):
             return None
@@ -347,6 +345,14 @@ class _Placer:
                 return None
             operands.append(found)
         return self._emit(node, operands, wanted)
+
+    def _pick_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        """One of several results, of an op computed again; they have one layout, the first's."""
+        source, index = node.args
+        if len(wanted.dims) != len(layout_of(source).dims):  # type: ignore[arg-type]
+            return None
+        again = self._recomputed(source, wanted)  # type: ignore[arg-type]
+        return again and self._pick(again, index, node.name)  # type: ignore[arg-type]
 
     def _input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
         """An input the caller passes can be passed in a second layout, if it is small."""
@@ -375,6 +381,12 @@ class _Placer:
         found = self.requests[key]
         assert found is not None
         return found
+
+
+def _of_rank(layout: Layout, rank: int) -> Layout:
+    """The layout of an op's first result, for one of the others: of another rank they are whole."""
+    assert layout.is_whole or rank == len(layout.dims), f"{layout} for {rank} dims"
+    return layout if rank == len(layout.dims) else Layout.whole(rank)
 
 
 def _rows_of_pairs(node: fx.Node, layouts: Sequence[Layout]) -> list[Layout] | None:

@@ -75,9 +75,10 @@ class Scan:
 
     def _totals(self, rows: fx.Node, dim: int, dtype: torch.dtype, behind: Any) -> fx.Node:
         """The sum of every chunk of this rank, padding not counted, with a size-1 dim for it."""
-        valid = self._valid(len(type_of(rows).shape) - dim - 3, behind)
+        padding = self._padding(len(type_of(rows).shape) - dim - 3, behind)
         kept = self._call(
-            aten.mul.Tensor, (rows, valid), type_of(rows).dtype, rows, why="without padding"
+            aten.masked_fill.Scalar, (rows, padding, 0), type_of(rows).dtype, rows,
+            why="without padding",
         )
         summed = type_of(rows)
         shape = (*summed.shape[: dim + 2], 1, *summed.shape[dim + 3 :])
@@ -86,8 +87,8 @@ class Scan:
             TensorType(dtype, shape, summed.layout), dtype=dtype, why="total of each chunk",
         )
 
-    def _valid(self, trailing: int, behind: Any) -> fx.Node:
-        """Bool [chunks/ring, run, 1, ...]: whether an entry is a token, not padding."""
+    def _padding(self, trailing: int, behind: Any) -> fx.Node:
+        """Bool [chunks/ring, run, 1, ...]: whether an entry is padding, not a token."""
         sequence = self.sequence
         chunk, axis = sequence.chunk, sequence.axis
         runs = [
@@ -100,7 +101,7 @@ class Scan:
         layout = Layout(((Atom(sequence.num_chunks, (axis,)),), WHOLE))
         places = TensorType(torch.int64, (sequence.num_chunks, chunk), layout)
         place = self.builder.call(aten.stack.default, (runs,), places)
-        here = self._call(aten.lt.Scalar, (place, sequence.length), torch.bool, place)
+        here = self._call(aten.ge.Scalar, (place, sequence.length), torch.bool, place)
         open_ = TensorType(
             torch.bool, (*places.shape, 1), Layout((*layout.dims, WHOLE))
         )
@@ -126,8 +127,10 @@ class Scan:
         flat_shape = (*own.shape[:dim], product([before, chunks]), *own.shape[dim + 2 :])
         flat_dims = (*everywhere.dims[:dim], WHOLE, *everywhere.dims[dim + 2 :])
         flat = self._reshape(whole, TensorType(own.dtype, flat_shape, Layout(flat_dims)))
-        up_to = self._call(aten.cumsum.default, (flat, dim), own.dtype, flat)
-        before_it = self._call(aten.sub.Tensor, (up_to, flat), own.dtype, flat)
+        up_to = self._call(aten.cumsum.default, (flat, dim), own.dtype, flat, dtype=own.dtype)
+        # Moved on by one, not less its own total: that would leave nothing of inf, little of 1e9.
+        by_one = [0, 0] * (len(flat_shape) - dim - 1) + [1, -1]
+        before_it = self._call(aten.constant_pad_nd.default, (up_to, by_one), own.dtype, flat)
         opened = self._reshape(before_it, own.with_layout(everywhere))
         held = self.builder.call(
             op("positions"), (list(sequence.chunks(coordinate(sequence.axis))),),

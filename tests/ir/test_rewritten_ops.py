@@ -51,6 +51,7 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens, from the end": lambda x: x.cumsum(-2),
     "tokens, counted": lambda x: (x > 0).cumsum(1),
     "tokens, as another dtype": lambda x: (x * 4).int().cumsum(1, dtype=torch.float32),
+    "tokens, counted in few bits": lambda x: (x > 0).cumsum(1, dtype=torch.int32),
     "features": lambda x: x.cumsum(-1),
     "tokens of all samples": lambda x: x.reshape(-1, H).cumsum(0),
     "tokens with their features": lambda x: x.reshape(2, -1).cumsum(1),
@@ -105,3 +106,18 @@ def test_written_anew_it_gives_the_same(name: str, order: str) -> None:
     for length in (3, 13, 24):
         x = torch.randn(2, length, H)
         assert difference(run(parallel, (x,)).outputs, module(x)) < 2e-6, length
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e9])
+def test_a_running_sum_before_a_large_number_does_not_know_of_it(value: float, order: str) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.reshape(-1, H).cumsum(0)
+
+    parallel = compiled(Lambda(function), (torch.randn(2, 16, H),), "ring=3", order=order)
+    for place in (6, 12, 20):
+        x = torch.randn(2, 13, H)
+        x.view(-1, H)[place] = value
+        torch.testing.assert_close(
+            run(parallel, (x,)).outputs, function(x), rtol=2e-6, atol=2e-6, equal_nan=True
+        )
