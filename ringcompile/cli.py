@@ -18,6 +18,7 @@ from rich.table import Table
 from ringcompile import compiler, execution
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import DTYPES, load_model
+from ringcompile.commands.calibrate import calibrate
 from ringcompile.dump import formats, render
 from ringcompile.dump.report import Report
 from ringcompile.errors import RingCompileError
@@ -72,6 +73,9 @@ def main() -> None:
     except RingCompileError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
+
+
+cli.add_command(calibrate)
 
 
 @cli.command()
