@@ -58,7 +58,9 @@ def calibrate(
     ranks = ranks or (torch.cuda.device_count() if place.type == "cuda" else 2)
     work = _Work(place, getattr(torch, name), "quick" if quick else place.type)
     figures, links = _measure(work, ranks, threads)
-    title = _title(place) if place.type == "cuda" else f"{threads} thread{'s'[: threads > 1]} of {_title(place)}"
+    title = _title(place)
+    if place.type != "cuda":
+        title = f"{threads} {'thread' if threads == 1 else 'threads'} of {title}"
     table = _table(place, figures, links, load_cluster(base) if base else None, ranks, title)
     read_cluster(table, "what was measured")
     text = to_text(table)
