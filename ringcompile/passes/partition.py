@@ -77,10 +77,10 @@ class _Partitioner:
         """This rank's positions, made once."""
         if self.positions is None:
             sequence = self.sequence
-            layout = Layout.split(1, 0, sequence.length, (sequence.axis,))
+            layout = Layout.split(1, 0, sequence.length, sequence.names, sequence=True)
             self.positions = self.builder.call(
                 op("positions"),
-                (list(sequence.chunks(coordinate(sequence.axis))),),
+                (list(sequence.own_chunks()),),
                 TensorType(torch.int64, (sequence.length,), layout),
                 chunk=sequence.chunk,
                 limit=sequence.length,

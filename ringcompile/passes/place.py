@@ -57,7 +57,7 @@ class Place(Pass):
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
         sequence = SequenceSplit(
-            "ring", self.mesh.size("ring"), self._order(program), _sequence_length(program)
+            (("ring", self.mesh.size("ring")),), self._order(program), _sequence_length(program)
         )
         self._check_mesh()
         regions = self._regions(program, sequence)
@@ -178,7 +178,7 @@ class _Placer:
         return self.builder.placeholder(node.name, type_.with_layout(layout))
 
     def _split(self, rank: int, dim: int) -> Layout:
-        return Layout.split(rank, dim, self.sequence.length, (self.sequence.axis,))
+        return Layout.split(rank, dim, self.sequence.length, self.sequence.names, sequence=True)
 
     def _call(self, node: fx.Node) -> fx.Node:
         if node.target is operator.getitem:

@@ -62,7 +62,7 @@ def _share(
             continue
         assert sequence is not None
         assert program.coordinates is not None
-        chunks: Any = sequence.chunks(program.coordinates[sequence.axis])
+        chunks: Any = sequence.own_chunks(program.coordinates)
         chunk = bind(sequence.chunk, lengths)
         assert isinstance(chunk, int)
         limit = bind(sequence.length, lengths)

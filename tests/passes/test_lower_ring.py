@@ -80,7 +80,7 @@ class Case:
 
     @property
     def sequence(self) -> SequenceSplit:
-        return SequenceSplit("ring", self.ranks, self.order)
+        return SequenceSplit((("ring", self.ranks),), self.order)
 
 
 @cache

@@ -108,7 +108,7 @@ class FactorRule(Rule):
             return Layout(tuple(assigned.get(f, WHOLE) if f is not None else WHOLE for f in dims))
 
         output = layout(names.output)
-        if len(set(output.axes)) < len(output.axes):
+        if output.has_conflict:
             raise ConflictError
         return Placement(tuple(map(layout, names.operands)), output)
 
