@@ -170,7 +170,7 @@ class SequenceSplit:
         """The chunks of the rank at these coordinates; symbols stand for those not given."""
         places: list[Any] = [
             coordinate(name) if coordinates is None else coordinates[name] for name in self.names
-        ]
+        ] or [0]
         below: Any = 0
         for place, (_, size) in zip(places[1:], self.axes[1:], strict=True):
             below = below * size + place
@@ -178,6 +178,8 @@ class SequenceSplit:
 
     def _held(self, first: Any, below: Any) -> tuple[Size, ...]:
         """The chunks at a place of the first axis, and a place among the ranks that share it."""
+        if not self.axes:
+            return tuple(range(self.chunks_per_rank))
         num_places, width = self.axes[0][1], self.num_ranks // self.axes[0][1]
         if self.order != "zigzag":
             return (simplify(first * width + below),)
