@@ -6,7 +6,7 @@ The rank stays a symbol: `ring` in an argument is this rank's coordinate on that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +14,12 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, with_argument
-from ringcompile.ir.expr import equal, spelled
+from ringcompile.ir.expr import coordinate_on, equal, simplify, spelled
+from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
-from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, state_type
+from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, local_size, state_type
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import ATTENTION_OPERANDS
 from ringcompile.passes.base import Builder, Pass, refuse
@@ -116,6 +117,40 @@ class _Partitioner:
         except RingCompileError as error:
             raise refuse(node, error) from None
 
+    def _embedding(self, node: fx.Node) -> fx.Node:
+        """Rows of a table of which each rank has a part; those of other ranks are terms of 0."""
+        table, index = (self.builder.env[n] for n in Call(node).operands[:2])
+        rows = type_of(table).layout.dims[0]
+        if not rows:
+            return self.builder.copy(node)
+        count = local_size(rows[0], self.mesh, self.sequence)
+        assert count is not None
+        start = simplify(coordinate_on(dict(self.mesh.axes), rows[0].axes) * count)
+        where, here = type_of(index), replace(type_of(index), dtype=torch.bool)
+
+        def call(target: Any, *args: Any, type_: TensorType = where) -> fx.Node:
+            return self.builder.call(target, args, type_)
+
+        index = call(aten.sub.Scalar, index, start)
+        outside = call(
+            aten.logical_or.default,
+            call(aten.lt.Scalar, index, 0, type_=here),
+            call(aten.ge.Scalar, index, count, type_=here),
+            type_=here,
+        )
+        index = call(aten.clamp.default, index, 0, simplify(count - 1))
+        found = self.builder.call(aten.embedding.default, (table, index), type_of(node))
+        opened = TensorType(
+            torch.bool, (*where.shape, 1), Layout((*where.layout.dims, WHOLE))
+        )
+        outside = self.builder.call(
+            aten.reshape.default, (outside, self._shape(opened)), opened
+        )
+        return self.builder.call(
+            aten.masked_fill.Scalar, (found, outside, 0), type_of(node), name=node.name,
+            why="rows that other ranks have",
+        )
+
     def _attention(self, node: fx.Node) -> fx.Node:
         call = Call(node)
         self.exchange.write(call)
@@ -161,6 +196,7 @@ def _with_mask_kind(new: fx.Node, node: fx.Node) -> fx.Node:
 
 
 _STEPS = {
+    "aten.embedding.default": _Partitioner._embedding,
     "aten.cumsum.default": _Partitioner._cumsum,
     "aten.arange.start_step": _Partitioner._arange,
     "ringcompile.redistribute.default": _Partitioner._redistribute,

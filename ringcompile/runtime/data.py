@@ -77,6 +77,24 @@ def share_of(
     return tensor
 
 
+def share_keys(program: Program) -> dict[str, Any]:
+    """For each weight's placeholder what is equal where two ranks hold the same share of it."""
+    types = {n.name: type_of(n) for n in program.graph.nodes if n.op == "placeholder"}
+    mesh, coordinates = program.mesh, program.coordinates or {}
+    return {
+        placeholder: (
+            weight.name,
+            types[placeholder].layout,
+            tuple(
+                mesh.index(coordinates, axis)
+                for axis in types[placeholder].layout.axes
+                if mesh is not None
+            ),
+        )
+        for placeholder, weight in program.weights.items()
+    }
+
+
 def _piece(
     program: Program, tensor: torch.Tensor, dim: int, atom: Atom, lengths: Mapping[str, int]
 ) -> torch.Tensor:
