@@ -28,12 +28,18 @@ from ringcompile.passes.place import Place
 from ringcompile.passes.recognize_attention import RecognizeAttention
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
+from ringcompile.passes.tensor_parallel import TensorParallel
 
 Observer = Callable[[Pass, Program, float], None]
 
 
 def front_passes(
-    mesh: Mesh, order: str = "auto", gather_unknown: bool = False, capacity: str = "exact"
+    mesh: Mesh,
+    order: str = "auto",
+    gather_unknown: bool = False,
+    capacity: str = "exact",
+    ring: str = "rotate",
+    tp_sequence: bool = False,
 ) -> list[Pass]:
     """From a captured program to one program for all ranks."""
     return [
@@ -41,8 +47,9 @@ def front_passes(
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
-        Place(mesh, order, gather_unknown, capacity),
+        Place(mesh, order, gather_unknown, capacity, ring, tp_sequence),
         CleanUp(),
+        *([TensorParallel(mesh), CleanUp()] if mesh.size("tp") > 1 else []),
         Partition(),
         CleanUp(),
     ]
@@ -138,6 +145,8 @@ def transform(
     length: int | None = None,
     gather_unknown: bool = False,
     capacity: str = "exact",
+    ring: str = "rotate",
+    tp_sequence: bool = False,
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ParallelProgram:
@@ -153,6 +162,10 @@ def transform(
         gather_unknown: compute what has no rule whole on every rank instead of refusing it.
         capacity: where experts take a limited number of tokens: "exact" drops the tokens that a
             single device drops, "local" lets each rank count its own tokens only.
+        ring: "rotate" passes keys and values around the ring; "gather" brings all of them to
+            every rank at once, which is faster for short sequences.
+        tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
+            reduce-scatter and a gather in place of each all-reduce.
         observe: called behind every pass with the pass, the program and its seconds.
         options: anything to keep with the artifact.
 
@@ -162,13 +175,15 @@ def transform(
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     if length is not None and length < 1:
         raise RingCompileError(f"sequence length {length}: it must be at least 1")
-    placed = Pipeline(front_passes(mesh, order, gather_unknown, capacity), observe).run(program)
+    front = front_passes(mesh, order, gather_unknown, capacity, ring, tp_sequence)
+    placed = Pipeline(front, observe).run(program)
     if length is not None:
         assert placed.sequence is not None
         known = placed.sequence.bindings(length)
         placed = placed.with_graph(placed.graph, lengths=known)
     kept = {"parallel": str(mesh), "order": order, "length": length,
-            "gather_unknown": gather_unknown, "capacity": capacity, **(options or {})}
+            "gather_unknown": gather_unknown, "capacity": capacity, "ring": ring,
+            "tp_sequence": tp_sequence, **(options or {})}
     return ParallelProgram(placed, mesh, kept, observe)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -17,7 +18,11 @@ AXIS_KINDS = {
     "pp": "splits layers",
     "dp": "splits the batch",
 }
-SEQUENCE_AXES = frozenset({"ring", "ulysses"})
+# What this axis splits is always the sequence; others may split it too, beside what they are for.
+SEQUENCE_AXES = frozenset({"ring"})
+
+# `tp//4` is an axis made of runs of 4 neighbours on `tp`, `tp%4` the place within such a run.
+_PART = re.compile(r"(\w+)(//|%)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,19 @@ class Mesh:
         return prod(size for _, size in self.axes)
 
     def size(self, axis: str) -> int:
-        """Size of one axis; an axis the mesh does not have has size 1."""
-        return dict(self.axes).get(axis, 1)
+        """Size of an axis, of several together (`ring,ulysses`), or of a part (`tp//4`, `tp%4`).
+
+        An axis that the mesh does not have has size 1.
+        """
+        return size_of(dict(self.axes), axis)
+
+    def index(self, coordinates: Mapping[str, int], axis: str) -> int:
+        """The place on an axis, on several together (row-major), or on a part, see `size`."""
+        index = 0
+        for name, part in _parts(axis):
+            size = _place(self.size(name), part, sizes=True)
+            index = index * size + _place(coordinates.get(name, 0), part)
+        return index
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """The coordinates of a rank, by axis name."""
@@ -88,11 +104,53 @@ class Mesh:
         return rank
 
     def groups(self, axis: str) -> Iterator[list[int]]:
-        """The ranks that differ only in their coordinate on `axis`, in its order, by group."""
-        others = [range(size) if name != axis else (0,) for name, size in self.axes]
+        """The ranks that differ only in their coordinates on `axis`, in its order, by group.
+
+        Args:
+            axis: one axis, or several (`ring,ulysses`), the first of which varies slowest.
+        """
+        along = axis.split(",")
+        others = [range(size) if name not in along else (0,) for name, size in self.axes]
         for corner in product(*others):
             base = dict(zip(self.names, corner, strict=True))
-            yield [self.rank({**base, axis: i}) for i in range(self.size(axis))]
+            places = product(*(range(self.size(name)) for name in along))
+            yield [self.rank({**base, **dict(zip(along, place, strict=True))}) for place in places]
+
+    def group_of(self, rank: int, axis: str) -> list[int]:
+        """The group of `groups` that a rank is in."""
+        return next(group for group in self.groups(axis) if rank in group)
+
+    def has(self, axis: str) -> bool:
+        """Whether all axes that the text names are axes of this mesh."""
+        return all(name in self.names for name in axis.split(","))
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)
+
+
+def size_of(sizes: Mapping[str, int], axis: str) -> int:
+    """`Mesh.size` of an axis text, from the sizes of the axes."""
+    return prod(_place(sizes.get(name, 1), part, sizes=True) for name, part in _parts(axis))
+
+
+def base_axis(axis: str) -> str:
+    """The axis that a part such as `tp//4` or `tp%4` belongs to."""
+    found = _PART.fullmatch(axis)
+    return found[1] if found else axis
+
+
+def _parts(axis: str) -> Iterator[tuple[str, tuple[str, int] | None]]:
+    """The axes that a text names, each with the part of it that is meant, if not all."""
+    for text in axis.split(","):
+        found = _PART.fullmatch(text)
+        yield (found[1], (found[2], int(found[3]))) if found else (text, None)
+
+
+def _place(value: int, part: tuple[str, int] | None, sizes: bool = False) -> int:
+    """A coordinate or a size of an axis, on a part of it."""
+    if part is None:
+        return value
+    kind, run = part
+    if kind == "//":
+        return value // run
+    return run if sizes else value % run

@@ -125,7 +125,7 @@ def test_local_capacity_is_the_model_on_each_ranks_tokens(length: int, order: st
     parallel = compiled(module, (torch.randn(2, 12, SIZE),), f"ring={ranks}", order=order,
                         capacity="local")
     found = run(parallel, (x,)).outputs
-    sequence = SequenceSplit("ring", ranks, order)
+    sequence = SequenceSplit((("ring", ranks),), order)
     chunk = sequence.local_length(length) // sequence.chunks_per_rank
     for rank in range(ranks):
         held = [p for c in sequence.chunks(rank) for p in range(c * chunk, (c + 1) * chunk)

@@ -37,7 +37,7 @@ from ringcompile.ir.program import Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
 from ringcompile.ir.verifier import verify_program
-from ringcompile.mesh import Mesh
+from ringcompile.mesh import Mesh, base_axis
 
 _DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,3})?")
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -94,14 +94,15 @@ def _weight(placeholder: str, data: Any) -> Weight:
 
 def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
     fields, mesh = member(data, "sequence", dict), reader.mesh
-    axis, order = member(fields, "axis", str), member(fields, "order", str)
-    ranks = member(fields, "num_ranks", int)
-    if mesh is None or ranks != mesh.size(axis) or order not in _ORDERS:
+    names, order = texts(fields, "axes"), member(fields, "order", str)
+    ranks, axis = member(fields, "num_ranks", int), ",".join(names)
+    fits = mesh is not None and mesh.has(axis) and mesh.size(axis) == ranks
+    if mesh is None or not fits or len(set(names)) < len(names) or order not in _ORDERS:
         raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
     length = reader.size(fields.get("length"))
     if is_symbolic(length) and length.free_symbols != {symbol(SEQUENCE)}:
         raise RingCompileError(f"the sequence cannot have the length {length}")
-    return SequenceSplit(axis, ranks, order, length)
+    return SequenceSplit(tuple((name, mesh.size(name)) for name in names), order, length)
 
 
 def _num_tensors(structure: Structure) -> int:
@@ -258,23 +259,25 @@ class _Reader:
         data = expect(value, dict, "a type")
         shape = tuple(self.size(size, of_type=True) for size in member(data, "shape", list))
         whole = TensorType.whole(dtype_from_json(data.get("dtype")), shape)
-        if "layout" not in data:
-            return whole
-        dims = tuple(
-            tuple(map(self._atom, expect(dim, list, "a dim of a layout")))
-            for dim in member(data, "layout", list)
-        )
-        layout = Layout(dims)
-        if len(dims) != len(shape) or len(set(layout.axes)) < len(layout.axes):
+        dims = whole.layout.dims
+        if "layout" in data:
+            dims = tuple(
+                tuple(map(self._atom, expect(dim, list, "a dim of a layout")))
+                for dim in member(data, "layout", list)
+            )
+        layout = Layout(dims, texts(data, "partial") if "partial" in data else ())
+        if len(dims) != len(shape) or layout.has_conflict:
             raise RingCompileError(f"the layout {layout} does not fit the shape of {whole}")
+        if not self.axes.issuperset(layout.partial):
+            raise RingCompileError(f"{layout} is summed over axes that {self.mesh} does not have")
         return replace(whole, layout=layout)
 
     def _atom(self, value: Any) -> Atom:
         data = expect(value, dict, "a part of a layout")
         axes = texts(data, "axes")
-        if not self.axes.issuperset(axes):
+        if not self.axes.issuperset(map(base_axis, axes)):
             raise RingCompileError(f"a tensor is split over {axes}, the mesh is {self.mesh}")
-        return Atom(self.size(data.get("size")), axes)
+        return Atom(self.size(data.get("size")), axes, data.get("sequence") is True)
 
     def input(self, value: Any) -> Input:
         data = expect(value, dict, "an input")

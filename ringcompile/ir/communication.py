@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import sympy
 from torch import fx
 
 from ringcompile.ir.expr import Size, product, simplify
@@ -14,23 +15,48 @@ if TYPE_CHECKING:
     from ringcompile.ir.program import Program
 
 SHIFT = "ringcompile.shift_start.default"
-GATHER = "ringcompile.gather.default"
 WAIT = "ringcompile.wait.default"
-COMMUNICATION = frozenset({SHIFT, GATHER, WAIT})
+GATHER = "ringcompile.gather.default"
+ALL_REDUCE = "ringcompile.all_reduce.default"
+REDUCE_SCATTER = "ringcompile.reduce_scatter.default"
+ALL_TO_ALL = "ringcompile.all_to_all.default"
+COLLECTIVES = frozenset({GATHER, ALL_REDUCE, REDUCE_SCATTER, ALL_TO_ALL})
+COMMUNICATION = COLLECTIVES | {SHIFT, WAIT}
+
+
+def collective_bytes(kind: str, num_bytes: Size, num_ranks: int) -> Size:
+    """The bytes that any algorithm has to send per rank.
+
+    A reduction and an exchange keep their own part; an all-reduce is a reduce-scatter and a gather
+    of the parts (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
+
+    Args:
+        kind: the op's short name.
+        num_bytes: of what a rank brings.
+        num_ranks: ranks of the group.
+    """
+    others = num_ranks - 1
+    if kind == "gather":
+        return simplify(num_bytes * others)
+    rounds = 2 if kind == "all_reduce" else 1
+    return simplify(sympy.ceiling(sympy.Rational(rounds * others, num_ranks) * num_bytes))
+
+
+def short_name(node: fx.Node) -> str:
+    """`all_reduce` of `ringcompile.all_reduce.default`."""
+    return str(node.target).split(".")[1]
 
 
 def bytes_of(program: Program, node: fx.Node) -> Size:
-    """The bytes that this rank sends in a node: whole buffers to one peer, a share to each other.
-
-    An all-gather counts world size - 1 shares, what any algorithm has to send per rank.
-    """
+    """The bytes that this rank sends in a node: whole buffers to a peer, what it must in others."""
     target = str(node.target)
     if target == SHIFT and node.kwargs["to"] is not None:
         return num_bytes(program, node.args[0])  # type: ignore[arg-type]
-    if target == GATHER:
+    if target in COLLECTIVES:
         assert program.mesh is not None
-        peers = program.mesh.size(str(node.kwargs["axis"])) - 1
-        return simplify(num_bytes(program, node.args[0]) * peers)  # type: ignore[arg-type]
+        num_ranks = program.mesh.size(str(node.kwargs["axis"]))
+        brought = num_bytes(program, node.args[0])  # type: ignore[arg-type]
+        return collective_bytes(short_name(node), brought, num_ranks)
     return 0
 
 

@@ -15,7 +15,7 @@ import networkx as nx
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.communication import COMMUNICATION, GATHER, SHIFT
+from ringcompile.ir.communication import COLLECTIVES, COMMUNICATION, SHIFT, short_name
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import local_shape
@@ -35,7 +35,7 @@ class _Rank:
     sent: dict[int, list[fx.Node]] = field(default_factory=dict)
     expected: dict[int, list[fx.Node]] = field(default_factory=dict)
     places: dict[fx.Node, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    gathers: Counter[str] = field(default_factory=Counter)
+    met: Counter[str] = field(default_factory=Counter)
 
     @property
     def node(self) -> fx.Node | None:
@@ -91,8 +91,8 @@ class _Checker:
             self._start(index, node)
         elif self._waits_for(index, node):
             return False
-        elif target == GATHER:
-            rank.gathers[str(node.kwargs["axis"])] += 1
+        elif target in COLLECTIVES:
+            rank.met[str(node.kwargs["axis"])] += 1
         rank.at += 1
         return True
 
@@ -133,7 +133,7 @@ class _Checker:
         value = node if argument == "source" else node.args[0]
         type_ = type_of(value)  # type: ignore[arg-type]
         shape = local_shape(type_, program.mesh, program.sequence)
-        if str(node.target) == GATHER:
+        if str(node.target) in COLLECTIVES:
             return tuple(map(str, shape)), str(type_.dtype), ""
         chunks = node.kwargs["takes" if argument == "source" else "sends"]
         carried = f" of chunks {chunks} for %{node.kwargs['of']}"
@@ -157,7 +157,7 @@ class _Checker:
     def _waits_for(self, index: int, node: fx.Node) -> list[int]:
         """The ranks that must act before this rank's `wait` or `gather` completes."""
         rank = self.ranks[index]
-        if str(node.target) == GATHER:
+        if str(node.target) in COLLECTIVES:
             return self._missing_from(index, node)
         started = node.args[0]
         places = rank.places.get(started, {})  # type: ignore[arg-type]
@@ -171,30 +171,35 @@ class _Checker:
 
     def _missing_from(self, index: int, node: fx.Node) -> list[int]:
         axis = str(node.kwargs["axis"])
-        group = next(g for g in self.mesh.groups(axis) if index in g)
-        mine = self.ranks[index].gathers[axis]
+        group = self.mesh.group_of(index, axis)
+        mine = self.ranks[index].met[axis]
         missing = []
         for peer in group:
             other = self.ranks[peer]
-            there = other.gathers[axis] > mine or (
-                other.gathers[axis] == mine
+            there = other.met[axis] > mine or (
+                other.met[axis] == mine
                 and other.node is not None
-                and str(other.node.target) == GATHER
+                and str(other.node.target) in COLLECTIVES
                 and other.node.kwargs["axis"] == axis
             )
             if not there:
                 missing.append(peer)
-            elif other.gathers[axis] == mine and other.node is not None:
-                self._same_gather(index, node, peer, other.node)
+            elif other.met[axis] == mine and other.node is not None:
+                self._same_collective(index, node, peer, other.node)
         return missing
 
-    def _same_gather(self, index: int, node: fx.Node, peer: int, other: fx.Node) -> None:
-        mine, theirs = self._signature(index, node, "to"), self._signature(peer, other, "to")
-        if mine != theirs or node.kwargs["dim"] != other.kwargs["dim"]:
+    def _same_collective(self, index: int, node: fx.Node, peer: int, other: fx.Node) -> None:
+        mine, theirs = self._described(index, node), self._described(peer, other)
+        if mine != theirs:
             raise RingCompileError(
-                f"rank {index} gathers {_format(mine)} in %{node.name}, "
-                f"rank {peer} {_format(theirs)} in %{other.name}"
+                f"rank {index} asks for {mine} in %{node.name}, "
+                f"rank {peer} for {theirs} in %{other.name}"
             )
+
+    def _described(self, index: int, node: fx.Node) -> str:
+        """`gather of float32[1, 8] dim=1 limit=s`: all that has to agree in a group."""
+        how = "".join(f" {k}={v}" for k, v in sorted(node.kwargs.items()) if k != "axis")
+        return f"{short_name(node)} of {_format(self._signature(index, node, 'to'))}{how}"
 
     def _stuck(self) -> RingCompileError:
         graph = nx.DiGraph()

@@ -11,24 +11,28 @@ is split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ringcompile.ir.expr import Size, divide, equal, product
-from ringcompile.mesh import SEQUENCE_AXES
+from ringcompile.mesh import SEQUENCE_AXES, base_axis, size_of
 
 
 @dataclass(frozen=True)
 class Atom:
-    """A factor of a dim: its global size, and the axes that split it."""
+    """A factor of a dim: its global size, and the axes that split it.
+
+    Attributes:
+        sequence: whether this is the sequence, whose shares are padded: it stays one atom.
+    """
 
     size: Size
     axes: tuple[str, ...] = ()
+    sequence: bool = False
 
-    @property
-    def is_sequence(self) -> bool:
-        """Whether this is the sequence, whose shares are padded: it stays one atom."""
-        return not SEQUENCE_AXES.isdisjoint(self.axes)
+    def __post_init__(self) -> None:
+        if not SEQUENCE_AXES.isdisjoint(self.axes):
+            object.__setattr__(self, "sequence", True)
 
 
 # A whole dim is the empty tuple; a split one lists all its atoms.
@@ -42,8 +46,8 @@ def merge(atoms: Iterable[Atom]) -> list[Atom]:
     for atom in atoms:
         if equal(atom.size, 1):
             continue
-        if merged and not atom.axes and not merged[-1].is_sequence:
-            merged[-1] = Atom(product([merged[-1].size, atom.size]), merged[-1].axes)
+        if merged and not atom.axes and not merged[-1].sequence:
+            merged[-1] = replace(merged[-1], size=product([merged[-1].size, atom.size]))
         else:
             merged.append(atom)
     return merged
@@ -57,9 +61,15 @@ def normalise(atoms: Iterable[Atom]) -> DimLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """The placement of one tensor: a DimLayout for each dim."""
+    """The placement of one tensor.
+
+    Attributes:
+        dims: a DimLayout for each dim.
+        partial: the mesh axes over which ranks hold terms of a sum: the tensor is the sum of them.
+    """
 
     dims: tuple[DimLayout, ...]
+    partial: tuple[str, ...] = ()
 
     @classmethod
     def whole(cls, rank: int) -> Layout:
@@ -67,22 +77,56 @@ class Layout:
         return cls((WHOLE,) * rank)
 
     @classmethod
-    def split(cls, rank: int, dim: int, size: Size, axes: tuple[str, ...]) -> Layout:
+    def split(
+        cls, rank: int, dim: int, size: Size, axes: tuple[str, ...], sequence: bool = False
+    ) -> Layout:
         """One dim of that size split over `axes`, the others whole."""
-        return cls(tuple((Atom(size, axes),) if i == dim else WHOLE for i in range(rank)))
+        atom = Atom(size, axes, sequence)
+        return cls(tuple((atom,) if i == dim else WHOLE for i in range(rank)))
+
+    def with_dim(self, dim: int, layout: DimLayout) -> Layout:
+        """The same placement with one dim placed otherwise."""
+        dim %= len(self.dims)
+        return replace(self, dims=(*self.dims[:dim], layout, *self.dims[dim + 1 :]))
+
+    def without(self, axis: str) -> Layout:
+        """The same placement with nothing split, or summed, over this axis or parts of it."""
+        dims = (
+            normalise(
+                replace(atom, axes=tuple(a for a in atom.axes if base_axis(a) != axis))
+                for atom in dim
+            )
+            for dim in self.dims
+        )
+        return Layout(tuple(dims), tuple(a for a in self.partial if a != axis))
 
     @property
     def is_whole(self) -> bool:
-        """Whether no axis splits any dim, so that every rank holds all of the tensor."""
-        return not any(self.dims)
+        """Whether every rank holds all of the tensor: no dim is split, and it is no partial sum."""
+        return not any(self.dims) and not self.partial
 
     @property
     def axes(self) -> tuple[str, ...]:
         """All mesh axes that split some dim."""
         return tuple(axis for dim in self.dims for atom in dim for axis in atom.axes)
 
+    @property
+    def has_conflict(self) -> bool:
+        """Whether one axis would split two dims, or split and sum."""
+        axes = [*self.axes, *self.partial]
+        whole = {axis for axis in axes if axis == base_axis(axis)}
+        return len(set(axes)) < len(axes) or any(
+            axis not in whole and base_axis(axis) in whole for axis in axes
+        )
+
+    @property
+    def partial_text(self) -> str:
+        """` partial(tp)` behind the dims of a partial sum, else nothing."""
+        return f" partial({','.join(self.partial)})" if self.partial else ""
+
     def __str__(self) -> str:
-        return "[" + ", ".join(format_dim(None, dim) for dim in self.dims) + "]"
+        dims = ", ".join(format_dim(None, dim) for dim in self.dims)
+        return f"[{dims}]{self.partial_text}"
 
 
 def format_dim(size: Size | None, dim: DimLayout) -> str:
@@ -99,7 +143,7 @@ def regroup(
     sizes: Sequence[Size],
     layout: Layout,
     out_sizes: Sequence[Size],
-    axis_sizes: dict[str, int],
+    axis_sizes: Mapping[str, int],
 ) -> Layout | None:
     """The layout behind a view from `sizes` to `out_sizes`, or None where it cuts a split atom.
 
@@ -107,10 +151,13 @@ def regroup(
     dims begin and end changes. An atom that is split may be cut in two only if its major part
     still divides over its axes.
     """
-    atoms = merge(
-        atom
-        for size, dim in zip(sizes, layout.dims, strict=True)
-        for atom in (dim or (Atom(size),))
+    atoms = _rejoined(
+        merge(
+            atom
+            for size, dim in zip(sizes, layout.dims, strict=True)
+            for atom in (dim or (Atom(size),))
+        ),
+        axis_sizes,
     )
     dims = []
     for size in out_sizes:
@@ -118,10 +165,24 @@ def regroup(
         if taken is None:
             return None
         dims.append(normalise(taken))
-    return Layout(tuple(dims)) if not atoms else None
+    return Layout(tuple(dims), layout.partial) if not atoms else None
 
 
-def _take(atoms: list[Atom], size: Size, axis_sizes: dict[str, int]) -> list[Atom] | None:
+def _rejoined(atoms: list[Atom], axis_sizes: Mapping[str, int]) -> list[Atom]:
+    """Undo `_cut` where both parts of an axis stand side by side: 2/(tp//4), 8/(tp%4) is 16/tp."""
+    joined: list[Atom] = []
+    for atom in atoms:
+        before = joined[-1] if joined else Atom(1)
+        axis, is_minor, run = "".join(atom.axes).partition("%")
+        places = size_of(axis_sizes, f"{axis}//{run}") if is_minor else None
+        if before.axes == (f"{axis}//{run}",) and before.size == places:
+            joined[-1] = Atom(product([before.size, atom.size]), (axis,))
+        else:
+            joined.append(atom)
+    return joined
+
+
+def _take(atoms: list[Atom], size: Size, axis_sizes: Mapping[str, int]) -> list[Atom] | None:
     """Remove atoms whose product is `size` from the front of the list."""
     taken: list[Atom] = []
     rest = size
@@ -143,13 +204,27 @@ def _take(atoms: list[Atom], size: Size, axis_sizes: dict[str, int]) -> list[Ato
     return taken
 
 
-def _cut(atom: Atom, major: Size, axis_sizes: dict[str, int]) -> tuple[Atom, Atom] | None:
-    """Cut an atom into `major` x the rest; the axes stay with the major part."""
+def _cut(atom: Atom, major: Size, axis_sizes: Mapping[str, int]) -> tuple[Atom, Atom] | None:
+    """Cut an atom into `major` x the rest.
+
+    The axes stay with the major part where it still divides over them. A single axis that is longer
+    than the major part is cut as well: 16 heads over tp=8 are 2 groups over `tp//4` x 8 heads of a
+    group over `tp%4`.
+    """
     minor = divide(atom.size, major)
     if minor is None:
         return None
-    if atom.axes:
-        ways = product(axis_sizes[axis] for axis in atom.axes)
-        if atom.is_sequence or divide(major, ways) is None:
-            return None
-    return Atom(major, atom.axes), Atom(minor)
+    if not atom.axes:
+        return Atom(major), Atom(minor)
+    if atom.sequence:
+        return None
+    ways = product(size_of(axis_sizes, axis) for axis in atom.axes)
+    if divide(major, ways) is not None:
+        return Atom(major, atom.axes), Atom(minor)
+    run = divide(ways, major)
+    if len(atom.axes) > 1 or not isinstance(run, int) or divide(minor, run) is None:
+        return None
+    axis = atom.axes[0]
+    if axis != base_axis(axis):
+        return None
+    return Atom(major, (f"{axis}//{run}",)), Atom(minor, (f"{axis}%{run}",))

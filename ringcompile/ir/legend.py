@@ -111,10 +111,11 @@ def _split_dims(program: Program) -> _Entries:
     sequence, seen = program.sequence, {}
     for atom in _split_atoms(program):
         text = f"a dim of {atom.size}, split over mesh axis {' and '.join(atom.axes)}"
-        if sequence is not None and expr.equal(
+        if sequence is not None and atom.sequence and expr.equal(
             atom.size, expr.bind(sequence.length, program.lengths)
         ):
-            text += f": a rank holds {expr.bind(sequence.local, program.lengths)} of it"
+            share = sequence.level(atom.axes).local
+            text += f": a rank holds {expr.bind(share, program.lengths)} of it"
         seen[format_dim(None, (atom,))] = text
     yield from seen.items()
 
@@ -133,10 +134,8 @@ def _chunks(program: Program) -> _Entries:
     sequence = program.sequence
     if sequence is None or not _takes(program, {"chunks", "queries"}):
         return
-    rank: Any = expr.coordinate(sequence.axis)
-    if program.coordinates is not None:
-        rank = program.coordinates[sequence.axis]
-    held = " and ".join(str(chunk).replace(" ", _NO_BREAK) for chunk in sequence.chunks(rank))
+    own = sequence.own_chunks(program.coordinates)
+    held = " and ".join(str(chunk).replace(" ", _NO_BREAK) for chunk in own)
     chunk = expr.bind(sequence.chunk, program.lengths)
     yield "chunks", (
         f"the padded sequence is cut into chunks 0 to {sequence.num_chunks - 1} of {chunk} tokens; "

@@ -22,6 +22,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import Size, equal, parse, simplify, to_text
+from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import Program, Structure, Weight
 from ringcompile.ir.types import SequenceSplit, ValueType
@@ -116,7 +117,12 @@ def program_to_json(program: Program) -> dict[str, Any]:
 
 
 def _sequence_to_json(sequence: SequenceSplit) -> dict[str, Any]:
-    return {**vars(sequence), "length": _size_to_json(sequence.length)}
+    return {
+        "axes": list(sequence.names),
+        "num_ranks": sequence.num_ranks,
+        "order": sequence.order,
+        "length": _size_to_json(sequence.length),
+    }
 
 
 def inputs_to_json(program: Program) -> list[dict[str, Any]]:
@@ -215,11 +221,15 @@ def _type_to_json(value: ValueType) -> Any:
         "shape": [_size_to_json(size) for size in value.shape],
     }
     if not value.layout.is_whole:
-        data["layout"] = [
-            [{"size": _size_to_json(atom.size), "axes": list(atom.axes)} for atom in dim]
-            for dim in value.layout.dims
-        ]
+        data["layout"] = [list(map(_atom_to_json, dim)) for dim in value.layout.dims]
+    if value.layout.partial:
+        data["partial"] = list(value.layout.partial)
     return data
+
+
+def _atom_to_json(atom: Atom) -> dict[str, Any]:
+    data = {"size": _size_to_json(atom.size), "axes": list(atom.axes)}
+    return {**data, "sequence": True} if atom.sequence else data
 
 
 def _location_to_json(location: SourceLocation) -> list[Any]:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
 
+import sympy
 import torch
 
-from ringcompile.ir.expr import LOCAL, SEQUENCE, Size, bind, divide, equal, product, symbol
+from ringcompile.ir.expr import (
+    LOCAL,
+    SEQUENCE,
+    Size,
+    bind,
+    coordinate,
+    divide,
+    equal,
+    product,
+    simplify,
+    symbol,
+)
 from ringcompile.ir.layout import Atom, Layout, format_dim
 from ringcompile.mesh import Mesh
 
@@ -48,7 +62,8 @@ class TensorType:
         dims = (
             format_dim(size, dim) for size, dim in zip(self.shape, self.layout.dims, strict=True)
         )
-        return f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(dims)}]"
+        text = f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(dims)}]"
+        return text + self.layout.partial_text
 
 
 def state_type(out: TensorType) -> tuple[TensorType, TensorType]:
@@ -79,18 +94,38 @@ class SequenceSplit:
     """How one length of the model is divided over mesh axes.
 
     The sequence is padded to a multiple of `num_chunks`, cut into that many equal chunks, and each
-    rank holds one chunk (`contiguous`) or two (`zigzag`: rank r holds chunk r and its mirror, so
-    that causal attention costs every rank the same). `n` is a rank's share.
+    rank holds one chunk (`contiguous`) or two (`zigzag`: along the first axis, place r holds a run
+    of chunks and its mirror, so that causal attention costs every rank the same). The other axes
+    divide what a place of the first one holds, in order. `n` is a rank's share.
 
     Attributes:
+        axes: the mesh axes and their sizes, outermost first.
+        order: "contiguous" or "zigzag".
         length: the true length, padding not included: `s`, the length of the inputs, unless the
             model attends over another one (`s + 4` behind prefix tokens, 197 patches of an image).
+        inner: the number of ranks that hold a share together, on axes that are left out; see
+            `level`.
     """
 
-    axis: str
-    num_ranks: int
+    axes: tuple[tuple[str, int], ...]
     order: str = "contiguous"
     length: Size = field(default_factory=lambda: symbol(SEQUENCE))
+    inner: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The axes, outermost first."""
+        return tuple(name for name, _ in self.axes)
+
+    @property
+    def axis(self) -> str:
+        """The axes as a collective names them: `ring,ulysses`."""
+        return ",".join(self.names)
+
+    @property
+    def num_ranks(self) -> int:
+        """The number of shares."""
+        return prod(size for _, size in self.axes)
 
     @property
     def chunks_per_rank(self) -> int:
@@ -104,35 +139,72 @@ class SequenceSplit:
 
     @property
     def local(self) -> Size:
-        """The length of one rank's share, `n`; padding included."""
-        return symbol(LOCAL)
+        """The length of one share: `n`, padding included, or a multiple of it on a level above."""
+        return simplify(symbol(LOCAL) * self.inner)
 
     @property
     def chunk(self) -> Size:
         """The length of one chunk."""
-        return symbol(LOCAL) / self.chunks_per_rank
+        return simplify(sympy.sympify(self.local) / self.chunks_per_rank)
+
+    def level(self, names: Sequence[str]) -> SequenceSplit:
+        """The division over the first axes only; ranks on the others hold its shares together.
+
+        Args:
+            names: the first axes, in order.
+        """
+        kept, left = self.axes[: len(names)], self.axes[len(names) :]
+        assert tuple(names) == self.names[: len(names)], f"{names} are not the first of {self.axes}"
+        return replace(self, axes=kept, inner=self.inner * prod(size for _, size in left))
 
     def chunks(self, rank: Size) -> tuple[Size, ...]:
-        """The indices of the chunks that a rank (a number or a coordinate) holds, increasing."""
-        if self.order == "zigzag":
-            return (rank, self.num_chunks - 1 - rank)
-        return (rank,)
+        """The indices of the chunks of one share, increasing.
+
+        Args:
+            rank: its number, row-major over `axes`; with one axis, a coordinate may stand for it.
+        """
+        below = prod(size for _, size in self.axes[1:])
+        return self._held(rank // below, rank % below) if below > 1 else self._held(rank, 0)
+
+    def own_chunks(self, coordinates: Mapping[str, int] | None = None) -> tuple[Size, ...]:
+        """The chunks of the rank at these coordinates; symbols stand for those not given."""
+        places: list[Any] = [
+            coordinate(name) if coordinates is None else coordinates[name] for name in self.names
+        ] or [0]
+        below: Any = 0
+        for place, (_, size) in zip(places[1:], self.axes[1:], strict=True):
+            below = below * size + place
+        return self._held(places[0], below)
+
+    def _held(self, first: Any, below: Any) -> tuple[Size, ...]:
+        """The chunks at a place of the first axis, and a place among the ranks that share it."""
+        if not self.axes:
+            return tuple(range(self.chunks_per_rank))
+        num_places, width = self.axes[0][1], self.num_ranks // self.axes[0][1]
+        if self.order != "zigzag":
+            return (simplify(first * width + below),)
+        mirror = (2 * num_places - 2 - first) * width  # a place's second run begins at `width` more
+        held = []
+        for index in (2 * below, 2 * below + 1):
+            late = index // width if isinstance(index, int) else sympy.floor(index / width)
+            held.append(simplify(index + (1 - late) * first * width + late * mirror))
+        return tuple(held)
 
     def local_length(self, length: int) -> int:
-        """The number of tokens each rank holds of a sequence of `length`, padding included."""
-        return -(-length // self.num_chunks) * self.chunks_per_rank
+        """The number of tokens in each share of a sequence of `length`, padding included."""
+        return -(-length // (self.num_chunks * self.inner)) * self.chunks_per_rank * self.inner
 
-    def own_length(self, rank: int, lengths: Mapping[str, int]) -> int:
+    def own_length(self, coordinates: Mapping[str, int], lengths: Mapping[str, int]) -> int:
         """`m`, the tokens that one rank holds, padding not counted.
 
         Args:
-            rank: its coordinate on the axis.
+            coordinates: the rank's place on the mesh.
             lengths: from `bindings`.
         """
         total, chunk = bind(self.length, lengths), bind(self.chunk, lengths)
         assert isinstance(total, int)
         assert isinstance(chunk, int)
-        held = (bind(index, {}) for index in self.chunks(rank))
+        held = (bind(index, {}) for index in self.own_chunks(coordinates))
         return sum(min(max(total - index * chunk, 0), chunk) for index in held)
 
     def bindings(self, length: int | None = None) -> dict[str, int]:
@@ -140,15 +212,15 @@ class SequenceSplit:
         known = {} if length is None else {SEQUENCE: length}
         total = bind(self.length, known)
         assert isinstance(total, int), f"{self.length} needs the length of the inputs"
-        return {**known, LOCAL: self.local_length(total)}
+        return {**known, LOCAL: self.local_length(total) // self.inner}
 
 
 def local_size(atom: Atom, mesh: Mesh | None, sequence: SequenceSplit | None) -> Size | None:
     """The size of one rank's piece of an atom, or None where it cannot be cut evenly."""
     if not atom.axes:
         return atom.size
-    if sequence is not None and atom.axes == (sequence.axis,) and equal(atom.size, sequence.length):
-        return sequence.local
+    if sequence is not None and atom.sequence and equal(atom.size, sequence.length):
+        return sequence.level(atom.axes).local
     assert mesh is not None
     return divide(atom.size, product(mesh.size(axis) for axis in atom.axes))
 
@@ -170,6 +242,8 @@ def bind_type(type_: ValueType, values: dict[str, int]) -> ValueType:
     if isinstance(type_, tuple):
         return tuple(bind_type(t, values) for t in type_)  # type: ignore[misc]
     dims = tuple(
-        tuple(Atom(bind(atom.size, values), atom.axes) for atom in dim) for dim in type_.layout.dims
+        tuple(replace(atom, size=bind(atom.size, values)) for atom in dim)
+        for dim in type_.layout.dims
     )
-    return TensorType(type_.dtype, tuple(bind(s, values) for s in type_.shape), Layout(dims))
+    layout = Layout(dims, type_.layout.partial)
+    return TensorType(type_.dtype, tuple(bind(s, values) for s in type_.shape), layout)

@@ -26,7 +26,10 @@ SCHEMAS = {
     "redistribute": "(Tensor x, *, str layout) -> Tensor",
     "tokenwise": "(Tensor x, *, int region, bool leaves) -> Tensor",
     "positions": "(SymInt[] chunks, *, SymInt chunk, SymInt limit) -> Tensor",
-    "gather": "(Tensor x, *, int dim, str axis, SymInt limit) -> Tensor",
+    "gather": "(Tensor x, *, int dim, str axis, SymInt? limit) -> Tensor",
+    "all_reduce": "(Tensor x, *, str axis) -> Tensor",
+    "reduce_scatter": "(Tensor x, *, int dim, str axis) -> Tensor",
+    "all_to_all": "(Tensor x, *, int split, int concat, str axis) -> Tensor",
     "ring_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? mask=None, "
         "Tensor? sink=None, *, float scale, float? softcap=None, SymInt? lower=None, "
@@ -78,7 +81,9 @@ torch.library.register_fake(f"{NAMESPACE}::attention", _attention_shape, lib=_li
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_shape, lib=_library)
 
 # The ops that move data between ranks; everything else is local.
-COMMUNICATION = frozenset({"gather", "shift_start", "wait"})
+COMMUNICATION = frozenset(
+    {"gather", "all_reduce", "reduce_scatter", "all_to_all", "shift_start", "wait"}
+)
 
 
 @lru_cache

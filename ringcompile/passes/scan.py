@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.ir.expr import coordinate, product
+from ringcompile.ir.expr import product
 from ringcompile.ir.layout import WHOLE, Atom, Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import SequenceSplit, TensorType
@@ -65,7 +65,7 @@ class Scan:
     ) -> TensorType:
         """The type with `dim` taken apart into (before, chunks/ring, *inner)."""
         chunks = self.sequence.num_chunks
-        split = (Atom(chunks, (self.sequence.axis,)),)
+        split = (Atom(chunks, self.sequence.names, sequence=True),)
         shape = (*type_.shape[:dim], before, chunks, *inner, *type_.shape[dim + 1 :])
         dims = (
             *type_.layout.dims[:dim], WHOLE, split, *(WHOLE,) * len(inner),
@@ -90,15 +90,15 @@ class Scan:
     def _padding(self, trailing: int, behind: Any) -> fx.Node:
         """Bool [chunks/ring, run, 1, ...]: whether an entry is padding, not a token."""
         sequence = self.sequence
-        chunk, axis = sequence.chunk, sequence.axis
+        chunk = sequence.chunk
         runs = [
             self.builder.call(
                 aten.arange.start_step, (index * chunk, (index + 1) * chunk, 1),
                 TensorType.whole(torch.int64, (chunk,)), dtype=torch.int64,
             )
-            for index in sequence.chunks(coordinate(axis))
+            for index in sequence.own_chunks()
         ]
-        layout = Layout(((Atom(sequence.num_chunks, (axis,)),), WHOLE))
+        layout = Layout.split(2, 0, sequence.num_chunks, sequence.names, sequence=True)
         places = TensorType(torch.int64, (sequence.num_chunks, chunk), layout)
         place = self.builder.call(aten.stack.default, (runs,), places)
         here = self._call(aten.ge.Scalar, (place, sequence.length), torch.bool, place)
@@ -132,9 +132,10 @@ class Scan:
         by_one = [0, 0] * (len(flat_shape) - dim - 1) + [1, -1]
         before_it = self._call(aten.constant_pad_nd.default, (up_to, by_one), own.dtype, flat)
         opened = self._reshape(before_it, own.with_layout(everywhere))
+        layout = Layout.split(1, 0, chunks, sequence.names, sequence=True)
         held = self.builder.call(
-            op("positions"), (list(sequence.chunks(coordinate(sequence.axis))),),
-            TensorType(torch.int64, (chunks,), Layout(((Atom(chunks, (sequence.axis,)),),))),
+            op("positions"), (list(sequence.own_chunks()),),
+            TensorType(torch.int64, (chunks,), layout),
             chunk=1, limit=chunks, why="this rank's chunks",
         )
         return self.builder.call(aten.index_select.default, (opened, dim + 1, held), own)

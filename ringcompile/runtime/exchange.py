@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _functional_collectives as funcol
+from torch.distributed.device_mesh import init_device_mesh
 
 from ringcompile.errors import RingCompileError
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.executor import Gather, Request, Shift, Wait
+from ringcompile.runtime.collectives import ANSWERS, Collective
+from ringcompile.runtime.executor import Request, Shift, Wait
 from ringcompile.runtime.join import Rank, first_line, name_ranks
 
 
@@ -37,16 +40,21 @@ class Exchange:
     """Answers what a rank's program asks of others, and counts.
 
     Making one is collective: all ranks do it in the same order.
+
+    Attributes:
+        joined: combinations of axes that programs communicate along, such as `ring,ulysses`; the
+            same on all ranks.
     """
 
     mesh: Mesh
     rank: Rank
+    joined: Iterable[str] = ()
     bytes_sent: int = 0
     wait_seconds: float = 0.0
     groups: dict[str, dist.ProcessGroup | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.groups = _axis_groups(self.mesh, self.rank.index)
+        self.groups = _axis_groups(self.mesh, self.joined)
         atexit.register(self.groups.clear)  # before `leave`, which ends only what nobody holds
 
     def answer(self, request: Request) -> Any:
@@ -56,14 +64,14 @@ class Exchange:
                 return self._start(request)
             case Wait():
                 return self._finish(request)
-            case Gather():
-                return self._gather(request)
+            case Collective():
+                return self._meet(request)
 
     def _peer(self, axis: str, coordinate: int) -> int:
         return self.mesh.rank({**self.mesh.coordinates(self.rank.index), axis: coordinate})
 
     def _start(self, shift: Shift) -> _Transfer:
-        group, ops, peers = self.groups[shift.axis], [], []
+        group, ops, peers = self._group(shift.axis), [], []
         shape = shift.shape if shift.source is not None else (0,)
         buffer = torch.empty(shape, dtype=shift.dtype, device=self.rank.device)
         if shift.to is not None:
@@ -83,16 +91,26 @@ class Exchange:
                 transfer.works.pop(0).wait()
         return transfer.buffer
 
-    def _gather(self, gather: Gather) -> list[torch.Tensor]:
-        group, tensor = self.groups[gather.axis], gather.tensor
-        num_ranks = self.mesh.size(gather.axis)
+    def _meet(self, asked: Collective) -> Any:
+        num_ranks = self.mesh.size(asked.axis)
         if num_ranks == 1:
-            return [tensor]
-        pieces = list(tensor.new_empty((num_ranks, *tensor.shape)).unbind())
-        with self._meeting(dist.get_process_group_ranks(group), f"in %{gather.node}"):
-            dist.all_gather(pieces, tensor, group)
-        self.bytes_sent += tensor.nbytes * (num_ranks - 1)
-        return pieces
+            return ANSWERS[asked.kind]([asked.tensor], 0)
+        group = self._group(asked.axis)
+        with self._meeting(dist.get_process_group_ranks(group), f"in %{asked.node}"):
+            answer = _COLLECTIVES[asked.kind](asked.tensor, group, num_ranks)
+        self.bytes_sent += asked.num_bytes(num_ranks)
+        return answer
+
+    def _group(self, axis: str) -> dist.ProcessGroup:
+        """The process group along an axis, or along several together."""
+        if axis not in self.groups:
+            raise RingCompileError(
+                f"rank {self.rank.index} has no group for axis '{axis}'",
+                hint="name all axes that programs communicate along when the exchange is made",
+            )
+        group = self.groups[axis]
+        assert group is not None
+        return group
 
     @contextmanager
     def _meeting(self, peers: Iterable[int], where: str) -> Iterator[None]:
@@ -140,13 +158,47 @@ class Exchange:
             )
 
 
-def _axis_groups(mesh: Mesh, index: int) -> dict[str, dist.ProcessGroup | None]:
-    groups: dict[str, dist.ProcessGroup | None] = {}
-    for axis, size in mesh.axes:
-        if size == mesh.world_size > 1:
-            groups[axis] = dist.group.WORLD
-        elif size > 1:
-            # Every rank makes all groups of the axis, in the same order.
-            made = [(ranks, dist.new_group(ranks)) for ranks in mesh.groups(axis)]
-            groups[axis] = next(group for ranks, group in made if index in ranks)
+def _all_gather(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> list[torch.Tensor]:
+    """Every rank's tensor: [num_ranks, ...], taken apart."""
+    whole = funcol.all_gather_tensor(x.unsqueeze(0), 0, group)
+    return list(funcol.wait_tensor(whole).unbind())
+
+
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:
+    return funcol.wait_tensor(funcol.all_reduce(x, "sum", group))
+
+
+def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:
+    """[num_ranks, ...] to this rank's [...]."""
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x, "sum", 0, group)).squeeze(0)
+
+
+def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:
+    """[num_ranks, ...]: entry i goes to rank i; the result's entry i came from it."""
+    return funcol.wait_tensor(funcol.all_to_all_single(x, None, None, group))
+
+
+_COLLECTIVES: dict[str, Callable[[torch.Tensor, dist.ProcessGroup, int], Any]] = {
+    "gather": _all_gather,
+    "all_reduce": _all_reduce,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+}
+
+
+def _axis_groups(mesh: Mesh, joined: Iterable[str]) -> dict[str, dist.ProcessGroup | None]:
+    """A group along each axis that has peers, and along each of these combinations."""
+    axes = [axis for axis, size in mesh.axes if size > 1]
+    if not axes:
+        return {}
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sizes = tuple(size for _, size in mesh.axes)
+    devices = init_device_mesh(device, sizes, mesh_dim_names=tuple(mesh.names))
+    groups: dict[str, dist.ProcessGroup | None] = {
+        axis: devices.get_group(axis) for axis in axes
+    }
+    for text in sorted(joined):
+        names = tuple(text.split(","))
+        if len(names) > 1 and mesh.size(text) > 1:
+            groups[text] = devices[names]._flatten().get_group()
     return groups

@@ -21,7 +21,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops import schemas
 from ringcompile.ops.bodies import CREATION, body_of
-from ringcompile.ops.sequence import join
+from ringcompile.runtime.collectives import Collective, asked, used
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,7 @@ class Wait:
     handle: Any
 
 
-@dataclass(frozen=True)
-class Gather:
-    """Exchange tensors with all ranks of an axis; answered by the list of them."""
-
-    node: str
-    axis: str
-    tensor: torch.Tensor
-    dim: int
-
-
-Request = Shift | Wait | Gather
+Request = Shift | Wait | Collective
 
 
 @dataclass(frozen=True)
@@ -176,11 +166,11 @@ class Executor:
                     tuple(kwargs["sends"]), tuple(kwargs["takes"]), kwargs["of"],
                 )
             )
-        shares = yield Gather(name, kwargs["axis"], args[0].contiguous(), kwargs["dim"])
-        sequence = self.program.sequence
-        assert sequence is not None
-        chunks: Any = [sequence.chunks(rank) for rank in range(sequence.num_ranks)]
-        return join(shares, chunks, kwargs["dim"], kwargs["limit"])
+        kind, mesh = step.communicates, self.program.mesh
+        assert kind is not None
+        assert mesh is not None
+        answer = yield asked(name, kind, args[0], kwargs, mesh.size(kwargs["axis"]))
+        return used(kind, answer, kwargs, self.program.sequence)
 
     def _local_shape(self, type_: TensorType) -> tuple[Any, ...]:
         """Sizes that only the data tells stay symbols."""
@@ -212,7 +202,7 @@ def _with_own(program: Program, lengths: dict[str, int]) -> dict[str, int]:
     sequence, coordinates = program.sequence, program.coordinates
     if sequence is None or coordinates is None:
         return lengths
-    return {**lengths, OWN: sequence.own_length(coordinates[sequence.axis], lengths)}
+    return {**lengths, OWN: sequence.own_length(coordinates, lengths)}
 
 
 def _called(step: _Step, args: list[Any], kwargs: dict[str, Any]) -> Any:

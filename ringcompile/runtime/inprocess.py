@@ -9,9 +9,16 @@ from typing import Any
 import torch
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.data import assemble_outputs, name_inputs, share_inputs
+from ringcompile.runtime.data import (
+    assemble_outputs,
+    name_inputs,
+    share_inputs,
+    share_keys,
+    share_of,
+)
 from ringcompile.runtime.executor import Executor, run_alone
 from ringcompile.runtime.lockstep import LockStep
 
@@ -37,8 +44,10 @@ def read_weights(
     """The weights a program takes, by placeholder name."""
     if program.weights and source is None:
         raise RingCompileError("the program has no weights at hand")
+    assert source is not None or not program.weights
+    types = {node.name: type_of(node) for node in program.graph.nodes if node.op == "placeholder"}
     return {
-        placeholder: source(weight.name).to(device)  # type: ignore[misc]
+        placeholder: share_of(program, source(weight.name), types[placeholder], {}).to(device)  # type: ignore[misc]
         for placeholder, weight in program.weights.items()
     }
 
@@ -66,13 +75,15 @@ def run_lockstep(
     first = programs[0]
     whole = name_inputs(first, inputs)
     lengths = first.bindings(whole)
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[Any, torch.Tensor] = {}
     generators = []
     for program in programs:
-        new = {p: w for p, w in program.weights.items() if p not in weights}
-        weights.update(read_weights(program.with_graph(program.graph, weights=new), source, device))
+        keys = share_keys(program)
+        new = {p: program.weights[p] for p, key in keys.items() if key not in weights}
+        read = read_weights(program.with_graph(program.graph, weights=new), source, device)
+        weights.update({keys[p]: weight for p, weight in read.items()})
         shares = share_inputs(program, whole, lengths)
-        values = {**{p: weights[p] for p in program.weights},
+        values = {**{p: weights[key] for p, key in keys.items()},
                   **{p: share.to(device) for p, share in shares.items()}}
         generators.append(Executor(program, lengths, device, check_types).run(values))
     results, sent = LockStep(mesh).run(generators)

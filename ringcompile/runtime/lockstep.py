@@ -6,7 +6,7 @@ when ranks disagree: a message of another shape, one that nobody takes, a rank t
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 
 from ringcompile.errors import RingCompileError
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.executor import Gather, Request, Shift, Wait
+from ringcompile.runtime.collectives import ANSWERS, Collective
+from ringcompile.runtime.executor import Request, Shift, Wait
 
 
 @dataclass
@@ -42,7 +43,7 @@ class _Rank:
     request: Request | None = None
     result: tuple[torch.Tensor, ...] | None = None
     bytes_sent: int = 0
-    gathers: int = 0
+    met: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -51,7 +52,7 @@ class LockStep:
 
     mesh: Mesh
     mail: dict[tuple[int, int], deque[Message]] = field(default_factory=dict)
-    rounds: dict[tuple[str, int, int], dict[int, Gather]] = field(default_factory=dict)
+    rounds: dict[tuple[str, int, int], dict[int, Collective]] = field(default_factory=dict)
 
     def run(
         self, generators: Sequence[Generator[Request, Any, tuple[torch.Tensor, ...]]]
@@ -93,8 +94,8 @@ class LockStep:
                 answer: Any = self._shift(index, rank, shift)
             case Wait(handle=handle):
                 answer = self._arrived(index, handle)
-            case Gather() as gather:
-                answer = self._gathered(index, rank, gather)
+            case Collective() as collective:
+                answer = self._met(index, rank, collective)
             case _:
                 return False
         if answer is None:
@@ -133,28 +134,30 @@ class LockStep:
             )
         return message.tensor
 
-    def _gathered(self, index: int, rank: _Rank, gather: Gather) -> list[torch.Tensor] | None:
-        if gather.axis not in self.mesh.names:
+    def _met(self, index: int, rank: _Rank, asked: Collective) -> Any:
+        """What a collective gives this rank, once all ranks of its group are there; else None."""
+        if not self.mesh.has(asked.axis):
             raise RingCompileError(
-                f"rank {index} gathers over axis '{gather.axis}' in %{gather.node}, which the mesh "
-                f"{self.mesh} does not have"
+                f"rank {index} asks for {asked.kind} over axis '{asked.axis}' in %{asked.node}, "
+                f"which the mesh {self.mesh} does not have"
             )
-        group = next(g for g in self.mesh.groups(gather.axis) if index in g)
-        key = (gather.axis, group[0], rank.gathers)
+        group = self.mesh.group_of(index, asked.axis)
+        key = (asked.axis, group[0], rank.met[asked.axis])
         arrived = self.rounds.setdefault(key, {})
         if index not in arrived:
-            arrived[index] = gather
-            rank.bytes_sent += gather.tensor.nbytes * (len(group) - 1)
+            arrived[index] = asked
+            rank.bytes_sent += asked.num_bytes(len(group))
         if len(arrived) < len(group):
             return None
         for other in group:
-            if _signature(arrived[other]) != _signature(gather):
+            if _signature(arrived[other]) != _signature(asked):
                 raise RingCompileError(
-                    f"rank {index} gathers {_signature(gather)} in %{gather.node}, "
-                    f"rank {other} {_signature(arrived[other])} in %{arrived[other].node}"
+                    f"rank {index} asks for {_signature(asked)} in %{asked.node}, "
+                    f"rank {other} for {_signature(arrived[other])} in %{arrived[other].node}"
                 )
-        rank.gathers += 1
-        return [arrived[other].tensor for other in group]
+        rank.met[asked.axis] += 1
+        brought = [arrived[other].tensor for other in group]
+        return ANSWERS[asked.kind](brought, group.index(index))
 
     def _stuck(self, ranks: list[_Rank]) -> RingCompileError:
         waits = [
@@ -166,9 +169,9 @@ class LockStep:
         )
 
 
-def _signature(gather: Gather) -> str:
-    tensor = gather.tensor
-    return f"{tensor.dtype} {list(tensor.shape)} along dim {gather.dim}"
+def _signature(asked: Collective) -> str:
+    tensor = asked.tensor
+    return f"{asked.kind} of {tensor.dtype} {list(tensor.shape)} {asked.detail}".rstrip()
 
 
 def _message(what: tuple[tuple[int, ...], torch.dtype, tuple[int, ...], str]) -> str:

@@ -41,7 +41,7 @@ class World:
     @property
     def sequence(self) -> SequenceSplit:
         return SequenceSplit(
-            RING, self.mesh.size(RING), self.order, S if self.symbolic else self.length
+            ((RING, self.mesh.size(RING)),), self.order, S if self.symbolic else self.length
         )
 
     def symbolised(self, shape: Sequence[int]) -> tuple[Size, ...]:

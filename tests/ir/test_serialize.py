@@ -158,7 +158,7 @@ def small(value: Any = 1.5) -> Program:
         output_structure=Structure("dict", ("a", "b"), (Structure("tensor"),) * 2),
         length_range=(2, 512),
         mesh=Mesh.parse("ring=4"),
-        sequence=SequenceSplit("ring", 4, "zigzag"),
+        sequence=SequenceSplit((("ring", 4),), "zigzag"),
         passes=("capture", "place"),
         notes=("a note",),
         lengths={"s": 8},

@@ -29,7 +29,7 @@ def shares_of(x: torch.Tensor, sequence: SequenceSplit, dim: int) -> list[torch.
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_join_undoes_positions(ranks: int, order: str) -> None:
-    sequence = SequenceSplit("ring", ranks, order)
+    sequence = SequenceSplit((("ring", ranks),), order)
     for length in LENGTHS:
         x = torch.arange(2 * length * 3).reshape(2, length, 3)
         for dim, whole in enumerate((x.transpose(0, 1), x, x.transpose(1, 2))):
@@ -40,7 +40,7 @@ def test_join_undoes_positions(ranks: int, order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_every_position_is_held_once_and_padding_repeats_the_last(ranks: int, order: str) -> None:
-    sequence = SequenceSplit("ring", ranks, order)
+    sequence = SequenceSplit((("ring", ranks),), order)
     for length in LENGTHS:
         local = sequence.local_length(length)
         shares = shares_of(torch.arange(length), sequence, 0)
@@ -56,7 +56,7 @@ def test_every_position_is_held_once_and_padding_repeats_the_last(ranks: int, or
 @pytest.mark.parametrize("ranks", RANKS)
 def test_positions_undo_join(ranks: int, order: str) -> None:
     """What is joined and shared out again is what each rank held, but for its padding."""
-    sequence = SequenceSplit("ring", ranks, order)
+    sequence = SequenceSplit((("ring", ranks),), order)
     for length in LENGTHS:
         chunk = sequence.local_length(length) // sequence.chunks_per_rank
         rows = [positions(c, chunk, length) for c in held(sequence)]
@@ -76,7 +76,7 @@ CHUNKS: dict[str, tuple[str, int, list[list[int]]]] = {
 @pytest.mark.parametrize("name", CHUNKS)
 def test_chunks(name: str) -> None:
     order, ranks, expected = CHUNKS[name]
-    assert held(SequenceSplit("ring", ranks, order)) == expected
+    assert held(SequenceSplit((("ring", ranks),), order)) == expected
 
 
 POSITIONS: dict[str, tuple[list[int], int, int, list[int]]] = {

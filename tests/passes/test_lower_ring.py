@@ -80,7 +80,7 @@ class Case:
 
     @property
     def sequence(self) -> SequenceSplit:
-        return SequenceSplit("ring", self.ranks, self.order)
+        return SequenceSplit((("ring", self.ranks),), self.order)
 
 
 @cache
@@ -429,4 +429,5 @@ def test_one_rank_sends_nothing() -> None:
     for order in ORDERS:
         program = compiled(Case(Band(0), 1, order)).rank(0)
         assert not nodes_of(program, SHIFT)
-        assert len(nodes_of(program, ATTEND)) == NUM_ATTENTIONS
+        assert not nodes_of(program, ATTEND)
+        assert len(nodes_of(program, "ringcompile.attention.default")) == NUM_ATTENTIONS

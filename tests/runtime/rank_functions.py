@@ -15,9 +15,10 @@ import torch.distributed as dist
 from ringcompile import artifact
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
+from ringcompile.runtime.collectives import Collective
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.exchange import Exchange
-from ringcompile.runtime.executor import Gather, Shift, Wait
+from ringcompile.runtime.executor import Shift, Wait
 from ringcompile.runtime.join import Rank
 
 
@@ -107,7 +108,7 @@ def two_axes(rank: Rank) -> tuple[float, list[float], int, bool]:
     handle = exchange.answer(Shift("t", "ring", mine, other, other, (3,), mine.dtype))
     arrived = exchange.answer(Wait("w", handle))
     again = exchange.answer(Wait("w", handle))
-    pieces = exchange.answer(Gather("g", "tp", mine, 0))
+    pieces = exchange.answer(Collective("g", "gather", "tp", mine))
     gathered = [float(piece[0]) for piece in pieces]
     return float(arrived[0]), gathered, exchange.bytes_sent, again is arrived
 
@@ -116,7 +117,7 @@ def gathered_dtypes(rank: Rank) -> dict[str, bool]:
     exchange, found = Exchange(Mesh.parse("ring=2"), rank), {}
     for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.bool, torch.int64):
         mine = (torch.arange(4) % 2 == rank.index).to(dtype)
-        pieces = exchange.answer(Gather("g", "ring", mine, 0))
+        pieces = exchange.answer(Collective("g", "gather", "ring", mine))
         found[str(dtype)] = torch.equal(pieces[rank.index], mine) and torch.equal(
             pieces[1 - rank.index], (torch.arange(4) % 2 != rank.index).to(dtype)
         )

@@ -75,6 +75,22 @@ class FactorRule(Rule):
     factors: Callable[[Call], Factors]
     shape_argument: str | None = None
     cheap: bool = True
+    sums: bool = False
+    """Factors that two operands share and the output lacks are summed over, and nothing else is."""
+
+    @staticmethod
+    def contracted(names: Factors) -> list[Hashable]:
+        """The factors that are summed over, of an op that `sums`."""
+        held = [f for dims in names.operands for f in dims if f is not None]
+        return [f for f in dict.fromkeys(held) if held.count(f) > 1 and f not in names.output]
+
+    @staticmethod
+    def bias(call: Call) -> str | None:
+        """The argument that is added to the product, if the op has one and it is given."""
+        for name in ("bias", "self"):
+            if name in call.arguments and len(call.operands) == 3:
+                return name if call[name] is not None else None
+        return None
 
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
@@ -108,7 +124,7 @@ class FactorRule(Rule):
             return Layout(tuple(assigned.get(f, WHOLE) if f is not None else WHOLE for f in dims))
 
         output = layout(names.output)
-        if len(set(output.axes)) < len(output.axes):
+        if output.has_conflict:
             raise ConflictError
         return Placement(tuple(map(layout, names.operands)), output)
 
