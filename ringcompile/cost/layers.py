@@ -31,10 +31,12 @@ class Stack:
     Attributes:
         name: their common module path, such as "model.layers".
         count: how many there are.
+        layer_bytes: of the weights of one.
     """
 
     name: str
     count: int
+    layer_bytes: int = 0
 
     def index(self, layer: str) -> int | None:
         """Which of the layers a module path lies in."""
@@ -53,7 +55,10 @@ def find_stack(program: Program) -> Stack | None:
     texts = [_signature(groups, i) for i in range(len(groups))]
     alike = len(groups) > 1 and len(set(texts[1:])) == 1
     inner = alike and _signature(groups, 0, inner=True) == _signature(groups, 1, inner=True)
-    return Stack(name, len(groups)) if inner else None
+    if not inner:
+        return None
+    held = [w.num_bytes for w in program.weights.values() if Stack(name, 0).index(w.name) == 0]
+    return Stack(name, len(groups), sum(held))
 
 
 def cut(program: Program, stack: Stack, count: int) -> Program:
@@ -86,24 +91,23 @@ def cut(program: Program, stack: Stack, count: int) -> Program:
     )
 
 
-def repeat(cost: RankCost, stack: Stack, times: int, layer_bytes: int) -> RankCost:
+def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
     """The cost with each of the rank's layers of a stack repeated.
 
     Args:
         cost: of a program with one layer, or with one for each stage of a pipeline.
         stack: its layers.
         times: how often each layer is there in the whole model.
-        layer_bytes: of one layer's weights on this rank.
     """
     steps: list[Step] = []
     runs = groupby(cost.steps, key=lambda step: stack.index(step.layer) is not None)
     repeated = _joined([(inside, list(run)) for inside, run in runs])
     for inside, run in repeated:
         steps += [_renamed(step, i) for i in range(times) for step in run] if inside else run
-    more = (times - 1) * layer_bytes
     nodes = cost.num_nodes * len(steps) // max(len(cost.steps), 1)
-    return replace(cost, steps=tuple(steps), num_nodes=nodes,
-                   weight_bytes=cost.weight_bytes + more, peak_bytes=cost.peak_bytes + more)
+    more = [w for w in cost.weights if stack.index(w[0]) is not None] * (times - 1)
+    return replace(cost, steps=tuple(steps), num_nodes=nodes, weights=(*cost.weights, *more),
+                   peak_bytes=cost.peak_bytes + sum(num_bytes for _, num_bytes in more))
 
 
 def _joined(runs: list[tuple[bool, list[Step]]]) -> list[tuple[bool, list[Step]]]:

@@ -14,7 +14,7 @@ from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.kinds import SAME, VIEWS, memory_kind
 from ringcompile.cost.values import Value, Values, distinct_bytes
 from ringcompile.ir.calls import Call
-from ringcompile.ir.communication import COMMUNICATION
+from ringcompile.ir.communication import ALL_REDUCE, ALL_TO_ALL, COMMUNICATION, GATHER, SHIFT
 from ringcompile.ops.blocks import Band
 
 
@@ -100,13 +100,18 @@ def _contiguous(tensor: torch.Tensor) -> list[Kernel]:
 
 
 def _around_communication(work: Work) -> list[Kernel]:
-    """A transfer sends contiguous memory; what was gathered is put together in order."""
+    """What is sent is contiguous, parts of peers side by side; what arrives is put in order."""
     target, sent = str(work.node.target), work.operands[0]
-    if target == "ringcompile.shift_start.default":
+    if target == SHIFT:
         return _contiguous(sent) if work.call["to"] is not None else []
-    if target == "ringcompile.gather.default":
-        return [*_contiguous(sent), _kernel("stream", list(work.results), list(work.results))]
-    return _contiguous(sent)
+    if target == ALL_REDUCE:
+        return _contiguous(sent)
+    arrived = list(work.results)
+    joined = [_kernel("strided", arrived, arrived)]
+    if target == GATHER:
+        return [*_contiguous(sent), *joined]
+    parts = [_kernel("strided", [sent], [sent])]
+    return parts + joined if target == ALL_TO_ALL else parts
 
 
 def _linear(work: Work) -> list[Kernel]:

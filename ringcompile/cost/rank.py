@@ -15,7 +15,14 @@ from torch import fx
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.ops import kernels_of
 from ringcompile.cost.values import Values, bind_lengths, storages
-from ringcompile.ir.communication import COMMUNICATION, SHIFT, WAIT
+from ringcompile.ir.communication import (
+    COLLECTIVES,
+    COMMUNICATION,
+    SHIFT,
+    WAIT,
+    collective_bytes,
+    short_name,
+)
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
@@ -90,16 +97,21 @@ class RankCost:
     Attributes:
         rank: its number on the mesh.
         steps: in order.
-        weight_bytes: of its share of the weights.
+        weights: names and bytes of its shares of the weights.
         peak_bytes: weights, inputs and values at the moment when they are most.
         num_nodes: calls of the program, views included: what a host that runs it node by node does.
     """
 
     rank: int
     steps: tuple[Step, ...]
-    weight_bytes: int
+    weights: tuple[tuple[str, int], ...]
     peak_bytes: int
     num_nodes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """All of its shares of the weights."""
+        return sum(num_bytes for _, num_bytes in self.weights)
 
     @property
     def flops(self) -> int:
@@ -118,11 +130,7 @@ def sent_by(step: Step) -> int:
         case Shift(sent=sent):
             return sent
         case Collective(kind, _, group, brought):
-            others = len(group) - 1
-            if kind == "gather":
-                return others * brought
-            rounds = 2 if kind == "all_reduce" else 1
-            return -(-rounds * others * brought // len(group))
+            return int(collective_bytes(kind, brought, len(group)))
     return 0
 
 
@@ -146,7 +154,7 @@ def cost_of(program: Program, length: int | None = None) -> RankCost:
     return RankCost(
         rank,
         tuple(s for s in steps if s.kernels or s.communicates or s.reads),
-        _weight_bytes(values),
+        _weights(values),
         _peak_bytes(values),
         len(nodes),
     )
@@ -173,8 +181,7 @@ def _exchanged(
     channel = str(node.kwargs["axis"])
     brought = _num_bytes(values.tensor(operand))
     if target != SHIFT:
-        group = next(tuple(g) for g in mesh.groups(channel) if rank in g)
-        return Collective(target.split(".")[1], channel, group, brought)
+        return Collective(short_name(node), channel, tuple(mesh.group_of(rank, channel)), brought)
     to, source = (_peer(mesh, rank, channel, node.kwargs[key]) for key in ("to", "source"))
     return Shift(
         channel, to, source, brought if to is not None else 0,
@@ -206,15 +213,15 @@ def _first_reads(nodes: list[fx.Node]) -> Mapping[fx.Node, tuple[str, ...]]:
             found[node] = tuple(read)
             pending = {n: name for n, name in pending.items() if name not in read}
         target = str(node.target)
-        if target in COMMUNICATION and target not in (SHIFT, WAIT):
+        if target in COLLECTIVES:
             pending[node] = node.name
     return found
 
 
-def _weight_bytes(values: Values) -> int:
+def _weights(values: Values) -> tuple[tuple[str, int], ...]:
     program = values.program
-    return sum(
-        _num_bytes(values.tensor(node))
+    return tuple(
+        (program.weights[node.name].name, _num_bytes(values.tensor(node)))
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in program.weights
     )

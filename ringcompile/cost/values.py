@@ -49,7 +49,7 @@ def bind_lengths(program: Program, length: int | None) -> dict[str, int]:
         return known
     known |= sequence.bindings(known.get(SEQUENCE))
     if coordinates is not None:
-        known[OWN] = sequence.own_length(coordinates[sequence.axis], known)
+        known[OWN] = sequence.own_length(coordinates, known)
     return known
 
 
