@@ -154,7 +154,7 @@ class _Placer(Requests):
         self.gathering: set[fx.Node] = set()
         self.writers: dict[fx.Node, list[OwnTokens]] = {}
         for region in regions:
-            writer = OwnTokens(region, self.builder, self._wanted)
+            writer = OwnTokens(region, self.builder, self._wanted, sequence.of_tokens.local)
             for node in region.nodes:
                 self.writers.setdefault(node, []).append(writer)
 

@@ -116,7 +116,10 @@ class FactorRule(Rule):
                 return None
             if dim:
                 assigned[factor] = dim
-        return self._placement(names, assigned).operands
+        try:
+            return self._placement(names, assigned).operands
+        except ConflictError:
+            return None
 
     @staticmethod
     def _placement(names: Factors, assigned: dict[Hashable, DimLayout]) -> Placement:
