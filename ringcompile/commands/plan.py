@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 import click
 
@@ -23,7 +24,6 @@ from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.planner import Ask, Model, Parallel, Plan, Planner
 from ringcompile.cost.specs import Variant
 from ringcompile.ir.program import Program
-from ringcompile.mesh import Mesh
 
 
 @click.command()
@@ -70,39 +70,33 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     Raises:
         RingCompileError: the model cannot be captured, or nothing fits.
     """
-    programs = {1: _captured(model, ask, 1, dtype)}
-    whole = programs[1]
+    whole = _captured(model, ask, 1, dtype)
     stack = find_stack(whole)
+    captured, prepared, checked = {1: whole}, dict[tuple[int, int], Program](), dict[Any, bool]()
 
-    def compile_(variant: Variant) -> Parallel:
-        count = variant.microbatches
-        if count not in programs:
-            programs[count] = _captured(model, ask, count, dtype)
-        program = programs[count]
-        if stack is not None:
-            program = cut(program, stack, variant.mesh.size("pp"))
+    def program_for(microbatches: int, stages: int) -> Program:
+        if (microbatches, stages) not in prepared:
+            if microbatches not in captured:
+                captured[microbatches] = _captured(model, ask, microbatches, dtype)
+            program = captured[microbatches]
+            program = cut(program, stack, stages) if stack is not None else program
+            prepared[microbatches, stages] = compiler.prepare(program)
+        return prepared[microbatches, stages]
+
+    def compile_(variant: Variant, length: int) -> Parallel:
         return compiler.transform(
-            program, variant.mesh, order=variant.order, length=ask.length,
-            capacity=variant.capacity, ring=variant.ring, tp_sequence=variant.tp_sequence,
+            program_for(variant.microbatches, variant.mesh.size("pp")), variant.mesh,
+            order=variant.order, length=length, capacity=variant.capacity, ring=variant.ring,
+            tp_sequence=variant.tp_sequence, check=False, checked=checked,
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())
-    return Planner(Model(stack, total, _passes_all(whole)), ask, compile_).run()
+    return Planner(Model(stack, total, whole.length_range), ask, compile_).run()
 
 
 def _captured(model: str, ask: Ask, microbatches: int, dtype: str | None) -> Program:
     loaded = load_model(model, batch=ask.batch // microbatches, dtype=dtype, weights=":" in model)
     return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
-
-
-def _passes_all(program: Program) -> bool:
-    """Whether some attention has no window; windows are seen once masks are recognised."""
-    passes = compiler.front_passes(Mesh.parse("ring=1"))[:4]
-    for step in passes:
-        program = step.run(program)
-    bands = [(n.kwargs.get("lower"), n.kwargs.get("upper")) for n in program.graph.nodes
-             if str(n.target) == "ringcompile.attention.default"]
-    return any(upper is None for _, upper in bands)
 
 
 def _print(title: str, plans: list[Plan], top: int) -> None:

@@ -9,7 +9,8 @@ stand for all, and simulated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, Protocol
 
 from ringcompile.cost.hardware import Cluster
@@ -22,7 +23,9 @@ from ringcompile.cost.specs import (
     factorisations,
     reordered,
     representatives,
+    short_rings,
     variants,
+    with_ring,
 )
 from ringcompile.cost.timeline import How
 from ringcompile.errors import RingCompileError
@@ -31,8 +34,12 @@ from ringcompile.mesh import Mesh
 
 # Axes that are there to have fewer weights on each rank.
 _SPLIT_WEIGHTS = ("pp", "ep", "tp")
-# Beyond so many times the best plan's time a ring's transfers need not be looked at closely.
-_HOPELESS = 2.0
+# The places of longer rings are simulated one at a time, and these from shorter rings.
+_WHOLE = 16
+# On more devices than these, one place of every ring.
+_FEW = 64
+# What takes so many times the best plan's time is not looked at more closely.
+_FAR = 1.5
 
 
 class Parallel(Protocol):
@@ -49,13 +56,12 @@ class Model:
     Attributes:
         stack: the layers that repeat, if they do.
         weight_bytes: of all weights.
-        passes_all: whether some attention reaches over the whole sequence, so that its keys and
-            values have to pass every rank of a ring.
+        length_range: the smallest and largest length that its code is valid for.
     """
 
     stack: Stack | None
     weight_bytes: int
-    passes_all: bool
+    length_range: tuple[int, int | None] = (2, None)
 
 
 @dataclass(frozen=True)
@@ -132,16 +138,19 @@ class Planner:
     Args:
         model: what is known of the model.
         ask: what is to be planned.
-        compile_: makes the program of a variant, with one layer for each stage if layers repeat;
-            raises RingCompileError for what cannot be.
+        compile_: makes the program of a variant for a sequence length, with one layer for each
+            stage if layers repeat; raises RingCompileError for what cannot be.
     """
 
     model: Model
     ask: Ask
-    compile_: Callable[[Variant], Parallel]
+    compile_: Callable[[Variant, int], Parallel]
     _refused: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
     _capacities: tuple[str, ...] | None = field(default=None, init=False)
-    _best: float = field(default=float("inf"), init=False)
+    _best: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._best = dict.fromkeys(("exact", "local"), inf)
 
     def run(self) -> list[Plan]:
         """All plans: those that fit by tokens a second, then the rejected.
@@ -156,36 +165,49 @@ class Planner:
         return plans
 
     def _meshes(self) -> list[Mesh]:
-        """Short rings first: they are quick to look at, and mostly not the worst."""
+        """Even ones first: they are mostly among the best, which spares others a closer look."""
         meshes = list(factorisations(self.ask.num_gpus))
         if self.ask.cluster.num_nodes > 1:
             meshes = [other for mesh in meshes for other in reordered(mesh)]
-        return sorted(meshes, key=lambda mesh: mesh.size("ring"))
+        return sorted(meshes, key=lambda mesh: max(size for _, size in mesh.axes))
 
     def _plans(self, mesh: Mesh) -> Iterator[Plan]:
         reason = self._impossible(mesh)
         if reason:
             yield _rejected(Variant(mesh), reason)
             return
-        for variant in variants(mesh, self.ask.batch):
-            for capacity in self._capacities or ("exact",):
-                yield self._plan(Variant(**{**vars(variant), "capacity": capacity}))
-            if self._capacities is None:
-                yield from self._with_local_capacity(variant)
+        first: Plan | None = None
+        for variant in self._variants(mesh):
+            hopeless = self._hopeless(first, variant)
+            found = _rejected(variant, hopeless) if hopeless else self._plan(variant)
+            first = first or found
+            yield found
 
-    def _with_local_capacity(self, variant: Variant) -> Iterator[Plan]:
-        """The first time the sequence is divided: does it matter whose tokens are counted?"""
-        if not {"ring", "ulysses", "ep"} & set(variant.mesh.names):
-            return
-        local = Variant(**{**vars(variant), "capacity": "local"})
-        plan = self._plan(local)
-        exact = self._plan(variant)
-        if plan.tps is None or exact.tps is None:
-            return
-        differ = (plan.seconds, plan.memory_bytes) != (exact.seconds, exact.memory_bytes)
-        self._capacities = ("exact", "local") if differ else ("exact",)
-        if differ:
-            yield plan
+    def _variants(self, mesh: Mesh) -> list[Variant]:
+        """Those that count capacity by each rank first: they are never slower."""
+        found = list(variants(mesh, self.ask.batch))
+        divided = any(mesh.size(axis) > 1 for axis in ("ring", "ulysses", "ep"))
+        if not divided:
+            return found
+        if self._capacities is None:
+            self._capacities = self._told_apart(found[0])
+        return [replace(v, capacity=capacity) for v in found for capacity in self._capacities]
+
+    def _told_apart(self, variant: Variant) -> tuple[str, ...]:
+        """The capacity modes that make a difference to this model."""
+        plans = [self._plan(replace(variant, capacity=c)) for c in ("local", "exact")]
+        same = plans[0].seconds == plans[1].seconds
+        return ("exact",) if same else ("local", "exact")
+
+    def _hopeless(self, first: Plan | None, variant: Variant) -> str | None:
+        """Why a form of a mesh need not be looked at: another form of it is far from the best."""
+        if first is None or first.seconds is None or variant.ring == "gather":
+            return None
+        if first.seconds <= _FAR * self._best[first.variant.capacity]:
+            return None
+        best = self._best[first.variant.capacity]
+        return (f"{first.variant} already takes {first.seconds * 1e3:.4g} ms a step, the best plan "
+                f"{best * 1e3:.4g} ms")
 
     def _impossible(self, mesh: Mesh) -> str | None:
         """Why a mesh cannot be, from its sizes alone or from one of its axes by itself."""
@@ -203,7 +225,7 @@ class Planner:
             reason = self._refusal(axis, mesh.size(axis)) if len(mesh.axes) > 1 else None
             if reason:
                 return reason
-        return self._too_slow(mesh)
+        return None
 
     def _refusal(self, axis: str, size: int) -> str | None:
         """Why an axis of that size cannot be, on its own; asked of the compiler once."""
@@ -216,7 +238,7 @@ class Planner:
     def _probed(self, axis: str, size: int) -> str:
         """Empty where the axis is good for something."""
         try:
-            made = self.compile_(Variant(Mesh(((axis, size),))))
+            made = self.compile_(Variant(Mesh(((axis, size),))), self.ask.length)
             if axis not in _SPLIT_WEIGHTS:
                 return ""
             held = cost_of(made.rank(0), self.ask.length).weight_bytes
@@ -230,46 +252,57 @@ class Planner:
         stack, total = self.model.stack, self.model.weight_bytes
         return total - (stack.layer_bytes * (stack.count - stages) if stack else 0)
 
-    def _too_slow(self, mesh: Mesh) -> str | None:
-        """The messages of a ring, were they empty, against the best plan so far."""
-        ring, stack = mesh.size("ring"), self.model.stack
-        if not self.model.passes_all or ring <= 64:
-            return None
-        layers = (stack.count if stack else 1) / mesh.size("pp")
-        link = self.ask.cluster.links["node"]
-        least = layers * (ring - 1) * link.value("startup")
-        if least < _HOPELESS * self._best:
-            return None
-        return (f"the {ring - 1} transfers of a layer take at least {least * 1e3:.4g} ms a step, "
-                f"the best plan {self._best * 1e3:.4g} ms")
-
     def _plan(self, variant: Variant) -> Plan:
         try:
-            made = self.compile_(variant)
-            sims = [self._simulated(made, variant, ranks)
-                    for ranks in representatives(variant.mesh)]
+            found = self._evaluated(variant)
         except RingCompileError as error:
             return _rejected(variant, error.message)
-        slowest = max(sims, key=lambda found: found.period)
-        memory = max(found.memory_bytes for found in sims)
+        memory = found.memory_bytes
         if memory > self.ask.room:
             return Plan(variant, None, None, None, None, memory, False,
                         f"a rank holds {memory / 1e9:.4g} GB, there is room for "
                         f"{self.ask.room / 1e9:.4g} GB")
-        seconds = slowest.period * variant.microbatches
-        self._best = min(self._best, seconds)
-        return Plan(variant, self.ask.tokens / seconds, seconds, slowest.latency, slowest.bound,
-                    memory, True, _spent(slowest, variant, len(sims) > 1))
+        seconds = found.period * variant.microbatches
+        self._best[variant.capacity] = min(self._best[variant.capacity], seconds)
+        return Plan(variant, self.ask.tokens / seconds, seconds, found.latency, found.bound,
+                    memory, True, _spent(found, variant))
 
-    def _simulated(self, made: Parallel, variant: Variant, ranks: list[int]) -> _Scaled:
-        costs = [cost_of(made.rank(rank), self.ask.length) for rank in ranks]
-        stack, pp = self.model.stack, variant.mesh.size("pp")
-        cluster = self.ask.cluster
-        layers = -(-stack.count // pp) if stack else 1
-        if stack is None or layers <= 4:
-            return _scaled([_repeated(costs, stack, layers)], layers, variant, cluster)
-        both = [_repeated(costs, stack, count) for count in (2, 3)]
-        return _scaled(both, layers, variant, cluster)
+    def _evaluated(self, variant: Variant) -> Estimate:
+        """A long ring from two short ones with as many tokens a rank: each step adds the same."""
+        ring, length = variant.mesh.size("ring"), self.ask.length
+        sizes = short_rings(variant.mesh, self.ask.cluster)
+        shorter = [-(-length * size // ring) for size in sizes]
+        low, high = self.model.length_range
+        possible = all(low <= n and (high is None or n <= high) for n in shorter)
+        if ring <= max(_WHOLE, sizes[0]) or not possible:
+            return self._simulated(variant, length)
+        short = self._simulated(with_ring(variant, sizes[0]), shorter[0])
+        least, best = short.period * variant.microbatches, self._best[variant.capacity]
+        if least > _FAR * best:
+            raise RingCompileError(
+                f"a ring of {sizes[0]} with as many tokens a rank already takes "
+                f"{least * 1e3:.4g} ms a step, the best plan {best * 1e3:.4g} ms"
+            )
+        longer = self._simulated(with_ring(variant, sizes[1]), shorter[1])
+        return between(short, longer, (ring - sizes[0]) / (sizes[1] - sizes[0]))
+
+    def _simulated(self, variant: Variant, length: int) -> Estimate:
+        made = self.compile_(variant, length)
+        one_place = self.ask.num_gpus > _FEW or variant.mesh.size("ring") > _WHOLE
+        sets = representatives(variant, self.ask.cluster, one_place=one_place)
+        found = [self._together([cost_of(made.rank(rank), length) for rank in ranks], variant)
+                 for ranks in sets]
+        return max(found, key=lambda estimate: estimate.period)
+
+    def _together(self, costs: list[RankCost], variant: Variant) -> Estimate:
+        stack = self.model.stack
+        if stack is None:
+            return _run(costs, variant, self.ask.cluster)
+        layers = -(-stack.count // variant.mesh.size("pp"))
+        counts = [layers] if layers <= 4 else [2, 3]
+        found = [_run([repeat(cost, stack, n) for cost in costs], variant, self.ask.cluster)
+                 for n in counts]
+        return found[0] if len(found) == 1 else between(found[0], found[1], layers - 2)
 
     def _nothing_fits(self, plans: list[Plan]) -> RingCompileError:
         needs = [plan.memory_bytes for plan in plans if plan.memory_bytes is not None]
@@ -288,8 +321,15 @@ class Planner:
 
 
 @dataclass(frozen=True)
-class _Scaled:
-    """A simulation, scaled to all layers."""
+class Estimate:
+    """What came out of simulations.
+
+    Attributes:
+        period: seconds between steps.
+        latency: of one step.
+        path: seconds on the longest path, by what they are spent on.
+        memory_bytes: the most that a rank holds.
+    """
 
     period: float
     latency: float
@@ -298,51 +338,42 @@ class _Scaled:
 
     @property
     def bound(self) -> str:
+        """What most of the longest path is spent on."""
         return max(self.path, key=lambda kind: self.path[kind], default="nothing")
 
 
-def _repeated(costs: list[RankCost], stack: Stack | None, count: int) -> list[RankCost]:
-    return costs if stack is None else [repeat(cost, stack, count) for cost in costs]
+def between(a: Estimate, b: Estimate, at: float) -> Estimate:
+    """On the line through two estimates, a at 0 and b at 1, at some other place."""
+
+    def line(x: float, y: float) -> float:
+        return max(x + at * (y - x), 0.0)
+
+    return Estimate(
+        line(a.period, b.period),
+        line(a.latency, b.latency),
+        {kind: line(a.path.get(kind, 0.0), b.path.get(kind, 0.0)) for kind in {**a.path, **b.path}},
+        round(line(a.memory_bytes, b.memory_bytes)),
+    )
 
 
-def _scaled(
-    programs: list[list[RankCost]], layers: int, variant: Variant, cluster: Cluster
-) -> _Scaled:
-    """One program with all its layers, or one with two of them and one with three."""
-    found = [_run(costs, variant, cluster) for costs in programs]
-    memory = [max(cost.peak_bytes for cost in costs) for costs in programs]
-    if len(found) == 1:
-        period, latency, path = found[0]
-        return _Scaled(period, latency, path, memory[0])
-    (p2, l2, path2), (p3, l3, path3) = found
-    times = layers - 2
-    path = {kind: max(path2.get(kind, 0.0) * (1 - times) + seconds * times, 0.0)
-            for kind, seconds in path3.items()}
-    return _Scaled(p2 + times * (p3 - p2), l2 + times * (l3 - l2), path,
-                   memory[0] + times * (memory[1] - memory[0]))
-
-
-def _run(
-    costs: list[RankCost], variant: Variant, cluster: Cluster
-) -> tuple[float, float, Mapping[str, float]]:
-    """The time between steps, the latency of one, and what its longest path is spent on."""
-    one: Simulation = simulate(costs, cluster, How(variant.microbatches))
+def _run(costs: list[RankCost], variant: Variant, cluster: Cluster) -> Estimate:
+    one: Simulation = simulate(costs, cluster, How(variant.microbatches, merged=True))
     pp = variant.mesh.size("pp")
-    if pp == 1:
-        return one.period, one.seconds, one.path
-    full = simulate(costs, cluster, How(2 * pp + 1))
-    return full.period, one.seconds, one.path
+    period = one.period
+    if pp > 1:
+        period = simulate(costs, cluster, How(2 * pp + 1, merged=True)).period
+    return Estimate(period, one.seconds, one.path, one.memory_bytes)
 
 
 def _rejected(variant: Variant, reason: str) -> Plan:
     return Plan(variant, None, None, None, None, None, False, reason)
 
 
-def _spent(found: _Scaled, variant: Variant, sampled: bool) -> str:
+def _spent(found: Estimate, variant: Variant) -> str:
     total = sum(found.path.values()) or 1.0
     parts = sorted(found.path.items(), key=lambda entry: -entry[1])
     texts = [f"{kind} {seconds / total:.0%}" for kind, seconds in parts if seconds / total >= 0.01]
     text = ", ".join(texts) + " of the longest path"
     if variant.mesh.size("pp") > 1:
         text += "; steps follow one another, so that the pipeline stays full"
-    return text + ("; the ring from three of its ranks" if sampled else "")
+    return text

@@ -110,8 +110,9 @@ def _path(found: Timeline) -> dict[str, float]:
     spent: dict[str, float] = defaultdict(float)
     for number in found.critical_path():
         event = found.events[number]
-        if event.seconds:
-            spent[event.kind] += event.seconds
+        for kind, seconds in event.parts or ((event.kind, event.seconds),):
+            spent[kind] += seconds
+    spent.pop("wait", None)
     return dict(sorted(spent.items(), key=lambda entry: -entry[1]))
 
 

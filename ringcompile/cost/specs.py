@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from ringcompile.cost.hardware import Cluster
 from ringcompile.mesh import Mesh
 
 # Outermost first: ranks that exchange most are neighbours, and share a node if any do.
@@ -95,28 +96,46 @@ def variants(mesh: Mesh, batch: int) -> Iterator[Variant]:
     yield from (replace(form, microbatches=count) for form in forms for count in counts)
 
 
-def representatives(mesh: Mesh, most: int = 32) -> list[list[int]]:
+def representatives(variant: Variant, cluster: Cluster, *, one_place: bool) -> list[list[int]]:
     """Ranks that stand for all: lists of ranks to simulate together.
 
-    Ranks that differ in `tp`, `ulysses`, `ep` or `dp` do the same on other parts. On the ring each
-    has its own place among the positions: all of them together, or, if they are more than `most`,
-    the first, the middle and the last one by themselves. Every stage of a pipeline is its own.
+    Ranks that differ in `tp`, `ulysses` or `dp` do the same on other parts. On the ring each has
+    its own place among the positions: all of them together, or by themselves the one that has
+    most to do and the last one that gets from another node. Every stage of a pipeline is its own.
+
+    Args:
+        variant: the spec.
+        cluster: says which ranks are on one node.
+        one_place: whether one place of the ring at a time has to do.
     """
-    places = range(mesh.size("ring"))
-    sets = [list(places)]
-    if len(places) > most:
-        sets = [[place] for place in sorted({0, len(places) // 2, len(places) - 1})]
+    mesh = variant.mesh
+    ring = mesh.size("ring")
+    last = {axis: mesh.size(axis) - 1 for axis in ("ep", "ulysses")}
+
+    def rank(place: int, stage: int = 0) -> int:
+        at = {**last, "ring": place, "pp": stage}
+        return mesh.rank({name: at.get(name, 0) for name in mesh.names})
+
+    sets = [list(range(ring))]
+    if one_place:
+        far = [p for p in range(1, ring)
+               if cluster.node_of(rank(p)) != cluster.node_of(rank(p - 1))]
+        busy = ring // 2 if variant.order == "zigzag" else ring - 1
+        sets = [[place] for place in dict.fromkeys([busy, *far[-1:]])]
+    return [[rank(place, stage) for stage in range(mesh.size("pp")) for place in places]
+            for places in sets]
+
+
+def with_ring(variant: Variant, size: int) -> Variant:
+    """The variant on a ring of another size."""
+    axes = tuple((name, size if name == "ring" else n) for name, n in variant.mesh.axes)
+    return replace(variant, mesh=Mesh(axes))
+
+
+def short_rings(mesh: Mesh, cluster: Cluster) -> tuple[int, int]:
+    """Sizes of two rings from which a long one is estimated: both go from node to node, too."""
     names = mesh.names
-
-    def rank(place: int, stage: int) -> int:
-        at = dict.fromkeys(names, 0) | {n: v for n, v in (("ring", place), ("pp", stage))
-                                        if n in names}
-        return mesh.rank(at)
-
-    return [[rank(place, stage) for stage in range(mesh.size("pp")) for place in chosen]
-            for chosen in sets]
-
-
-def num_ranks(mesh: Mesh) -> int:
-    """The product of the axes' sizes."""
-    return prod(size for _, size in mesh.axes)
+    inner = names[names.index("ring") + 1 :] if "ring" in names else []
+    stride = prod(mesh.size(name) for name in inner)
+    size = max(8, 2 * cluster.per_node // stride)
+    return size, 2 * size

@@ -37,6 +37,7 @@ class Event:
         seconds: how long it takes.
         layer: of the model.
         microbatch: of which repetition of the program.
+        parts: of several kernels in one event, the seconds by kind.
     """
 
     rank: int
@@ -46,6 +47,7 @@ class Event:
     seconds: float
     layer: str = ""
     microbatch: int = 0
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,14 @@ class How:
             in any case.
         deferred: whether collectives hold up the compute where their result is first read, as
             torch's functional collectives do, rather than where they stand.
+        merged: whether kernels between two transfers are one event, which is quicker to simulate.
+            Not with `eager`, where each waits for the host.
     """
 
     microbatches: int = 1
     eager: bool = False
     deferred: bool = False
+    merged: bool = False
 
 
 @dataclass
@@ -137,6 +142,7 @@ class _Rank:
     started: dict[str, _Started] = field(default_factory=dict)
     pending: dict[str, int] = field(default_factory=dict)
     met: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class _Builder:
@@ -154,6 +160,7 @@ class _Builder:
             for microbatch in range(self.how.microbatches):
                 for step in cost.steps:
                     self._step(cost, rank, step, microbatch)
+                self._flush(cost, rank, cost.steps[-1], microbatch)
         self._messages()
         return self._timed()
 
@@ -168,7 +175,13 @@ class _Builder:
         for name in step.reads:
             if name in rank.pending:
                 self._wait(cost, rank, step, rank.pending.pop(name), microbatch)
-        self._compute(cost, rank, step, microbatch)
+        merged = self.how.merged and not (self.how.eager and self.cluster.device.asynchronous)
+        if merged:
+            self._collect(cost, rank, step)
+            if step.communicates:
+                self._flush(cost, rank, step, microbatch)
+        else:
+            self._compute(cost, rank, step, microbatch)
         match step.communicates:
             case Shift() as shift:
                 self._start(cost, rank, step, shift, microbatch)
@@ -176,6 +189,21 @@ class _Builder:
                 self._finish(cost, rank, step, rank.started.pop(name), microbatch)
             case Collective() as collective:
                 self._meet(cost, rank, step, collective, microbatch)
+
+    def _collect(self, cost: RankCost, rank: _Rank, step: Step) -> None:
+        """Keep a step's kernels for one event with those behind it."""
+        if not self.cluster.device.asynchronous:
+            rank.parts[HOST] = rank.parts.get(HOST, 0.0) + self._host_seconds(cost)
+        for kernel in step.kernels:
+            time = self._time(kernel)
+            rank.parts[time.bound] = rank.parts.get(time.bound, 0.0) + time.seconds
+
+    def _flush(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
+        if rank.parts:
+            event = Event(cost.rank, COMPUTE, step.name, COMPUTE, sum(rank.parts.values()),
+                          step.layer, microbatch, tuple(rank.parts.items()))
+            rank.compute = self._add(event, (rank.compute,))
+            rank.parts = {}
 
     def _compute(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
         device = self.cluster.device
@@ -225,6 +253,7 @@ class _Builder:
         self._wait(cost, rank, step, started.done, mb)
 
     def _wait(self, cost: RankCost, rank: _Rank, step: Step, done: int, mb: int) -> None:
+        self._flush(cost, rank, step, mb)
         event = Event(cost.rank, COMPUTE, step.name, "wait", 0.0, step.layer, mb)
         rank.compute = self._add(event, (rank.compute, done))
 
