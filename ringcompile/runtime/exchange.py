@@ -74,7 +74,7 @@ class Exchange:
         group, ops, peers = self._group(shift.axis), [], []
         shape = shift.shape if shift.source is not None else (0,)
         buffer = torch.empty(shape, dtype=shift.dtype, device=self.rank.device)
-        if shift.to is not None:
+        if shift.to is not None and shift.tensor is not None:
             peers.append(self._peer(shift.axis, shift.to))
             ops.append(dist.P2POp(dist.isend, shift.tensor, peers[-1], group))
             self.bytes_sent += shift.tensor.nbytes
