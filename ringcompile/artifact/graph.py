@@ -96,7 +96,7 @@ def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
     fields, mesh = member(data, "sequence", dict), reader.mesh
     names, order = texts(fields, "axes"), member(fields, "order", str)
     ranks, axis = member(fields, "num_ranks", int), ",".join(names)
-    fits = mesh is not None and mesh.has(axis) and mesh.size(axis) == ranks
+    fits = mesh is not None and (not names or mesh.has(axis)) and mesh.size(axis) == ranks
     if mesh is None or not fits or len(set(names)) < len(names) or order not in _ORDERS:
         raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
     length = reader.size(fields.get("length"))

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
+from ringcompile.runtime.data import assemble_outputs, by_replica
 
 Inputs = dict[str, torch.Tensor]
 
@@ -86,18 +87,31 @@ def _times(program: Program, name: str, tensor: torch.Tensor) -> int:
     return 1 if rest or len(shape) < 2 else max(times, 1)
 
 
-def collect(program: Program, outputs: Sequence[Any]) -> Any:
-    """Outputs of all microbatches as those of the whole batch.
+def whole_outputs(
+    last: Program, everyones: Sequence[Sequence[Sequence[torch.Tensor]]], lengths: dict[str, int]
+) -> Any:
+    """The outputs for the whole batch, nested as the model returns them.
 
     Args:
-        program: one that returns the outputs.
-        outputs: nested as the model returns them, in order of the batch.
+        last: the program of the last rank, which is one of the last stage.
+        everyones: for each rank, of each of its microbatches, its share of every output.
+        lengths: of the run.
 
     Raises:
-        RingCompileError: an output has no batch dim.
+        RingCompileError: there are several microbatches, and an output has no batch dim.
     """
-    if len(outputs) == 1:
-        return outputs[0]
+    mesh = last.mesh
+    assert mesh is not None
+    made = [
+        assemble_outputs(last, [runs[i] for runs in replica], lengths)
+        for replica in by_replica(mesh, everyones)
+        for i in range(len(replica[0]))
+    ]
+    return made[0] if len(made) == 1 else _joined(last, made)
+
+
+def _joined(program: Program, outputs: Sequence[Any]) -> Any:
+    """Outputs of all microbatches along their batch dim."""
     batches = {spec.type.shape[0] for spec in program.inputs if len(spec.type.shape) > 1}
     for node in program.outputs:
         shape = type_of(node).shape

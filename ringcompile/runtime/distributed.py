@@ -18,8 +18,8 @@ from ringcompile.ir.nodes import layout_of, type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.batches import collect, deal
-from ringcompile.runtime.data import assemble_outputs, by_replica, name_inputs, share_inputs
+from ringcompile.runtime.batches import deal, whole_outputs
+from ringcompile.runtime.data import name_inputs, share_inputs
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Executor, Request
 from ringcompile.runtime.inprocess import read_weights
@@ -164,12 +164,8 @@ class Session:
         microbatches = [self._collected(share, run.lengths) for share in run.microbatches]
         if self.rank.index != 0:
             return None
-        outputs = [
-            assemble_outputs(self.last, by_replica(self.mesh, rows)[replica], run.lengths)
-            for replica in range(self.mesh.size("dp"))
-            for rows in microbatches
-        ]
-        return collect(self.last, outputs)
+        everyones = list(zip(*microbatches, strict=True))
+        return whole_outputs(self.last, everyones, run.lengths)
 
     def _collected(
         self, share: tuple[torch.Tensor, ...], lengths: dict[str, int]

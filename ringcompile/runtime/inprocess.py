@@ -12,10 +12,8 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.batches import collect, deal
+from ringcompile.runtime.batches import deal, whole_outputs
 from ringcompile.runtime.data import (
-    assemble_outputs,
-    by_replica,
     name_inputs,
     share_inputs,
     share_keys,
@@ -93,12 +91,7 @@ def run_lockstep(
         ]
         generators.append(_one_after_another(executor, values))
     results, sent = LockStep(mesh).run(generators)
-    outputs = [
-        assemble_outputs(last, [runs[i] for runs in replica], lengths)
-        for replica in by_replica(mesh, results)
-        for i in range(len(dealt.hands[0]))
-    ]
-    return Result(collect(last, outputs), [runs[0] for runs in results], sent)
+    return Result(whole_outputs(last, results, lengths), [runs[0] for runs in results], sent)
 
 
 def _one_after_another(
