@@ -30,6 +30,7 @@ from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
 from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
 from ringcompile.passes.tensor_parallel import TensorParallel
+from ringcompile.passes.unfuse import Unfuse
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -49,6 +50,7 @@ def front_passes(
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
+        *([Unfuse()] if mesh.size("tp") > 1 else []),
         Place(mesh, order, gather_unknown, capacity, ring, tp_sequence),
         CleanUp(),
         *([TensorParallel(mesh), CleanUp()] if mesh.size("tp") > 1 else []),

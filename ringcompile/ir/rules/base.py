@@ -77,6 +77,8 @@ class FactorRule(Rule):
     cheap: bool = True
     sums: bool = False
     """Factors that two operands share and the output lacks are summed over, and nothing else is."""
+    bias: str | None = None
+    """The argument of an op that `sums` which is added to the product."""
 
     @staticmethod
     def contracted(names: Factors) -> list[Hashable]:
@@ -84,13 +86,9 @@ class FactorRule(Rule):
         held = [f for dims in names.operands for f in dims if f is not None]
         return [f for f in dict.fromkeys(held) if held.count(f) > 1 and f not in names.output]
 
-    @staticmethod
-    def bias(call: Call) -> str | None:
-        """The argument that is added to the product, if the op has one and it is given."""
-        for name in ("bias", "self"):
-            if name in call.arguments and len(call.operands) == 3:
-                return name if call[name] is not None else None
-        return None
+    def given_bias(self, call: Call) -> str | None:
+        """The bias, if it is given."""
+        return self.bias if self.bias is not None and call[self.bias] is not None else None
 
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]

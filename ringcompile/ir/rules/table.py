@@ -231,9 +231,14 @@ def _glu(call: Call) -> Factors:
 
 
 def _rows(
-    names: list[str], factors: Callable[[Call], Factors], cheap: bool = True, sums: bool = False
+    names: list[str],
+    factors: Callable[[Call], Factors],
+    cheap: bool = True,
+    sums: bool = False,
+    bias: str | None = None,
 ) -> dict[str, Rule]:
-    return {f"aten.{name}": FactorRule(factors, cheap=cheap, sums=sums) for name in names}
+    rule = FactorRule(factors, cheap=cheap, sums=sums, bias=bias)
+    return {f"aten.{name}": rule for name in names}
 
 
 RULES: dict[str, Rule] = {
@@ -274,9 +279,10 @@ RULES: dict[str, Rule] = {
     **_rows(["one_hot.default"], indexing.one_hot),
     **_rows(["bucketize.Tensor"], indexing.bucketize),
     **_rows(["roll.default"], indexing.roll),
-    **_rows(["linear.default"], contraction.linear, cheap=False, sums=True),
+    **_rows(["linear.default"], contraction.linear, cheap=False, sums=True,
+            bias="bias"),
     **_rows(["addmm.default", "baddbmm.default"], contraction.addmm, cheap=False,
-            sums=True),
+            sums=True, bias="self"),
     **_rows(["matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default"],
             contraction.matmul, cheap=False, sums=True),
     **_rows(["outer.default", "ger.default"], contraction.outer),
@@ -297,7 +303,9 @@ RULES: dict[str, Rule] = {
     **_rows(["group_norm.default"], spatial.group_norm),
     **_rows(_ALL_WHOLE, all_whole),
     "ringcompile.attention.default": FactorRule(attention, cheap=False),
-    "ringcompile.expert_linear.default": FactorRule(expert_linear, cheap=False, sums=True),
+    "ringcompile.expert_linear.default": FactorRule(
+        expert_linear, cheap=False, sums=True, bias="bias"
+    ),
 }
 
 
