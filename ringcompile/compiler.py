@@ -22,6 +22,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
@@ -53,6 +54,7 @@ def front_passes(
         *([Unfuse()] if mesh.size("tp") > 1 else []),
         Place(mesh, order, gather_unknown, capacity, ring, tp_sequence),
         CleanUp(),
+        *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
         *([TensorParallel(mesh), CleanUp()] if mesh.size("tp") > 1 else []),
         Partition(),
         CleanUp(),

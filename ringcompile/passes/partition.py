@@ -122,7 +122,7 @@ class _Partitioner:
         """Rows of a table of which each rank has a part; those of other ranks are terms of 0."""
         table, index = (self.builder.env[n] for n in Call(node).operands[:2])
         rows = type_of(table).layout.dims[0]
-        if not rows:
+        if not type_of(node).layout.partial:
             return self.builder.copy(node)
         count = local_size(rows[0], self.mesh, self.sequence)
         assert count is not None

@@ -25,12 +25,12 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import equal
-from ringcompile.ir.layout import Atom, DimLayout, Layout
+from ringcompile.ir.expr import equal, simplify
+from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
-from ringcompile.ir.types import TensorType, local_size
+from ringcompile.ir.types import TensorType, local_shape, local_size
 from ringcompile.mesh import Mesh, base_axis
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import (
@@ -210,12 +210,26 @@ class _Splitter(Requests):
             how = {"transposed": call["transposed"]}
         total = self._summed(self.builder.call(target, tuple(new), type_, **how))
         added = operands[place]
-        if target is _EXPERTS:  # each row has the bias of its expert
+        if target is _EXPERTS:
             expert = self.request(operands[1], Layout(layout_of(total).dims[:-1]))
-            added = self.builder.call(aten.embedding.default, (added, expert), type_of(total))
+            added = self._expert_bias(added, expert, type_of(total))
         return self.builder.call(
             aten.add.Tensor, (total, added), type_of(total), name=node.name, why="bias, once"
         )
+
+    def _expert_bias(self, bias: fx.Node, expert: fx.Node, type_: TensorType) -> fx.Node:
+        """The bias of each row's expert; 0 for a row that has none (see `ops.experts`)."""
+        (count,) = local_shape(type_of(bias), self.mesh, self.sequence)[:1]
+        index = type_of(expert)
+        known = self.builder.call(aten.clamp.default, (expert, 0, simplify(count - 1)), index)
+        found = self.builder.call(aten.embedding.default, (bias, known), type_)
+        none = self.builder.call(
+            aten.ge.Scalar, (expert, count), replace(index, dtype=torch.bool)
+        )
+        shape = (*index.shape, 1)
+        opened = TensorType(torch.bool, shape, Layout((*index.layout.dims, WHOLE)))
+        none = self.builder.call(aten.reshape.default, (none, list(shape)), opened)
+        return self.builder.call(aten.masked_fill.Scalar, (found, none, 0), type_)
 
     def _vocabulary(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
         """A table of tokens, and the head, by the rows of their weights; logits stay split."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout, regroup
-from ringcompile.ir.nodes import results_of, type_of
+from ringcompile.ir.nodes import layout_of, results_of, type_of
 
 Names = tuple[Hashable | None, ...]
 
@@ -79,6 +79,8 @@ class FactorRule(Rule):
     """Factors that two operands share and the output lacks are summed over, and nothing else is."""
     bias: str | None = None
     """The argument of an op that `sums` which is added to the product."""
+    kept: frozenset[Hashable] = frozenset()
+    """Factors of operands alone that may be split: the op works on the part it is given."""
 
     @staticmethod
     def contracted(names: Factors) -> list[Hashable]:
@@ -95,7 +97,7 @@ class FactorRule(Rule):
     ) -> Placement:
         """A factor's split, the first found among its dims, is that of all dims it names."""
         names = self.factors(call)
-        passing = set(names.output)
+        passing = {*names.output, *self.kept}
         assigned: dict[Hashable, DimLayout] = {}
         for dims, layout in zip(names.operands, layouts, strict=True):
             for factor, dim in zip(dims, layout.dims, strict=True):
@@ -114,6 +116,10 @@ class FactorRule(Rule):
                 return None
             if dim:
                 assigned[factor] = dim
+        for dims, operand in zip(names.operands, call.operands if self.kept else (), strict=False):
+            for factor, dim in zip(dims, layout_of(operand).dims, strict=True):
+                if factor in self.kept and dim:
+                    assigned[factor] = dim
         try:
             return self._placement(names, assigned).operands
         except ConflictError:

@@ -156,10 +156,10 @@ def attention(call: Call) -> Factors:
 
 
 def expert_linear(call: Call) -> Factors:
-    """... i, ..., E o i (or E i o), E o -> ... o; all experts are to be had everywhere."""
+    """... i, ..., e o i (or e i o), e o -> ... o; rows are of the experts that are here."""
     batch = tuple(range(rank_of(call) - 1))
-    weight: Names = (None, "i", "o") if call["transposed"] else (None, "o", "i")
-    bias: tuple[Names, ...] = ((None, "o"),) if call["bias"] is not None else ()
+    weight: Names = ("e", "i", "o") if call["transposed"] else ("e", "o", "i")
+    bias: tuple[Names, ...] = (("e", "o"),) if call["bias"] is not None else ()
     return Factors(((*batch, "i"), batch, weight, *bias), (*batch, "o"))
 
 
@@ -302,9 +302,10 @@ RULES: dict[str, Rule] = {
     **_rows(["batch_norm.default"], spatial.channel_norm),
     **_rows(["group_norm.default"], spatial.group_norm),
     **_rows(_ALL_WHOLE, all_whole),
+    "ringcompile.route.default": FactorRule(all_whole, cheap=False),
     "ringcompile.attention.default": FactorRule(attention, cheap=False),
     "ringcompile.expert_linear.default": FactorRule(
-        expert_linear, cheap=False, sums=True, bias="bias"
+        expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"})
     ),
 }
 
