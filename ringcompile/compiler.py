@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from ringcompile.mesh import Mesh
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
 from ringcompile.passes.recognize_attention import RecognizeAttention
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
+from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
 from ringcompile.passes.tensor_parallel import TensorParallel
+from ringcompile.passes.unfuse import Unfuse
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -40,6 +43,7 @@ def front_passes(
     capacity: str = "exact",
     ring: str = "rotate",
     tp_sequence: bool = False,
+    stages: tuple[str, ...] = (),
     checked: dict[Any, bool] | None = None,
 ) -> list[Pass]:
     """From a captured program to one program for all ranks."""
@@ -49,17 +53,21 @@ def front_passes(
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
+        *([Unfuse()] if mesh.size("tp") > 1 else []),
         Place(mesh, order, gather_unknown, capacity, ring, tp_sequence, known),
         CleanUp(),
+        *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
         *([TensorParallel(mesh), CleanUp()] if mesh.size("tp") > 1 else []),
         Partition(),
         CleanUp(),
+        *([SplitPipeline(mesh, stages)] if mesh.size("pp") > 1 else []),
     ]
 
 
-def rank_passes(rank: int) -> list[Pass]:
+def rank_passes(rank: int, mesh: Mesh) -> list[Pass]:
     """From the program for all ranks to that of one."""
-    return [Specialize(rank), LowerRing()]
+    take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
+    return [Specialize(rank), *take, LowerRing()]
 
 
 @dataclass
@@ -108,7 +116,8 @@ class ParallelProgram:
         return self._ranks[rank]
 
     def _lower(self, rank: int) -> Program:
-        return Pipeline(rank_passes(rank), self.observe, self.check).run(self.program)
+        passes = rank_passes(rank, self.mesh)
+        return Pipeline(passes, self.observe, self.check).run(self.program)
 
     def ranks(self) -> list[Program]:
         """The programs of all ranks, in order."""
@@ -164,6 +173,7 @@ def transform(
     capacity: str = "exact",
     ring: str = "rotate",
     tp_sequence: bool = False,
+    stages: Sequence[str] = (),
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
     check: bool = True,
@@ -185,6 +195,7 @@ def transform(
             every rank at once, which is faster for short sequences.
         tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
             reduce-scatter and a gather in place of each all-reduce.
+        stages: the layer that each pipeline stage but the first begins with; cut by cost if empty.
         observe: called behind every pass with the pass, the program and its seconds.
         options: anything to keep with the artifact.
         check: whether programs are checked behind every pass.
@@ -196,7 +207,9 @@ def transform(
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     if length is not None and length < 1:
         raise RingCompileError(f"sequence length {length}: it must be at least 1")
-    front = front_passes(mesh, order, gather_unknown, capacity, ring, tp_sequence, checked)
+    front = front_passes(
+        mesh, order, gather_unknown, capacity, ring, tp_sequence, tuple(stages), checked
+    )
     done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
     placed = Pipeline(front[done:], observe, check).run(program)
     if length is not None:
@@ -205,7 +218,7 @@ def transform(
         placed = placed.with_graph(placed.graph, lengths=known)
     kept = {"parallel": str(mesh), "order": order, "length": length,
             "gather_unknown": gather_unknown, "capacity": capacity, "ring": ring,
-            "tp_sequence": tp_sequence, **(options or {})}
+            "tp_sequence": tp_sequence, "stages": list(stages), **(options or {})}
     return ParallelProgram(placed, mesh, kept, observe, check=check)
 
 
@@ -285,7 +298,7 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
     Raises:
         RingCompileError: no such pass, or the model it was made from is not known.
     """
-    late = rank_passes(rank)
+    late = rank_passes(rank, made.mesh)
     if name in [step.name for step in late]:
         return Pipeline(_up_to(late, name)).run(made.program)
     options = made.options

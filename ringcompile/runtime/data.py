@@ -14,6 +14,7 @@ from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
+from ringcompile.mesh import Mesh
 from ringcompile.ops.sequence import positions
 
 
@@ -121,8 +122,9 @@ def assemble_outputs(
     """Whole outputs, nested as the model returned them.
 
     Args:
-        program: any rank's program.
-        shares: for each rank, its share of every output.
+        program: of a rank of the last stage.
+        shares: for each rank of a replica that returns outputs, its share of every output; ranks
+            in order, as `by_replica` gives them.
         lengths: from `program.bindings`.
     """
     whole = [
@@ -148,14 +150,34 @@ def _assemble(
     ranges = [_ranges(program, atom, lengths) for atom in atoms]
     whole = shares[0].new_empty([max(r.stop for rows in each.values() for r in rows)
                                  for each in ranges])
-    for rank, share in enumerate(shares):
-        coordinates = mesh.coordinates(rank)
+    for coordinates, share in zip(_returning(mesh), shares, strict=True):
         held = [each[mesh.index(coordinates, ",".join(atom.axes)) if atom.axes else 0]
                 for atom, each in zip(atoms, ranges, strict=True)]
         opened = share.reshape([sum(map(len, rows)) for rows in held])
         _put(whole, opened, held)
     kept = whole[tuple(slice(0, int(atom.size)) for atom in atoms)]
     return kept.reshape([int(bind(size, lengths)) for size in type_.shape])
+
+
+def _returning(mesh: Mesh) -> list[dict[str, int]]:
+    """The coordinates of the ranks of the first replica that return outputs: its last stage."""
+    everyone = map(mesh.coordinates, range(mesh.world_size))
+    last = mesh.size("pp") - 1
+    return [at for at in everyone if at.get("dp", 0) == 0 and at.get("pp", last) == last]
+
+
+def by_replica(mesh: Mesh, values: Sequence[Any]) -> list[list[Any]]:
+    """What the ranks that return outputs have of every rank's values, by replica.
+
+    Args:
+        mesh: the mesh.
+        values: one a rank, in order.
+    """
+    return [
+        [values[mesh.rank({**at, **({"dp": replica} if "dp" in at else {})})]
+         for at in _returning(mesh)]
+        for replica in range(mesh.size("dp"))
+    ]
 
 
 def _ranges(program: Program, atom: Atom, lengths: Mapping[str, int]) -> dict[int, list[range]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,14 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
+from ringcompile.runtime.batches import deal, whole_outputs
 from ringcompile.runtime.data import (
-    assemble_outputs,
     name_inputs,
     share_inputs,
     share_keys,
     share_of,
 )
-from ringcompile.runtime.executor import Executor, run_alone
+from ringcompile.runtime.executor import Executor, Request, run_alone
 from ringcompile.runtime.lockstep import LockStep
 
 
@@ -29,7 +29,8 @@ class Result:
 
     Attributes:
         outputs: whole outputs, nested as the model returns them.
-        shares: each rank's share of every output.
+        shares: each rank's share of every output, of its first microbatch; a stage of a pipeline
+            that is not the last has none.
         bytes_sent: by each rank.
     """
 
@@ -72,9 +73,9 @@ def run_lockstep(
         device: where all ranks compute.
         check_types: hold every value against the type its node declares.
     """
-    first = programs[0]
-    whole = name_inputs(first, inputs)
-    lengths = first.bindings(whole)
+    first, last = programs[0], programs[-1]
+    dealt = deal(first, name_inputs(first, inputs))
+    lengths = first.bindings(dealt.hands[0][0])
     weights: dict[Any, torch.Tensor] = {}
     generators = []
     for program in programs:
@@ -82,12 +83,25 @@ def run_lockstep(
         new = {p: program.weights[p] for p, key in keys.items() if key not in weights}
         read = read_weights(program.with_graph(program.graph, weights=new), source, device)
         weights.update({keys[p]: weight for p, weight in read.items()})
-        shares = share_inputs(program, whole, lengths)
-        values = {**{p: weights[key] for p, key in keys.items()},
-                  **{p: share.to(device) for p, share in shares.items()}}
-        generators.append(Executor(program, lengths, device, check_types).run(values))
+        executor = Executor(program, lengths, device, check_types)
+        values = [
+            {**{p: weights[key] for p, key in keys.items()},
+             **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}
+            for hand in dealt.of(program)
+        ]
+        generators.append(_one_after_another(executor, values))
     results, sent = LockStep(mesh).run(generators)
-    return Result(assemble_outputs(first, results, lengths), results, sent)
+    return Result(whole_outputs(last, results, lengths), [runs[0] for runs in results], sent)
+
+
+def _one_after_another(
+    executor: Executor, microbatches: Sequence[dict[str, torch.Tensor]]
+) -> Generator[Request, Any, Any]:
+    """A rank's program on each of its microbatches in order; returns the outputs of each."""
+    done = []
+    for values in microbatches:
+        done.append((yield from executor.run(values)))
+    return tuple(done)
 
 
 @torch.no_grad()

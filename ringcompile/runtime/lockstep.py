@@ -39,9 +39,9 @@ class _Handle:
 
 @dataclass
 class _Rank:
-    generator: Generator[Request, Any, tuple[torch.Tensor, ...]]
+    generator: Generator[Request, Any, Any]
     request: Request | None = None
-    result: tuple[torch.Tensor, ...] | None = None
+    result: Any = None
     bytes_sent: int = 0
     met: Counter[str] = field(default_factory=Counter)
 
@@ -55,12 +55,12 @@ class LockStep:
     rounds: dict[tuple[str, int, int], dict[int, Collective]] = field(default_factory=dict)
 
     def run(
-        self, generators: Sequence[Generator[Request, Any, tuple[torch.Tensor, ...]]]
-    ) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
+        self, generators: Sequence[Generator[Request, Any, Any]]
+    ) -> tuple[list[Any], list[int]]:
         """Run to the end.
 
         Returns:
-            each rank's outputs, and the bytes that each rank sent.
+            what each rank's generator returned, and the bytes that each rank sent.
 
         Raises:
             RingCompileError: the ranks' communication does not match.
@@ -77,9 +77,7 @@ class LockStep:
                 raise RingCompileError(
                     f"rank {to} never takes what rank {source} sends in %{messages[0].node}"
                 )
-        return [rank.result for rank in ranks if rank.result is not None], [
-            rank.bytes_sent for rank in ranks
-        ]
+        return [rank.result for rank in ranks], [rank.bytes_sent for rank in ranks]
 
     def _advance(self, rank: _Rank, answer: Any) -> None:
         try:
@@ -110,7 +108,7 @@ class LockStep:
 
     def _shift(self, index: int, rank: _Rank, shift: Shift) -> _Handle:
         to = self._peer(index, shift.axis, shift.to)
-        if to is not None:
+        if to is not None and shift.tensor is not None:
             self.mail.setdefault((index, to), deque()).append(
                 Message(shift.node, shift.tensor, shift.sends, shift.of)
             )
@@ -146,7 +144,7 @@ class LockStep:
         arrived = self.rounds.setdefault(key, {})
         if index not in arrived:
             arrived[index] = asked
-            rank.bytes_sent += asked.num_bytes(len(group))
+            rank.bytes_sent += asked.num_bytes(len(group), group.index(index))
         if len(arrived) < len(group):
             return None
         for other in group:
@@ -156,7 +154,7 @@ class LockStep:
                     f"rank {other} for {_signature(arrived[other])} in %{arrived[other].node}"
                 )
         rank.met[asked.axis] += 1
-        brought = [arrived[other].tensor for other in group]
+        brought = [arrived[other] for other in group]
         return ANSWERS[asked.kind](brought, group.index(index))
 
     def _stuck(self, ranks: list[_Rank]) -> RingCompileError:
@@ -171,7 +169,8 @@ class LockStep:
 
 def _signature(asked: Collective) -> str:
     tensor = asked.tensor
-    return f"{asked.kind} of {tensor.dtype} {list(tensor.shape)} {asked.detail}".rstrip()
+    shape = list(tensor.shape[1:] if asked.sends else tensor.shape)  # each has its own rows
+    return f"{asked.kind} of {tensor.dtype} {shape} {asked.detail}".rstrip()
 
 
 def _message(what: tuple[tuple[int, ...], torch.dtype, tuple[int, ...], str]) -> str:
