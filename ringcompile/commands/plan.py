@@ -70,22 +70,25 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     Raises:
         RingCompileError: the model cannot be captured, or nothing fits.
     """
-    whole = _captured(model, ask, 1, dtype)
+    whole = _captured(model, ask.batch, dtype)
     stack = find_stack(whole)
-    captured, prepared, checked = {1: whole}, dict[tuple[int, int], Program](), dict[Any, bool]()
+    captured = {ask.batch: whole}
+    prepared, checked = dict[tuple[int, int], Program](), dict[Any, bool]()
 
-    def program_for(microbatches: int, stages: int) -> Program:
-        if (microbatches, stages) not in prepared:
-            if microbatches not in captured:
-                captured[microbatches] = _captured(model, ask, microbatches, dtype)
-            program = captured[microbatches]
+    def program_for(batch: int, stages: int) -> Program:
+        if (batch, stages) not in prepared:
+            if batch not in captured:
+                captured[batch] = _captured(model, batch, dtype)
+            program = captured[batch]
             program = cut(program, stack, stages) if stack is not None else program
-            prepared[microbatches, stages] = compiler.prepare(program)
-        return prepared[microbatches, stages]
+            prepared[batch, stages] = compiler.prepare(program)
+        return prepared[batch, stages]
 
     def compile_(variant: Variant, length: int) -> Parallel:
+        mesh = variant.mesh
+        batch = ask.batch // (variant.microbatches * mesh.size("dp")) or 1
         return compiler.transform(
-            program_for(variant.microbatches, variant.mesh.size("pp")), variant.mesh,
+            program_for(batch, mesh.size("pp")), mesh,
             order=variant.order, length=length, capacity=variant.capacity, ring=variant.ring,
             tp_sequence=variant.tp_sequence, check=False, checked=checked,
         )
@@ -94,8 +97,8 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     return Planner(Model(stack, total, whole.length_range), ask, compile_).run()
 
 
-def _captured(model: str, ask: Ask, microbatches: int, dtype: str | None) -> Program:
-    loaded = load_model(model, batch=ask.batch // microbatches, dtype=dtype, weights=":" in model)
+def _captured(model: str, batch: int, dtype: str | None) -> Program:
+    loaded = load_model(model, batch=batch, dtype=dtype, weights=":" in model)
     return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
 
 

@@ -15,7 +15,7 @@ from ringcompile.cost.rank import Collective, Shift
 
 # What is read in a link's table for each kind: nccl-tests calls it bus bandwidth.
 _FIGURES = {"gather": "all_gather", "reduce_scatter": "all_gather", "all_reduce": "all_reduce",
-            "all_to_all": "all_to_all"}
+            "all_to_all": "all_to_all", "dispatch": "all_to_all", "combine": "all_to_all"}
 
 
 def message_seconds(cluster: Cluster, source: int, to: int, num_bytes: int) -> float:
@@ -42,7 +42,7 @@ def collective_seconds(cluster: Cluster, exchange: Collective) -> float:
     if inside == 1 or len(set(by_node.values())) > 1:
         return _flat(kind, brought, len(group), between)
     node = cluster.links["node"]
-    if kind == "all_to_all":  # both at once: to ranks of the node, and to those of others
+    if _FIGURES[kind] == "all_to_all":  # both at once: to ranks of the node, and to those of others
         share = brought / len(group)
         away = share * inside * (num_nodes - 1)
         return max(

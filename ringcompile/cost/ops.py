@@ -14,7 +14,16 @@ from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.kinds import SAME, VIEWS, memory_kind
 from ringcompile.cost.values import Value, Values, distinct_bytes
 from ringcompile.ir.calls import Call
-from ringcompile.ir.communication import ALL_REDUCE, ALL_TO_ALL, COMMUNICATION, GATHER, SHIFT
+from ringcompile.ir.communication import (
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    COMBINE,
+    COMMUNICATION,
+    DISPATCH,
+    GATHER,
+    REDUCE_SCATTER,
+    SHIFT,
+)
 from ringcompile.ops.blocks import Band
 
 
@@ -101,17 +110,21 @@ def _contiguous(tensor: torch.Tensor) -> list[Kernel]:
 
 def _around_communication(work: Work) -> list[Kernel]:
     """What is sent is contiguous, parts of peers side by side; what arrives is put in order."""
-    target, sent = str(work.node.target), work.operands[0]
+    target, arrived = str(work.node.target), list(work.results)
     if target == SHIFT:
-        return _contiguous(sent) if work.call["to"] is not None else []
+        return _contiguous(work.operands[0]) if work.call["to"] is not None else []
+    sent = work.operands[0]
     if target == ALL_REDUCE:
         return _contiguous(sent)
-    arrived = list(work.results)
-    joined = [_kernel("strided", arrived, arrived)]
-    if target == GATHER:
-        return [*_contiguous(sent), *joined]
-    parts = [_kernel("strided", [sent], [sent])]
-    return parts + joined if target == ALL_TO_ALL else parts
+    parts, joined = [_kernel("strided", [sent], [sent])], [_kernel("strided", arrived, arrived)]
+    kernels = {
+        GATHER: [*_contiguous(sent), *joined],
+        REDUCE_SCATTER: parts,
+        ALL_TO_ALL: parts + joined,
+        DISPATCH: parts,
+        COMBINE: joined,
+    }
+    return kernels[target]
 
 
 def _linear(work: Work) -> list[Kernel]:
@@ -294,7 +307,7 @@ def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
         _rows_taken: ["aten.embedding.default", "aten.index_select.default", "aten.index.Tensor",
                       "aten.gather.default"],
         _sorted: ["aten.sort.default", "aten.sort.stable", "aten.argsort.default",
-                  "aten.argsort.stable"],
+                  "aten.argsort.stable", "ringcompile.route.default"],
     }
     return {name: row for row, names in rows.items() for name in names}
 

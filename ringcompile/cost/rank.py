@@ -17,6 +17,7 @@ from ringcompile.cost.ops import kernels_of
 from ringcompile.cost.values import Values, bind_lengths, storages
 from ringcompile.ir.communication import (
     COLLECTIVES,
+    COMBINE,
     COMMUNICATION,
     SHIFT,
     WAIT,
@@ -50,7 +51,7 @@ class Collective:
     """An exchange among a group.
 
     Attributes:
-        kind: "gather", "all_reduce", "reduce_scatter" or "all_to_all".
+        kind: the op's short name.
         channel: the mesh axes, as one text.
         group: global ranks.
         brought: bytes of this rank's operand.
@@ -175,11 +176,13 @@ def _exchanged(
     values: Values, mesh: Mesh, rank: int, node: fx.Node
 ) -> Shift | Collective | Wait:
     target, operand = str(node.target), node.args[0]
-    assert isinstance(operand, fx.Node)
     if target == WAIT:
+        assert isinstance(operand, fx.Node)
         return Wait(operand.name)
     channel = str(node.kwargs["axis"])
-    brought = _num_bytes(values.tensor(operand))
+    # As many rows come back from experts as went to them.
+    moved = node if target == COMBINE else operand
+    brought = _num_bytes(values.tensor(moved)) if isinstance(moved, fx.Node) else 0
     if target != SHIFT:
         return Collective(short_name(node), channel, tuple(mesh.group_of(rank, channel)), brought)
     to, source = (_peer(mesh, rank, channel, node.kwargs[key]) for key in ("to", "source"))

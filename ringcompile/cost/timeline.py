@@ -4,8 +4,8 @@ Each rank has a compute stream, on which its kernels follow one another, and a s
 axis that it communicates on. As with torch.distributed over NCCL, a transfer starts when what was
 computed before it in the program is done and the transfer before it on its axis is through; a
 message goes when both its ends have started. Compute goes on until the wait. A collective holds the
-compute up where it stands in the program, or, if collectives are deferred, where its result is
-first read. What overlaps is thus what the schedule of the programs allows, no more.
+compute up where it stands in the program. What overlaps is thus what the schedule of the programs
+allows, no more, unless waits are deferred, which is as far as any runtime could go.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class How:
         eager: whether the host issues node by node; otherwise, as with CUDA graphs, it is not
             waited for. Where host and device are one, as on a CPU, nodes cost their host's time
             in any case.
-        deferred: whether collectives hold up the compute where their result is first read, as
-            torch's functional collectives do, rather than where they stand.
+        deferred: whether the compute goes on until a result is read: behind a collective, as with
+            torch's functional collectives, and behind a message to the next stage of a pipeline;
+            what comes from the stage before is then taken as soon as it is there.
         merged: whether kernels between two transfers are one event, which is quicker to simulate.
             Not with `eager`, where each waits for the host.
     """
@@ -234,7 +235,11 @@ class _Builder:
         return self._add(event, (rank.compute, rank.host, rank.channels.get(channel)))
 
     def _start(self, cost: RankCost, rank: _Rank, step: Step, shift: Shift, mb: int) -> None:
-        begin = self._begin(cost, rank, step, shift.channel, mb)
+        if self.how.deferred and shift.to is None:  # there is nothing to compute for it
+            event = Event(cost.rank, shift.channel, step.name, "wait", 0.0, step.layer, mb)
+            begin = self._add(event, (rank.channels.get(shift.channel),))
+        else:
+            begin = self._begin(cost, rank, step, shift.channel, mb)
         event = Event(cost.rank, shift.channel, step.name, "wait", 0.0, step.layer, mb)
         started = _Started(begin, self._add(event, (begin,)), shift)
         rank.channels[shift.channel] = started.done
@@ -246,6 +251,8 @@ class _Builder:
 
     def _finish(self, cost: RankCost, rank: _Rank, step: Step, started: _Started, mb: int) -> None:
         shift = started.shift
+        if self.how.deferred and shift.source is None:
+            return
         lost = held_up(self.cluster, cost.rank, shift, max(shift.sent, shift.taken))
         if lost:
             event = Event(cost.rank, COMPUTE, step.name, "interference", lost, step.layer, mb)

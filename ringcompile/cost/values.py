@@ -17,8 +17,9 @@ from torch import fx
 from ringcompile.cost.kinds import SAME, VIEWS, is_elementwise
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
+from ringcompile.ir.communication import DISPATCH
 from ringcompile.ir.expr import OWN, SEQUENCE, Size, bind, is_symbolic
-from ringcompile.ir.nodes import results_of
+from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 
@@ -66,6 +67,7 @@ class Values:
     lengths: Mapping[str, int]
     of: dict[fx.Node, Value] = field(default_factory=dict, init=False)
     _shapes: dict[TensorType, tuple[int, ...]] = field(default_factory=dict, init=False)
+    _rows: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for node in self.program.graph.nodes:
@@ -85,11 +87,12 @@ class Values:
         return self.number(value) if is_symbolic(value) else value
 
     def number(self, size: Size) -> int:
-        """A size as a number; what only the data tells is taken to be as large as a rank's share.
+        """A size as a number.
 
-        Sizes in whole programs, where the share is not known, fall back to the sequence length.
+        Of sizes that only the data tells, the rows that arrive for a rank's experts are as many as
+        it sent, and others as many as its tokens.
         """
-        bound = bind(size, dict(self.lengths))
+        bound = bind(size, {**self.lengths, **self._rows})
         if isinstance(bound, int):
             return bound
         share = self.lengths.get(OWN, self.lengths.get(SEQUENCE, 1))
@@ -113,6 +116,9 @@ class Values:
                 return self.of[node.args[0]]  # type: ignore[index]
             if target == "ringcompile.merge.default":
                 return self._merged(node)
+            if target == DISPATCH:
+                arriving, order = type_of(node).shape[0], self.argument(node.args[1])
+                self._rows |= {str(arriving): order.numel()} if is_symbolic(arriving) else {}
         made = tuple(self._made(node, type_) for type_ in results_of(node))
         return made if isinstance(node.meta["type"], tuple) else made[0]
 
