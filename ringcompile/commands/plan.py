@@ -19,9 +19,10 @@ from ringcompile.commands.options import (
     milliseconds,
     print_table,
 )
+from ringcompile.cost.estimate import Ask, Model, Parallel
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.layers import cut, find_stack
-from ringcompile.cost.planner import Ask, Model, Parallel, Plan, Planner
+from ringcompile.cost.planner import Plan, Planner
 from ringcompile.cost.specs import Variant
 from ringcompile.ir.program import Program
 
@@ -70,36 +71,24 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     Raises:
         RingCompileError: the model cannot be captured, or nothing fits.
     """
-    whole = _captured(model, ask.batch, dtype)
+    loaded = load_model(model, dtype=dtype, weights=":" in model)
+    whole = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
     stack = find_stack(whole)
-    captured = {ask.batch: whole}
-    prepared, checked = dict[tuple[int, int], Program](), dict[Any, bool]()
-
-    def program_for(batch: int, stages: int) -> Program:
-        if (batch, stages) not in prepared:
-            if batch not in captured:
-                captured[batch] = _captured(model, batch, dtype)
-            program = captured[batch]
-            program = cut(program, stack, stages) if stack is not None else program
-            prepared[batch, stages] = compiler.prepare(program)
-        return prepared[batch, stages]
+    prepared, checked = dict[int, Program](), dict[Any, bool]()
 
     def compile_(variant: Variant, length: int) -> Parallel:
-        mesh = variant.mesh
-        batch = ask.batch // (variant.microbatches * mesh.size("dp")) or 1
+        layers = variant.mesh.size("pp") if stack is not None else 0
+        if layers not in prepared:
+            program = cut(whole, stack, layers) if stack is not None else whole
+            prepared[layers] = compiler.prepare(program)
         return compiler.transform(
-            program_for(batch, mesh.size("pp")), mesh,
-            order=variant.order, length=length, capacity=variant.capacity, ring=variant.ring,
-            tp_sequence=variant.tp_sequence, check=False, checked=checked,
+            prepared[layers], variant.mesh, order=variant.order, length=length,
+            capacity=variant.capacity, ring=variant.ring, tp_sequence=variant.tp_sequence,
+            check=False, checked=checked,
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())
     return Planner(Model(stack, total, whole.length_range), ask, compile_).run()
-
-
-def _captured(model: str, batch: int, dtype: str | None) -> Program:
-    loaded = load_model(model, batch=batch, dtype=dtype, weights=":" in model)
-    return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
 
 
 def _print(title: str, plans: list[Plan], top: int) -> None:

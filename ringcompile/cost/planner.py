@@ -1,95 +1,29 @@
 """Ranks the parallel specs that a cluster allows by what the cost model says of them.
 
-Every mesh of the given size is considered. What cannot be is rejected as early as it can be known,
-with the reason: by divisibility, by the bytes of the weights, by the compiler's own refusal, by a
-bound on its time. The rest is compiled, for one layer where layers repeat and for the ranks that
-stand for all, and simulated.
+Every mesh of the given size is considered. What cannot be is rejected as early as it can be
+known, with the reason: by divisibility, by the bytes of the weights, by the compiler's own refusal,
+because it is far from the best. The rest is estimated quickly, and the best of them closely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
-from ringcompile.cost.hardware import Cluster
-from ringcompile.cost.layers import Stack, repeat
-from ringcompile.cost.rank import RankCost, cost_of
-from ringcompile.cost.simulate import Simulation, simulate
-from ringcompile.cost.specs import (
-    AXES,
-    Variant,
-    factorisations,
-    reordered,
-    representatives,
-    short_rings,
-    variants,
-    with_ring,
-)
-from ringcompile.cost.timeline import How
+from ringcompile.cost.estimate import Ask, Compile, Estimate, Estimator, FarError, Model
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.specs import AXES, Variant, factorisations, reordered, variants
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 
 # Axes that are there to have fewer weights on each rank.
 _SPLIT_WEIGHTS = ("pp", "ep", "tp")
-# The places of longer rings are simulated one at a time, and these from shorter rings.
-_WHOLE = 16
-# On more devices than these, one place of every ring.
-_FEW = 64
 # What takes so many times the best plan's time is not looked at more closely.
-_FAR = 1.5
-
-
-class Parallel(Protocol):
-    """A program for all ranks."""
-
-    def rank(self, rank: int, /) -> Program:
-        """The program of one rank."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the planner has to know of a model before it compiles it.
-
-    Attributes:
-        stack: the layers that repeat, if they do.
-        weight_bytes: of all weights.
-        length_range: the smallest and largest length that its code is valid for.
-    """
-
-    stack: Stack | None
-    weight_bytes: int
-    length_range: tuple[int, int | None] = (2, None)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What is to be planned.
-
-    Attributes:
-        num_gpus: how many devices.
-        cluster: of which kind.
-        length: tokens of a sequence.
-        batch: sequences of a step.
-    """
-
-    num_gpus: int
-    cluster: Cluster
-    length: int
-    batch: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self.length * self.batch
-
-    @property
-    def room(self) -> float:
-        """Bytes that a rank may hold."""
-        device = self.cluster.device
-        return device.value("memory") - device.value("reserved")
+_FAR = 1.1
+# So many of the best are estimated closely.
+_CLOSE = 6
 
 
 @dataclass(frozen=True)
@@ -103,8 +37,9 @@ class Plan:
         latency: from a step's start to its end.
         bound: what most of the longest path is spent on.
         memory_bytes: the most that a rank holds.
-        fits: whether that is there.
+        fits: whether it can be run.
         why: what the time goes to, or why it was rejected.
+        close: whether all ranks that differ were looked at.
     """
 
     variant: Variant
@@ -115,6 +50,7 @@ class Plan:
     memory_bytes: int | None
     fits: bool
     why: str
+    close: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
@@ -138,29 +74,32 @@ class Planner:
     Args:
         model: what is known of the model.
         ask: what is to be planned.
-        compile_: makes the program of a variant for a sequence length, with one layer for each
-            stage if layers repeat; raises RingCompileError for what cannot be.
+        compile_: see `estimate.Compile`.
     """
 
     model: Model
     ask: Ask
-    compile_: Callable[[Variant, int], Parallel]
+    compile_: Compile
+    _estimator: Estimator = field(init=False)
     _refused: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
     _capacities: tuple[str, ...] | None = field(default=None, init=False)
     _best: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._estimator = Estimator(self.model, self.ask, self.compile_)
         self._best = dict.fromkeys(("exact", "local"), inf)
 
     def run(self) -> list[Plan]:
         """All plans: those that fit by tokens a second, then the rejected.
 
         Raises:
-            RingCompileError: nothing fits into memory.
+            RingCompileError: nothing fits.
         """
-        plans = [plan for mesh in self._meshes() for plan in self._plans(mesh)]
-        plans.sort(key=lambda plan: (not plan.fits, -(plan.tps or 0.0)))
-        if plans and not plans[0].fits:
+        plans = _sorted([plan for mesh in self._meshes() for plan in self._plans(mesh)])
+        while (rough := self._rough(plans)) is not None:
+            plans[rough] = self._closely(plans[rough])
+            plans = _sorted(plans)
+        if not plans[0].fits:
             raise self._nothing_fits(plans)
         return plans
 
@@ -176,18 +115,16 @@ class Planner:
         if reason:
             yield _rejected(Variant(mesh), reason)
             return
-        first: Plan | None = None
+        seen: dict[Variant, Plan] = {}
         for variant in self._variants(mesh):
-            hopeless = self._hopeless(first, variant)
-            found = _rejected(variant, hopeless) if hopeless else self._plan(variant)
-            first = first or found
-            yield found
+            hopeless = self._hopeless(seen, variant)
+            seen[variant] = _rejected(variant, hopeless) if hopeless else self._quickly(variant)
+            yield seen[variant]
 
     def _variants(self, mesh: Mesh) -> list[Variant]:
         """Those that count capacity by each rank first: they are never slower."""
         found = list(variants(mesh, self.ask.batch))
-        divided = any(mesh.size(axis) > 1 for axis in ("ring", "ulysses", "ep"))
-        if not divided:
+        if not any(mesh.size(axis) > 1 for axis in ("ring", "ulysses", "ep")):
             return found
         if self._capacities is None:
             self._capacities = self._told_apart(found[0])
@@ -195,18 +132,26 @@ class Planner:
 
     def _told_apart(self, variant: Variant) -> tuple[str, ...]:
         """The capacity modes that make a difference to this model."""
-        plans = [self._plan(replace(variant, capacity=c)) for c in ("local", "exact")]
+        plans = [self._quickly(replace(variant, capacity=c)) for c in ("local", "exact")]
         same = plans[0].seconds == plans[1].seconds
         return ("exact",) if same else ("local", "exact")
 
-    def _hopeless(self, first: Plan | None, variant: Variant) -> str | None:
-        """Why a form of a mesh need not be looked at: another form of it is far from the best."""
-        if first is None or first.seconds is None or variant.ring == "gather":
+    def _hopeless(self, seen: dict[Variant, Plan], variant: Variant) -> str | None:
+        """Why a form of a mesh need not be looked at: another form of it is far from the best.
+
+        That is the first form of the mesh; for one with exact capacity, the same with local
+        capacity. A ring that gathers may be faster than one that rotates: it is looked at.
+        """
+        local = replace(variant, capacity="local")
+        other = seen.get(local) or next(iter(seen.values()), None)
+        if other is None or (variant.ring == "gather" and local not in seen):
             return None
-        if first.seconds <= _FAR * self._best[first.variant.capacity]:
+        if other.seconds is None:
+            return f"{other.variant} is no better: {other.why}" if local in seen else None
+        best = self._best[other.variant.capacity]
+        if other.seconds <= _FAR * best:
             return None
-        best = self._best[first.variant.capacity]
-        return (f"{first.variant} already takes {first.seconds * 1e3:.4g} ms a step, the best plan "
+        return (f"{other.variant} already takes {other.seconds * 1e3:.4g} ms a step, the best plan "
                 f"{best * 1e3:.4g} ms")
 
     def _impossible(self, mesh: Mesh) -> str | None:
@@ -221,15 +166,12 @@ class Planner:
         if least > self.ask.room:
             return (f"its weights alone are at least {least / 1e9:.4g} GB a rank, there is room "
                     f"for {self.ask.room / 1e9:.4g} GB")
-        for axis in AXES:
-            reason = self._refusal(axis, mesh.size(axis)) if len(mesh.axes) > 1 else None
-            if reason:
-                return reason
-        return None
+        refusals = (self._refusal(axis, mesh.size(axis)) for axis in AXES)
+        return next(filter(None, refusals), None)
 
     def _refusal(self, axis: str, size: int) -> str | None:
         """Why an axis of that size cannot be, on its own; asked of the compiler once."""
-        if size == 1 or axis == "ring":
+        if size == 1 or axis in ("ring", "dp"):
             return None
         if (axis, size) not in self._refused:
             self._refused[axis, size] = self._probed(axis, size)
@@ -242,76 +184,59 @@ class Planner:
             if axis not in _SPLIT_WEIGHTS:
                 return ""
             held = cost_of(made.rank(0), self.ask.length).weight_bytes
-            whole = self._whole_weights(size if axis == "pp" else 1)
         except RingCompileError as error:
             return error.message
+        whole = self._whole_weights(size if axis == "pp" else 1)
         return "" if held < whole else f"{axis}={size} finds no weights of the model to divide"
 
-    def _whole_weights(self, stages: int) -> int:
+    def _whole_weights(self, num_layers: int) -> int:
         """The bytes of the weights of a program with so many layers, on one device."""
         stack, total = self.model.stack, self.model.weight_bytes
-        return total - (stack.layer_bytes * (stack.count - stages) if stack else 0)
+        return total - (stack.layer_bytes * (stack.count - num_layers) if stack else 0)
 
-    def _plan(self, variant: Variant) -> Plan:
+    def _quickly(self, variant: Variant) -> Plan:
+        best = self._best[variant.capacity]
         try:
-            found = self._evaluated(variant)
+            return self._judged(variant, self._estimator.quick(variant, _FAR * best), close=False)
         except RingCompileError as error:
             return _rejected(variant, error.message)
-        memory = found.memory_bytes
-        if memory > self.ask.room:
-            return Plan(variant, None, None, None, None, memory, False,
-                        f"a rank holds {memory / 1e9:.4g} GB, there is room for "
-                        f"{self.ask.room / 1e9:.4g} GB")
-        seconds = found.period * variant.microbatches
-        self._best[variant.capacity] = min(self._best[variant.capacity], seconds)
-        return Plan(variant, self.ask.tokens / seconds, seconds, found.latency, found.bound,
-                    memory, True, _spent(found, variant))
+        except FarError as error:
+            return _rejected(variant, f"{error}, the best plan {best * 1e3:.4g} ms")
 
-    def _evaluated(self, variant: Variant) -> Estimate:
-        """A long ring from two short ones with as many tokens a rank: each step adds the same."""
-        ring, length = variant.mesh.size("ring"), self.ask.length
-        sizes = short_rings(variant.mesh, self.ask.cluster)
-        shorter = [-(-length * size // ring) for size in sizes]
-        low, high = self.model.length_range
-        possible = all(low <= n and (high is None or n <= high) for n in shorter)
-        if ring <= max(_WHOLE, sizes[0]) or not possible:
-            return self._simulated(variant, length)
-        short = self._simulated(with_ring(variant, sizes[0]), shorter[0])
-        least, best = short.period * variant.microbatches, self._best[variant.capacity]
-        if least > _FAR * best:
-            raise RingCompileError(
-                f"a ring of {sizes[0]} with as many tokens a rank already takes "
-                f"{least * 1e3:.4g} ms a step, the best plan {best * 1e3:.4g} ms"
-            )
-        longer = self._simulated(with_ring(variant, sizes[1]), shorter[1])
-        return between(short, longer, (ring - sizes[0]) / (sizes[1] - sizes[0]))
+    def _closely(self, plan: Plan) -> Plan:
+        try:
+            return self._judged(plan.variant, self._estimator.close(plan.variant), close=True)
+        except RingCompileError as error:
+            return _rejected(plan.variant, error.message)
 
-    def _simulated(self, variant: Variant, length: int) -> Estimate:
-        made = self.compile_(variant, length)
-        one_place = self.ask.num_gpus > _FEW or variant.mesh.size("ring") > _WHOLE
-        sets = representatives(variant, self.ask.cluster, one_place=one_place)
-        found = [self._together([cost_of(made.rank(rank), length) for rank in ranks], variant)
-                 for ranks in sets]
-        return max(found, key=lambda estimate: estimate.period)
+    def _rough(self, plans: list[Plan]) -> int | None:
+        """The first of the best plans that is not estimated closely, of each capacity."""
+        seen = dict.fromkeys(self._best, 0)
+        for i, plan in enumerate(plans):
+            capacity = plan.variant.capacity
+            seen[capacity] += 1
+            if not plan.fits or seen[capacity] > _CLOSE:
+                continue
+            if not plan.close and self._estimator.can_be_close(plan.variant):
+                return i
+        return None
 
-    def _together(self, costs: list[RankCost], variant: Variant) -> Estimate:
-        stack = self.model.stack
-        if stack is None:
-            return _run(costs, variant, self.ask.cluster)
-        layers = -(-stack.count // variant.mesh.size("pp"))
-        counts = [layers] if layers <= 4 else [2, 3]
-        found = [_run([repeat(cost, stack, n) for cost in costs], variant, self.ask.cluster)
-                 for n in counts]
-        return found[0] if len(found) == 1 else between(found[0], found[1], layers - 2)
+    def _judged(self, variant: Variant, found: Estimate, *, close: bool) -> Plan:
+        memory, room = found.memory_bytes, self.ask.room
+        if memory > room:
+            why = f"a rank holds {memory / 1e9:.4g} GB, there is room for {room / 1e9:.4g} GB"
+            return Plan(variant, None, None, None, None, memory, False, why)
+        self._best[variant.capacity] = min(self._best[variant.capacity], found.seconds)
+        return Plan(variant, self.ask.tokens / found.seconds, found.seconds, found.latency,
+                    found.bound, memory, True, _spent(found, variant), close)
 
     def _nothing_fits(self, plans: list[Plan]) -> RingCompileError:
         needs = [plan.memory_bytes for plan in plans if plan.memory_bytes is not None]
-        reasons = dict.fromkeys(plan.why for plan in plans)
+        reasons = list(dict.fromkeys(plan.why for plan in plans))
         if not needs:
             return RingCompileError(
-                f"no parallel spec of {self.ask.num_gpus} devices is possible: "
-                f"{next(iter(reasons))}",
-                hint="; ".join(list(reasons)[1:4]) or None,
+                f"no parallel spec of {self.ask.num_gpus} devices is possible: {reasons[0]}",
+                hint="; ".join(reasons[1:4]) or None,
             )
         return RingCompileError(
             f"nothing fits: a rank needs at least {min(needs) / 1e9:.4g} GB, there is room for "
@@ -320,49 +245,8 @@ class Planner:
         )
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What came out of simulations.
-
-    Attributes:
-        period: seconds between steps.
-        latency: of one step.
-        path: seconds on the longest path, by what they are spent on.
-        memory_bytes: the most that a rank holds.
-    """
-
-    period: float
-    latency: float
-    path: Mapping[str, float]
-    memory_bytes: int
-
-    @property
-    def bound(self) -> str:
-        """What most of the longest path is spent on."""
-        return max(self.path, key=lambda kind: self.path[kind], default="nothing")
-
-
-def between(a: Estimate, b: Estimate, at: float) -> Estimate:
-    """On the line through two estimates, a at 0 and b at 1, at some other place."""
-
-    def line(x: float, y: float) -> float:
-        return max(x + at * (y - x), 0.0)
-
-    return Estimate(
-        line(a.period, b.period),
-        line(a.latency, b.latency),
-        {kind: line(a.path.get(kind, 0.0), b.path.get(kind, 0.0)) for kind in {**a.path, **b.path}},
-        round(line(a.memory_bytes, b.memory_bytes)),
-    )
-
-
-def _run(costs: list[RankCost], variant: Variant, cluster: Cluster) -> Estimate:
-    one: Simulation = simulate(costs, cluster, How(variant.microbatches, merged=True))
-    pp = variant.mesh.size("pp")
-    period = one.period
-    if pp > 1:
-        period = simulate(costs, cluster, How(2 * pp + 1, merged=True)).period
-    return Estimate(period, one.seconds, one.path, one.memory_bytes)
+def _sorted(plans: list[Plan]) -> list[Plan]:
+    return sorted(plans, key=lambda plan: (not plan.fits, -(plan.tps or 0.0)))
 
 
 def _rejected(variant: Variant, reason: str) -> Plan:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 
 from ringcompile.cost.hardware import Cluster
@@ -96,40 +97,51 @@ def variants(mesh: Mesh, batch: int) -> Iterator[Variant]:
     yield from (replace(form, microbatches=count) for form in forms for count in counts)
 
 
-def representatives(variant: Variant, cluster: Cluster, *, one_place: bool) -> list[list[int]]:
-    """Ranks that stand for all: lists of ranks to simulate together.
+def ranks_of(mesh: Mesh, places: Iterable[int], stages: Iterable[int]) -> list[int]:
+    """Ranks at places of the ring and stages of the pipeline.
 
-    Ranks that differ in `tp`, `ulysses` or `dp` do the same on other parts. On the ring each has
-    its own place among the positions: all of them together, or by themselves the one that has
-    most to do and the last one that gets from another node. Every stage of a pipeline is its own.
+    Ranks that differ in `tp` or `dp` do the same on other parts; of those that differ in
+    `ulysses` or `ep`, the last holds the last positions.
+
+    Args:
+        mesh: the parallel spec.
+        places: coordinates on `ring`.
+        stages: coordinates on `pp`.
+    """
+    last = {axis: mesh.size(axis) - 1 for axis in ("ep", "ulysses")}
+    found = []
+    for stage, place in product(stages, places):
+        at = {**last, "ring": place, "pp": stage}
+        found.append(mesh.rank({name: at.get(name, 0) for name in mesh.names}))
+    return found
+
+
+def places(variant: Variant, cluster: Cluster) -> list[int]:
+    """The places of a ring of which one is the slowest.
+
+    The one with most to do, and the last that gets what it takes from another node.
 
     Args:
         variant: the spec.
         cluster: says which ranks are on one node.
-        one_place: whether one place of the ring at a time has to do.
     """
-    mesh = variant.mesh
-    ring = mesh.size("ring")
-    last = {axis: mesh.size(axis) - 1 for axis in ("ep", "ulysses")}
-
-    def rank(place: int, stage: int = 0) -> int:
-        at = {**last, "ring": place, "pp": stage}
-        return mesh.rank({name: at.get(name, 0) for name in mesh.names})
-
-    sets = [list(range(ring))]
-    if one_place:
-        far = [p for p in range(1, ring)
-               if cluster.node_of(rank(p)) != cluster.node_of(rank(p - 1))]
-        busy = ring // 2 if variant.order == "zigzag" else ring - 1
-        sets = [[place] for place in dict.fromkeys([busy, *far[-1:]])]
-    return [[rank(place, stage) for stage in range(mesh.size("pp")) for place in places]
-            for places in sets]
+    ring = variant.mesh.size("ring")
+    ranks = ranks_of(variant.mesh, range(ring), [0])
+    far = [p for p in range(1, ring) if cluster.node_of(ranks[p]) != cluster.node_of(ranks[p - 1])]
+    busy = ring // 2 if variant.order == "zigzag" else ring - 1
+    return list(dict.fromkeys([busy, *far[-1:]]))
 
 
 def with_ring(variant: Variant, size: int) -> Variant:
     """The variant on a ring of another size."""
     axes = tuple((name, size if name == "ring" else n) for name, n in variant.mesh.axes)
     return replace(variant, mesh=Mesh(axes))
+
+
+def without_pipeline(variant: Variant) -> Variant:
+    """One stage of the variant by itself."""
+    axes = tuple((name, n) for name, n in variant.mesh.axes if name != "pp")
+    return replace(variant, mesh=Mesh(axes or (("ring", 1),)))
 
 
 def short_rings(mesh: Mesh, cluster: Cluster) -> tuple[int, int]:
