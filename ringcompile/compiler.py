@@ -22,6 +22,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
@@ -50,7 +51,7 @@ def front_passes(
 
 def rank_passes(rank: int) -> list[Pass]:
     """From the program for all ranks to that of one."""
-    return [Specialize(rank), LowerRing()]
+    return [Specialize(rank), LowerRing(), FuseMerge()]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Kernels that are not torch's, or not taken by default: on a GPU, and as far as one can without."""
+"""Kernels that are not torch's, or not the default: on a GPU, and as far as one can without."""
 
 from __future__ import annotations
 
