@@ -134,7 +134,7 @@ def transform(
         program = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
     if passes is not None:
         every = compiler.front_passes(mesh, order, gather_unknown, capacity)
-        click.echo(print_program(_run_passes(program, passes, every)))
+        click.echo(print_program(_run_passes(program, passes, every, mesh)))
         return
     seconds: dict[str, float] = {}
     observe = _observer(print_ir_after_all, seconds)
@@ -155,8 +155,10 @@ def transform(
     _print_summary(out, made, as_json)
 
 
-def _run_passes(program: Program, names: str, front: Sequence[Pass]) -> Program:
-    known: dict[str, Pass] = {step.name: step for step in (*front, *compiler.rank_passes(0))}
+def _run_passes(
+    program: Program, names: str, front: Sequence[Pass], mesh: Mesh
+) -> Program:
+    known: dict[str, Pass] = {step.name: step for step in (*front, *compiler.rank_passes(0, mesh))}
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in known:
             raise RingCompileError(f"unknown pass '{name}'", hint=f"passes: {', '.join(known)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,20 @@ from ringcompile.passes.place import Place
 from ringcompile.passes.recognize_attention import RecognizeAttention
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
+from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
+from ringcompile.passes.tensor_parallel import TensorParallel
 
 Observer = Callable[[Pass, Program, float], None]
 
 
 def front_passes(
-    mesh: Mesh, order: str = "auto", gather_unknown: bool = False, capacity: str = "exact"
+    mesh: Mesh,
+    order: str = "auto",
+    gather_unknown: bool = False,
+    capacity: str = "exact",
+    ring: str = "rotate",
+    tp_sequence: bool = False,
+    stages: tuple[str, ...] = (),
 ) -> list[Pass]:
     """From a captured program to one program for all ranks."""
     return [
@@ -42,16 +50,19 @@ def front_passes(
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
-        Place(mesh, order, gather_unknown, capacity),
+        Place(mesh, order, gather_unknown, capacity, ring, tp_sequence),
         CleanUp(),
+        *([TensorParallel(mesh), CleanUp()] if mesh.size("tp") > 1 else []),
         Partition(),
         CleanUp(),
+        *([SplitPipeline(mesh, stages)] if mesh.size("pp") > 1 else []),
     ]
 
 
-def rank_passes(rank: int) -> list[Pass]:
+def rank_passes(rank: int, mesh: Mesh) -> list[Pass]:
     """From the program for all ranks to that of one."""
-    return [Specialize(rank), LowerRing(), FuseMerge()]
+    take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
+    return [Specialize(rank), *take, LowerRing(), FuseMerge()]
 
 
 @dataclass
@@ -98,7 +109,7 @@ class ParallelProgram:
         return self._ranks[rank]
 
     def _lower(self, rank: int) -> Program:
-        return Pipeline(rank_passes(rank), self.observe).run(self.program)
+        return Pipeline(rank_passes(rank, self.mesh), self.observe).run(self.program)
 
     def ranks(self) -> list[Program]:
         """The programs of all ranks, in order."""
@@ -139,6 +150,9 @@ def transform(
     length: int | None = None,
     gather_unknown: bool = False,
     capacity: str = "exact",
+    ring: str = "rotate",
+    tp_sequence: bool = False,
+    stages: Sequence[str] = (),
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ParallelProgram:
@@ -154,6 +168,11 @@ def transform(
         gather_unknown: compute what has no rule whole on every rank instead of refusing it.
         capacity: where experts take a limited number of tokens: "exact" drops the tokens that a
             single device drops, "local" lets each rank count its own tokens only.
+        ring: "rotate" passes keys and values around the ring; "gather" brings all of them to
+            every rank at once, which is faster for short sequences.
+        tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
+            reduce-scatter and a gather in place of each all-reduce.
+        stages: the layer that each pipeline stage but the first begins with; cut by cost if empty.
         observe: called behind every pass with the pass, the program and its seconds.
         options: anything to keep with the artifact.
 
@@ -163,13 +182,17 @@ def transform(
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     if length is not None and length < 1:
         raise RingCompileError(f"sequence length {length}: it must be at least 1")
-    placed = Pipeline(front_passes(mesh, order, gather_unknown, capacity), observe).run(program)
+    front = front_passes(
+        mesh, order, gather_unknown, capacity, ring, tp_sequence, tuple(stages)
+    )
+    placed = Pipeline(front, observe).run(program)
     if length is not None:
         assert placed.sequence is not None
         known = placed.sequence.bindings(length)
         placed = placed.with_graph(placed.graph, lengths=known)
     kept = {"parallel": str(mesh), "order": order, "length": length,
-            "gather_unknown": gather_unknown, "capacity": capacity, **(options or {})}
+            "gather_unknown": gather_unknown, "capacity": capacity, "ring": ring,
+            "tp_sequence": tp_sequence, "stages": list(stages), **(options or {})}
     return ParallelProgram(placed, mesh, kept, observe)
 
 
@@ -249,7 +272,7 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
     Raises:
         RingCompileError: no such pass, or the model it was made from is not known.
     """
-    late = rank_passes(rank)
+    late = rank_passes(rank, made.mesh)
     if name in [step.name for step in late]:
         return Pipeline(_up_to(late, name)).run(made.program)
     options = made.options

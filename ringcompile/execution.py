@@ -129,7 +129,7 @@ def _lengths(parallel: ParallelProgram) -> list[int]:
         return [fixed]
     assert parallel.program.sequence is not None
     low, high = parallel.program.length_range
-    whole = parallel.program.sequence.num_chunks * 4
+    whole = max(parallel.program.sequence.num_chunks, 2) * 4
     wanted = [whole, whole + 3]
     return [max(low, min(length, high or length)) for length in wanted]
 
@@ -154,11 +154,16 @@ def _leaves(value: Any) -> list[torch.Tensor]:
 
 
 def random_inputs(program: Program, length: int) -> dict[str, torch.Tensor]:
-    """Whole inputs by name: small token ids, masks of ones, normal floats; seeded."""
+    """Whole inputs by name: small token ids, masks of ones, normal floats; seeded.
+
+    With `dp`, a batch of the captured size for each replica.
+    """
     generator = torch.Generator().manual_seed(0)
     made = {}
     for spec in program.inputs:
         shape = [int(bind(size, {SEQUENCE: length})) for size in spec.type.shape]
+        if len(shape) > 1 and program.mesh is not None:
+            shape[0] *= program.mesh.size("dp")
         if spec.type.dtype.is_floating_point:
             made[spec.name] = torch.randn(shape, generator=generator).to(spec.type.dtype)
         elif "mask" in spec.name:

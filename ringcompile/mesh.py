@@ -18,8 +18,8 @@ AXIS_KINDS = {
     "pp": "splits layers",
     "dp": "splits the batch",
 }
-# What these axes split is the sequence; others may split it too, beside what they are for.
-SEQUENCE_AXES = frozenset({"ring", "ulysses"})
+# What this axis splits is always the sequence; others may split it too, beside what they are for.
+SEQUENCE_AXES = frozenset({"ring"})
 
 # `tp//4` is an axis made of runs of 4 neighbours on `tp`, `tp%4` the place within such a run.
 _PART = re.compile(r"(\w+)(//|%)(\d+)")

@@ -96,7 +96,7 @@ def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
     fields, mesh = member(data, "sequence", dict), reader.mesh
     names, order = texts(fields, "axes"), member(fields, "order", str)
     ranks, axis = member(fields, "num_ranks", int), ",".join(names)
-    fits = mesh is not None and mesh.has(axis) and mesh.size(axis) == ranks
+    fits = mesh is not None and (not names or mesh.has(axis)) and mesh.size(axis) == ranks
     if mesh is None or not fits or len(set(names)) < len(names) or order not in _ORDERS:
         raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
     length = reader.size(fields.get("length"))
@@ -117,7 +117,10 @@ def _check(program: Program) -> None:
     names = [spec.name for spec in program.inputs]
     if len(set(names)) < len(names) or not set(program.placeholders.values()) <= set(names):
         raise RingCompileError(f"the inputs {names} do not fit the placeholders")
-    if _num_tensors(program.output_structure) != len(program.outputs):
+    passes_on = program.mesh is not None and program.coordinates is not None and (
+        program.coordinates.get("pp", 0) < program.mesh.size("pp") - 1
+    )
+    if len(program.outputs) != (0 if passes_on else _num_tensors(program.output_structure)):
         raise RingCompileError("the outputs do not fit their structure")
     if program.coordinates is not None:
         sizes = dict(program.mesh.axes) if program.mesh is not None else {}
@@ -200,6 +203,8 @@ class _Reader:
             meta["type"] = _entry(self.types, row, "type")
         if "loc" in row:
             meta["loc"] = _entry(self.locations, row, "loc")
+        if "stage" in row:
+            meta["stage"] = count(row["stage"], "a stage")
         for key in ("why", "mask_kind"):
             if key in row:
                 meta[key] = member(row, key, str)

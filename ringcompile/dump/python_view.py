@@ -99,9 +99,7 @@ class _View:
         for block, run in blocks(self.calls, below=1):
             lines += ["", f"{_INDENT}# {self._heading(block, run)}"]
             lines += self._aligned([(self._statement(node), self._note(node)) for node in run])
-        value = self.program.output_structure.build(
-            self.names[node] for node in self.program.outputs
-        )
+        value = self.program.nested(self.names[node] for node in self.program.outputs)
         return [*lines, "", f"{_INDENT}return {_nested(value)}"]
 
     # -- statements, each with what is noted behind it -------------------------------------------

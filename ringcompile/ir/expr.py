@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeGuard
 
@@ -19,7 +19,7 @@ import sympy
 from torch.utils._sympy import functions as torch_functions
 
 from ringcompile.errors import RingCompileError
-from ringcompile.mesh import AXIS_KINDS
+from ringcompile.mesh import AXIS_KINDS, base_axis, size_of
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -69,6 +69,20 @@ def symbol(name: str) -> sympy.Symbol:
 def coordinate(axis: str) -> sympy.Symbol:
     """This rank's coordinate on a mesh axis, as a symbol."""
     return sympy.Symbol(axis, integer=True, nonnegative=True)
+
+
+def coordinate_on(sizes: Mapping[str, int], axes: Sequence[str]) -> Size:
+    """This rank's place on several axes together, row-major, or on parts such as `tp//4`."""
+    place: Any = 0
+    for axis in axes:
+        symbol_ = coordinate(base_axis(axis))
+        run = axis.partition("%")[2] or axis.partition("//")[2]
+        if "%" in axis:
+            symbol_ = sympy.Mod(symbol_, int(run))
+        elif "//" in axis:
+            symbol_ = sympy.floor(symbol_ / int(run))
+        place = place * size_of(sizes, axis) + symbol_
+    return simplify(place)
 
 
 @lru_cache

@@ -86,6 +86,7 @@ class Layout:
 
     def with_dim(self, dim: int, layout: DimLayout) -> Layout:
         """The same placement with one dim placed otherwise."""
+        dim %= len(self.dims)
         return replace(self, dims=(*self.dims[:dim], layout, *self.dims[dim + 1 :]))
 
     def without(self, axis: str) -> Layout:

@@ -138,7 +138,7 @@ def _width(widths: Iterable[int], limit: int) -> int:
 
 
 def _return(program: Program, names: Mapping[fx.Node, str]) -> str:
-    value = program.output_structure.build(names[node] for node in program.outputs)
+    value = program.nested(names[node] for node in program.outputs)
     types = ", ".join(type_text(program, node.meta.get("type")) for node in program.outputs)
     return f"return {_nested(value)}  // {types}"
 

@@ -129,6 +129,10 @@ class Program:
         """The nodes the program returns."""
         return tuple(self.output_node.args[0])  # type: ignore[arg-type]
 
+    def nested(self, values: Iterable[Any]) -> Any:
+        """A value an output, nested as the model returns them; () of a stage that returns none."""
+        return self.output_structure.build(values) if self.outputs else ()
+
     def bindings(self, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
         """The lengths in these inputs; raises RingCompileError where shapes do not fit the program.
 

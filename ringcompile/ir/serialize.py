@@ -147,7 +147,7 @@ def _node_to_json(node: fx.Node, types: _Table, locations: _Table) -> dict[str, 
         raise error_at(node, error.message) from None
     if "loc" in node.meta:
         data["loc"] = locations.index(node.meta["loc"])
-    for key in ("why", "mask_kind"):
+    for key in ("why", "mask_kind", "stage"):
         if key in node.meta:
             data[key] = node.meta[key]
     return data

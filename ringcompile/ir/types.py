@@ -157,6 +157,11 @@ class SequenceSplit:
         assert tuple(names) == self.names[: len(names)], f"{names} are not the first of {self.axes}"
         return replace(self, axes=kept, inner=self.inner * prod(size for _, size in left))
 
+    @property
+    def of_tokens(self) -> SequenceSplit:
+        """The division over the axes that give ranks tokens of their own: all but `tp`."""
+        return self.level(tuple(name for name in self.names if name != "tp"))
+
     def chunks(self, rank: Size) -> tuple[Size, ...]:
         """The indices of the chunks of one share, increasing.
 
@@ -170,7 +175,7 @@ class SequenceSplit:
         """The chunks of the rank at these coordinates; symbols stand for those not given."""
         places: list[Any] = [
             coordinate(name) if coordinates is None else coordinates[name] for name in self.names
-        ]
+        ] or [0]
         below: Any = 0
         for place, (_, size) in zip(places[1:], self.axes[1:], strict=True):
             below = below * size + place
@@ -178,6 +183,8 @@ class SequenceSplit:
 
     def _held(self, first: Any, below: Any) -> tuple[Size, ...]:
         """The chunks at a place of the first axis, and a place among the ranks that share it."""
+        if not self.axes:
+            return tuple(range(self.chunks_per_rank))
         num_places, width = self.axes[0][1], self.num_ranks // self.axes[0][1]
         if self.order != "zigzag":
             return (simplify(first * width + below),)
@@ -193,16 +200,17 @@ class SequenceSplit:
         return -(-length // (self.num_chunks * self.inner)) * self.chunks_per_rank * self.inner
 
     def own_length(self, coordinates: Mapping[str, int], lengths: Mapping[str, int]) -> int:
-        """`m`, the tokens that one rank holds, padding not counted.
+        """`m`, the tokens that are one rank's own, padding not counted; see `of_tokens`.
 
         Args:
             coordinates: the rank's place on the mesh.
             lengths: from `bindings`.
         """
-        total, chunk = bind(self.length, lengths), bind(self.chunk, lengths)
+        split = self.of_tokens
+        total, chunk = bind(split.length, lengths), bind(split.chunk, lengths)
         assert isinstance(total, int)
         assert isinstance(chunk, int)
-        held = (bind(index, {}) for index in self.own_chunks(coordinates))
+        held = (bind(index, {}) for index in split.own_chunks(coordinates))
         return sum(min(max(total - index * chunk, 0), chunk) for index in held)
 
     def bindings(self, length: int | None = None) -> dict[str, int]:

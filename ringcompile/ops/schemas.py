@@ -50,7 +50,7 @@ SCHEMAS = {
     "merge": "(Tensor[] state, Tensor[] block, *, SymInt start) -> Tensor[]",
     "finish": "(Tensor[] state, Tensor? sink=None, *, ScalarType dtype) -> Tensor",
     "shift_start": (
-        "(Tensor x, *, str axis, SymInt? to, SymInt? source, SymInt[] sends, SymInt[] takes, "
+        "(Tensor? x, *, str axis, SymInt? to, SymInt? source, SymInt[] sends, SymInt[] takes, "
         "str of) -> Tensor"
     ),
     "wait": "(Tensor x) -> Tensor",

@@ -65,7 +65,7 @@ class Pipeline:
 
 
 # What a copied node keeps; `why_not` and `mask_kind` are texts for refusals and reports.
-_CARRIED = ("type", "loc", "why", "why_not", "mask_kind")
+_CARRIED = ("type", "loc", "why", "why_not", "mask_kind", "stage")
 
 
 @dataclass

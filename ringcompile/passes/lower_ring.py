@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -24,12 +25,12 @@ from ringcompile.ir.expr import Size, bind, simplify
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import (
-    SequenceSplit,
     TensorType,
     accumulator_type,
     local_shape,
     state_type,
 )
+from ringcompile.mesh import Mesh
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
@@ -69,12 +70,14 @@ class Route:
     """Who sees what, and how far each chunk travels, from positions alone.
 
     Attributes:
-        sequence: how the positions are divided.
+        queries: the chunks of queries, by index, of the rank at each place of the ring.
+        keys: the chunks of keys and values that each starts with, likewise.
         band: which keys a query sees.
         chunk: the length of a chunk where it is known.
     """
 
-    sequence: SequenceSplit
+    queries: tuple[tuple[int, ...], ...]
+    keys: tuple[tuple[int, ...], ...]
     band: Band
     chunk: int | None = None
 
@@ -85,7 +88,7 @@ class Route:
     @lru_cache(maxsize=4096)  # noqa: B019  (a route is a small value, the same for all layers)
     def rows(self, rank: int, block: int, slots: tuple[int, ...]) -> tuple[int, ...]:
         """Which slots of the rank's queries see some of these slots of the block's keys."""
-        queries, keys = self.sequence.chunks(rank), self.sequence.chunks(block)
+        queries, keys = self.queries[rank], self.keys[block]
         return tuple(
             i
             for i, query in enumerate(queries)
@@ -103,7 +106,7 @@ class Route:
         As few as reach all that see it; among equals the way down is taken, so that chunks share
         transfers.
         """
-        ranks = self.sequence.num_ranks
+        ranks = len(self.keys)
         seen = [d for d in range(1, ranks) if self.sees((block + d) % ranks, block, slot)]
         ways = []
         for down in (0, *seen):
@@ -114,7 +117,7 @@ class Route:
 
     def moving(self, block: int, direction: int, step: int) -> tuple[int, ...]:
         """The slots of a block that take another hop in this direction at this step."""
-        slots = range(self.sequence.chunks_per_rank)
+        slots = range(len(self.keys[block]))
         return tuple(slot for slot in slots if self.hops(block, slot)[direction] > step)
 
 
@@ -134,11 +137,13 @@ class _Ring:
         self.program, self.node, self.builder = program, node, builder
         self.sequence, self.call = program.sequence, Call(node)
         self.axis: str = self.call["axis"]
-        self.rank, self.ranks = program.coordinates[self.axis], self.sequence.num_ranks
-        self.slots = tuple(range(self.sequence.chunks_per_rank))
-        chunk = bind(self.sequence.chunk, program.lengths)
+        self.rank, self.ranks = self._place(self.axis), self._mesh.size(self.axis)
+        self.unit, queries, keys = self._chunks()
+        self.rows, self.slots = (tuple(range(len(x[self.rank]))) for x in (queries, keys))
+        chunk = bind(self.unit, program.lengths)
         self.route = Route(
-            self.sequence,
+            queries,
+            keys,
             Band(self.call["lower"], self.call["upper"]),
             chunk if isinstance(chunk, int) else None,
         )
@@ -148,6 +153,32 @@ class _Ring:
             builder.env[self.call[name]] if self.call[name] is not None else None
             for name in ("key_mask", "mask", "sink")
         )
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.program.mesh is not None
+        return self.program.mesh
+
+    def _place(self, axis: str) -> int:
+        assert self.program.coordinates is not None
+        return self._mesh.index(self.program.coordinates, axis)
+
+    def _chunks(self) -> tuple[Size, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+        """The length of a chunk, and the chunks of queries and of keys at each place of the ring.
+
+        Where ranks along other axes have the same keys and each some of the queries, chunks are
+        as short as those of queries.
+        """
+        axes = type_of(self.call["q"]).layout.dims[2][0].axes
+        level = self.sequence.level(axes)
+        below = level.num_ranks // self.ranks
+        held: Any = [level.chunks(rank) for rank in range(level.num_ranks)]
+        own = self._place(",".join(axes)) % below
+        queries = tuple(held[place * below + own] for place in range(self.ranks))
+        keys = tuple(
+            tuple(chain(*held[place * below : (place + 1) * below])) for place in range(self.ranks)
+        )
+        return level.chunk, queries, keys
 
     def write(self) -> fx.Node:
         """All steps; returns the attention output."""
@@ -167,19 +198,19 @@ class _Ring:
         )
 
     def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
-        types = type_of(k), type_of(v)
-        shape = local_shape(types[0], self.program.mesh, self.sequence)
-        packed = self._packed_shape(shape[2])
+        type_ = type_of(k)
+        packed = self._packed_shape(self._local(type_)[2])
         return self.builder.call(
             op("pack"),
             (k, v),
-            TensorType.whole(types[0].dtype, packed),
+            TensorType.whole(type_.dtype, packed),
             why="one transfer for both",
         )
 
     def _packed_shape(self, rows: Size) -> tuple[Size, ...]:
         """The shape of packed keys and values with so many rows; see `ops.attention.pack`."""
-        (batch, heads, _, head_dim), value_dim = type_of(self.k).shape, type_of(self.v).shape[3]
+        batch, heads, _, head_dim = self._local(type_of(self.k))
+        value_dim = type_of(self.v).shape[3]
         if head_dim == value_dim:
             return batch, 2 * heads, rows, head_dim
         return batch, heads, rows, head_dim + value_dim
@@ -190,7 +221,7 @@ class _Ring:
         coming = self._coming(way, step)
         if not out and not coming:
             return None
-        rows = len(coming) * self.sequence.chunk
+        rows = len(coming) * self.unit
         arriving = self._packed_shape(rows) if coming else (0,)
         return self.builder.call(
             op("shift_start"),
@@ -210,13 +241,20 @@ class _Ring:
 
     def _indices(self, block: int, slots: tuple[int, ...]) -> list[Any]:
         """The chunks that these slots of a block are, by index."""
-        return [self.sequence.chunks(block)[slot] for slot in slots]
+        return [self.route.keys[block][slot] for slot in slots]
+
+    def _queries(self, rows: tuple[int, ...]) -> list[Any]:
+        """The chunks that these rows of this rank's queries are, by index."""
+        return [self.route.queries[self.rank][row] for row in rows]
 
     def _coming(self, way: int, step: int) -> tuple[int, ...]:
         return self.route.moving((self.rank - way * (step + 1)) % self.ranks, way, step)
 
+    def _local(self, type_: TensorType) -> tuple[Size, ...]:
+        return local_shape(type_, self._mesh, self.sequence)
+
     def _local_type(self, type_: TensorType, rows: Size) -> TensorType:
-        local = local_shape(type_, self.program.mesh, self.sequence)
+        local = self._local(type_)
         return TensorType.whole(type_.dtype, (*local[:2], rows, local[3]))
 
     def _wait(self, transfer: fx.Node | None, way: int, step: int) -> _Held | None:
@@ -231,13 +269,13 @@ class _Ring:
         columns = tuple(s for s in held.slots if self.route.sees(self.rank, held.block, s))
         rows = self.route.rows(self.rank, held.block, columns)
         if state is None:  # the rank's own block makes the state: all of its rows
-            rows = columns = self.slots
+            rows, columns = self.rows, self.slots
         if not columns:
             return state
-        queries, keys = self._indices(self.rank, rows), self._indices(held.block, columns)
-        q, mask = self._slots(self.q, self.slots, rows), self.mask
+        queries, keys = self._queries(rows), self._indices(held.block, columns)
+        q, mask = self._slots(self.q, self.rows, rows), self.mask
         if mask is not None and type_of(mask).shape[2] != 1:
-            mask = self._slots(mask, self.slots, rows)
+            mask = self._slots(mask, self.rows, rows)
         kv = [self._slots(node, held.slots, columns) for node in held.nodes]
         out = type_of(q)
         made = self.builder.call(
@@ -250,7 +288,7 @@ class _Ring:
             head_dim=type_of(self.k).shape[3],
             queries=queries,
             keys=keys,
-            chunk=self.sequence.chunk,
+            chunk=self.unit,
             limit=self.sequence.length,
             scale=self.call["scale"],
             softcap=self.call["softcap"],
@@ -261,7 +299,7 @@ class _Ring:
             return made
         return self.builder.call(
             op("merge"), (state, made), accumulator_type(type_of(self.node)),
-            start=rows[0] * self.sequence.chunk,
+            start=rows[0] * self.unit,
         )
 
     def _visible(self, queries: list[Any], keys: list[Any]) -> str:
@@ -277,7 +315,7 @@ class _Ring:
         return self.cut[x, kept]
 
     def _cut(self, x: fx.Node, have: tuple[int, ...], kept: tuple[int, ...]) -> fx.Node:
-        chunk, first = self.sequence.chunk, have.index(kept[0])
+        chunk, first = self.unit, have.index(kept[0])
         start, end = simplify(first * chunk), simplify((first + len(kept)) * chunk)
         return self.builder.call(
             aten.slice.Tensor, (x, 2, start, end),

@@ -13,7 +13,7 @@ from torch import fx
 
 from ringcompile.ir.calls import map_values, replace_operands
 from ringcompile.ir.calls import operands as operands_of
-from ringcompile.ir.expr import LOCAL, OWN, product, simplify, symbol
+from ringcompile.ir.expr import OWN, Size, product, simplify, symbol
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.types import TensorType
@@ -21,7 +21,7 @@ from ringcompile.passes.base import Builder
 from ringcompile.passes.regions import Region, is_mark
 
 aten = torch.ops.aten
-_M, _N = symbol(OWN), symbol(LOCAL)
+_M = symbol(OWN)
 
 
 @dataclass
@@ -32,11 +32,13 @@ class OwnTokens:
         region: what is written.
         builder: of the graph.
         request: an outer value by its old node, in a wanted layout.
+        share: the tokens that a rank holds, padding included.
     """
 
     region: Region
     builder: Builder
     request: Callable[[fx.Node, Layout], fx.Node]
+    share: Size
     made: dict[fx.Node, fx.Node] = field(default_factory=dict)
     entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
     left: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -108,7 +110,7 @@ class OwnTokens:
                 x, TensorType.whole(outer.dtype, (*outer.shape[:dim], flat, *outer.shape[dim + 1:]))
             )
         x = self._reshape(x, own)
-        pads = [0] * (2 * (rank - 1 - place)) + [0, simplify(_N - _M)]
+        pads = [0] * (2 * (rank - 1 - place)) + [0, simplify(self.share - _M)]
         x = self.builder.call(aten.constant_pad_nd.default, (x, pads, 0), opened, why="padding")
         return self._reshape(x, outer)
 

@@ -6,21 +6,25 @@ The rank stays a symbol: `ring` in an argument is this rank's coordinate on that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, with_argument
-from ringcompile.ir.expr import coordinate, equal, spelled
+from ringcompile.ir.expr import coordinate_on, equal, simplify, spelled
 from ringcompile.ir.layout import WHOLE, Layout
-from ringcompile.ir.nodes import error_at, type_of
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
-from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, state_type
+from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, local_size, state_type
 from ringcompile.ops.schemas import op
-from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.attention_rows import ATTENTION_OPERANDS
+from ringcompile.passes.base import Builder, Pass, refuse
+from ringcompile.passes.head_exchange import HeadExchange
+from ringcompile.passes.redistribute import Mover
 from ringcompile.passes.scan import Scan
 
 aten = torch.ops.aten
@@ -47,9 +51,11 @@ class Partition(Pass):
 
 class _Partitioner:
     def __init__(self, program: Program, sequence: SequenceSplit) -> None:
-        self.program, self.sequence = program, sequence
+        assert program.mesh is not None
+        self.program, self.mesh, self.sequence = program, program.mesh, sequence
         self.builder = Builder()
-        self.positions: fx.Node | None = None
+        self.mover = Mover(self.builder, self.mesh, sequence, self._shape)
+        self.exchange = HeadExchange(self.builder, self.mesh, sequence)
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -73,21 +79,6 @@ class _Partitioner:
             )
         return new
 
-    def _positions(self) -> fx.Node:
-        """This rank's positions, made once."""
-        if self.positions is None:
-            sequence = self.sequence
-            layout = Layout.split(1, 0, sequence.length, sequence.names, sequence=True)
-            self.positions = self.builder.call(
-                op("positions"),
-                (list(sequence.own_chunks()),),
-                TensorType(torch.int64, (sequence.length,), layout),
-                chunk=sequence.chunk,
-                limit=sequence.length,
-                why="positions of this rank's tokens",
-            )
-        return self.positions
-
     def _arange(self, node: fx.Node) -> fx.Node:
         type_, call = type_of(node), Call(node)
         if type_.layout.is_whole:
@@ -95,8 +86,8 @@ class _Partitioner:
         if len(type_.layout.dims[0]) > 1:  # `arange(2 * s)` in pieces: not one run of positions
             whole = self.builder.copy(node)
             whole.meta["type"] = TensorType.whole(type_.dtype, type_.shape)
-            return self._move(node, whole, 0, type_, gather=False)
-        here = self._positions()
+            return self.mover.move(whole, type_of(whole), type_, None)
+        here = self.mover.positions(type_.layout.dims[0][0].axes)
         if call["step"] != 1:
             here = self.builder.call(aten.mul.Tensor, (here, call["step"]), type_of(here))
         if not equal(call["start"], 0):
@@ -115,78 +106,63 @@ class _Partitioner:
             self.builder.env[call["self"]], dim, type_
         )
 
-    def _redistribute(self, node: fx.Node) -> fx.Node:
-        source, target = type_of(node.args[0]), type_of(node)  # type: ignore[arg-type]
-        x = self.builder.env[node.args[0]]  # type: ignore[index]
-        have = source.layout
-        changes = [
-            (dim, old, new)
-            for dim, (old, new) in enumerate(
-                zip(source.layout.dims, target.layout.dims, strict=True)
+    def _redistribute(self, node: fx.Node) -> fx.Node | None:
+        if self.exchange.takes(node):
+            return None  # written beside the attention that reads it, packed with its neighbours
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        try:
+            return self.mover.move(
+                self.builder.env[source], type_of(source), type_of(node), node.meta.get("why")
             )
-            if old != new
-        ]
-        # What is gathered must be gathered while all ranks still hold the same of the other dims.
-        for dim, old, new in sorted(changes, key=lambda change: not change[1]):
-            if old and new:
-                raise error_at(node, "a split dim would have to be split another way")
-            have = Layout((*have.dims[:dim], new, *have.dims[dim + 1 :]))
-            x = self._move(node, x, dim, target.with_layout(have), gather=bool(old))
-        return x
+        except RingCompileError as error:
+            raise refuse(node, error) from None
 
-    def _move(
-        self, node: fx.Node, x: fx.Node, dim: int, type_: TensorType, gather: bool
-    ) -> fx.Node:
-        atoms = (type_of(x) if gather else type_).layout.dims[dim]
-        if len(atoms) == 1:
-            return self._move_atom(x, dim, type_, gather, node.meta.get("why"))
-        # A dim of several atoms is taken apart, its split atom moved, and put together again.
-        shape, layout = type_.shape, type_.layout
-        sizes = tuple(atom.size for atom in atoms)
-        where = next(i for i, atom in enumerate(atoms) if atom.axes)
-        apart = tuple((atom,) if atom.axes else WHOLE for atom in atoms)
-        open_shape = (*shape[:dim], *sizes, *shape[dim + 1 :])
+    def _embedding(self, node: fx.Node) -> fx.Node:
+        """Rows of a table of which each rank has a part; those of other ranks are terms of 0."""
+        table, index = (self.builder.env[n] for n in Call(node).operands[:2])
+        rows = type_of(table).layout.dims[0]
+        if not rows:
+            return self.builder.copy(node)
+        count = local_size(rows[0], self.mesh, self.sequence)
+        assert count is not None
+        start = simplify(coordinate_on(dict(self.mesh.axes), rows[0].axes) * count)
+        where, here = type_of(index), replace(type_of(index), dtype=torch.bool)
 
-        def opened(split: bool) -> TensorType:
-            middle = apart if split else (WHOLE,) * len(atoms)
-            dims = (*layout.dims[:dim], *middle, *layout.dims[dim + 1 :])
-            return TensorType(type_.dtype, open_shape, Layout(dims))
+        def call(target: Any, *args: Any, type_: TensorType = where) -> fx.Node:
+            return self.builder.call(target, args, type_)
 
-        x = self._reshape(x, opened(split=gather))
-        x = self._move_atom(x, dim + where, opened(split=not gather), gather, node.meta.get("why"))
-        return self._reshape(x, type_)
-
-    def _reshape(self, x: fx.Node, type_: TensorType) -> fx.Node:
-        return self.builder.call(aten.reshape.default, (x, self._shape(type_)), type_)
-
-    def _move_atom(
-        self, x: fx.Node, dim: int, type_: TensorType, gather: bool, why: str | None
-    ) -> fx.Node:
-        if not gather:
-            return self.builder.call(
-                aten.index_select.default, (x, dim, self._positions()), type_, why=why
-            )
+        index = call(aten.sub.Scalar, index, start)
+        outside = call(
+            aten.logical_or.default,
+            call(aten.lt.Scalar, index, 0, type_=here),
+            call(aten.ge.Scalar, index, count, type_=here),
+            type_=here,
+        )
+        index = call(aten.clamp.default, index, 0, simplify(count - 1))
+        found = self.builder.call(aten.embedding.default, (table, index), type_of(node))
+        opened = TensorType(
+            torch.bool, (*where.shape, 1), Layout((*where.layout.dims, WHOLE))
+        )
+        outside = self.builder.call(
+            aten.reshape.default, (outside, self._shape(opened)), opened
+        )
         return self.builder.call(
-            op("gather"),
-            (x,),
-            type_,
-            why=why,
-            dim=dim,
-            axis=self.sequence.axis,
-            limit=self.sequence.length,
+            aten.masked_fill.Scalar, (found, outside, 0), type_of(node), name=node.name,
+            why="rows that other ranks have",
         )
 
     def _attention(self, node: fx.Node) -> fx.Node:
         call = Call(node)
-        args = self.builder.mapped(tuple(call[name] for name in _ATTENTION_OPERANDS))
-        q, k = (type_of(n).layout.dims[2] for n in args[:2])
+        self.exchange.write(call)
+        args = self.builder.mapped(tuple(call[name] for name in ATTENTION_OPERANDS))
+        q, k = (type_of(call[name]).layout.dims[2] for name in ("q", "k"))
         how = {name: call[name] for name in ("scale", "softcap", "lower", "upper")}
         if not q and not k:
             return self.builder.copy(node)
         if k:
             new = self.builder.call(
                 op("ring_attention"), args, node.meta["type"], name=node.name,
-                axis=self.sequence.axis, **how,
+                axis=",".join(k[0].axes), **how,
             )
             return _with_mask_kind(new, node)
         return self._rows_only(node, args, how)
@@ -194,15 +170,16 @@ class _Partitioner:
     def _rows_only(self, node: fx.Node, args: tuple[Any, ...], how: dict[str, Any]) -> fx.Node:
         """Split queries over keys that every rank has whole."""
         q, k, v, key_mask, mask, sink = args
-        sequence, type_ = self.sequence, type_of(node)
+        type_ = type_of(node)
+        level = self.sequence.level(type_of(q).layout.dims[2][0].axes)
         state = self.builder.call(
             op("block_attention"),
             (q, [k, v], key_mask, mask),
             state_type(type_),
             head_dim=type_of(q).shape[3],
-            queries=list(sequence.chunks(coordinate(sequence.axis))),
+            queries=list(level.own_chunks()),
             keys=None,
-            chunk=sequence.chunk,
+            chunk=level.chunk,
             limit=type_of(k).shape[2],
             **how,
         )
@@ -218,8 +195,8 @@ def _with_mask_kind(new: fx.Node, node: fx.Node) -> fx.Node:
     return new
 
 
-_ATTENTION_OPERANDS = ("q", "k", "v", "key_mask", "mask", "sink")
 _STEPS = {
+    "aten.embedding.default": _Partitioner._embedding,
     "aten.cumsum.default": _Partitioner._cumsum,
     "aten.arange.start_step": _Partitioner._arange,
     "ringcompile.redistribute.default": _Partitioner._redistribute,

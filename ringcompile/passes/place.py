@@ -10,34 +10,44 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, replace_operands
+from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, simplify, symbol
-from ringcompile.ir.layout import WHOLE, Layout
-from ringcompile.ir.nodes import error_at, layout_of, type_of
+from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
+from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
+from ringcompile.passes.attention_rows import (
+    Rows,
+    given_operands,
+    head_counts,
+    repeat_heads,
+    repeats,
+)
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.own_tokens import OwnTokens
 from ringcompile.passes.regions import CAPACITIES, Finder, Region, describe, may_route
+from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
 from ringcompile.passes.token_wise import TokenWise
 
-_ATTENTION, _REDISTRIBUTE = op("attention"), op("redistribute")
-_SUPPORTED_AXES = ("ring",)
+_ATTENTION = op("attention")
 ORDERS = ("contiguous", "zigzag")
+RINGS = ("rotate", "gather")
+# The axes that divide the sequence, outermost first; `tp` does on request only.
+_SEQUENCE = ("ring", "ep", "ulysses", "tp")
 
 
 @dataclass(frozen=True)
 class Place(Pass):
-    """Layouts for a mesh.
+    """Layouts along the sequence, for a mesh.
 
     Attributes:
         mesh: the parallel plan.
@@ -46,6 +56,9 @@ class Place(Pass):
             refusing it.
         capacity: whose tokens count where experts have a capacity, "exact" or "local"; see
             regions.py.
+        ring: how keys and values reach the ranks along `ring`: they "rotate", or are gathered all
+            at once ("gather"), which is faster for short sequences.
+        tp_sequence: between the layers that `tp` splits, it divides the sequence.
     """
 
     name: ClassVar[str] = "place"
@@ -53,46 +66,49 @@ class Place(Pass):
     order: str = "auto"
     gather_unknown: bool = False
     capacity: str = "exact"
+    ring: str = "rotate"
+    tp_sequence: bool = False
 
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
-        sequence = SequenceSplit(
-            (("ring", self.mesh.size("ring")),), self._order(program), _sequence_length(program)
-        )
-        self._check_mesh()
+        for value, known, what in (
+            (self.capacity, CAPACITIES, "capacity"),
+            (self.order, ("auto", *ORDERS), "order"),
+            (self.ring, RINGS, "form of the ring"),
+        ):
+            if value not in known:
+                raise RingCompileError(
+                    f"unknown {what} '{value}'", hint=f"one of: {', '.join(known)}"
+                )
+        sequence = self._sequence(program)
         regions = self._regions(program, sequence)
-        return _Placer(program, self.mesh, sequence, self.gather_unknown, regions).run()
+        return _Placer(program, sequence, self, self.gather_unknown, regions).run()
+
+    def _sequence(self, program: Program) -> SequenceSplit:
+        axes = tuple(
+            (axis, self.mesh.size(axis))
+            for axis in _SEQUENCE
+            if self.mesh.size(axis) > 1 and (axis != "tp" or self.tp_sequence)
+        )
+        if not axes:
+            return SequenceSplit((), "contiguous", symbol(SEQUENCE))
+        order = self._order(program) if axes[0][0] in ("ring", "ep") else "contiguous"
+        return SequenceSplit(axes, order, _sequence_length(program))
 
     def _regions(self, program: Program, sequence: SequenceSplit) -> list[Region]:
         """What each rank runs on its own tokens; by rules alone the model is placed first."""
-        if self.capacity not in CAPACITIES:
-            raise RingCompileError(
-                f"unknown capacity '{self.capacity}'", hint=f"one of: {', '.join(CAPACITIES)}"
-            )
         prefix = simplify(sequence.length - symbol(SEQUENCE))
-        if not isinstance(prefix, int) or not may_route(program):
+        if not sequence.axes or not isinstance(prefix, int) or not may_route(program):
             return []
-        scout = _Placer(program, self.mesh, sequence, gather_unknown=True, regions=[])
+        scout = _Placer(program, sequence, self, gather_unknown=True, regions=[])
         scout.run()
         layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
         finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity, prefix)
         return list(filter(TokenWise(program).holds, finder.find()))
 
-    def _check_mesh(self) -> None:
-        for axis, size in self.mesh.axes:
-            if axis not in _SUPPORTED_AXES and size > 1:
-                raise RingCompileError(
-                    f"mesh axis '{axis}' has no placement rules yet",
-                    hint=f"axes that work: {', '.join(_SUPPORTED_AXES)}",
-                )
-
     def _order(self, program: Program) -> str:
         if self.order in ORDERS:
             return self.order
-        if self.order != "auto":
-            raise RingCompileError(
-                f"unknown order '{self.order}'", hint=f"orders are: auto, {', '.join(ORDERS)}"
-            )
         calls = [Call(node) for node in program.graph.nodes if node.target is _ATTENTION]
         causal = calls and all(c["lower"] == 0 and c["upper"] is None for c in calls)
         return "zigzag" if causal else "contiguous"
@@ -120,27 +136,25 @@ def _sequence_length(program: Program) -> Size:
     return max(lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)))
 
 
-class _Placer:
+class _Placer(Requests):
     def __init__(
         self,
         program: Program,
-        mesh: Mesh,
         sequence: SequenceSplit,
+        options: Place,
         gather_unknown: bool,
         regions: Sequence[Region],
     ) -> None:
-        self.program, self.mesh, self.sequence = program, mesh, sequence
-        self.gather_unknown = gather_unknown
-        self.axis_sizes = dict(mesh.axes)
-        self.builder = Builder()
-        self.placeholders: dict[str, str] = {}
-        self.requests: dict[tuple[fx.Node, Layout], fx.Node | None] = {}
+        super().__init__(Builder(), dict(options.mesh.axes))
+        self.program, self.mesh, self.sequence = program, options.mesh, sequence
+        self.options, self.gather_unknown = options, gather_unknown
+        self.names = tuple(axis for axis in sequence.names if axis != "tp")
         self.notes: list[str] = []
         self.routing = describe(regions)
         self.gathering: set[fx.Node] = set()
         self.writers: dict[fx.Node, list[OwnTokens]] = {}
         for region in regions:
-            writer = OwnTokens(region, self.builder, self._wanted)
+            writer = OwnTokens(region, self.builder, self._wanted, sequence.of_tokens.local)
             for node in region.nodes:
                 self.writers.setdefault(node, []).append(writer)
 
@@ -158,7 +172,7 @@ class _Placer:
             else:
                 self.builder.output(tuple(map(self._value, node.args[0])))
         return self.program.with_graph(
-            _placeholders_first(self.builder.graph),
+            placeholders_first(self.builder.graph),
             placeholders=self.placeholders,
             mesh=self.mesh,
             sequence=self.sequence,
@@ -174,27 +188,29 @@ class _Placer:
         layout = Layout.whole(len(type_.shape))
         dims = [i for i, size in enumerate(type_.shape) if equal(size, self.sequence.length)]
         if dims and is_symbolic(self.sequence.length):  # an equal number may be any size
-            layout = self._split(len(type_.shape), dims[0])
+            layout = layout.with_dim(dims[0], self._rows(self.names))
         return self.builder.placeholder(node.name, type_.with_layout(layout))
 
-    def _split(self, rank: int, dim: int) -> Layout:
-        return Layout.split(rank, dim, self.sequence.length, self.sequence.names, sequence=True)
+    def _rows(self, names: Sequence[str]) -> DimLayout:
+        """The sequence over these axes."""
+        return (Atom(self.sequence.length, tuple(names), sequence=True),) if names else WHOLE
 
     def _call(self, node: fx.Node) -> fx.Node:
         if node.target is operator.getitem:
             source, index = node.args
-            return self._pick(self._value(source), index, node.name)  # type: ignore[arg-type]
+            return self.pick(self._value(source), index, node.name)  # type: ignore[arg-type]
         rule = self._rule(node)
         call = Call(node)
         operands = list(map(self._value, call.operands))
-        layouts = [layout_of(n) for n in operands]
-        placement = self._placement(node, rule, call, layouts)
+        if node.target is _ATTENTION:
+            return self._attention(node, operands)
+        placement = self._placement(node, rule, call, [layout_of(n) for n in operands])
         new = [
-            self._request(n, wanted) for n, wanted in zip(operands, placement.operands, strict=True)
+            self.request(n, wanted) for n, wanted in zip(operands, placement.operands, strict=True)
         ]
-        if any(n.target is _REDISTRIBUTE and layout_of(n).is_whole for n in new):
+        if any(n.target is REDISTRIBUTE and layout_of(n).is_whole for n in new):
             self.gathering.add(node)
-        return self._emit(node, new, placement.output)
+        return self.emit(node, new, placement.output)
 
     def _value(self, node: fx.Node) -> fx.Node:
         """What stands for a node of the model in the new graph."""
@@ -204,7 +220,7 @@ class _Placer:
         return self.builder.env[node]
 
     def _wanted(self, node: fx.Node, layout: Layout) -> fx.Node:
-        return self._request(self._value(node), layout)
+        return self.request(self._value(node), layout)
 
     def _rule(self, node: fx.Node) -> Rule:
         rule = find_rule(node.target)
@@ -223,8 +239,6 @@ class _Placer:
     def _placement(
         self, node: fx.Node, rule: Rule, call: Call, layouts: Sequence[Layout]
     ) -> Placement:
-        if node.target is _ATTENTION:
-            return self._attention(rule, call, layouts)
         try:
             return rule.forward(call, layouts, self.axis_sizes)
         except ConflictError:
@@ -244,149 +258,68 @@ class _Placer:
                 "--gather-unknown to gather the second operand whole on every rank",
             ) from None
 
-    def _attention(self, rule: Rule, call: Call, layouts: Sequence[Layout]) -> Placement:
-        """Keys and values may stay split along the sequence as queries are: that is the ring."""
-        layouts = [self._rows(n, x) for n, x in zip(call.operands, layouts, strict=True)]
-        q, k, v = layouts[:3]
-        placement = rule.forward(call, layouts, self.axis_sizes)
-        if not q.dims[2]:
-            return placement
-        wanted = list(placement.operands)
-        length = type_of(call.operands[1]).shape[2]
-        if q.dims[2] in (k.dims[2], v.dims[2]) and equal(length, self.sequence.length):
-            for i in (1, 2):
-                wanted[i] = Layout((*wanted[i].dims[:2], q.dims[2], wanted[i].dims[3]))
-        return Placement(tuple(wanted), placement.output)
+    # -- attention: see attention_rows.py for the table -------------------------------------------
 
-    def _rows(self, operand: fx.Node, layout: Layout) -> Layout:
+    def _attention(self, node: fx.Node, operands: list[fx.Node]) -> fx.Node:
+        """Attention on what its row asks for; its result is back on all axes of the sequence."""
+        call = Call(node)
+        q, k, v = (self._taken(n) for n in operands[:3])
+        rows = Rows(next(filter(None, (x.dims[0] for x in (q, k, v))), WHOLE), queries=q.dims[2])
+        split = q.dims[2] and q.dims[2] in (k.dims[2], v.dims[2])
+        if split and equal(type_of(operands[1]).shape[2], self.sequence.length):
+            rows = self._over_split_keys(node, rows)
+        if rows.heads:
+            times = repeats(*head_counts(call), self._ways(call))
+            operands[1:3] = [repeat_heads(self.builder, x, times) for x in operands[1:3]]
+        placement = rows.placement(given_operands(call, operands))
+        new = [
+            self.request(n, wanted) for n, wanted in zip(operands, placement.operands, strict=True)
+        ]
+        out = self.emit(node, new, placement.output)
+        return self.request(out, Layout((rows.batch, WHOLE, q.dims[2], WHOLE)))
+
+    def _over_split_keys(self, node: fx.Node, rows: Rows) -> Rows:
+        """The row for queries, keys and values that are all split along the sequence."""
+        rotating = ("ring",) if "ring" in self.names and self.options.ring != "gather" else ()
+        rows = replace(rows, keys=self._rows(rotating))
+        if "ulysses" not in self.names:
+            return rows
+        queries, _ = head_counts(Call(node))
+        if queries % self.mesh.size("ulysses"):
+            self.notes.append(
+                f"{location_of(node).short}: {queries} heads do not divide over ulysses="
+                f"{self.mesh.size('ulysses')}: its ranks gather keys and values instead"
+            )
+            return rows
+        kept = [axis for axis in self.names if axis != "ulysses"]
+        return replace(rows, heads=("ulysses",), queries=self._rows(kept))
+
+    def _ways(self, call: Call) -> int:
+        """Over how many ranks the heads will be divided, tensor parallelism included."""
+        ulysses, tp = self.mesh.size("ulysses"), self.mesh.size("tp")
+        return ulysses * tp if head_counts(call)[0] % (ulysses * tp) == 0 else ulysses
+
+    def _taken(self, operand: fx.Node) -> Layout:
         """What attention takes of an operand's rows: the sequence itself, or whole.
 
         Queries, keys and values of the sequence's length are split, even if they came whole. Rows
         that hold the sequence several times over are not a run of positions, and are gathered.
         """
-        if len(layout.dims) != 4:
-            return layout
-        sequence = self._split(4, 2)
+        layout, sequence = layout_of(operand), self._rows(self.names)
         rows = type_of(operand).shape[2]
         if layout.is_whole and equal(rows, self.sequence.length):
-            return sequence
-        if layout.dims[2] in (WHOLE, sequence.dims[2]):
-            return layout
-        return Layout((*layout.dims[:2], WHOLE, layout.dims[3]))
+            return layout.with_dim(2, sequence)
+        return layout if layout.dims[2] in (WHOLE, sequence) else layout.with_dim(2, WHOLE)
+
+    def may_recompute(self, node: fx.Node, wanted: Layout) -> bool:
+        """Attention in pieces only where its rows are the sequence itself, or whole."""
+        if node.target is not _ATTENTION:
+            return True
+        return wanted.dims[2] in (WHOLE, self._rows(self.names)) and not wanted.dims[1]
 
     def _note(self, node: fx.Node, text: str) -> None:
         place = node.meta["loc"].short if "loc" in node.meta else ""
         self.notes.append(f"{place}: %{node.name}: {text}".lstrip(": "))
-
-    def _emit(self, node: fx.Node, operands: list[fx.Node], layout: Layout) -> fx.Node:
-        args, kwargs = replace_operands(node, operands)
-        types = node.meta["type"]
-        placed = (
-            types.with_layout(layout)
-            if isinstance(types, TensorType)
-            else tuple(type_.with_layout(_of_rank(layout, len(type_.shape))) for type_ in types)
-        )
-        new = self.builder.call(node.target, args, placed, name=node.name, **kwargs)
-        new.meta["loc"] = node.meta.get("loc")
-        if "mask_kind" in node.meta:
-            new.meta["mask_kind"] = node.meta["mask_kind"]
-        return new
-
-    def _pick(self, source: fx.Node, index: int, name: str) -> fx.Node:
-        """One of several results, in the layout that they have."""
-        type_ = source.meta["type"][index]
-        return self.builder.call(operator.getitem, (source, index), type_, name=name)
-
-    # -- requests: a value that exists in one layout, wanted in another ---------------------------
-
-    def _request(self, node: fx.Node, wanted: Layout) -> fx.Node:
-        """`node` (of the new graph) in the wanted layout."""
-        have = type_of(node).layout
-        if have == wanted:
-            return node
-        found = self._recomputed(node, wanted)
-        return found if found is not None else self._redistributed(node, wanted)
-
-    def _recomputed(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
-        """The node computed in the wanted layout from operands that are to be had without sending.
-
-        From whole to split this always saves work; from split to whole only cheap ops on
-        token-sized inputs are computed again.
-        """
-        key = (node, wanted)
-        if key not in self.requests:
-            self.requests[key] = self._recompute(node, wanted)
-        return self.requests[key]
-
-    def _recompute(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
-        have = layout_of(node)
-        if have == wanted:
-            return node
-        shrinking = have.is_whole
-        if node.op == "placeholder":
-            return self._input_again(node, wanted)
-        if node.target is operator.getitem:
-            return self._pick_again(node, wanted)
-        rule = find_rule(node.target)
-        if rule is None or not (rule.cheap or shrinking):
-            return None
-        if node.target is _ATTENTION and self._rows(node, wanted) != wanted:
-            return None
-        call = Call(node)
-        wants = rule.backward(call, wanted, self.axis_sizes)
-        if wants is None:
-            return None
-        operands = []
-        for operand, want in zip(call.operands, wants, strict=True):
-            found = self._recomputed(operand, want)
-            if found is None and shrinking:
-                found = self._redistributed(operand, want)
-            if found is None:
-                return None
-            operands.append(found)
-        return self._emit(node, operands, wanted)
-
-    def _pick_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
-        """One of several results, of an op computed again; they have one layout, the first's."""
-        source, index = node.args
-        if len(wanted.dims) != len(layout_of(source).dims):  # type: ignore[arg-type]
-            return None
-        again = self._recomputed(source, wanted)  # type: ignore[arg-type]
-        return again and self._pick(again, index, node.name)  # type: ignore[arg-type]
-
-    def _input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
-        """An input the caller passes can be passed in a second layout, if it is small."""
-        large = type_of(node).dtype.is_floating_point and len(type_of(node).shape) > 2
-        if node.name not in self.placeholders or large:
-            return None
-        again = self.builder.placeholder(
-            f"{node.name}_{'whole' if wanted.is_whole else 'split'}",
-            type_of(node).with_layout(wanted),
-        )
-        self.placeholders[again.name] = self.placeholders[node.name]
-        return again
-
-    def _redistributed(self, node: fx.Node, wanted: Layout) -> fx.Node:
-        key = (node, wanted)
-        if self.requests.get(key) is None:
-            have = type_of(node).layout
-            why = "sliced" if have.is_whole else "gathered"
-            self.requests[key] = self.builder.call(
-                _REDISTRIBUTE,
-                (node,),
-                type_of(node).with_layout(wanted),
-                layout=str(wanted),
-                why=why,
-            )
-        found = self.requests[key]
-        assert found is not None
-        return found
-
-
-def _of_rank(layout: Layout, rank: int) -> Layout:
-    """The layout of an op's first result, for one of the others: of another rank they are whole."""
-    assert layout.is_whole or rank == len(layout.dims), f"{layout} for {rank} dims"
-    return layout if rank == len(layout.dims) else Layout.whole(rank)
 
 
 def _rows_of_pairs(node: fx.Node, layouts: Sequence[Layout]) -> list[Layout] | None:
@@ -405,16 +338,6 @@ def _rows_of_pairs(node: fx.Node, layouts: Sequence[Layout]) -> list[Layout] | N
         layout if split <= {row} else Layout.whole(len(layout.dims))
         for layout, split in zip(layouts, splits, strict=True)
     ]
-
-
-def _placeholders_first(graph: fx.Graph) -> fx.Graph:
-    """Inputs taken a second time were added where they were wanted; move them to the front."""
-    nodes = list(graph.nodes)
-    first_call = next(node for node in nodes if node.op != "placeholder")
-    for node in nodes[nodes.index(first_call) :]:
-        if node.op == "placeholder":
-            first_call.prepend(node)
-    return graph
 
 
 _WHOLE_RULE = FactorRule(all_whole, cheap=False)

@@ -7,7 +7,7 @@ the total of all chunks before it in the sequence (Blelloch, "Prefix sums and th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Scan:
             type_: of the result; `dim` is laid out as (before, s/ring, behind).
         """
         atoms = type_.layout.dims[dim]
+        if any(atom.sequence and atom.axes != self.sequence.names for atom in atoms):
+            split = next(atom for atom in atoms if atom.sequence)
+            level = replace(self, sequence=self.sequence.level(split.axes))
+            return level.write(x, dim, type_)
         where = next(i for i, atom in enumerate(atoms) if atom.axes)
         before = product(atom.size for atom in atoms[:where])
         behind = product(atom.size for atom in atoms[where + 1 :])

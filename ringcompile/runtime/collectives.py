@@ -91,5 +91,6 @@ def used(
     if limit is None:
         return torch.cat(answer, dim)
     assert sequence is not None
-    chunks: Any = [sequence.chunks(rank) for rank in range(sequence.num_ranks)]
+    level = sequence.level(arguments["axis"].split(","))
+    chunks: Any = [level.chunks(rank) for rank in range(level.num_ranks)]
     return join(answer, chunks, dim, limit)

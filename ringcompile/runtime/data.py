@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import bind
+from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
-from ringcompile.ops.sequence import join, positions
+from ringcompile.mesh import Mesh
+from ringcompile.ops.sequence import positions
 
 
 def name_inputs(program: Program, inputs: Any) -> dict[str, torch.Tensor]:
@@ -48,27 +51,69 @@ def share_inputs(
     """
     types = {n.name: type_of(n) for n in program.graph.nodes if n.op == "placeholder"}
     return {
-        placeholder: _share(program, inputs[name], types[placeholder], lengths)
+        placeholder: share_of(program, inputs[name], types[placeholder], lengths)
         for placeholder, name in program.placeholders.items()
     }
 
 
-def _share(
-    program: Program, tensor: torch.Tensor, type_: TensorType, lengths: dict[str, int]
+def share_of(
+    program: Program, tensor: torch.Tensor, type_: TensorType, lengths: Mapping[str, int]
 ) -> torch.Tensor:
-    sequence = program.sequence
+    """One rank's share of a whole tensor: an input, or a weight.
+
+    Args:
+        program: the program of that rank.
+        tensor: the whole.
+        type_: its type, with the layout that the program takes it in.
+        lengths: of the run; a weight needs none.
+    """
     for dim, atoms in enumerate(type_.layout.dims):
         if not atoms:
             continue
-        assert sequence is not None
-        assert program.coordinates is not None
-        chunks: Any = sequence.own_chunks(program.coordinates)
-        chunk = bind(sequence.chunk, lengths)
-        assert isinstance(chunk, int)
-        limit = bind(sequence.length, lengths)
-        assert isinstance(limit, int)
-        tensor = tensor.index_select(dim, positions(chunks, chunk, limit, tensor.device))
+        sizes = [int(bind(atom.size, lengths)) for atom in atoms]
+        tensor = tensor.unflatten(dim, sizes)
+        for i, atom in enumerate(atoms):
+            tensor = _piece(program, tensor, dim + i, atom, lengths)
+        tensor = tensor.flatten(dim, dim + len(atoms) - 1)
     return tensor
+
+
+def share_keys(program: Program) -> dict[str, Any]:
+    """For each weight's placeholder what is equal where two ranks hold the same share of it."""
+    types = {n.name: type_of(n) for n in program.graph.nodes if n.op == "placeholder"}
+    mesh, coordinates = program.mesh, program.coordinates or {}
+    return {
+        placeholder: (
+            weight.name,
+            types[placeholder].layout,
+            tuple(
+                mesh.index(coordinates, axis)
+                for axis in types[placeholder].layout.axes
+                if mesh is not None
+            ),
+        )
+        for placeholder, weight in program.weights.items()
+    }
+
+
+def _piece(
+    program: Program, tensor: torch.Tensor, dim: int, atom: Atom, lengths: Mapping[str, int]
+) -> torch.Tensor:
+    """What a rank holds of a dim that is one atom."""
+    if not atom.axes:
+        return tensor
+    mesh, coordinates, sequence = program.mesh, program.coordinates, program.sequence
+    assert mesh is not None
+    assert coordinates is not None
+    if not atom.sequence:
+        axis = ",".join(atom.axes)
+        width = tensor.shape[dim] // mesh.size(axis)
+        return tensor.narrow(dim, mesh.index(coordinates, axis) * width, width)
+    assert sequence is not None
+    level = sequence.level(atom.axes)
+    chunks: Any = level.own_chunks(coordinates)
+    chunk, limit = int(bind(level.chunk, lengths)), int(bind(level.length, lengths))
+    return tensor.index_select(dim, positions(chunks, chunk, limit, tensor.device))
 
 
 def assemble_outputs(
@@ -77,8 +122,9 @@ def assemble_outputs(
     """Whole outputs, nested as the model returned them.
 
     Args:
-        program: any rank's program.
-        shares: for each rank, its share of every output.
+        program: of a rank of the last stage.
+        shares: for each rank of a replica that returns outputs, its share of every output; ranks
+            in order, as `by_replica` gives them.
         lengths: from `program.bindings`.
     """
     whole = [
@@ -91,20 +137,76 @@ def assemble_outputs(
 def _assemble(
     program: Program, type_: TensorType, shares: list[torch.Tensor], lengths: dict[str, int]
 ) -> torch.Tensor:
-    sequence = program.sequence
-    for dim, atoms in enumerate(type_.layout.dims):
-        if not atoms:
-            continue
-        assert sequence is not None
-        where = next(i for i, atom in enumerate(atoms) if atom.axes)
-        before = [int(bind(atom.size, lengths)) for atom in atoms[:where]]
-        after = [int(bind(atom.size, lengths)) for atom in atoms[where + 1 :]]
-        opened = [
-            share.reshape(*share.shape[:dim], *before, -1, *after, *share.shape[dim + 1 :])
-            for share in shares
-        ]
-        limit = int(bind(sequence.length, lengths))
-        chunks: Any = [sequence.chunks(rank) for rank in range(sequence.num_ranks)]
-        joined = join(opened, chunks, dim + where, limit)
-        return joined.flatten(dim, dim + len(atoms) - 1)
-    return shares[0]
+    """Every rank's share put in its place; padding is left out at the end."""
+    if type_.layout.is_whole:
+        return shares[0]
+    mesh = program.mesh
+    assert mesh is not None
+    atoms = [
+        replace(atom, size=int(bind(atom.size, lengths)))
+        for size, dim in zip(type_.shape, type_.layout.dims, strict=True)
+        for atom in (dim or (Atom(size),))
+    ]
+    ranges = [_ranges(program, atom, lengths) for atom in atoms]
+    whole = shares[0].new_empty([max(r.stop for rows in each.values() for r in rows)
+                                 for each in ranges])
+    for coordinates, share in zip(_returning(mesh), shares, strict=True):
+        held = [each[mesh.index(coordinates, ",".join(atom.axes)) if atom.axes else 0]
+                for atom, each in zip(atoms, ranges, strict=True)]
+        opened = share.reshape([sum(map(len, rows)) for rows in held])
+        _put(whole, opened, held)
+    kept = whole[tuple(slice(0, int(atom.size)) for atom in atoms)]
+    return kept.reshape([int(bind(size, lengths)) for size in type_.shape])
+
+
+def _returning(mesh: Mesh) -> list[dict[str, int]]:
+    """The coordinates of the ranks of the first replica that return outputs: its last stage."""
+    everyone = map(mesh.coordinates, range(mesh.world_size))
+    last = mesh.size("pp") - 1
+    return [at for at in everyone if at.get("dp", 0) == 0 and at.get("pp", last) == last]
+
+
+def by_replica(mesh: Mesh, values: Sequence[Any]) -> list[list[Any]]:
+    """What the ranks that return outputs have of every rank's values, by replica.
+
+    Args:
+        mesh: the mesh.
+        values: one a rank, in order.
+    """
+    return [
+        [values[mesh.rank({**at, **({"dp": replica} if "dp" in at else {})})]
+         for at in _returning(mesh)]
+        for replica in range(mesh.size("dp"))
+    ]
+
+
+def _ranges(program: Program, atom: Atom, lengths: Mapping[str, int]) -> dict[int, list[range]]:
+    """Where in an atom the shares lie, by place on its axes; a share may be several runs."""
+    size = int(atom.size)
+    if not atom.axes:
+        return {0: [range(size)]}
+    assert program.mesh is not None
+    assert program.sequence is not None
+    if not atom.sequence:
+        places = program.mesh.size(",".join(atom.axes))
+        width = size // places
+        return {place: [range(place * width, (place + 1) * width)] for place in range(places)}
+    level = program.sequence.level(atom.axes)
+    chunk, places = int(bind(level.chunk, lengths)), level.num_ranks
+    return {
+        place: [range(int(c) * chunk, (int(c) + 1) * chunk) for c in level.chunks(place)]
+        for place in range(places)
+    }
+
+
+def _put(whole: torch.Tensor, share: torch.Tensor, held: list[list[range]]) -> None:
+    """Copy a share to its place, run by run."""
+    for dim, rows in enumerate(held):
+        if len(rows) > 1:
+            start = 0
+            for row in rows:
+                one = [*held[:dim], [row], *held[dim + 1 :]]
+                _put(whole, share.narrow(dim, start, len(row)), one)
+                start += len(row)
+            return
+    whole[tuple(slice(rows[0].start, rows[0].stop) for rows in held)] = share

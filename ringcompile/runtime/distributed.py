@@ -6,16 +6,20 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ringcompile.ir.nodes import type_of
+from ringcompile.ir.communication import COLLECTIVES
+from ringcompile.ir.expr import bind
+from ringcompile.ir.nodes import layout_of, type_of
 from ringcompile.ir.program import Program, WeightSource
+from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.data import assemble_outputs, name_inputs, share_inputs
+from ringcompile.runtime.batches import deal, whole_outputs
+from ringcompile.runtime.data import name_inputs, share_inputs
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Executor, Request
 from ringcompile.runtime.inprocess import read_weights
@@ -61,11 +65,24 @@ class Stats:
 
 @dataclass(frozen=True)
 class RankRun:
-    """A rank's share of every output, the lengths of the run, and its cost."""
+    """A rank's share of every output, the lengths of the run, and its cost.
+
+    Attributes:
+        outputs: of the first microbatch; a stage of a pipeline that is not the last has none.
+        lengths: the lengths of the run.
+        stats: what it cost, all microbatches together.
+        others: the outputs of later microbatches.
+    """
 
     outputs: tuple[torch.Tensor, ...]
     lengths: dict[str, int]
     stats: Stats
+    others: tuple[tuple[torch.Tensor, ...], ...] = ()
+
+    @property
+    def microbatches(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """The outputs of every microbatch."""
+        return (self.outputs, *self.others)
 
 
 class Session:
@@ -85,9 +102,11 @@ class Session:
 
     def __init__(self, parallel: Parallel, rank: Rank, *, check_inputs: bool = False) -> None:
         keep_freed_memory()
-        self.rank, self.check_inputs = rank, check_inputs
+        self.rank, self.check_inputs, self.mesh = rank, check_inputs, parallel.mesh
         self.program = parallel.rank(rank.index)
-        self.exchange = Exchange(parallel.mesh, rank)
+        # The last rank is one of the last stage: its program says what is returned.
+        self.last = parallel.rank(rank.world_size - 1)
+        self.exchange = Exchange(parallel.mesh, rank, _joined(parallel))
         self.exchange.agree(_digest(self.program), "program")
         self.weights = read_weights(self.program, parallel.source, rank.device)
         self._executors: dict[tuple[tuple[str, int], ...], Executor] = {}
@@ -99,19 +118,28 @@ class Session:
             RingCompileError: inputs that do not fit, or a rank that was lost on the way.
         """
         whole = name_inputs(self.program, inputs)
-        lengths = self.program.bindings(whole)
+        dealt = deal(self.program, whole)
+        lengths = self.program.bindings(dealt.hands[0][0])
         if self.check_inputs:
             self.exchange.agree(_checksum(whole), "inputs")
-        return self.run_share(share_inputs(self.program, whole, lengths), lengths)
+        shares = [share_inputs(self.program, hand, lengths) for hand in dealt.of(self.program)]
+        return self.run_shares(shares, lengths)
 
     def run_share(self, share: dict[str, torch.Tensor], lengths: dict[str, int]) -> RankRun:
         """Run once on this rank's share of the inputs, by placeholder name."""
+        return self.run_shares([share], lengths)
+
+    def run_shares(
+        self, shares: Sequence[dict[str, torch.Tensor]], lengths: dict[str, int]
+    ) -> RankRun:
+        """Run on this rank's shares of some microbatches, in order."""
         executor, device = self._executor(lengths), self.rank.device
         self.exchange.bytes_sent, self.exchange.wait_seconds = 0, 0.0
-        started = time.perf_counter()
+        started, outputs = time.perf_counter(), []
         with torch.no_grad():
-            values = {name: tensor.to(device) for name, tensor in share.items()}
-            outputs = _drive(executor.run({**self.weights, **values}), self.exchange)
+            for share in shares:
+                values = {name: tensor.to(device) for name, tensor in share.items()}
+                outputs.append(_drive(executor.run({**self.weights, **values}), self.exchange))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         stats = Stats(
@@ -121,7 +149,7 @@ class Session:
             self.exchange.wait_seconds,
             _peak_bytes(device),
         )
-        return RankRun(outputs, lengths, stats)
+        return RankRun(outputs[0], lengths, stats, tuple(outputs[1:]))
 
     def everyones_stats(self, run: RankRun) -> list[Stats]:
         """What the run cost each rank; all ranks have to call it."""
@@ -133,15 +161,35 @@ class Session:
 
     def assemble(self, run: RankRun) -> Any:
         """Whole outputs, nested as the model returned them, on rank 0; None on the others."""
-        columns = []
-        for share, node in zip(run.outputs, self.program.outputs, strict=True):
-            split = any(type_of(node).layout.dims)
-            columns.append(
-                self.exchange.collect(share) if split else [share] * self.rank.world_size
-            )
+        microbatches = [self._collected(share, run.lengths) for share in run.microbatches]
         if self.rank.index != 0:
             return None
-        return assemble_outputs(self.program, list(zip(*columns, strict=True)), run.lengths)
+        everyones = list(zip(*microbatches, strict=True))
+        return whole_outputs(self.last, everyones, run.lengths)
+
+    def _collected(
+        self, share: tuple[torch.Tensor, ...], lengths: dict[str, int]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """Every rank's share of every output of a microbatch, on rank 0.
+
+        Ranks that return nothing take part with an empty tensor; what all hold whole stays where
+        it is.
+        """
+        replicated = self.mesh.size("dp") * self.mesh.size("pp") == 1
+        columns = []
+        for i, node in enumerate(self.last.outputs):
+            if replicated and layout_of(node).is_whole:
+                columns.append([share[i]] * self.rank.world_size)
+                continue
+            shape = [
+                int(bind(size, lengths))
+                for size in local_shape(type_of(node), self.mesh, self.last.sequence)
+            ]
+            mine = share[i] if share else torch.empty(
+                shape, dtype=type_of(node).dtype, device=self.rank.device
+            )
+            columns.append(self.exchange.collect(mine))
+        return list(zip(*columns, strict=True)) if self.rank.index == 0 else []
 
     def _executor(self, lengths: dict[str, int]) -> Executor:
         key = tuple(sorted(lengths.items()))
@@ -164,9 +212,24 @@ def _drive(
         answer = exchange.answer(request)
 
 
+def _joined(parallel: Parallel) -> tuple[str, ...]:
+    """The combinations of axes that any rank's program communicates along."""
+    mesh = parallel.mesh
+    stages = {mesh.coordinates(rank).get("pp", 0): rank for rank in range(mesh.world_size)}
+    axes = {
+        str(node.kwargs["axis"])
+        for rank in stages.values()
+        for node in parallel.rank(rank).graph.nodes
+        if str(node.target) in COLLECTIVES
+    }
+    return tuple(sorted(axis for axis in axes if "," in axis))
+
+
 def _digest(program: Program) -> int:
     """What programs of different ranks have in common where they belong together."""
-    weights = sorted(map(str, program.weights.values()))
+    weights = [] if program.mesh is not None and program.mesh.size("pp") > 1 else sorted(
+        map(str, program.weights.values())
+    )
     common = (str(program.mesh), program.sequence, program.passes, program.inputs, weights)
     return zlib.crc32(repr(common).encode())
 

@@ -74,7 +74,7 @@ class Exchange:
         group, ops, peers = self._group(shift.axis), [], []
         shape = shift.shape if shift.source is not None else (0,)
         buffer = torch.empty(shape, dtype=shift.dtype, device=self.rank.device)
-        if shift.to is not None:
+        if shift.to is not None and shift.tensor is not None:
             peers.append(self._peer(shift.axis, shift.to))
             ops.append(dist.P2POp(dist.isend, shift.tensor, peers[-1], group))
             self.bytes_sent += shift.tensor.nbytes
@@ -158,9 +158,14 @@ class Exchange:
             )
 
 
+# torch 2.13 renamed these two, and warns of the names that 2.11 has.
+_gather_single = getattr(funcol, "all_gather_single", funcol.all_gather_tensor)
+_reduce_scatter_single = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor)
+
+
 def _all_gather(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> list[torch.Tensor]:
     """Every rank's tensor: [num_ranks, ...], taken apart."""
-    whole = funcol.all_gather_tensor(x.unsqueeze(0), 0, group)
+    whole = _gather_single(x.unsqueeze(0), 0, group)
     return list(funcol.wait_tensor(whole).unbind())
 
 
@@ -170,7 +175,7 @@ def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> to
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:
     """[num_ranks, ...] to this rank's [...]."""
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x, "sum", 0, group)).squeeze(0)
+    return funcol.wait_tensor(_reduce_scatter_single(x, "sum", 0, group)).squeeze(0)
 
 
 def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:

@@ -26,11 +26,11 @@ from ringcompile.runtime.collectives import Collective, asked, used
 
 @dataclass(frozen=True)
 class Shift:
-    """Start sending `tensor` to one neighbour and receiving from another; answered by a handle."""
+    """Start sending `tensor` to one rank and receiving from another; answered by a handle."""
 
     node: str
     axis: str
-    tensor: torch.Tensor
+    tensor: torch.Tensor | None
     to: int | None
     source: int | None
     shape: tuple[int, ...]
@@ -161,7 +161,8 @@ class Executor:
             type_ = type_of(step.node)
             return (
                 yield Shift(
-                    name, kwargs["axis"], args[0].contiguous(), kwargs["to"], kwargs["source"],
+                    name, kwargs["axis"], None if kwargs["to"] is None else args[0].contiguous(),
+                    kwargs["to"], kwargs["source"],
                     self._local_shape(type_), type_.dtype,
                     tuple(kwargs["sends"]), tuple(kwargs["takes"]), kwargs["of"],
                 )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.data import assemble_outputs, name_inputs, share_inputs
-from ringcompile.runtime.executor import Executor, run_alone
+from ringcompile.runtime.batches import deal, whole_outputs
+from ringcompile.runtime.data import (
+    name_inputs,
+    share_inputs,
+    share_keys,
+    share_of,
+)
+from ringcompile.runtime.executor import Executor, Request, run_alone
 from ringcompile.runtime.lockstep import LockStep
 
 
@@ -22,7 +29,8 @@ class Result:
 
     Attributes:
         outputs: whole outputs, nested as the model returns them.
-        shares: each rank's share of every output.
+        shares: each rank's share of every output, of its first microbatch; a stage of a pipeline
+            that is not the last has none.
         bytes_sent: by each rank.
     """
 
@@ -37,8 +45,10 @@ def read_weights(
     """The weights a program takes, by placeholder name."""
     if program.weights and source is None:
         raise RingCompileError("the program has no weights at hand")
+    assert source is not None or not program.weights
+    types = {node.name: type_of(node) for node in program.graph.nodes if node.op == "placeholder"}
     return {
-        placeholder: source(weight.name).to(device)  # type: ignore[misc]
+        placeholder: share_of(program, source(weight.name), types[placeholder], {}).to(device)  # type: ignore[misc]
         for placeholder, weight in program.weights.items()
     }
 
@@ -63,20 +73,35 @@ def run_lockstep(
         device: where all ranks compute.
         check_types: hold every value against the type its node declares.
     """
-    first = programs[0]
-    whole = name_inputs(first, inputs)
-    lengths = first.bindings(whole)
-    weights: dict[str, torch.Tensor] = {}
+    first, last = programs[0], programs[-1]
+    dealt = deal(first, name_inputs(first, inputs))
+    lengths = first.bindings(dealt.hands[0][0])
+    weights: dict[Any, torch.Tensor] = {}
     generators = []
     for program in programs:
-        new = {p: w for p, w in program.weights.items() if p not in weights}
-        weights.update(read_weights(program.with_graph(program.graph, weights=new), source, device))
-        shares = share_inputs(program, whole, lengths)
-        values = {**{p: weights[p] for p in program.weights},
-                  **{p: share.to(device) for p, share in shares.items()}}
-        generators.append(Executor(program, lengths, device, check_types).run(values))
+        keys = share_keys(program)
+        new = {p: program.weights[p] for p, key in keys.items() if key not in weights}
+        read = read_weights(program.with_graph(program.graph, weights=new), source, device)
+        weights.update({keys[p]: weight for p, weight in read.items()})
+        executor = Executor(program, lengths, device, check_types)
+        values = [
+            {**{p: weights[key] for p, key in keys.items()},
+             **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}
+            for hand in dealt.of(program)
+        ]
+        generators.append(_one_after_another(executor, values))
     results, sent = LockStep(mesh).run(generators)
-    return Result(assemble_outputs(first, results, lengths), results, sent)
+    return Result(whole_outputs(last, results, lengths), [runs[0] for runs in results], sent)
+
+
+def _one_after_another(
+    executor: Executor, microbatches: Sequence[dict[str, torch.Tensor]]
+) -> Generator[Request, Any, Any]:
+    """A rank's program on each of its microbatches in order; returns the outputs of each."""
+    done = []
+    for values in microbatches:
+        done.append((yield from executor.run(values)))
+    return tuple(done)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ringcompile.runtime.data import assemble_outputs, name_inputs
+from ringcompile.runtime.batches import deal, whole_outputs
+from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.distributed import Parallel, RankRun, Session, Stats
 from ringcompile.runtime.join import EXCHANGE_TIMEOUT, Rank, check_world_size
 from ringcompile.runtime.processes import Processes
@@ -73,6 +74,7 @@ class LocalRanks(Processes):
         if nproc is not None:
             check_world_size(parallel.mesh, nproc)
         self.program = parallel.rank(0)
+        self.last = parallel.rank(parallel.mesh.world_size - 1)
         super().__init__(parallel.mesh.world_size, **options)
         self.call(_open, load, args)
 
@@ -83,9 +85,9 @@ class LocalRanks(Processes):
             RingCompileError: inputs that do not fit (the ranks stay), or as `call`.
         """
         whole = name_inputs(self.program, inputs)
-        lengths = self.program.bindings(whole)
+        lengths = self.program.bindings(deal(self.program, whole).hands[0][0])
         runs: list[RankRun] = self.call(_run, whole, timeout=timeout)
-        outputs = assemble_outputs(self.program, [run.outputs for run in runs], lengths)
+        outputs = whole_outputs(self.last, [run.microbatches for run in runs], lengths)
         return LocalRun(outputs, [run.stats for run in runs])
 
 

@@ -39,9 +39,9 @@ class _Handle:
 
 @dataclass
 class _Rank:
-    generator: Generator[Request, Any, tuple[torch.Tensor, ...]]
+    generator: Generator[Request, Any, Any]
     request: Request | None = None
-    result: tuple[torch.Tensor, ...] | None = None
+    result: Any = None
     bytes_sent: int = 0
     met: Counter[str] = field(default_factory=Counter)
 
@@ -55,12 +55,12 @@ class LockStep:
     rounds: dict[tuple[str, int, int], dict[int, Collective]] = field(default_factory=dict)
 
     def run(
-        self, generators: Sequence[Generator[Request, Any, tuple[torch.Tensor, ...]]]
-    ) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
+        self, generators: Sequence[Generator[Request, Any, Any]]
+    ) -> tuple[list[Any], list[int]]:
         """Run to the end.
 
         Returns:
-            each rank's outputs, and the bytes that each rank sent.
+            what each rank's generator returned, and the bytes that each rank sent.
 
         Raises:
             RingCompileError: the ranks' communication does not match.
@@ -77,9 +77,7 @@ class LockStep:
                 raise RingCompileError(
                     f"rank {to} never takes what rank {source} sends in %{messages[0].node}"
                 )
-        return [rank.result for rank in ranks if rank.result is not None], [
-            rank.bytes_sent for rank in ranks
-        ]
+        return [rank.result for rank in ranks], [rank.bytes_sent for rank in ranks]
 
     def _advance(self, rank: _Rank, answer: Any) -> None:
         try:
@@ -110,7 +108,7 @@ class LockStep:
 
     def _shift(self, index: int, rank: _Rank, shift: Shift) -> _Handle:
         to = self._peer(index, shift.axis, shift.to)
-        if to is not None:
+        if to is not None and shift.tensor is not None:
             self.mail.setdefault((index, to), deque()).append(
                 Message(shift.node, shift.tensor, shift.sends, shift.of)
             )

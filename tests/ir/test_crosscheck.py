@@ -484,7 +484,8 @@ class Kind:
 DTYPES = r"rank \d .* float(32|64)\[.*\].* in %.*float(64|32)\["
 SHAPES = r"rank \d .* float32\[.*\].* in %.*float32\["
 CYCLE = r"the ranks (\d -> )+\d wait for each other: rank \d waits in %"
-GATHERS = r"rank \d asks for gather of float\d\d\[.*\] dim=.* in %\w+, rank \d for gather of float\d\d\[.*\] dim=.* in %\w+"
+_GATHER = r"gather of float\d\d\[.*\] dim=.* in %\w+"
+GATHERS = rf"rank \d asks for {_GATHER}, rank \d for {_GATHER}"
 ENDED = r"rank \d waits in %\w+ for rank \d(, \d)*, which has ended"
 # What a dropped or added message leads to: another one takes its place, or a rank waits for ever.
 UNMATCHED = "|".join(

@@ -85,7 +85,7 @@ def test_what_was_read_computes_and_compiles_the_same(stages: dict[str, Program]
         run_single(through_json(placed), source, inputs), run_single(placed, source, inputs)
     )
     spmd = stages["spmd"]
-    lower = [Pipeline(rank_passes(rank)) for rank in range(4)]
+    lower = [Pipeline(rank_passes(rank, Mesh.parse("ring=4"))) for rank in range(4)]
     ranks = [step.run(spmd) for step in lower]
     assert [str(step.run(through_json(spmd)).graph) for step in lower] == [
         str(rank.graph) for rank in ranks

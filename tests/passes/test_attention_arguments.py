@@ -161,7 +161,8 @@ def takers(program: Program, argument: str) -> Iterator[fx.Node]:
 @cases
 def test_every_pass_carries_them(name: str) -> None:
     program = captured(name)[1]
-    for step in [*front_passes(Mesh.parse("ring=3"), "zigzag"), *rank_passes(1)]:
+    mesh = Mesh.parse("ring=3")
+    for step in [*front_passes(mesh, "zigzag"), *rank_passes(1, mesh)]:
         program = Pipeline([step]).run(program)
         assert {Call(node)["softcap"] for node in takers(program, "softcap")} == {CAP}, step.name
         [taker] = takers(program, "sink")

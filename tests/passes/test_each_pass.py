@@ -19,7 +19,8 @@ from ringcompile.runtime.inprocess import run_lockstep, run_single
 from tests.support import difference
 
 MODELS = ("llama-tiny", "gpt-tiny", "bert-tiny", "dense-4l-tiny")
-FRONT = front_passes(Mesh.parse("ring=3"), "zigzag")
+MESH = Mesh.parse("ring=3")
+FRONT = front_passes(MESH, "zigzag")
 # Up to here a program means the same on one device as before: layouts are only written down.
 GLOBAL = [step.name for step in FRONT].index("partition")
 
@@ -48,7 +49,7 @@ def test_numbers_before_each_pass(name: str, stage: int) -> None:
 def test_numbers_after_partition_and_lowering(name: str) -> None:
     module, programs = stages(name)
     _, inputs = zoo.build(name, sequence=37, seed=3)
-    ranks = [Pipeline(rank_passes(rank)).run(programs[-1]) for rank in range(3)]
+    ranks = [Pipeline(rank_passes(rank, MESH)).run(programs[-1]) for rank in range(3)]
     found = run_lockstep(ranks, Mesh.parse("ring=3"), programs[0].source, inputs, check_types=True)
     with torch.no_grad():
         assert difference(found.outputs, module(*inputs)) < 2e-6
@@ -57,7 +58,7 @@ def test_numbers_after_partition_and_lowering(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_passes_leave_their_argument_alone(name: str) -> None:
     _, programs = stages(name)
-    for step, program in zip([*FRONT, *rank_passes(1)], [*programs, None], strict=False):
+    for step, program in zip([*FRONT, *rank_passes(1, MESH)], [*programs, None], strict=False):
         if program is None:
             break
         before = print_program(program)

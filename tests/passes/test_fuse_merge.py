@@ -32,7 +32,7 @@ def made(dtype: str, order: str) -> tuple[nn.Module, ParallelProgram]:
 
 
 def unfused(parallel: ParallelProgram, rank: int) -> Program:
-    return Pipeline([step for step in rank_passes(rank) if step.name != "fuse-merge"]).run(
+    return Pipeline([step for step in rank_passes(rank, parallel.mesh) if step.name != "fuse-merge"]).run(
         parallel.program
     )
 

@@ -75,6 +75,22 @@ class FactorRule(Rule):
     factors: Callable[[Call], Factors]
     shape_argument: str | None = None
     cheap: bool = True
+    sums: bool = False
+    """Factors that two operands share and the output lacks are summed over, and nothing else is."""
+
+    @staticmethod
+    def contracted(names: Factors) -> list[Hashable]:
+        """The factors that are summed over, of an op that `sums`."""
+        held = [f for dims in names.operands for f in dims if f is not None]
+        return [f for f in dict.fromkeys(held) if held.count(f) > 1 and f not in names.output]
+
+    @staticmethod
+    def bias(call: Call) -> str | None:
+        """The argument that is added to the product, if the op has one and it is given."""
+        for name in ("bias", "self"):
+            if name in call.arguments and len(call.operands) == 3:
+                return name if call[name] is not None else None
+        return None
 
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
@@ -100,7 +116,10 @@ class FactorRule(Rule):
                 return None
             if dim:
                 assigned[factor] = dim
-        return self._placement(names, assigned).operands
+        try:
+            return self._placement(names, assigned).operands
+        except ConflictError:
+            return None
 
     @staticmethod
     def _placement(names: Factors, assigned: dict[Hashable, DimLayout]) -> Placement:

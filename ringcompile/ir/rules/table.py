@@ -158,9 +158,9 @@ def attention(call: Call) -> Factors:
 def expert_linear(call: Call) -> Factors:
     """... i, ..., E o i (or E i o), E o -> ... o; all experts are to be had everywhere."""
     batch = tuple(range(rank_of(call) - 1))
-    weight: Names = (None, None, "o") if call["transposed"] else (None, "o", None)
+    weight: Names = (None, "i", "o") if call["transposed"] else (None, "o", "i")
     bias: tuple[Names, ...] = ((None, "o"),) if call["bias"] is not None else ()
-    return Factors(((*batch, None), batch, weight, *bias), (*batch, "o"))
+    return Factors(((*batch, "i"), batch, weight, *bias), (*batch, "o"))
 
 
 _UNARY = [
@@ -231,9 +231,9 @@ def _glu(call: Call) -> Factors:
 
 
 def _rows(
-    names: list[str], factors: Callable[[Call], Factors], cheap: bool = True
+    names: list[str], factors: Callable[[Call], Factors], cheap: bool = True, sums: bool = False
 ) -> dict[str, Rule]:
-    return {f"aten.{name}": FactorRule(factors, cheap=cheap) for name in names}
+    return {f"aten.{name}": FactorRule(factors, cheap=cheap, sums=sums) for name in names}
 
 
 RULES: dict[str, Rule] = {
@@ -274,12 +274,13 @@ RULES: dict[str, Rule] = {
     **_rows(["one_hot.default"], indexing.one_hot),
     **_rows(["bucketize.Tensor"], indexing.bucketize),
     **_rows(["roll.default"], indexing.roll),
-    **_rows(["linear.default"], contraction.linear, cheap=False),
-    **_rows(["addmm.default", "baddbmm.default"], contraction.addmm, cheap=False),
+    **_rows(["linear.default"], contraction.linear, cheap=False, sums=True),
+    **_rows(["addmm.default", "baddbmm.default"], contraction.addmm, cheap=False,
+            sums=True),
     **_rows(["matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default"],
-            contraction.matmul, cheap=False),
+            contraction.matmul, cheap=False, sums=True),
     **_rows(["outer.default", "ger.default"], contraction.outer),
-    **_rows(["einsum.default"], contraction.einsum, cheap=False),
+    **_rows(["einsum.default"], contraction.einsum, cheap=False, sums=True),
     **_rows(["_grouped_mm.default"], contraction.grouped_mm, cheap=False),
     **_rows(["conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding",
              "conv2d.padding"], spatial.convolution, cheap=False),
@@ -296,7 +297,7 @@ RULES: dict[str, Rule] = {
     **_rows(["group_norm.default"], spatial.group_norm),
     **_rows(_ALL_WHOLE, all_whole),
     "ringcompile.attention.default": FactorRule(attention, cheap=False),
-    "ringcompile.expert_linear.default": FactorRule(expert_linear, cheap=False),
+    "ringcompile.expert_linear.default": FactorRule(expert_linear, cheap=False, sums=True),
 }
 
 

@@ -1,0 +1,465 @@
+"""Tensor parallelism: heads and features over `tp`, found from layouts, not from names of layers.
+
+Two requests set it off, and the op rules carry them to the weights (Megatron-LM, Shoeybi et al.,
+2019, is what comes out):
+
+- attention wants its heads split: pushed backwards through rotary embeddings and views this ends
+  at the rows of the query, key and value weights; forwards, the output projection then sums over
+  features that are split, and its result is a partial sum;
+- a product that sums over features wants them split, if that splits the product that made them:
+  the pair of an MLP, gated or not, or of experts.
+
+A partial sum is passed on as long as what follows is linear in it, and then summed over the ranks
+once. With `tp_sequence` that sum also divides the sequence over `tp`, and what lies between two
+such layers runs on each rank's part of it (Korthikanti et al., 2022).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import equal
+from ringcompile.ir.layout import Atom, DimLayout, Layout
+from ringcompile.ir.nodes import layout_of, location_of, type_of
+from ringcompile.ir.program import Program
+from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
+from ringcompile.ir.types import TensorType, local_size
+from ringcompile.mesh import Mesh, base_axis
+from ringcompile.ops.schemas import op
+from ringcompile.passes.attention_rows import (
+    Rows,
+    given_operands,
+    head_counts,
+    repeat_heads,
+    repeats,
+)
+from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.linear_ops import passes_partial
+from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
+
+aten = torch.ops.aten
+_ATTENTION = op("attention")
+_TP = "tp"
+
+
+@dataclass(frozen=True)
+class TensorParallel(Pass):
+    """Split heads and features of a placed program.
+
+    h = linear(x, up)              ->  h = linear(x, up[F/tp, D])        [.., F/tp]
+    y = linear(act(h), down, b)        p = linear(act(h), down[D, F/tp]) [.., D] partial(tp)
+                                       y = redistribute(p) + b
+
+    Attributes:
+        mesh: the parallel plan.
+    """
+
+    name: ClassVar[str] = "tensor-parallel"
+    mesh: Mesh
+
+    def run(self, program: Program) -> Program:
+        """Write the program anew, with `tp` added to its layouts."""
+        if self.mesh.size(_TP) == 1:
+            return program
+        return _Splitter(program, self.mesh).run()
+
+
+class _Splitter(Requests):
+    def __init__(self, program: Program, mesh: Mesh) -> None:
+        super().__init__(Builder(), dict(mesh.axes))
+        assert program.sequence is not None
+        self.program, self.mesh, self.sequence = program, mesh, program.sequence
+        self.size = mesh.size(_TP)
+        self.weights = dict(program.weights)
+        self.notes: list[str] = []
+        self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            self.builder.at(node)
+            if node.op == "placeholder":
+                self.builder.env[node] = self.builder.placeholder(node.name, type_of(node))
+                if node.name in self.program.placeholders:
+                    self.placeholders[node.name] = self.program.placeholders[node.name]
+            elif node.op == "call_function":
+                self.builder.env[node] = self._call(node)
+            else:
+                self.builder.output(tuple(self._summed(self.builder.env[n]) for n in node.args[0]))
+        return self.program.with_graph(
+            placeholders_first(self.builder.graph),
+            placeholders=self.placeholders,
+            weights=self.weights,
+            notes=tuple(dict.fromkeys((*self.program.notes, *self.notes))),
+        )
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        if node.target is operator.getitem:
+            source, index = node.args
+            return self.pick(self.builder.env[source], index, node.name)  # type: ignore[index, arg-type]
+        call = Call(node)
+        operands = [self.builder.env[n] for n in call.operands]
+        if node.target is _ATTENTION:
+            return self._attention(node, call, operands)
+        if node.target is REDISTRIBUTE:
+            return self._redistribute(node, operands[0])
+        found = self._summing(node, call, operands) or self._vocabulary(node, call, operands)
+        return found or self._carried(node, call, operands)
+
+    # -- what splits: attention's heads, summed features, the vocabulary ---------------------------
+
+    def _attention(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node:
+        """Attention on each rank's heads; whole where they do not divide."""
+        old = [type_of(n).layout for n in call.operands]
+        shared = old[0].dims[1][0].axes if old[0].dims[1] else ()
+        ways = self.size * self.mesh.size(",".join(shared)) if shared else self.size
+        queries, keys = head_counts(call)
+        operands = list(map(self._summed, operands))
+        if queries % ways:
+            self._note(node, f"{queries} heads do not divide over {self._text(shared)}: attention "
+                             "is computed whole on each of its ranks")
+            wanted = [layout.without(_TP) for layout in old]
+            return self.emit(
+                node, [self.request(*pair) for pair in zip(operands, wanted, strict=True)],
+                layout_of(node),
+            )
+        times = 1 if shared else repeats(queries, keys, ways)
+        if times > 1:
+            whole = [self.request(x, o) for x, o in zip(operands[1:3], old[1:3], strict=True)]
+            operands[1:3] = [repeat_heads(self.builder, x, times) for x in whole]
+        rows = Rows(old[0].dims[0], (_TP, *shared), old[0].dims[2], old[1].dims[2])
+        placement = rows.placement(given_operands(call, operands))
+        new = [self.obtain(n, w) for n, w in zip(operands, placement.operands, strict=True)]
+        return self.emit(node, new, placement.output)
+
+    def _text(self, shared: Sequence[str]) -> str:
+        return " x ".join(f"{axis}={self.mesh.size(axis)}" for axis in (_TP, *shared))
+
+    def _summing(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
+        """A product over features that are split, or can be for nothing; a partial sum."""
+        rule = find_rule(node.target)
+        if not isinstance(rule, FactorRule) or not rule.sums:
+            return None
+        names = rule.factors(call)
+        for factor in rule.contracted(names):
+            where = [(i, dims.index(factor)) for i, dims in enumerate(names.operands)
+                     if factor in dims]
+            split = self._split_of(call, operands, where)
+            if split is None:
+                continue
+            wanted = [layout_of(n) for n in call.operands]
+            for i, dim in where:
+                wanted[i] = wanted[i].with_dim(dim, split)
+            bias = rule.bias(call)
+            if bias is not None:
+                return self._with_bias(node, call, operands, wanted, bias)
+            new = [self.obtain(n, w) for n, w in zip(operands, wanted, strict=True)]
+            return self.emit(node, new, replace(layout_of(node), partial=(_TP,)))
+        return None
+
+    def _split_of(
+        self, call: Call, operands: list[fx.Node], where: Sequence[tuple[int, int]]
+    ) -> DimLayout | None:
+        """How a summed factor is split, if one operand's is or can be by splitting its making."""
+        for i, dim in where:
+            have = layout_of(operands[i]).dims[dim]
+            if any(base_axis(axis) == _TP for atom in have for axis in atom.axes) and not any(
+                atom.sequence for atom in have
+            ):
+                return have
+        size = type_of(call.operands[where[0][0]]).shape[where[0][1]]
+        split = (Atom(size, (_TP,)),)
+        if not self._divides(split):
+            return None
+        for i, dim in where:
+            old = layout_of(call.operands[i])
+            if not old.dims[dim] and self.gains(operands[i], old.with_dim(dim, split)):
+                return split
+        return None
+
+    def _with_bias(
+        self, node: fx.Node, call: Call, operands: list[fx.Node], wanted: list[Layout], bias: str
+    ) -> fx.Node:
+        """The sum over the ranks, and then the bias, once."""
+        place = call.operands.index(call[bias])
+        added = operands[place]
+        pairs = [
+            (x, w) for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
+        ]
+        new = [self.obtain(*pair) for pair in pairs]
+        type_ = type_of(node).with_layout(replace(layout_of(node), partial=(_TP,)))
+        target = _WITHOUT_BIAS[str(node.target)]
+        total = self._summed(self.builder.call(target, tuple(new), type_))
+        return self.builder.call(
+            aten.add.Tensor, (total, added), type_of(total), name=node.name, why="bias, once"
+        )
+
+    def _vocabulary(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
+        """A table of tokens, and the head, by the rows of their weights; logits stay split."""
+        if node.target is aten.embedding.default:
+            place, other, splits = 0, 1, self._reads_input(call.operands[1])
+        elif node.target is aten.linear.default and len(operands) == 2:
+            place, other, splits = 1, 0, self._is_head(node)
+        else:
+            return None
+        if not splits or not self._is_weight(operands[place]):
+            return None
+        table = self._rows_of_weight(operands[place])
+        if table is None:
+            return None
+        x = self.request(self._summed(operands[other]), layout_of(call.operands[other]))
+        if place == 0:
+            return self.emit(node, [table, x], replace(layout_of(node), partial=(_TP,)))
+        return self.emit(node, [x, table], layout_of(node).with_dim(-1, layout_of(table).dims[0]))
+
+    def _rows_of_weight(self, weight: fx.Node) -> fx.Node | None:
+        size = type_of(weight).shape[0]
+        split = (Atom(size, (_TP,)),)
+        if not self._divides(split):
+            self.notes.append(
+                f"{self._weight_name(weight)}: {size} rows do not divide over tp={self.size}: "
+                "whole on each of its ranks"
+            )
+            return None
+        return self.obtain(weight, layout_of(weight).with_dim(0, split))
+
+    def _weight_name(self, node: fx.Node) -> str:
+        while node.op != "placeholder":
+            (node,) = node.all_input_nodes
+        return self.weights[node.name].name
+
+    def _reads_input(self, node: fx.Node) -> bool:
+        """Whether a value is computed from what the caller passes: tokens, not positions."""
+        if node.op == "placeholder":
+            return node.name in self.program.placeholders
+        return any(map(self._reads_input, node.all_input_nodes))
+
+    def _is_head(self, node: fx.Node) -> bool:
+        """Whether a split of the last dim would stay up to the outputs, at no cost."""
+        split = layout_of(node).with_dim(-1, (Atom(type_of(node).shape[-1], (_TP,)),))
+        return all(self._leads_out(user, node, split) for user in node.users)
+
+    def _leads_out(self, user: fx.Node, operand: fx.Node, layout: Layout) -> bool:
+        if user.op == "output":
+            return True
+        rule = find_rule(user.target)
+        if rule is None or not rule.cheap or len(user.all_input_nodes) > 1:
+            return False
+        placement = self._forward(user, rule, [layout])
+        kept = placement is not None and _TP in placement.output.axes
+        return kept and all(
+            self._leads_out(after, user, placement.output)  # type: ignore[union-attr]
+            for after in user.users
+        )
+
+    # -- what follows ------------------------------------------------------------------------------
+
+    def _redistribute(self, node: fx.Node, x: fx.Node) -> fx.Node:
+        """A move along the sequence, with what is split over tp left so."""
+        x = self._summed(x)
+        wanted = self._moved(node, layout_of(x))
+        if wanted is None:
+            x = self.request(x, layout_of(node.args[0]))  # type: ignore[arg-type]
+            wanted = layout_of(node)
+        return self.request(x, wanted)
+
+    def _moved(self, node: fx.Node, have: Layout) -> Layout | None:
+        """The target of a redistribution whose operand has `tp` in its layout; None if not so."""
+        source, target = layout_of(node.args[0]), layout_of(node)  # type: ignore[arg-type]
+        dims = []
+        for before, now, then in zip(source.dims, have.dims, target.dims, strict=True):
+            if now == before or any(atom.sequence for atom in now):
+                dims.append(then)
+            elif len(now) == 1 and len(then) <= 1 and now[0].axes[0] == _TP:
+                axes = (_TP, *(then[0].axes if then else ()))
+                dims.append((replace(now[0], axes=axes),))
+            else:
+                return None
+        return Layout(tuple(dims))
+
+    def _carried(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node:
+        """An op behind split operands: its rule says what becomes of the split."""
+        partial = passes_partial(call, [layout_of(n).partial for n in operands])
+        if not partial:
+            operands = list(map(self._summed, operands))
+        layouts = [replace(layout_of(n), partial=()) for n in operands]
+        rule = find_rule(node.target)
+        placement = None
+        if any(map(_has_tp, layouts)):
+            placement = self._forward(node, rule, layouts)
+        if placement is None:
+            wanted = [layout_of(n) for n in call.operands]
+            placement = Placement(tuple(wanted), layout_of(node))
+        output = replace(placement.output, partial=partial)
+        if output.has_conflict:
+            return self._carried(node, call, list(map(self._summed, operands)))
+        new = [
+            n if layout_of(n).partial and layout_of(n).dims == want.dims
+            else self.obtain(self._summed(n), want)
+            for n, want in zip(operands, placement.operands, strict=True)
+        ]
+        if partial and not any(layout_of(n).partial for n in new):
+            output = replace(output, partial=())
+        return self.emit(node, new, output)
+
+    def _forward(
+        self, node: fx.Node, rule: Rule | None, layouts: Sequence[Layout]
+    ) -> Placement | None:
+        """The rule's placement, where it keeps the program's own and divides evenly."""
+        if rule is None:
+            return None
+        try:
+            placement = rule.forward(Call(node), layouts, self.axis_sizes)
+        except ConflictError:
+            return None
+        same = placement.output.without(_TP) == layout_of(node)
+        layouts = (*placement.operands, placement.output)
+        even = all(self._divides(dim) for layout in layouts for dim in layout.dims)
+        return placement if same and even else None
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _summed(self, node: fx.Node) -> fx.Node:
+        """A value that is no partial sum: summed over the ranks, and with tp_sequence split."""
+        if not isinstance(node.meta["type"], TensorType) or not layout_of(node).partial:
+            return node
+        layout = replace(layout_of(node), partial=())
+        return self.request(node, self._over_tp(type_of(node), layout))
+
+    def _over_tp(self, type_: TensorType, layout: Layout) -> Layout:
+        """The layout with the sequence split over tp as well, where that is asked for."""
+        if _TP not in self.sequence.names:
+            return layout
+        full = (Atom(self.sequence.length, self.sequence.names, sequence=True),)
+        above = self.sequence.names[:-1]
+        for dim, (size, have) in enumerate(zip(type_.shape, layout.dims, strict=True)):
+            is_sequence = have == (replace(full[0], axes=above),) if above else (
+                not have and dim < len(type_.shape) - 1 and equal(size, self.sequence.length)
+            )
+            if is_sequence:
+                return layout.with_dim(dim, full)
+        return layout
+
+    def obtain(self, node: fx.Node, wanted: Layout) -> fx.Node:
+        """`node` in the wanted layout; what splits a product on the way is computed again so."""
+        if layout_of(node) == wanted:
+            return node
+        if layout_of(node).partial:
+            return self.obtain(self._summed(node), wanted)
+        key = (node, wanted)
+        if self.known.get(key) is None and self.gains(node, wanted):
+            wants = self._wants(node, wanted)
+            assert wants is not None
+            self.known[key] = self.emit(
+                node, [self.obtain(*pair) for pair in zip(_operands(node), wants, strict=True)],
+                wanted,
+            )
+        found = self.known.get(key)
+        return found if found is not None else self.request(node, wanted)
+
+    def gains(self, node: fx.Node, wanted: Layout) -> bool:
+        """Whether a layout is had by splitting a product on its way, rather than by cutting."""
+        key = (node, wanted)
+        if key not in self.gaining:
+            self.gaining[key] = False  # while it is found out
+            self.gaining[key] = self._gains(node, wanted)
+        return self.gaining[key]
+
+    def _gains(self, node: fx.Node, wanted: Layout) -> bool:
+        if layout_of(node) == wanted or node.op == "placeholder" or not _has_tp(wanted):
+            return False
+        wants = self._wants(node, wanted)
+        if wants is None:
+            return False
+        rule = find_rule(node.target)
+        heavy = rule is not None and not rule.cheap
+        return any(
+            _has_tp(want) and ((heavy and self._is_weight(operand)) or self.gains(operand, want))
+            for operand, want in zip(_operands(node), wants, strict=True)
+        )
+
+    def _wants(self, node: fx.Node, wanted: Layout) -> tuple[Layout, ...] | None:
+        """What a node's operands have to be for it to be computed in that layout."""
+        if not isinstance(node.meta["type"], TensorType):
+            return None
+        if node.target is REDISTRIBUTE:
+            return self._source_of(node, wanted)
+        rule = find_rule(node.target)
+        if rule is None or node.target is _ATTENTION or layout_of(node).partial:
+            return None
+        wants = rule.backward(Call(node), wanted, self.axis_sizes)
+        if wants is None or not all(self._divides(dim) for want in wants for dim in want.dims):
+            return None
+        return wants
+
+    def _source_of(self, node: fx.Node, wanted: Layout) -> tuple[Layout, ...] | None:
+        """What a redistribution has to start from, for its result to be split over tp too."""
+        source: Layout = layout_of(node.args[0])  # type: ignore[arg-type]
+        if source.partial:
+            return None
+        dims = []
+        for dim, (before, now, then) in enumerate(
+            zip(source.dims, layout_of(node).dims, wanted.dims, strict=True)
+        ):
+            if then == now:
+                dims.append(before)
+            elif len(then) == 1 and then[0].axes[0] == _TP and len(before) <= 1:
+                size = type_of(node).shape[dim]
+                dims.append((Atom(size, (_TP, *(before[0].axes if before else ()))),))
+            else:
+                return None
+        return (Layout(tuple(dims)),)
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        """Whether a value is a weight, seen through views of it."""
+        if node.op == "placeholder":
+            return node.name in self.weights
+        rule = find_rule(node.target)
+        return rule is not None and rule.cheap and len(_operands(node)) == 1 and self._is_weight(
+            _operands(node)[0]
+        )
+
+    def input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        """A weight by its share; each rank reads nothing else of it."""
+        if node.name not in self.weights:
+            return super().input_again(node, wanted)
+        if not all(map(self._divides, wanted.dims)):
+            return None
+        again = self.builder.placeholder(
+            f"{node.name}_share", type_of(node).with_layout(wanted)
+        )
+        self.weights[again.name] = self.weights[node.name]
+        return again
+
+    def may_recompute(self, node: fx.Node, wanted: Layout) -> bool:
+        """Only cheap ops: products are split by `obtain`, where that gains something."""
+        rule = find_rule(node.target)
+        even = all(map(self._divides, wanted.dims))
+        return rule is not None and rule.cheap and even and not layout_of(node).partial
+
+    def _divides(self, dim: DimLayout) -> bool:
+        return all(local_size(atom, self.mesh, self.sequence) is not None for atom in dim)
+
+    def _note(self, node: fx.Node, text: str) -> None:
+        self.notes.append(f"{location_of(node).short}: {text}".lstrip(": "))
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return Call(node).operands
+
+
+def _has_tp(layout: Layout) -> bool:
+    return any(base_axis(axis) == _TP for axis in layout.axes)
+
+
+_WITHOUT_BIAS: dict[str, Any] = {
+    "aten.linear.default": aten.linear.default,
+    "aten.addmm.default": aten.mm.default,
+    "aten.baddbmm.default": aten.bmm.default,
+}
