@@ -178,13 +178,15 @@ class Rendezvous:
             other = self.ranks[peer]
             if other.met[axis] > mine:
                 continue
-            if not isinstance(other.event, Meeting) or other.event.axis != axis:
+            theirs = other.event
+            if other.met[axis] < mine or not isinstance(theirs, Meeting) or theirs.axis != axis:
                 yield peer, None
                 continue
-            if other.event.what != meeting.what:
+            # All have one program behind them: what is equal but for its name was swapped.
+            if (theirs.what, theirs.name) != (meeting.what, meeting.name):
                 raise RingCompileError(
                     f"rank {index} asks for {meeting.what} in %{meeting.name}, "
-                    f"rank {peer} for {other.event.what} in %{other.event.name}"
+                    f"rank {peer} for {theirs.what} in %{theirs.name}"
                 )
             if other.first(axis) is not None:
                 yield peer, axis

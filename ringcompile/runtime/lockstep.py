@@ -150,8 +150,8 @@ class LockStep:
         for other in group:
             if _signature(arrived[other]) != _signature(asked):
                 raise RingCompileError(
-                    f"rank {index} asks for {_signature(asked)} in %{asked.node}, "
-                    f"rank {other} for {_signature(arrived[other])} in %{arrived[other].node}"
+                    f"rank {index} asks for {_signature(asked)}, "
+                    f"rank {other} for {_signature(arrived[other])}"
                 )
         rank.met[asked.axis] += 1
         brought = [arrived[other].tensor for other in group]
@@ -169,7 +169,8 @@ class LockStep:
 
 def _signature(asked: Collective) -> str:
     tensor = asked.tensor
-    return f"{asked.kind} of {tensor.dtype} {list(tensor.shape)} {asked.detail}".rstrip()
+    what = f"{asked.kind} of {tensor.dtype} {list(tensor.shape)} {asked.detail}".rstrip()
+    return f"{what} in %{asked.node}"
 
 
 def _message(what: tuple[tuple[int, ...], torch.dtype, tuple[int, ...], str]) -> str:
