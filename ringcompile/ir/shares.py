@@ -130,7 +130,9 @@ class _Checker:
             for axis in atom.axes:
                 ways, at = ways * self.mesh.size(axis), at * self.mesh.size(axis) + place[axis]
             width = _number(weight, atom.size) // ways
-            if atom.sequence or width * ways != atom.size:
+            if atom.sequence:
+                _refused(weight, f"rank {rank} divides it as the sequence, which is data")
+            if width * ways != atom.size:
                 _refused(weight, f"rank {rank} takes {atom.size} of {size} over {ways}")
             runs = _joined([
                 (index * inner + start, index * inner + end)

@@ -226,7 +226,7 @@ ENDED = r"rank \d waits in %\w+ for rank \d(, \d)*, which has ended"
 UNMATCHED = "|".join(
     [
         r"rank \d (sends|expects) \w+\[.*\].* in %\w+, rank \d (expects|sends) \w+\[.*\].* in %\w+",
-        r"rank \d (sends|expects) \d+ messages (to|from) rank \d, which .* the first unmatched is %\w+",
+        r"rank \d \w+ \d+ messages (to|from) rank \d, which .* the first unmatched is %\w+",
         r"rank \d names itself as its peer in %\w+",
         r"rank \d reads what arrives in %\w+, and nobody sends it",
         CYCLE,
