@@ -22,6 +22,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
@@ -30,6 +31,7 @@ from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
 from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
 from ringcompile.passes.tensor_parallel import TensorParallel
+from ringcompile.passes.unfuse import Unfuse
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -49,8 +51,10 @@ def front_passes(
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
+        *([Unfuse()] if mesh.size("tp") > 1 else []),
         Place(mesh, order, gather_unknown, capacity, ring, tp_sequence),
         CleanUp(),
+        *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
         *([TensorParallel(mesh), CleanUp()] if mesh.size("tp") > 1 else []),
         Partition(),
         CleanUp(),

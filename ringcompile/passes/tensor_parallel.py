@@ -25,12 +25,12 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import equal
-from ringcompile.ir.layout import Atom, DimLayout, Layout
+from ringcompile.ir.expr import equal, simplify
+from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
-from ringcompile.ir.types import TensorType, local_size
+from ringcompile.ir.types import TensorType, local_shape, local_size
 from ringcompile.mesh import Mesh, base_axis
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import (
@@ -45,7 +45,7 @@ from ringcompile.passes.linear_ops import passes_partial
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
 
 aten = torch.ops.aten
-_ATTENTION = op("attention")
+_ATTENTION, _EXPERTS = op("attention"), op("expert_linear")
 _TP = "tp"
 
 
@@ -151,17 +151,29 @@ class _Splitter(Requests):
             where = [(i, dims.index(factor)) for i, dims in enumerate(names.operands)
                      if factor in dims]
             split = self._split_of(call, operands, where)
-            if split is None:
+            if split is None or not self._is_product(call, rule, [i for i, _ in where]):
                 continue
             wanted = [layout_of(n) for n in call.operands]
             for i, dim in where:
                 wanted[i] = wanted[i].with_dim(dim, split)
-            bias = rule.bias(call)
+            bias = rule.given_bias(call)
             if bias is not None:
                 return self._with_bias(node, call, operands, wanted, bias)
             new = [self.obtain(n, w) for n, w in zip(operands, wanted, strict=True)]
             return self.emit(node, new, replace(layout_of(node), partial=(_TP,)))
         return None
+
+    def _is_product(self, call: Call, rule: FactorRule, factors: Sequence[int]) -> bool:
+        """Whether terms of the sum add up: of all that is not summed over only a bias is added."""
+        if str(call.target) in ("aten.addmm.default", "aten.baddbmm.default") and (
+            call["alpha"] != 1 or call["beta"] != 1
+        ):
+            return False
+        bias = rule.given_bias(call)
+        return all(
+            i in factors or (bias is not None and x is call[bias]) or not _is_float(x)
+            for i, x in enumerate(call.operands)
+        )
 
     def _split_of(
         self, call: Call, operands: list[fx.Node], where: Sequence[tuple[int, int]]
@@ -188,17 +200,36 @@ class _Splitter(Requests):
     ) -> fx.Node:
         """The sum over the ranks, and then the bias, once."""
         place = call.operands.index(call[bias])
-        added = operands[place]
-        pairs = [
-            (x, w) for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
+        new = [
+            self.obtain(x, w)
+            for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
         ]
-        new = [self.obtain(*pair) for pair in pairs]
         type_ = type_of(node).with_layout(replace(layout_of(node), partial=(_TP,)))
-        target = _WITHOUT_BIAS[str(node.target)]
-        total = self._summed(self.builder.call(target, tuple(new), type_))
+        target, how = _WITHOUT_BIAS[str(node.target)], {}
+        if target is _EXPERTS:
+            how = {"transposed": call["transposed"]}
+        total = self._summed(self.builder.call(target, tuple(new), type_, **how))
+        added = operands[place]
+        if target is _EXPERTS:
+            expert = self.request(operands[1], Layout(layout_of(total).dims[:-1]))
+            added = self._expert_bias(added, expert, type_of(total))
         return self.builder.call(
             aten.add.Tensor, (total, added), type_of(total), name=node.name, why="bias, once"
         )
+
+    def _expert_bias(self, bias: fx.Node, expert: fx.Node, type_: TensorType) -> fx.Node:
+        """The bias of each row's expert; 0 for a row that has none (see `ops.experts`)."""
+        (count,) = local_shape(type_of(bias), self.mesh, self.sequence)[:1]
+        index = type_of(expert)
+        known = self.builder.call(aten.clamp.default, (expert, 0, simplify(count - 1)), index)
+        found = self.builder.call(aten.embedding.default, (bias, known), type_)
+        none = self.builder.call(
+            aten.ge.Scalar, (expert, count), replace(index, dtype=torch.bool)
+        )
+        shape = (*index.shape, 1)
+        opened = TensorType(torch.bool, shape, Layout((*index.layout.dims, WHOLE)))
+        none = self.builder.call(aten.reshape.default, (none, list(shape)), opened)
+        return self.builder.call(aten.masked_fill.Scalar, (found, none, 0), type_)
 
     def _vocabulary(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
         """A table of tokens, and the head, by the rows of their weights; logits stay split."""
@@ -285,6 +316,11 @@ class _Splitter(Requests):
 
     def _carried(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node:
         """An op behind split operands: its rule says what becomes of the split."""
+        # What several ops read is summed once, for all of them.
+        operands = [
+            self._summed(new) if len(old.users) > 1 else new
+            for old, new in zip(call.operands, operands, strict=True)
+        ]
         partial = passes_partial(call, [layout_of(n).partial for n in operands])
         if not partial:
             operands = list(map(self._summed, operands))
@@ -454,6 +490,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return Call(node).operands
 
 
+def _is_float(node: fx.Node) -> bool:
+    return type_of(node).dtype.is_floating_point or type_of(node).dtype.is_complex
+
+
 def _has_tp(layout: Layout) -> bool:
     return any(base_axis(axis) == _TP for axis in layout.axes)
 
@@ -462,4 +502,5 @@ _WITHOUT_BIAS: dict[str, Any] = {
     "aten.linear.default": aten.linear.default,
     "aten.addmm.default": aten.mm.default,
     "aten.baddbmm.default": aten.bmm.default,
+    "ringcompile.expert_linear.default": _EXPERTS,
 }

@@ -206,7 +206,8 @@ KINDS: dict[str, Kind] = {
         at_a_weight(relaid(in_part), whole_matrix), rf"{GAP}|{OVERLAP}", MODELS, False
     ),
     "a share that is too small": Kind(
-        only_with_two_axes(at_a_weight(relaid(finer), two_axes)), rf"{GAP}|{OVERLAP}|{LEFT_OUT}|{SHARED}",
+        only_with_two_axes(at_a_weight(relaid(finer), two_axes)),
+        rf"{GAP}|{OVERLAP}|{LEFT_OUT}|{SHARED}",
         ("gpt with shares", "llama in groups"), False,
     ),
     "a share in other runs": Kind(
