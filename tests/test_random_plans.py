@@ -6,17 +6,22 @@ from collections import Counter
 
 import pytest
 
-from tests.random_plans import REFUSED, VALID, checked, plan_of
+from tests.random_plans import REFUSED, VALID, Outcome, checked, plan_of
 
-FEW, VALID_PLANS = range(36), 1000
-# Of random plans, only those with more stages than layers are refused.
-STAGES = "more stages than the model has layers"
+FEW, VALID_PLANS = range(24), 1000
+# Of random plans only these are refused.
+REFUSALS = ("more stages than the model has layers", "experts do not divide over ep=")
+
+
+def as_it_should(outcome: Outcome) -> bool:
+    refused = outcome.kind == REFUSED and any(text in outcome.reason for text in REFUSALS)
+    return outcome.kind == VALID or refused
 
 
 @pytest.mark.parametrize("seed", FEW)
 def test_a_random_plan_fits_together(seed: int) -> None:
     outcome = checked(seed)
-    assert outcome.kind == VALID or STAGES in outcome.reason, outcome
+    assert as_it_should(outcome), outcome
 
 
 def test_a_seed_is_a_plan() -> None:
@@ -34,7 +39,7 @@ def test_a_thousand_random_plans_fit_together() -> None:
     seed = FEW.stop
     while found[VALID] < VALID_PLANS:
         outcome = checked(seed, numbers=True)
-        assert outcome.kind == VALID or STAGES in outcome.reason, outcome
+        assert as_it_should(outcome), outcome
         found[outcome.kind] += 1
         seed += 1
     assert found[REFUSED] < found[VALID] / 4
