@@ -337,6 +337,8 @@ def verify(out: Path, numerics: bool, model: str | None, as_json: bool) -> None:
 @click.option("--seq", type=click.IntRange(1), default=128, show_default=True,
               help="Length of random inputs, where none are given.")
 @click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds.")
+@click.option("--join-timeout", type=float, default=120.0, show_default=True,
+              help="Seconds to wait for all ranks, on all hosts, to be there.")
 @_JSON
 def run(
     out: Path,
@@ -346,12 +348,13 @@ def run(
     outputs: Path | None,
     seq: int,
     timeout: float,
+    join_timeout: float,
     as_json: bool,
 ) -> None:
     """Run the artifact OUT on local processes; under torchrun, join the job that is there."""
     found = execution.run_artifact(
         out, nproc=nproc, backend=backend, inputs=inputs, outputs=outputs, length=seq,
-        timeout=timeout,
+        timeout=timeout, join_timeout=join_timeout,
     )
     if found is None:  # another rank of a torchrun job reports
         return
