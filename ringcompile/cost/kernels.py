@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
 
 from ringcompile.cost.hardware import Device
 
+# Our own kernels, for these head dims and half precision, work on the accumulator itself; see
+# `ops/kernels/custom.py`.
+_FOLDING = range(257, 513)
+_HALVES = (torch.float16, torch.bfloat16)
 # Attention is measured with so many heads; a GPU with fewer rows at work is not filled as well.
 REFERENCE_HEADS = 16
 
@@ -19,12 +23,14 @@ class Kernel:
 
     Attributes:
         kind: a field of a device: "matmul", "attention", "attention_causal", "attention_masked",
-            "stream", "strided", "special" or "reduction".
+            "stream", "strided", "special" or "reduction"; or "merge", bringing a block into the
+            accumulator, which is nothing where the attention kernel does it.
         dtype: of its operands.
         num_bytes: read and written, each operand and result once.
         flops: multiplications and additions in matrix products, of visible pairs in attention;
             what pointwise ops compute is not counted.
-        rows, inner, columns: of a matrix product; queries, head_dim, keys of attention.
+        rows, inner, columns: of a matrix product; queries, head_dim, keys of attention; of a
+            merge, `inner` is the head_dim.
         batch: matrix products side by side; heads, over the batch, of attention.
     """
 
@@ -59,6 +65,10 @@ def time_of(kernel: Kernel, device: Device) -> Time:
         RingCompileError: the device's table does not have what is needed.
     """
     launch = device.value("launch")
+    if kernel.kind == "merge":
+        if device.asynchronous and kernel.inner in _FOLDING and kernel.dtype in _HALVES:
+            return Time(0.0, "memory")
+        kernel = replace(kernel, kind="stream")
     if kernel.kind == "matmul":
         times = {"matmul": _matmul(kernel, device),
                  "weights": kernel.num_bytes / device.value("bandwidth")}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.cost.attention import blocks
+from ringcompile.cost.attention import Block, blocks
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.kinds import SAME, VIEWS, memory_kind
 from ringcompile.cost.values import Value, Values, distinct_bytes
@@ -202,61 +202,83 @@ def _transposed_convolution(work: Work) -> list[Kernel]:
 
 
 def _attention(work: Work) -> list[Kernel]:
-    q, k = work["q"], work["k"]
-    masked = work.call["key_mask"] is not None or work.call["mask"] is not None
-    return _attend(work, q, k.shape[2], work["v"].shape[3], None, None, 0, 2**62, masked)
+    """Whole queries over whole keys."""
+    q, k, v = work["q"], work["k"], work["v"]
+    found = blocks(
+        None, None, q.shape[2], k.shape[2], chunk=0, limit=2**62, band=_band(work),
+        masked=_is_masked(work),
+    )
+    return [_attend(q, block, q.shape[3], v.shape[3]) for block in found]
 
 
 def _block_attention(work: Work) -> list[Kernel]:
-    q, kv = work["q"], work["kv"]
-    masked = work.call["key_mask"] is not None or work.call["mask"] is not None
-    head_dim = work["head_dim"]
-    value_dim = work.results[0].shape[3]
-    return _attend(work, q, kv[0].shape[2], value_dim, work["queries"], work["keys"],
-                   work["chunk"], work["limit"], masked, head_dim)
-
-
-def _attend(
-    work: Work,
-    q: torch.Tensor,
-    num_keys: int,
-    value_dim: int,
-    queries: list[int] | None,
-    keys: list[int] | None,
-    chunk: int,
-    limit: int,
-    masked: bool,
-    head_dim: int | None = None,
-) -> list[Kernel]:
-    """A kernel for each block; 2 D flops for a score, 2 E for its value."""
-    size = head_dim or q.shape[3]
-    found = blocks(
-        queries, keys, q.shape[2], num_keys, chunk=chunk, limit=limit,
-        band=Band(work.call["lower"], work.call["upper"]), masked=masked,
-    )
-    num_heads = q.shape[0] * q.shape[1]
-    item = q.dtype.itemsize
-    made = []
-    for block in found:
-        moved = num_heads * item * (block.rows + block.columns) * (size + value_dim)
-        flops = 2 * num_heads * block.visible * (size + value_dim)
-        made.append(Kernel(block.kind, q.dtype, moved, flops, block.rows, size, block.columns,
-                           num_heads))
+    """A kernel for each part of the block; a wide state is written as one, or widened."""
+    out = work.results[0]
+    made = _block_kernels(work, out.shape[3])
+    if out.dtype != work["q"].dtype:
+        made.append(_brought_in(work, out, passes=1))
     return made
 
 
+def _attend_merge(work: Work) -> list[Kernel]:
+    """The same, and the rows of the accumulator that it is brought into, read and written."""
+    out, num_rows = work.results[0], work["q"].shape[2]
+    made = _block_kernels(work, out.shape[3])
+    part = out.narrow(2, 0, num_rows)
+    if _is_masked(work) or any(kernel.kind == "attention_masked" for kernel in made):
+        return [*made, *_merged(work["q"].dtype, part)]
+    return [*made, _brought_in(work, part, passes=2)]
+
+
+def _block_kernels(work: Work, value_dim: int) -> list[Kernel]:
+    q, kv = work["q"], work["kv"]
+    found = blocks(
+        work["queries"], work["keys"], q.shape[2], kv[0].shape[2], chunk=work["chunk"],
+        limit=work["limit"], band=_band(work), masked=_is_masked(work),
+    )
+    return [_attend(q, block, work["head_dim"], value_dim) for block in found]
+
+
+def _band(work: Work) -> Band:
+    return Band(work.call["lower"], work.call["upper"])
+
+
+def _is_masked(work: Work) -> bool:
+    return work.call["key_mask"] is not None or work.call["mask"] is not None
+
+
+def _attend(q: torch.Tensor, block: Block, head_dim: int, value_dim: int) -> Kernel:
+    """2 D flops for a score of a visible pair, 2 E for its value."""
+    num_heads = q.shape[0] * q.shape[1]
+    size = head_dim + value_dim
+    moved = num_heads * q.dtype.itemsize * (block.rows + block.columns) * size
+    flops = 2 * num_heads * block.visible * size
+    return Kernel(block.kind, q.dtype, moved, flops, block.rows, head_dim, block.columns, num_heads)
+
+
+def _brought_in(work: Work, part: torch.Tensor, passes: int) -> Kernel:
+    """The block in the model's dtype read, the accumulator written, and read before in merges."""
+    dtype = work["q"].dtype
+    moved = part.numel() * (dtype.itemsize + passes * part.dtype.itemsize)
+    return Kernel("merge", dtype, moved, inner=work["head_dim"])
+
+
+def _merged(dtype: torch.dtype, part: torch.Tensor) -> list[Kernel]:
+    """A block is widened and folded in; see `kernels.merge`."""
+    block = torch.empty(part.shape, dtype=dtype, device="meta")
+    rows = part[..., 0]
+    widened = [_kernel("stream", [block], [part])] if dtype != part.dtype else []
+    return [
+        *widened, _kernel("stream", [part, part], [part]), _kernel("special", [rows] * 4, [rows])
+    ]
+
+
 def _merge(work: Work) -> list[Kernel]:
-    """The first widens the state; each widens the block and folds it in; see `kernels.merge`."""
-    out, lse = work.results
+    """The first widens the state; each widens the block and folds it in."""
+    out, _ = work.results
     state, block = work["state"], work["block"]
-    made = []
-    if state[0].dtype != out.dtype:
-        made.append(_kernel("stream", [state[0]], [out]))
-    part = out.narrow(2, 0, block[1].shape[2])
-    if block[0].dtype != out.dtype:
-        made.append(_kernel("stream", [block[0]], [part]))
-    rows = lse.narrow(2, 0, block[1].shape[2])
-    return [*made, _kernel("stream", [part, part], [part]), _kernel("special", [rows] * 4, [rows])]
+    first = [_kernel("stream", [state[0]], [out])] if state[0].dtype != out.dtype else []
+    return [*first, *_merged(block[0].dtype, out.narrow(2, 0, block[1].shape[2]))]
 
 
 def _finish(work: Work) -> list[Kernel]:
@@ -301,6 +323,7 @@ def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
         _transposed_convolution: ["aten.conv_transpose1d.default", "aten.conv_transpose2d.input"],
         _attention: ["ringcompile.attention.default", "ringcompile.ring_attention.default"],
         _block_attention: ["ringcompile.block_attention.default"],
+        _attend_merge: ["ringcompile.attend_merge.default"],
         _merge: ["ringcompile.merge.default"],
         _finish: ["ringcompile.finish.default"],
         _index_put: ["aten.index_put.default"],

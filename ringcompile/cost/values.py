@@ -25,6 +25,9 @@ from ringcompile.ir.types import TensorType, local_shape
 
 Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
+_MERGES = frozenset({"ringcompile.merge.default", "ringcompile.attend_merge.default"})
+
+
 def bind_lengths(program: Program, length: int | None) -> dict[str, int]:
     """The values of all size symbols of a rank's program for a sequence length.
 
@@ -114,7 +117,7 @@ class Values:
                 return self._view(node)
             if target in SAME:
                 return self.of[node.args[0]]  # type: ignore[index]
-            if target == "ringcompile.merge.default":
+            if target in _MERGES:
                 return self._merged(node)
             if target == DISPATCH:
                 arriving, order = type_of(node).shape[0], self.argument(node.args[1])

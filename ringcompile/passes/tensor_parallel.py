@@ -17,8 +17,8 @@ such layers runs on each rank's part of it (Korthikanti et al., 2022).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import equal, simplify
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
+from ringcompile.ir.plan import model_plan
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
 from ringcompile.ir.types import TensorType, local_shape, local_size
@@ -59,25 +60,29 @@ class TensorParallel(Pass):
 
     Attributes:
         mesh: the parallel plan.
+        told: for weights of which the user says so, the dim that is split; None for whole.
     """
 
     name: ClassVar[str] = "tensor-parallel"
     mesh: Mesh
+    told: Mapping[str, int | None] = field(default_factory=dict)
 
     def run(self, program: Program) -> Program:
         """Write the program anew, with `tp` added to its layouts."""
         if self.mesh.size(_TP) == 1:
             return program
-        return _Splitter(program, self.mesh).run()
+        return _Splitter(program, self.mesh, self.told).run()
 
 
 class _Splitter(Requests):
-    def __init__(self, program: Program, mesh: Mesh) -> None:
+    def __init__(self, program: Program, mesh: Mesh, told: Mapping[str, int | None]) -> None:
         super().__init__(Builder(), dict(mesh.axes))
         assert program.sequence is not None
         self.program, self.mesh, self.sequence = program, mesh, program.sequence
         self.size = mesh.size(_TP)
         self.weights = dict(program.weights)
+        self.told, self.allowed = told, {**model_plan(program), **told}
+        self.why = ""
         self.notes: list[str] = []
         self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
 
@@ -109,7 +114,11 @@ class _Splitter(Requests):
             return self._attention(node, call, operands)
         if node.target is REDISTRIBUTE:
             return self._redistribute(node, operands[0])
-        found = self._summing(node, call, operands) or self._vocabulary(node, call, operands)
+        found = (
+            self._summing(node, call, operands)
+            or self._vocabulary(node, call, operands)
+            or self._as_told(node, call, operands)
+        )
         return found or self._carried(node, call, operands)
 
     # -- what splits: attention's heads, summed features, the vocabulary ---------------------------
@@ -133,6 +142,7 @@ class _Splitter(Requests):
         if times > 1:
             whole = [self.request(x, o) for x, o in zip(operands[1:3], old[1:3], strict=True)]
             operands[1:3] = [repeat_heads(self.builder, x, times) for x in whole]
+        self.why = f"heads of {location_of(node).layer or 'attention'}"
         rows = Rows(old[0].dims[0], (_TP, *shared), old[0].dims[2], old[1].dims[2])
         placement = rows.placement(given_operands(call, operands))
         new = [self.obtain(n, w) for n, w in zip(operands, placement.operands, strict=True)]
@@ -153,6 +163,7 @@ class _Splitter(Requests):
             split = self._split_of(call, operands, where)
             if split is None or not self._is_product(call, rule, [i for i, _ in where]):
                 continue
+            self.why = f"features summed over in {location_of(node).layer or node.name}"
             wanted = [layout_of(n) for n in call.operands]
             for i, dim in where:
                 wanted[i] = wanted[i].with_dim(dim, split)
@@ -189,6 +200,8 @@ class _Splitter(Requests):
         split = (Atom(size, (_TP,)),)
         if not self._divides(split):
             return None
+        if any(self._told(call.operands[i]) == dim for i, dim in where):
+            return split
         for i, dim in where:
             old = layout_of(call.operands[i])
             if not old.dims[dim] and self.gains(operands[i], old.with_dim(dim, split)):
@@ -249,9 +262,38 @@ class _Splitter(Requests):
             return self.emit(node, [table, x], replace(layout_of(node), partial=(_TP,)))
         return self.emit(node, [x, table], layout_of(node).with_dim(-1, layout_of(table).dims[0]))
 
+    def _as_told(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
+        """A product whose weight the user wants split along what it makes."""
+        rule = find_rule(node.target)
+        if not isinstance(rule, FactorRule) or not rule.sums:
+            return None
+        names = rule.factors(call)
+        for i, x in enumerate(call.operands):
+            dim = self._told(x)
+            factor = None if dim is None else names.operands[i][dim]
+            if factor is None or factor not in names.output:
+                continue
+            split = (Atom(type_of(x).shape[dim], (_TP,)),)  # type: ignore[index]
+            wanted = [layout_of(n) for n in call.operands]
+            for j, dims in enumerate(names.operands):
+                if factor in dims:
+                    wanted[j] = wanted[j].with_dim(dims.index(factor), split)
+            new = [self.obtain(self._summed(n), w) for n, w in zip(operands, wanted, strict=True)]
+            output = layout_of(node).with_dim(names.output.index(factor), split)
+            return self.emit(node, new, output)
+        return None
+
+    def _told(self, node: fx.Node) -> int | None:
+        """The dim of a weight that the user wants split."""
+        weight = self.program.weights.get(node.name)
+        return None if weight is None else self.told.get(weight.name)
+
     def _rows_of_weight(self, weight: fx.Node) -> fx.Node | None:
         size = type_of(weight).shape[0]
         split = (Atom(size, (_TP,)),)
+        if not self._may_split(weight, layout_of(weight).with_dim(0, split)):
+            return None
+        self.why = "rows of the vocabulary"
         if not self._divides(split):
             self.notes.append(
                 f"{self._weight_name(weight)}: {size} rows do not divide over tp={self.size}: "
@@ -452,6 +494,17 @@ class _Splitter(Requests):
                 return None
         return (Layout(tuple(dims)),)
 
+    def _may_split(self, node: fx.Node, wanted: Layout) -> bool:
+        """Whether a value is a weight that nobody wants split otherwise, or whole."""
+        if node.op != "placeholder":
+            return self._is_weight(node)
+        name = self.weights[node.name].name if node.name in self.weights else None
+        if name is None or name not in self.allowed:
+            return name is not None
+        dims = [i for i, dim in enumerate(wanted.dims) for a in dim for x in a.axes
+                if base_axis(x) == _TP]
+        return dims == [self.allowed[name]]
+
     def _is_weight(self, node: fx.Node) -> bool:
         """Whether a value is a weight, seen through views of it."""
         if node.op == "placeholder":
@@ -465,11 +518,13 @@ class _Splitter(Requests):
         """A weight by its share; each rank reads nothing else of it."""
         if node.name not in self.weights:
             return super().input_again(node, wanted)
-        if not all(map(self._divides, wanted.dims)):
+        if not all(map(self._divides, wanted.dims)) or not self._may_split(node, wanted):
             return None
         again = self.builder.placeholder(
             f"{node.name}_share", type_of(node).with_layout(wanted)
         )
+        name = self.weights[node.name].name
+        again.meta["why"] = "plan" if name in self.told else self.why
         self.weights[again.name] = self.weights[node.name]
         return again
 

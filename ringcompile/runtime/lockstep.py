@@ -150,8 +150,8 @@ class LockStep:
         for other in group:
             if _signature(arrived[other]) != _signature(asked):
                 raise RingCompileError(
-                    f"rank {index} asks for {_signature(asked)} in %{asked.node}, "
-                    f"rank {other} for {_signature(arrived[other])} in %{arrived[other].node}"
+                    f"rank {index} asks for {_signature(asked)}, "
+                    f"rank {other} for {_signature(arrived[other])}"
                 )
         rank.met[asked.axis] += 1
         brought = [arrived[other] for other in group]
@@ -170,7 +170,8 @@ class LockStep:
 def _signature(asked: Collective) -> str:
     tensor = asked.tensor
     shape = list(tensor.shape[1:] if asked.sends else tensor.shape)  # each has its own rows
-    return f"{asked.kind} of {tensor.dtype} {shape} {asked.detail}".rstrip()
+    what = f"{asked.kind} of {tensor.dtype} {shape} {asked.detail}".rstrip()
+    return f"{what} in %{asked.node}"
 
 
 def _message(what: tuple[tuple[int, ...], torch.dtype, tuple[int, ...], str]) -> str:
