@@ -13,6 +13,7 @@ from ringcompile.cost.attention import Block, blocks
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.kinds import SAME, VIEWS, memory_kind
 from ringcompile.cost.values import Value, Values, distinct_bytes
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import (
     ALL_REDUCE,
@@ -333,6 +334,17 @@ def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
                   "aten.argsort.stable", "ringcompile.route.default"],
     }
     return {name: row for row, names in rows.items() for name in names}
+
+
+def has_cost(target: object) -> bool:
+    """Whether it is known what an op costs; by name or as an operator."""
+    name = str(target)
+    if name in _TABLE or name in VIEWS | SAME | COMMUNICATION:
+        return True
+    try:
+        return bool(memory_kind(target))
+    except RingCompileError:
+        return False
 
 
 _TABLE = _tables()
