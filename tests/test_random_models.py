@@ -8,7 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from ringcompile.ops import kernels
+from ringcompile.ops.kernels import select
 from tests import random_models
 from tests.moe_styles import STYLES, Style, WithLoss, reference
 from tests.random_models import Case, Outcome, case_of, trial
@@ -136,7 +136,7 @@ def test_a_fault_on_purpose_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def average(out: torch.Tensor, lse: torch.Tensor, out_b: torch.Tensor, lse_b: object) -> None:
         out.lerp_(out_b.to(out.dtype), 0.5)
 
-    monkeypatch.setattr(kernels, "merge", average)
+    monkeypatch.setattr(select, "merge", average)
     assert trial(ring_case()).kind == "wrong"
 
 

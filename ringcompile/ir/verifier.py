@@ -7,7 +7,7 @@ from torch import fx
 from ringcompile.ir.program import Program
 
 # Their first operand is updated in place, so nothing else may read it.
-CONSUMING = frozenset({"ringcompile.merge.default"})
+CONSUMING = frozenset({"ringcompile.merge.default", "ringcompile.attend_merge.default"})
 _STARTS = "ringcompile.shift_start.default"
 _WAITS = "ringcompile.wait.default"
 

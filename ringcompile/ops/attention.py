@@ -1,4 +1,4 @@
-"""Bodies of the attention ops, over the kernels of kernels.py.
+"""Bodies of the attention ops, over the kernels in kernels/.
 
 Everything here is per rank and knows only positions: which mesh, and how blocks travel, is decided
 in the graph.
@@ -49,7 +49,7 @@ def attention(
     """
     rows, columns = (pieces(None, 0, _NO_LIMIT, x.shape[2]) for x in (q, k))
     masks = _Masks(key_mask, mask, Band(lower, upper))
-    state = _attend(q, k, v, masks, rows, columns, _Scoring(scale, softcap))
+    state = _attended(_calls(q, k, v, masks, rows, columns), _Scoring(scale, softcap))
     return finish(state, sink, dtype=q.dtype)
 
 
@@ -88,6 +88,7 @@ def block_attention(
     softcap: float | None = None,
     lower: int | None = None,
     upper: int | None = None,
+    wide: bool = False,
 ) -> State:
     """Attention of the queries over one block of keys, as a state [out, lse].
 
@@ -105,14 +106,67 @@ def block_attention(
         softcap: as in `attention`.
         lower: as in `attention`, of positions in the whole sequence.
         upper: likewise.
+        wide: whether out is wanted as precise as lse, for blocks to be merged into it.
     """
-    rows = pieces(queries, chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
-    columns = pieces(keys, chunk, limit, num_rows=kv[0].shape[2])
+    blocks = _Blocks(queries, keys, chunk, limit)
     masks = _Masks(key_mask, mask, Band(lower, upper))
-    if queries == keys and masks.only_causal:
+    calls = _block_calls(q, kv, head_dim, masks, blocks)
+    return _attended(calls, _Scoring(scale, softcap), wide)
+
+
+def attend_merge(
+    state: State,
+    q: torch.Tensor,
+    kv: Sequence[torch.Tensor],
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    start: int,
+    head_dim: int,
+    queries: Sequence[int] | None,
+    keys: Sequence[int] | None,
+    chunk: int,
+    limit: int,
+    scale: float,
+    softcap: float | None = None,
+    lower: int | None = None,
+    upper: int | None = None,
+) -> State:
+    """Attention over one more block of keys, folded into the state's rows from `start` on.
+
+    The same as `merge(state, block_attention(q, kv, ...), start=start)`, which says what the
+    arguments are; the state is used up.
+    """
+    out, lse = _accumulator(state)
+    blocks = _Blocks(queries, keys, chunk, limit)
+    masks = _Masks(key_mask, mask, Band(lower, upper))
+    for call in _block_calls(q, kv, head_dim, masks, blocks):
+        rows = start + call.first, call.q.shape[2]
+        kernels.attend_merge(
+            out.narrow(2, *rows), lse.narrow(2, *rows), call.q, call.k, call.v,
+            scale=scale, causal=call.causal, mask=call.mask, softcap=softcap,
+        )
+    return [out, lse]
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Which positions the rows of queries and keys are; see `block_attention`."""
+
+    queries: Sequence[int] | None
+    keys: Sequence[int] | None
+    chunk: int
+    limit: int
+
+
+def _block_calls(
+    q: torch.Tensor, kv: Sequence[torch.Tensor], head_dim: int, masks: _Masks, blocks: _Blocks
+) -> list[_KernelCall]:
+    rows = pieces(blocks.queries, blocks.chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
+    columns = pieces(blocks.keys, blocks.chunk, blocks.limit, num_rows=kv[0].shape[2])
+    if blocks.queries == blocks.keys and masks.only_causal:
         columns = rows  # padding sits behind every token: no need to leave it out
-    scoring = _Scoring(scale, softcap)
-    return _attend(q, *unpack(kv, head_dim), masks, rows, columns, scoring)
+    return _calls(q, *unpack(kv, head_dim), masks, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -136,23 +190,45 @@ class _Masks:
         return self.band.is_causal and self.by_key is None and self.by_pair is None
 
 
-def _attend(
+@dataclass(frozen=True)
+class _KernelCall:
+    """What one call of a kernel computes: a run of the queries, from row `first` on."""
+
+    first: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    causal: bool = False
+    mask: torch.Tensor | None = None
+
+
+def _calls(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     masks: _Masks,
     rows: tuple[Piece, ...],
     columns: tuple[Piece, ...],
-    scoring: _Scoring,
-) -> State:
-    """As few kernel calls as the positions allow, each over what its rows see."""
+) -> list[_KernelCall]:
+    """As few as the positions allow, each over what its rows see; together all rows, in order."""
     if masks.only_causal and rows == columns and q.shape[2] == k.shape[2]:
         # Positions rise along both, in step: the kernel's own causal mask is the right one.
-        return _kernel(q, k, v, scoring, causal=True)
+        return [_KernelCall(0, q, k, v, causal=True)]
     plan = [(row, _visible(row, columns, masks.band)) for row in rows]
-    states = [_attend_rows(q, k, v, masks, run, seen, scoring) for run, seen in _runs(plan)]
+    return [_call(q, k, v, masks, run, seen) for run, seen in _runs(plan)]
+
+
+def _attended(calls: list[_KernelCall], scoring: _Scoring, wide: bool = False) -> State:
+    """The state of all their rows."""
+    states = [
+        kernels.attend(
+            call.q, call.k, call.v, scale=scoring.scale, causal=call.causal, mask=call.mask,
+            softcap=scoring.softcap, wide=wide,
+        )
+        for call in calls
+    ]
     if len(states) == 1:
-        return states[0]
+        return list(states[0])
     return [torch.cat([state[i] for state in states], 2) for i in (0, 1)]
 
 
@@ -187,19 +263,17 @@ def _runs(plan: list[tuple[Piece, _Seen]]) -> list[tuple[tuple[Piece, ...], _See
     return runs
 
 
-def _attend_rows(
+def _call(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     masks: _Masks,
     rows: tuple[Piece, ...],
     seen: _Seen,
-    scoring: _Scoring,
-) -> State:
-    """One kernel call: these rows over the columns that they see."""
+) -> _KernelCall:
+    """These rows over the columns that they see."""
     first, num_rows = rows[0].offset, sum(row.length for row in rows)
     columns = [column for column, _ in seen]
-    q = q.narrow(2, first, num_rows)
     k, v = (_take(x, [(c.offset, c.length) for c in columns], 2) for x in (k, v))
     by_position = [(c.start, c.length) for c in columns]
     parts = []
@@ -216,22 +290,7 @@ def _attend_rows(
         pairs = masks.by_pair
         pairs = pairs if pairs.shape[2] == 1 else pairs.narrow(2, first, num_rows)
         parts.append(_columns(pairs, by_position))
-    return _kernel(q, k, v, scoring, mask=_combine(parts))
-
-
-def _kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scoring: _Scoring,
-    causal: bool = False,
-    mask: torch.Tensor | None = None,
-) -> State:
-    return list(
-        kernels.attend(
-            q, k, v, scale=scoring.scale, causal=causal, mask=mask, softcap=scoring.softcap
-        )
-    )
+    return _KernelCall(first, q.narrow(2, first, num_rows), k, v, mask=_combine(parts))
 
 
 def _columns(mask: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -264,12 +323,16 @@ def merge(state: State, block: State, *, start: int) -> State:
 
     The accumulator is float32 whatever the inputs are, and float64 for float64.
     """
-    out, lse = state
-    if out.dtype != lse.dtype:
-        out = out.to(lse.dtype)
+    out, lse = _accumulator(state)
     num_rows = block[1].shape[2]
     kernels.merge(out.narrow(2, start, num_rows), lse.narrow(2, start, num_rows), *block)
     return [out, lse]
+
+
+def _accumulator(state: State) -> State:
+    """The state's tensors, out as precise as lse."""
+    out, lse = state
+    return [out if out.dtype == lse.dtype else out.to(lse.dtype), lse]
 
 
 def finish(

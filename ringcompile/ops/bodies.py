@@ -32,6 +32,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "pack": attention.pack,
     "block_attention": attention.block_attention,
     "merge": attention.merge,
+    "attend_merge": attention.attend_merge,
     "finish": attention.finish,
 }
 

@@ -2,8 +2,8 @@
 
 `attention`, `expert_linear` and `redistribute` are what a program for one device holds; the rest
 appear as it is partitioned. A state is the running result of attention over some of the keys:
-[out, lse], out in the model's dtype until blocks are merged into it, then float32 (float64 for
-float64), and lse the natural-log sum of exponentials per row.
+[out, lse], out in the model's dtype, and float32 (float64 for float64) where blocks are merged into
+it, and lse the natural-log sum of exponentials per row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ SCHEMAS = {
     "block_attention": (
         "(Tensor q, Tensor[] kv, Tensor? key_mask=None, Tensor? mask=None, *, SymInt head_dim, "
         "SymInt[]? queries, SymInt[]? keys, SymInt chunk, SymInt limit, float scale, "
-        "float? softcap=None, SymInt? lower=None, SymInt? upper=None) -> Tensor[]"
+        "float? softcap=None, SymInt? lower=None, SymInt? upper=None, bool wide=False) -> Tensor[]"
+    ),
+    "attend_merge": (
+        "(Tensor[] state, Tensor q, Tensor[] kv, Tensor? key_mask=None, Tensor? mask=None, *, "
+        "SymInt start, SymInt head_dim, SymInt[]? queries, SymInt[]? keys, SymInt chunk, "
+        "SymInt limit, float scale, float? softcap=None, SymInt? lower=None, SymInt? upper=None) "
+        "-> Tensor[]"
     ),
     "merge": "(Tensor[] state, Tensor[] block, *, SymInt start) -> Tensor[]",
     "finish": "(Tensor[] state, Tensor? sink=None, *, ScalarType dtype) -> Tensor",

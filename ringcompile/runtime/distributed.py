@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
@@ -20,8 +20,9 @@ from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.batches import deal, whole_outputs
 from ringcompile.runtime.data import name_inputs, share_inputs
+from ringcompile.runtime.drive import drive
 from ringcompile.runtime.exchange import Exchange
-from ringcompile.runtime.executor import Executor, Request
+from ringcompile.runtime.executor import Executor
 from ringcompile.runtime.inprocess import read_weights
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory
@@ -95,13 +96,22 @@ class Session:
         rank: this process' place.
         check_inputs: whether ranks compare their inputs before every run; for inputs that each
             process got on its own.
+        backend: of torch.compile, for what is computed between communications; see `Executor`.
 
     Raises:
         RingCompileError: the ranks have different programs.
     """
 
-    def __init__(self, parallel: Parallel, rank: Rank, *, check_inputs: bool = False) -> None:
+    def __init__(
+        self,
+        parallel: Parallel,
+        rank: Rank,
+        *,
+        check_inputs: bool = False,
+        backend: str | None = None,
+    ) -> None:
         keep_freed_memory()
+        self.backend = backend
         self.rank, self.check_inputs, self.mesh = rank, check_inputs, parallel.mesh
         self.program = parallel.rank(rank.index)
         # The last rank is one of the last stage: its program says what is returned.
@@ -139,7 +149,8 @@ class Session:
         with torch.no_grad():
             for share in shares:
                 values = {name: tensor.to(device) for name, tensor in share.items()}
-                outputs.append(_drive(executor.run({**self.weights, **values}), self.exchange))
+                generator = executor.run({**self.weights, **values})
+                outputs.append(drive(generator, self.exchange.answer))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         stats = Stats(
@@ -196,20 +207,10 @@ class Session:
         if key not in self._executors:
             if len(self._executors) == _MAX_EXECUTORS:
                 self._executors.clear()
-            self._executors[key] = Executor(self.program, lengths, self.rank.device)
+            self._executors[key] = Executor(
+                self.program, lengths, self.rank.device, backend=self.backend
+            )
         return self._executors[key]
-
-
-def _drive(
-    generator: Generator[Request, Any, tuple[torch.Tensor, ...]], exchange: Exchange
-) -> tuple[torch.Tensor, ...]:
-    answer = None
-    while True:
-        try:
-            request = generator.send(answer)
-        except StopIteration as done:
-            return done.value
-        answer = exchange.answer(request)
 
 
 def _joined(parallel: Parallel) -> tuple[str, ...]:

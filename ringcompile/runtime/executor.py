@@ -22,6 +22,8 @@ from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops import schemas
 from ringcompile.ops.bodies import CREATION, body_of
 from ringcompile.runtime.collectives import Collective, asked, used
+from ringcompile.runtime.piecewise import in_pieces
+from ringcompile.runtime.steps import Slot, Step, holds_slot
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,8 @@ class Wait:
 Request = Shift | Wait | Collective
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Stands for a node's value in prepared arguments."""
-
-    index: int
-
-
-@dataclass
-class _Step:
-    node: fx.Node
-    function: Callable[..., Any]
-    args: list[Any]
-    kwargs: dict[str, Any]
-    fill: list[tuple[int, int]]
-    nested: bool
-    out: int
-    frees: list[int]
-    communicates: str | None
+# Called with a node, its arguments and what computes it; returns the result. For measuring.
+Watch = Callable[[fx.Node, list[Any], dict[str, Any], Callable[..., Any]], Any]
 
 
 class Executor:
@@ -79,6 +65,9 @@ class Executor:
         lengths: the values of its length symbols.
         device: where tensors that the program makes are put.
         check_types: hold every value against the type that its node declares.
+        backend: of torch.compile, for what is computed between communications; None to run op by
+            op. See `piecewise`.
+        watch: called in place of every op that does not communicate.
     """
 
     def __init__(
@@ -87,6 +76,9 @@ class Executor:
         lengths: dict[str, int],
         device: torch.device | str = "cpu",
         check_types: bool = False,
+        *,
+        backend: str | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.program, self.check_types = program, check_types
         self.lengths = _with_own(program, lengths)
@@ -104,25 +96,29 @@ class Executor:
         self.steps = [
             self._prepare(node, frees.get(node, [])) for node in nodes if node.op == "call_function"
         ]
+        self.watch, self.num_slots = watch, len(nodes)
+        if backend is not None:
+            kept = [self.slots[node] for node in program.outputs]
+            self.steps, self.num_slots = in_pieces(self.steps, len(nodes), kept, backend)
 
-    def _prepare(self, node: fx.Node, frees: list[int]) -> _Step:
+    def _prepare(self, node: fx.Node, frees: list[int]) -> Step:
         args, kwargs = map_values((list(node.args), dict(node.kwargs)), self._argument)
         if str(node.target) in CREATION:
             kwargs["device"] = self.device
         name = schemas.name_of(node.target)
         communicates = name if name in schemas.COMMUNICATION else None
-        fill = [(i, a.index) for i, a in enumerate(args) if isinstance(a, _Slot)]
-        nested = _holds_slot([a for a in args if not isinstance(a, _Slot)]) or _holds_slot(kwargs)
+        fill = [(i, a.index) for i, a in enumerate(args) if isinstance(a, Slot)]
+        nested = holds_slot([a for a in args if not isinstance(a, Slot)]) or holds_slot(kwargs)
         if not node.users:
             frees = [*frees, self.slots[node]]
         function: Any = node.target if communicates else body_of(node.target)
-        return _Step(
+        return Step(
             node, function, args, kwargs, fill, nested, self.slots[node], frees, communicates
         )
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
-            return _Slot(self.slots[value])
+            return Slot(self.slots[value])
         return bind(value, self.lengths) if is_symbolic(value) else value
 
     def run(
@@ -136,13 +132,13 @@ class Executor:
         Returns:
             this rank's share of every output, in order.
         """
-        held: list[Any] = [None] * len(self.slots)
+        held: list[Any] = [None] * self.num_slots
         for node in self.placeholders:
             held[self.slots[node]] = values[node.name]
         for step in self.steps:
-            args, kwargs = _filled(step, held)
+            args, kwargs = step.filled(held)
             if step.communicates is None:
-                held[step.out] = _called(step, args, kwargs)
+                held[step.out] = self._called(step, args, kwargs)
             else:
                 held[step.out] = yield from self._communicate(step, args, kwargs)
             if self.check_types:
@@ -151,8 +147,17 @@ class Executor:
                 held[slot] = None
         return tuple(held[self.slots[node]] for node in self.program.outputs)
 
+    def _called(self, step: Step, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        try:
+            if self.watch is not None:
+                return self.watch(step.node, args, kwargs, step.function)
+            return step.function(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise error_at(step.node, f"{step.node.target} failed: {first}") from error
+
     def _communicate(
-        self, step: _Step, args: list[Any], kwargs: dict[str, Any]
+        self, step: Step, args: list[Any], kwargs: dict[str, Any]
     ) -> Generator[Request, Any, Any]:
         name = step.node.name
         if step.communicates == "wait":
@@ -205,34 +210,6 @@ def _with_own(program: Program, lengths: dict[str, int]) -> dict[str, int]:
     if sequence is None or coordinates is None:
         return lengths
     return {**lengths, OWN: sequence.own_length(coordinates, lengths)}
-
-
-def _called(step: _Step, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    try:
-        return step.function(*args, **kwargs)
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise error_at(step.node, f"{step.node.target} failed: {first}") from error
-
-
-def _filled(step: _Step, held: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-    if step.nested:
-        values = map_values(
-            (step.args, step.kwargs), lambda v: held[v.index] if isinstance(v, _Slot) else v
-        )
-        return values
-    args = step.args.copy()
-    for position, slot in step.fill:
-        args[position] = held[slot]
-    return args, step.kwargs
-
-
-def _holds_slot(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_holds_slot, value))
-    if isinstance(value, dict):
-        return any(map(_holds_slot, value.values()))
-    return isinstance(value, _Slot)
 
 
 def run_alone(

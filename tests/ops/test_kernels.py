@@ -1,4 +1,4 @@
-"""The contract of ops/kernels.py, kernel by kernel, against attention written out in float64."""
+"""The contract of ops/kernels, kernel by kernel, against attention written out in float64."""
 
 import math
 from collections.abc import Callable
@@ -9,81 +9,22 @@ import torch
 from torch import Tensor
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ops.kernels import attend, merge, providers
-
-FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-INF = math.inf
-
-# What rounding may do to the LSE and, times values of order 1, to the output. Scores of unit
-# normals scaled by D**-0.5 are about 1; a dot product of D <= 512 terms is off by about
-# D**0.5 units in the last place, 1.4e-6 in fp32, and 10 times that leaves room for exp and the
-# sums. The CPU flash op takes a faster exp for halves, good to about 20 bits: 1e-4.
-ATOL = {FP64: 1e-12, FP32: 1e-5, FP16: 1e-4, BF16: 1e-4}
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Attention in float64; `spread` is the mean of |v| under the same weights."""
-
-    out: Tensor
-    lse: Tensor
-    spread: Tensor
-
-
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool = False,
-    mask: Tensor | None = None,
-) -> Expected:
-    group = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
-    if mask is not None and mask.dtype == torch.bool:
-        scores = torch.where(mask, scores, -INF)
-    elif mask is not None:
-        scores = scores + mask.double()
-    if causal:
-        i, j = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
-        scores = torch.where(j <= i[:, None], scores, -INF)
-    top = scores.amax(-1, keepdim=True).clamp(min=-1e300)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    lse = (top + total.log()).squeeze(-1)
-    weights = weights / total.clamp(min=1e-300)
-    return Expected(weights @ v, lse, weights @ v.abs())
-
-
-def check(out: Tensor, lse: Tensor, want: Expected) -> None:
-    """Within rounding of the reference.
-
-    Half-precision kernels round the weights and the output once each, by at most eps / 2 of
-    their size: together eps * sum(p * |v|). fp32 and fp64 round more often, each far below ATOL.
-    """
-    atol = ATOL[out.dtype]
-    torch.testing.assert_close(lse.double(), want.lse, atol=atol, rtol=atol)
-    error = (out.double() - want.out).abs()
-    excess = error - torch.finfo(out.dtype).eps * want.spread - atol
-    assert not error.isnan().any(), "NaN in the output"
-    assert excess.max() <= 0, f"off by {error.max():.2e}"
-
-
-@dataclass(frozen=True)
-class Case:
-    heads: tuple[int, int]
-    rows: tuple[int, int]
-    dims: tuple[int, int]
-    causal: bool = False
-    batch: int = 2
-
-    def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        (h, g), (sq, sk), (d, e) = self.heads, self.rows, self.dims
-        shapes = ((h, sq, d), (g, sk, d), (g, sk, e))
-        q, k, v = (torch.randn(self.batch, *shape).to(device, dtype) for shape in shapes)
-        return q, k, v
-
+from ringcompile.ops.kernels import attend, attend_merge, merge, providers
+from tests.ops.contract import (
+    ATOL,
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    INF,
+    LAYOUTS,
+    Case,
+    accumulator,
+    check,
+    check_merged,
+    reference,
+    transposed,
+)
 
 CASES = {
     "heads": Case((4, 4), (33, 47), (64, 64)),
@@ -104,37 +45,6 @@ CASES = {
     # Longer than the kernels' own blocks (CPU flash: 512 keys), so that they merge inside.
     "long": Case((4, 2), (300, 1100), (64, 64), batch=1),
     "causal-long": Case((4, 2), (1025, 1025), (64, 64), causal=True, batch=1),
-}
-
-
-def packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    both = torch.cat([k, v], -1)
-    return both[..., : k.shape[3]], both[..., k.shape[3] :]
-
-
-def stacked(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    both = torch.stack([k, v])
-    return both[0], both[1]
-
-
-def transposed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)
-
-
-def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.cat([x, x, x], 2).narrow(2, x.shape[2], x.shape[2]) for x in tensors)
-
-
-LAYOUTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
-    "packed-kv": lambda q, k, v: (q, *packed(k, v)),
-    "stacked-kv": lambda q, k, v: (q, *stacked(k, v)),
-    "transposed-kv": lambda q, k, v: (q, *transposed(k, v)),
-    "transposed-qkv": lambda q, k, v: transposed(q, k, v),
-    "packed-transposed-kv": lambda q, k, v: (
-        q,
-        *(x.transpose(1, 2) for x in packed(k.transpose(1, 2), v.transpose(1, 2))),
-    ),
-    "rows-of-longer": lambda q, k, v: narrowed(q, k, v),
 }
 
 
@@ -180,8 +90,9 @@ every_masking_kernel = pytest.mark.parametrize(
 )
 
 
-def test_kernels_here_are_the_providers() -> None:
-    assert set(providers()) == set(KERNELS)
+def test_every_provider_has_its_contract_tested() -> None:
+    elsewhere = {"hopper", "triton", "ffpa", "cuda-cudnn"}  # test_custom_kernels.py
+    assert set(providers()) == {*KERNELS, *elsewhere}
 
 
 def contract_params() -> list[object]:
@@ -402,6 +313,12 @@ def test_empty_blocks(
     assert (lse.shape, lse.dtype) == (q.shape[:3], FP64 if dtype == FP64 else FP32)
     assert (out == 0).all()
     assert (lse == -INF).all()
+    wide, _ = attend(q, k, v, scale=0.125, provider=provider, wide=True)
+    assert wide.dtype == lse.dtype
+    before = torch.randn_like(wide), torch.randn_like(lse)
+    after = [x.clone() for x in before]
+    attend_merge(*after, q, k, v, scale=0.125, provider=provider)
+    assert all(map(torch.equal, before, after))
 
 
 def zeros(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -490,6 +407,21 @@ REFUSED = {
             "block out torch.float32, block lse torch.float32"
         ),
     ),
+    "accumulator-shape": (
+        lambda: attend_merge(
+            zeros(1, 4, 8, 8), zeros(1, 4, 8), zeros(*Q), *zeros(2, *KV), scale=1.0
+        ),
+        (
+            "the accumulator, out [1, 4, 8, 8] and lse [1, 4, 8], does not fit a block whose "
+            "output is [1, 4, 8, 16]"
+        ),
+    ),
+    "accumulator-half": (
+        lambda: attend_merge(
+            zeros(*Q, dtype=FP16), zeros(1, 4, 8), zeros(*Q), *zeros(2, *KV), scale=1.0
+        ),
+        "the accumulator is torch.float16 and torch.float32, this block needs torch.float32",
+    ),
     "merge-of-double": (
         lambda: merge(zeros(8, 4), zeros(8), zeros(8, 4), zeros(8, dtype=FP64)),
         (
@@ -507,12 +439,6 @@ def test_refusals(act: Callable[[], object], message: str) -> None:
     assert caught.value.message == message
 
 
-def accumulator(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = FP64 if q.dtype == FP64 else FP32
-    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
-    return out, torch.full(q.shape[:3], -INF, dtype=dtype, device=q.device)
-
-
 Blocks = list[tuple[Tensor, Tensor]]
 
 
@@ -520,15 +446,6 @@ def blocks_of(q: Tensor, k: Tensor, v: Tensor, num_blocks: int, provider: str) -
     """Attention over each block of keys; tensor_split makes uneven ones."""
     pairs = zip(k.tensor_split(num_blocks, 2), v.tensor_split(num_blocks, 2), strict=True)
     return [attend(q, *pair, scale=0.125, provider=provider) for pair in pairs]
-
-
-def check_merged(out: Tensor, lse: Tensor, want: Expected, dtype: torch.dtype) -> None:
-    """As `check`, with the block results' rounding to `dtype` once more in what was merged."""
-    atol = ATOL[dtype]
-    torch.testing.assert_close(lse.double(), want.lse, atol=atol, rtol=atol)
-    # Block errors are averaged with weights that sum to 1; their |v| averages to `spread`.
-    error = (out.double() - want.out).abs()
-    assert (error <= torch.finfo(dtype).eps * want.spread + atol).all(), f"off by {error.max():.2e}"
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 47, 50], ids="{}-blocks".format)
@@ -540,6 +457,25 @@ def test_merged_blocks_are_the_whole(provider: str, dtype: torch.dtype, num_bloc
     # blocks of 47 keys, three are empty.
     for block in reversed(blocks_of(q, k, v, num_blocks, provider)):
         merge(out, lse, *block)
+    check_merged(out, lse, reference(q, k, v, 0.125), dtype)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 50], ids="{}-blocks".format)
+@every_kernel
+def test_blocks_folded_in_are_the_whole(provider: str, dtype: torch.dtype, num_blocks: int) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, KERNELS[provider].device)
+    out, lse = accumulator(q, v)
+    for pair in zip(k.tensor_split(num_blocks, 2), v.tensor_split(num_blocks, 2), strict=True):
+        attend_merge(out, lse, q, *pair, scale=0.125, provider=provider)
+    check_merged(out, lse, reference(q, k, v, 0.125), dtype)
+
+
+@every_kernel
+def test_a_wide_output_is_an_accumulator(provider: str, dtype: torch.dtype) -> None:
+    q, k, v = CASES["grouped"].tensors(dtype, KERNELS[provider].device)
+    out, lse = attend(q, k[:, :, :20], v[:, :, :20], scale=0.125, provider=provider, wide=True)
+    assert out.dtype == lse.dtype == (FP64 if dtype == FP64 else FP32)
+    attend_merge(out, lse, q, k[:, :, 20:], v[:, :, 20:], scale=0.125, provider=provider)
     check_merged(out, lse, reference(q, k, v, 0.125), dtype)
 
 

@@ -31,11 +31,11 @@ from tests.test_ops_across_the_sequence import H, Lambda
 ORDERS = ("contiguous", "zigzag")
 RANKS = range(2, 7)
 ATTEND = "ringcompile.block_attention.default"
-MERGE = "ringcompile.merge.default"
+FOLD = "ringcompile.attend_merge.default"  # a block attention and the merge of its result
 FINISH = "ringcompile.finish.default"
 PACK = "ringcompile.pack.default"
 SLICE = "aten.slice.Tensor"
-LETTERS = {SHIFT: "s", ATTEND: "a", WAIT: "w"}
+LETTERS = {SHIFT: "s", ATTEND: "a", FOLD: "a", WAIT: "w"}
 BATCH, HEADS, DIM = 2, 3, H // 3
 # One token of packed keys and values, of one attention.
 TOKEN_BYTES = BATCH * HEADS * 2 * DIM * torch.float32.itemsize
@@ -215,6 +215,10 @@ def nodes_of(program: Program, target: str) -> list[fx.Node]:
     return [node for node in program.graph.nodes if str(node.target) == target]
 
 
+def attentions_of(program: Program) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if str(node.target) in (ATTEND, FOLD)]
+
+
 def received_by(case: Case, rank: int) -> dict[int, set[tuple[int, int]]]:
     """The chunks a rank takes in, by the direction they come from: 1 is from the rank before.
 
@@ -309,7 +313,7 @@ def test_what_is_passed_on_leaves_before_it_is_computed_with(ring: str) -> None:
     for case, rank, program in rank_programs(ring):
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         first: dict[fx.Node, int] = {}
-        for attention in nodes_of(program, ATTEND)[::-1]:
+        for attention in attentions_of(program)[::-1]:
             for kv in Call(attention)["kv"]:
                 first.update(dict.fromkeys(blocks_behind(kv), order[attention]))
         for start in nodes_of(program, SHIFT):
@@ -330,7 +334,7 @@ def test_transfers_hide_behind_attention(ring: str) -> None:
     """Every wait stands behind all attention of its step, right before what needs it."""
     for case, rank, program in rank_programs(ring):
         targets = [str(node.target) for node in program.graph.nodes]
-        targets = [target for target in targets if target in (SHIFT, WAIT, ATTEND)]
+        targets = [target for target in targets if target in LETTERS]
         steps = re.findall(r"(s{0,2})(a*)(w{0,2})", "".join(LETTERS[target] for target in targets))
         for starts, _, waits in steps:
             assert len(starts) == len(waits), (case, rank)
@@ -356,7 +360,7 @@ def computed(program: Program) -> Counter[tuple[int, int]]:
     """How often each pair of a query chunk and a key chunk is computed, over all attentions."""
     return Counter(
         pair
-        for node in nodes_of(program, ATTEND)
+        for node in attentions_of(program)
         for pair in pairs(Call(node)["queries"], Call(node)["keys"])
     )
 
@@ -385,8 +389,8 @@ def blocks_of(case: Case, rank: int) -> int:
 def test_number_of_blocks_and_merges(ring: str) -> None:
     for case, rank, program in rank_programs(ring):
         blocks = NUM_ATTENTIONS * blocks_of(case, rank)
-        assert len(nodes_of(program, ATTEND)) == blocks, (case, rank)
-        assert len(nodes_of(program, MERGE)) == blocks - NUM_ATTENTIONS, (case, rank)
+        assert len(attentions_of(program)) == blocks, (case, rank)
+        assert len(nodes_of(program, FOLD)) == blocks - NUM_ATTENTIONS, (case, rank)
         assert len(nodes_of(program, FINISH)) == NUM_ATTENTIONS, (case, rank)
 
 
@@ -410,7 +414,7 @@ def test_a_window_shorter_than_a_chunk_reaches_the_neighbour_only(window: int) -
         assert len(starts) == NUM_ATTENTIONS
         assert {start.kwargs["to"] for start in starts} == {rank + 1 if rank < 15 else None}
         assert {start.kwargs["source"] for start in starts} == {rank - 1 if rank else None}
-        assert len(nodes_of(program, ATTEND)) == NUM_ATTENTIONS * (2 if rank else 1)
+        assert len(attentions_of(program)) == NUM_ATTENTIONS * (2 if rank else 1)
     x = torch.randn(BATCH, 16 * 16, H)
     result = run(parallel, (x,))
     assert difference(result.outputs, captured(case.band)[0](x)) < 1e-6
@@ -422,12 +426,12 @@ def test_the_first_key_of_a_window_may_be_two_chunks_away() -> None:
     for window, blocks in ((17, 2), (18, 3)):
         case = Case(Band(0, window - 1), 16, "contiguous", length=16 * 16)
         assert blocks_of(case, 9) == blocks
-        assert len(nodes_of(compiled(case).rank(9), ATTEND)) == NUM_ATTENTIONS * blocks
+        assert len(attentions_of(compiled(case).rank(9))) == NUM_ATTENTIONS * blocks
 
 
 def test_one_rank_sends_nothing() -> None:
     for order in ORDERS:
         program = compiled(Case(Band(0), 1, order)).rank(0)
         assert not nodes_of(program, SHIFT)
-        assert not nodes_of(program, ATTEND)
+        assert not attentions_of(program)
         assert len(nodes_of(program, "ringcompile.attention.default")) == NUM_ATTENTIONS

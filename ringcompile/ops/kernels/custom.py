@@ -1,0 +1,120 @@
+"""Our own kernels, in Triton: head dims above 256, and blocks folded into an accumulator.
+
+Triton is optional. Its modules are imported when the first tensors come that it is for; without
+it, or with one that lacks what a kernel is written in, the providers say so and refuse.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ringcompile.ops.kernels.contract import (
+    Call,
+    Provider,
+    masked,
+    not_half,
+    older_gpu,
+    strided_last_dim,
+    unaligned,
+)
+
+# Triton's own switch, read when it is imported: kernels then run on the CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE = "cpu" if _INTERPRETED else "cuda"
+_HEAD_DIMS = range(257, 513)
+
+
+@lru_cache
+def _load(name: str) -> ModuleType | str:
+    """A module of kernels, or why it is not there."""
+    try:
+        return import_module(f"ringcompile.ops.kernels.{name}")
+    except ImportError as error:
+        return f"this Python has no fitting Triton: {error}"
+
+
+def _refuses(call: Call) -> str | None:
+    if not {call.q.shape[3], call.v.shape[3]} <= set(_HEAD_DIMS):
+        return (
+            f"head_dim of q and k is {call.q.shape[3]}, of v {call.v.shape[3]}, it takes "
+            f"{_HEAD_DIMS.start} to {_HEAD_DIMS.stop - 1}"
+        )
+    if call.scale <= 0:
+        return f"the scale is {call.scale}, it takes positive ones"
+    return (
+        masked(call) or not_half(call) or strided_last_dim(call) or unaligned(call)
+        or _repeated(call)
+    )
+
+
+def _repeated(call: Call) -> str | None:
+    # The copy engine takes no stride of 0.
+    expanded = (
+        stride == 0 < size - 1
+        for x in (call.q, call.k, call.v)
+        for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+    return "a dim is expanded" if any(expanded) else None
+
+
+def _triton_refuses(call: Call) -> str | None:
+    reason = _refuses(call) or (None if _INTERPRETED else older_gpu(call, (9, 0)))
+    return reason or _missing("triton_kernel")
+
+
+def _hopper_refuses(call: Call) -> str | None:
+    if reason := _refuses(call):
+        return reason
+    if torch.cuda.get_device_capability(call.q.device) != (9, 0):
+        return "the GPU is not of compute capability 9.0"
+    return _missing("hopper_kernel")
+
+
+def _missing(module: str) -> str | None:
+    found = _load(module)
+    return found if isinstance(found, str) else None
+
+
+def _provider(
+    name: str, device: str, module: str, refuses: Callable[[Call], str | None]
+) -> Provider:
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        out = _like_query(call)
+        lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+        _launch(module, call, out, lse, fold=False)
+        return out, lse
+
+    def fold(call: Call, out: Tensor, lse: Tensor) -> None:
+        _launch(module, call, out, lse, fold=True)
+
+    return Provider(name, device, refuses, run, fold=fold)
+
+
+def _launch(module: str, call: Call, out: Tensor, lse: Tensor, *, fold: bool) -> None:
+    kernels = _load(module)
+    assert isinstance(kernels, ModuleType)
+    if call.q.is_cuda and call.q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(call.q.device):
+            kernels.launch(call, out, lse, fold=fold)
+    else:
+        kernels.launch(call, out, lse, fold=fold)
+
+
+def _like_query(call: Call) -> Tensor:
+    """Memory for the output, its dims laid out as q's: views back to tokens stay views."""
+    order = sorted(range(3), key=lambda dim: call.q.stride(dim), reverse=True)
+    sizes = [*(call.q.shape[dim] for dim in order), call.v.shape[3]]
+    dtype = call.accumulator if call.wide else call.q.dtype
+    back = [order.index(dim) for dim in range(3)]
+    return call.q.new_empty(sizes, dtype=dtype).permute(*back, 3)
+
+
+HOPPER = _provider("hopper", "cuda", "hopper_kernel", _hopper_refuses)
+TRITON = _provider("triton", _DEVICE, "triton_kernel", _triton_refuses)

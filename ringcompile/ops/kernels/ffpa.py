@@ -1,0 +1,67 @@
+"""Attention of the optional package ffpa-attn, for head dims above 256 on any GPU it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringcompile.ops.kernels.contract import (
+    Call,
+    Provider,
+    masked,
+    not_half,
+    older_gpu,
+    strided_last_dim,
+    two_head_dims,
+    unaligned,
+)
+
+_HEAD_DIMS = range(257, 1025)
+
+
+@lru_cache
+def _op() -> Callable[..., Any] | str:
+    """The package's forward op over Triton, which returns the LSE; or why it is not there."""
+    try:
+        import_module("ffpa_attn")
+        return torch.ops.ffpa_attn._fwd_triton
+    except (ImportError, AttributeError) as error:
+        return f"this Python has no fitting ffpa-attn: {error}"
+
+
+def _run(call: Call) -> tuple[Tensor, Tensor]:
+    """Groups heads itself; LSE padded to 128 rows."""
+    op = _op()
+    assert callable(op)
+    out, lse = op(
+        call.q, call.k, call.v, None, call.scale, int(call.causal),
+        0, 0,  # no autotuning: that would be a search at run time
+        0.0, 0, 0,  # no dropout
+        1, 0,  # by the copy engine where there is one; warps not specialised
+    )
+    return out, lse[..., : call.q.shape[2]].contiguous()
+
+
+def _refuses(call: Call) -> str | None:
+    if call.q.shape[3] not in _HEAD_DIMS:
+        return (
+            f"head_dim is {call.q.shape[3]}, it takes {_HEAD_DIMS.start} to {_HEAD_DIMS.stop - 1}"
+        )
+    found = _op()
+    return (
+        masked(call)
+        or not_half(call)
+        or two_head_dims(call)
+        or older_gpu(call, (8, 0))
+        or strided_last_dim(call)
+        or unaligned(call)
+        or (found if isinstance(found, str) else None)
+    )
+
+
+FFPA = Provider("ffpa", "cuda", _refuses, _run)

@@ -1,0 +1,347 @@
+"""Attention for head dims of 257 to 512 on Hopper (compute capability 9.0), in Gluon.
+
+A program owns 64 queries of one head and three groups of four warps, each with a part of its own:
+
+    scores   S = Q K^T, the online softmax, weights P to shared memory     loads Q and K
+    left     O[:, :256] = shrink * O[:, :256] + P V[:, :256]               loads its half of V
+    right    O[:, 256:], likewise                                          loads its half of V
+
+While one group exponentiates or shrinks its accumulator, the others keep the matrix units busy. K
+comes in pieces of 128 columns, V of 16 rows, through rings of slots in shared memory; whoever has
+used a slot up asks the copy engine for what comes next, so that no warps are spent on loading. P
+has two buffers: scores for the next keys are computed while the last weights are used.
+
+Whole tiles of 64 keys, [64, 512] each, would not fit twice beside the queries. Registers: 12 warps
+leave 168 a thread, of which half an accumulator of [64, 512] float32 takes 128.
+
+The block is folded into what out and LSE hold already by starting from it: an accumulator `out`
+with the maximum `lse` and the sum 1 is the state of an online softmax that has seen those keys.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ringcompile.ops.kernels.contract import Call
+
+# Names that changed between Triton 3.6 and 3.9.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+_LOG2_E = 1.4426950408889634
+_BLOCK_M, _BLOCK_N = 64, 64
+_K_COLUMNS, _K_SLOTS = 128, 4
+_V_ROWS, _V_COLUMNS, _V_SLOTS = 16, 256, 4
+
+
+@gluon.jit
+def _fetch(
+    tensor, ring, full, piece, num_pieces, batch, head, column,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, PER_TILE: gl.constexpr, SLOTS: gl.constexpr,
+):
+    """Start loading a piece into its slot; a tile of rows comes in PER_TILE pieces of columns."""
+    slot = piece % SLOTS
+    wanted = piece < num_pieces
+    mbarrier.expect(full.index(slot), ROWS * COLUMNS * 2, pred=wanted)
+    at = [batch, head, (piece // PER_TILE) * ROWS, column + (piece % PER_TILE) * COLUMNS]
+    _copy(tensor, at, full.index(slot), ring.index(slot), pred=wanted)
+
+
+@gluon.jit
+def _score_tile(
+    block, piece, num_pieces, top, total, queries, k, k_ring, k_full, weights, weights_full,
+    weights_empty, shrinks, scale, batch, kv_head, first, num_keys,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, PIECES: gl.constexpr,
+    SLOTS: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr,
+):
+    """Weights of one tile of keys, handed over; returns the next piece and the softmax so far."""
+    scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, LAYOUT)
+    for i in gl.static_range(PIECES):
+        slot = piece % SLOTS
+        mbarrier.wait(k_full.index(slot), (piece // SLOTS) & 1)
+        scores = warpgroup_mma(
+            queries.index(i).reshape((BLOCK_M, COLUMNS)),
+            k_ring.index(slot).reshape((BLOCK_N, COLUMNS)).permute((1, 0)),
+            scores, use_acc=i > 0, is_async=True,
+        )
+        if i > 0:  # the product before this one is done: its slot is free
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            _barrier()
+            _fetch(
+                k, k_ring, k_full, piece - 1 + SLOTS, num_pieces, batch, kv_head, 0,
+                BLOCK_N, COLUMNS, PIECES, SLOTS,
+            )
+        piece += 1
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    _barrier()
+    _fetch(
+        k, k_ring, k_full, piece - 1 + SLOTS, num_pieces, batch, kv_head, 0,
+        BLOCK_N, COLUMNS, PIECES, SLOTS,
+    )
+    if MASK:
+        keys = block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        if CAUSAL:
+            rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+            scores = gl.where(keys[None, :] <= rows[:, None], scores, float("-inf"))
+        else:
+            scores = gl.where(keys[None, :] < num_keys, scores, float("-inf"))
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale)
+    tile = gl.exp2(scores * scale - new_top[:, None])
+    shrink = gl.exp2(top - new_top)
+    total = total * shrink + gl.sum(tile, 1)
+
+    buffer = block % 2
+    mbarrier.wait(weights_empty.index(buffer), ((block // 2) & 1) ^ 1)
+    weights.index(buffer).store(tile.to(weights.dtype))
+    shrinks.index(buffer).store(shrink)
+    fence_async_shared()
+    _barrier()
+    mbarrier.arrive(weights_full.index(buffer))
+    return piece, new_top, total
+
+
+@gluon.jit
+def _scores(
+    q, queries, q_full, k, k_ring, k_full, weights, weights_full, weights_empty, shrinks,
+    totals, totals_full, lse, lse_row, scale, batch, head, kv_head, first, num_rows, num_keys,
+    num_blocks,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, PIECES: gl.constexpr,
+    SLOTS: gl.constexpr, CAUSAL: gl.constexpr, FOLD: gl.constexpr,
+):
+    """The part of the group that computes weights."""
+    LOG2_E: gl.constexpr = 1.4426950408889634
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    num_pieces = num_blocks * PIECES
+    mbarrier.expect(q_full, BLOCK_M * COLUMNS * PIECES * 2)
+    for i in gl.static_range(PIECES):
+        _copy(q, [batch, head, first, i * COLUMNS], q_full, queries.index(i))
+    for i in gl.static_range(SLOTS):
+        _fetch(
+            k, k_ring, k_full, i, num_pieces, batch, kv_head, 0, BLOCK_N, COLUMNS, PIECES, SLOTS
+        )
+    rows = gl.arange(0, BLOCK_M, ROW)
+    kept = first + rows < num_rows
+    lse_at = lse + rows * lse_row
+    if FOLD:
+        before = gl.load(lse_at, mask=kept, other=float("-inf"))
+        top = before * LOG2_E
+        total = gl.where(before == float("-inf"), 0.0, 1.0)
+    else:
+        top = gl.full([BLOCK_M], float("-inf"), gl.float32, ROW)
+        total = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
+    mbarrier.wait(q_full, 0)
+    piece = 0
+    # Only the last tile of keys needs a mask: the diagonal, or the end of the keys.
+    for block in range(num_blocks - 1):
+        piece, top, total = _score_tile(
+            block, piece, num_pieces, top, total, queries, k, k_ring, k_full, weights,
+            weights_full, weights_empty, shrinks, scale, batch, kv_head, first, num_keys,
+            BLOCK_M, BLOCK_N, COLUMNS, PIECES, SLOTS, False, CAUSAL, LAYOUT,
+        )
+    piece, top, total = _score_tile(
+        num_blocks - 1, piece, num_pieces, top, total, queries, k, k_ring, k_full, weights,
+        weights_full, weights_empty, shrinks, scale, batch, kv_head, first, num_keys,
+        BLOCK_M, BLOCK_N, COLUMNS, PIECES, SLOTS, True, CAUSAL, LAYOUT,
+    )
+    totals.store(total)
+    _barrier()
+    mbarrier.arrive(totals_full)
+    gl.store(lse_at, (top + gl.log2(total)) / LOG2_E, mask=kept)
+
+
+@gluon.jit
+def _places(
+    out, out_row, num_rows, num_columns,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr,
+):
+    """Where a tile of the output lies, and which of it there is."""
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
+    kept = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    return out + rows[:, None] * out_row + columns[None, :], kept
+
+
+@gluon.jit
+def _values(
+    v, ring, full, weights, weights_full, weights_empty, shrinks, totals, totals_full,
+    out, out_row, batch, kv_head, first, num_rows, value_dim, num_blocks, column,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    SLOTS: gl.constexpr, FOLD: gl.constexpr,
+):
+    """The part of a group that accumulates half the columns of the output."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    PIECES: gl.constexpr = BLOCK_N // ROWS
+    num_pieces = num_blocks * PIECES
+    for i in gl.static_range(SLOTS):
+        _fetch(v, ring, full, i, num_pieces, batch, kv_head, column, ROWS, COLUMNS, 1, SLOTS)
+    out += column
+    num_rows -= first
+    value_dim -= column
+    if FOLD:
+        out_at, kept = _places(out, out_row, num_rows, value_dim, BLOCK_M, COLUMNS, LAYOUT)
+        acc = gl.load(out_at, mask=kept, other=0.0)
+    else:
+        acc = gl.zeros([BLOCK_M, COLUMNS], gl.float32, LAYOUT)
+    piece = 0
+    for block in range(num_blocks):
+        buffer = block % 2
+        mbarrier.wait(weights_full.index(buffer), (block // 2) & 1)
+        shrink = shrinks.index(buffer).load(ROW)
+        acc = acc * shrink[:, None]
+        for i in gl.static_range(PIECES):
+            slot = piece % SLOTS
+            mbarrier.wait(full.index(slot), (piece // SLOTS) & 1)
+            acc = warpgroup_mma(
+                weights.index(buffer).slice(i * ROWS, ROWS, 1),
+                ring.index(slot).reshape((ROWS, COLUMNS)), acc, is_async=True,
+            )
+            if i > 0:  # the product before this one is done: its slot is free
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                _barrier()
+                _fetch(
+                    v, ring, full, piece - 1 + SLOTS, num_pieces, batch, kv_head, column,
+                    ROWS, COLUMNS, 1, SLOTS,
+                )
+            piece += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        _barrier()
+        _fetch(
+            v, ring, full, piece - 1 + SLOTS, num_pieces, batch, kv_head, column,
+            ROWS, COLUMNS, 1, SLOTS,
+        )
+        mbarrier.arrive(weights_empty.index(buffer))
+    mbarrier.wait(totals_full, 0)
+    total = totals.load(ROW)
+    # Not before the loop, where 128 addresses would need as many registers.
+    out_at, kept = _places(out, out_row, num_rows, value_dim, BLOCK_M, COLUMNS, LAYOUT)
+    gl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers in shared memory, each of which that many groups arrive at."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "num_rows", "num_keys", "num_heads", "group_size", "num_tiles", "lse_batch", "lse_head",
+    ]
+)
+def attend(
+    q, k, v, out, lse,
+    num_rows, num_keys, num_heads, group_size, num_tiles, value_dim, scale,
+    out_batch, out_head, out_row, lse_batch, lse_head, lse_row,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_PIECES: gl.constexpr,
+    K_SLOTS: gl.constexpr, V_ROWS: gl.constexpr, V_COLUMNS: gl.constexpr, V_SLOTS: gl.constexpr,
+    CAUSAL: gl.constexpr, FOLD: gl.constexpr,
+):
+    """One tile of BLOCK_M queries of one head; `scale` includes log2(e)."""
+    # Causal: the tiles with the most keys first, so that the last to finish are short.
+    num_all = gl.num_programs(0) // num_tiles
+    if CAUSAL:
+        tile = num_tiles - 1 - gl.program_id(0) // num_all
+        batch_head = gl.program_id(0) % num_all
+        num_blocks = ((tile + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N
+    else:
+        tile = gl.program_id(0) % num_tiles
+        batch_head = gl.program_id(0) // num_tiles
+        num_blocks = (num_keys + BLOCK_N - 1) // BLOCK_N
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    kv_head = head // group_size
+    first = tile * BLOCK_M
+    out += batch.to(gl.int64) * out_batch + head.to(gl.int64) * out_head
+    out += first.to(gl.int64) * out_row
+    lse += batch.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head + first * lse_row
+
+    queries = gl.allocate_shared_memory(q.dtype, [K_PIECES, 1, 1, BLOCK_M, K_COLUMNS], q.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [K_SLOTS, 1, 1, BLOCK_N, K_COLUMNS], k.layout)
+    left = gl.allocate_shared_memory(v.dtype, [V_SLOTS, 1, 1, V_ROWS, V_COLUMNS], v.layout)
+    right = gl.allocate_shared_memory(v.dtype, [V_SLOTS, 1, 1, V_ROWS, V_COLUMNS], v.layout)
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], q.dtype)
+    weights = gl.allocate_shared_memory(q.dtype, [2, BLOCK_M, BLOCK_N], WEIGHTS)
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shrinks = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], VECTOR)
+    totals = gl.allocate_shared_memory(gl.float32, [BLOCK_M], VECTOR)
+    q_full = _barriers(1, 1).index(0)
+    totals_full = _barriers(1, 1).index(0)
+    k_full = _barriers(K_SLOTS, 1)
+    left_full = _barriers(V_SLOTS, 1)
+    right_full = _barriers(V_SLOTS, 1)
+    weights_full = _barriers(2, 1)
+    weights_empty = _barriers(2, 2)
+    fence_async_shared()
+
+    gl.warp_specialize([
+        (_scores, (
+            q, queries, q_full, k, k_ring, k_full, weights, weights_full, weights_empty, shrinks,
+            totals, totals_full, lse, lse_row, scale, batch, head, kv_head, first, num_rows,
+            num_keys, num_blocks,
+            BLOCK_M, BLOCK_N, K_COLUMNS, K_PIECES, K_SLOTS, CAUSAL, FOLD,
+        )),
+        (_values, (
+            v, left, left_full, weights, weights_full, weights_empty, shrinks, totals, totals_full,
+            out, out_row, batch, kv_head, first, num_rows, value_dim, num_blocks, 0,
+            BLOCK_M, BLOCK_N, V_ROWS, V_COLUMNS, V_SLOTS, FOLD,
+        )),
+        (_values, (
+            v, right, right_full, weights, weights_full, weights_empty, shrinks, totals,
+            totals_full, out, out_row, batch, kv_head, first, num_rows, value_dim, num_blocks,
+            V_COLUMNS,
+            BLOCK_M, BLOCK_N, V_ROWS, V_COLUMNS, V_SLOTS, FOLD,
+        )),
+    ], [4, 4], [168, 168])
+
+
+def launch(call: Call, out: Tensor, lse: Tensor, *, fold: bool) -> None:
+    """Write attention over the call's keys to out and LSE, or fold it into them."""
+    (batch, heads, num_rows, head_dim), (groups, num_keys) = call.q.shape, call.k.shape[1:3]
+    num_tiles = triton.cdiv(num_rows, _BLOCK_M)
+    attend[(num_tiles * batch * heads,)](
+        _described(call.q, _BLOCK_M, _K_COLUMNS),
+        _described(call.k, _BLOCK_N, _K_COLUMNS),
+        _described(call.v, _V_ROWS, _V_COLUMNS),
+        out, lse,
+        num_rows, num_keys, heads, heads // groups, num_tiles, out.shape[3], call.scale * _LOG2_E,
+        *out.stride()[:3], *lse.stride(),
+        **constants(head_dim, causal=call.causal, fold=fold),
+        num_warps=4,
+    )
+
+
+def constants(head_dim: int, *, causal: bool, fold: bool) -> dict[str, int | bool]:
+    """The compile-time arguments of `attend`."""
+    return {
+        "BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N, "K_COLUMNS": _K_COLUMNS,
+        "K_PIECES": triton.cdiv(head_dim, _K_COLUMNS), "K_SLOTS": _K_SLOTS, "V_ROWS": _V_ROWS,
+        "V_COLUMNS": _V_COLUMNS, "V_SLOTS": _V_SLOTS, "CAUSAL": causal, "FOLD": fold,
+    }
+
+
+def layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    """How a piece of a tensor lies in shared memory; the same for both halves."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.float16)
+
+
+def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    block = [1, 1, rows, columns]
+    return TensorDescriptor(
+        x, list(x.shape), list(x.stride()), block, layout(rows, columns)
+    )

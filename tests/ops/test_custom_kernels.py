@@ -1,0 +1,172 @@
+"""Kernels that are not torch's, or not the default: on a GPU, and as far as one can without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ops.kernels import attend, contract, custom
+from tests.ops.contract import FP16, FP64, LAYOUTS, Case, check, reference
+from tests.ops.wide_heads import CHECKS, fault
+
+ROOT = Path(__file__).parents[2]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+NO_BFLOAT16 = "Triton's interpreter multiplies bfloat16 as if it were integers"
+
+
+def run_triton(*command: str, **environment: str) -> str:
+    """Output of a Python process that imports Triton, with its settings of today."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=250,
+        env={**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", **environment}, check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """The fault of each check, run by Triton's interpreter in a process of its own."""
+    output = run_triton("-m", "tests.ops.wide_heads", "triton", "cpu", TRITON_INTERPRET="1")
+    return dict(line.split("\t", 1) for line in output.splitlines())
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CHECKS)
+def test_triton_on_the_cpu(interpreted: dict[str, str], name: str) -> None:
+    if "bfloat16" in name:
+        pytest.skip(NO_BFLOAT16)
+    assert interpreted[name] == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("provider", ["hopper", "triton"])
+def test_ours_on_a_gpu(provider: str, name: str) -> None:
+    assert fault(name, provider, "cuda") == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("ffpa_attn") is None, reason="needs ffpa-attn")
+@pytest.mark.parametrize(
+    "name",
+    ["full", "full-bfloat16", "grouped", "causal", "folded", "causal-start", *LAYOUTS],
+)
+def test_ffpa_on_a_gpu(name: str) -> None:
+    assert fault(name, "ffpa", "cuda") == ""
+
+
+CUDNN_CASES = {
+    "full": Case((4, 4), (70, 100), (64, 64)),
+    "grouped": Case((4, 2), (70, 100), (128, 128)),
+    "causal": Case((4, 4), (130, 130), (128, 128), causal=True),
+    "causal-grouped": Case((4, 2), (65, 65), (64, 64), causal=True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CUDNN_CASES.values(), ids=CUDNN_CASES)
+def test_cudnn_on_a_gpu(case: Case) -> None:
+    q, k, v = case.tensors(FP16, "cuda")
+    scale = case.dims[0] ** -0.5
+    out, lse = attend(q, k, v, scale=scale, causal=case.causal, provider="cuda-cudnn")
+    check(out, lse, reference(q, k, v, scale, case.causal))
+    assert lse.is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wide", [False, True])
+def test_our_kernel_is_the_choice_for_wide_heads(
+    wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    monkeypatch.setattr(custom, "_launch", lambda module, *_, **__: launched.append(module))
+    q, k, v = Case((2, 2), (8, 8), (512, 512)).tensors(FP16, "cuda")
+    attend(q, k, v, scale=1.0, wide=wide)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert launched == ["hopper_kernel" if hopper else "triton_kernel"]
+
+
+COMPILE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from ringcompile.ops.kernels import hopper_kernel as hopper
+
+def described(rows, columns):
+    return f"tensordesc<fp16[1, 1, {rows}, {columns}],{hopper.layout(rows, columns)!r}>"
+
+for causal, fold in ((False, False), (True, False), (False, True)):
+    fixed = hopper.constants(512, causal=causal, fold=fold)
+    names = hopper.attend.arg_names
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(fixed, "constexpr") | {
+        "q": described(fixed["BLOCK_M"], fixed["K_COLUMNS"]),
+        "k": described(fixed["BLOCK_N"], fixed["K_COLUMNS"]),
+        "v": described(fixed["V_ROWS"], fixed["V_COLUMNS"]),
+        "out": "*fp32" if fold else "*fp16", "lse": "*fp32", "scale": "fp32",
+    }
+    source = GluonASTSource(
+        hopper.attend, types, {(names.index(name),): value for name, value in fixed.items()}
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    print(json.dumps([made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async")]))
+"""
+
+
+@needs_triton
+def test_hopper_kernel_compiles_and_fits_without_a_gpu() -> None:
+    made = [eval(line) for line in run_triton("-c", COMPILE).splitlines()]
+    # 227 KB of shared memory a program. Products: 32 for scores, twice (with and without a mask),
+    # and 4 for each half of the values.
+    assert len(made) == 3
+    for shared, products in made:
+        assert shared <= 227 * 1024
+        assert products == 72
+
+
+REFUSED = {
+    "head-dim": (Case((1, 1), (4, 4), (256, 256)), {}, "head_dim of q and k is 256, of v 256, it"),
+    "value-dim": (Case((1, 1), (4, 4), (512, 64)), {}, "head_dim of q and k is 512, of v 64, it"),
+    "scale": (Case((1, 1), (4, 4), (512, 512)), {"scale": -1.0}, "the scale is -1.0, it takes"),
+    "unaligned": (Case((1, 1), (4, 4), (260, 260)), {}, "rows are not aligned to 16 bytes"),
+    "mask": (
+        Case((1, 1), (4, 4), (512, 512)), {"mask": torch.ones(4, 4, dtype=torch.bool)},
+        "it takes no mask",
+    ),
+    "dtype": (Case((1, 1), (4, 4), (512, 512)), {"dtype": FP64}, "dtype is torch.float64"),
+}
+
+
+@pytest.mark.parametrize(("case", "change", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_our_kernels_refuse(case: Case, change: dict[str, object], reason: str) -> None:
+    q, k, v = case.tensors(change.get("dtype", FP16), "cpu")  # type: ignore[arg-type]
+    scale, mask = change.get("scale", 1.0), change.get("mask")
+    call = contract.Call(q, k, v, scale, False, mask, None)  # type: ignore[arg-type]
+    for provider in (custom.HOPPER, custom.TRITON):
+        assert str(provider.refuses(call)).startswith(reason)
+
+
+def test_expanded_tensors_are_refused() -> None:
+    q, k, v = Case((2, 2), (4, 4), (512, 512)).tensors(FP16, "cpu")
+    call = contract.Call(q, k[:, :1].expand(-1, 2, -1, -1), v, 1.0, False, None, None)
+    assert custom.TRITON.refuses(call) == "a dim is expanded"
+
+
+def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "ringcompile.ops.kernels.triton_kernel", raising=False)
+    assert "no fitting Triton" in str(custom._load.__wrapped__("triton_kernel"))
+
+
+def test_providers_for_gpus_say_so_on_the_cpu() -> None:
+    q, k, v = Case((1, 1), (4, 4), (512, 512)).tensors(FP16, "cpu")
+    for provider in ("hopper", "triton", "ffpa", "cuda-cudnn"):
+        with pytest.raises(RingCompileError, match="tensors are on cpu, it runs on cuda"):
+            attend(q, k, v, scale=1.0, provider=provider)

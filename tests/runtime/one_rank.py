@@ -1,0 +1,49 @@
+"""One rank's program of a small model, its weights and its share of the inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ringcompile.capture.export import capture
+from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.ir.program import Program
+from ringcompile.models import zoo
+from ringcompile.runtime.data import name_inputs, share_inputs
+from ringcompile.runtime.inprocess import read_weights
+
+
+@dataclass(frozen=True)
+class OneRank:
+    parallel: ParallelProgram
+    program: Program
+    lengths: dict[str, int]
+    weights: dict[str, torch.Tensor]
+    share: dict[str, torch.Tensor]
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        return {**self.weights, **self.share}
+
+
+def one_rank(
+    name: str,
+    parallel: str = "ring=4",
+    *,
+    rank: int = 1,
+    length: int = 64,
+    device: str = "cpu",
+    dtype: str | None = None,
+    **options: str,
+) -> OneRank:
+    module, example = zoo.build(name, sequence=24, dtype=dtype)
+    made = transform(capture(module, example), parallel, **options)  # type: ignore[arg-type]
+    program = made.rank(rank)
+    _, inputs = zoo.build(name, sequence=length, seed=3, dtype=dtype)
+    whole = name_inputs(program, inputs)
+    lengths = program.bindings(whole)
+    share = {
+        key: x.to(device) for key, x in share_inputs(program, whole, lengths).items()
+    }
+    return OneRank(made, program, lengths, read_weights(program, made.source, device), share)
