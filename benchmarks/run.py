@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
-from benchmarks import attention, model  # noqa: E402
+from benchmarks import attention, model, strategies  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -52,6 +52,7 @@ def main(rounds: int, model_rounds: int, save: bool) -> None:
     click.echo("SmolLM2-135M, 4,096 tokens, 2 ranks x 1 thread; ratios to one process x 2 threads")
     found |= model.run(model_rounds)
     click.echo(attention.table({"attention": found["smollm2"]}))  # type: ignore[dict-item]
+    found |= strategies.run(model_rounds)
     if save:
         RESULTS.mkdir(exist_ok=True)
         file = RESULTS / f"cpu-{datetime.date.today().isoformat()}.json"

@@ -21,18 +21,20 @@ from ringcompile.capture.loaders import DTYPES, load_model
 from ringcompile.dump import formats, render
 from ringcompile.dump.report import Report
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.plan import read_plan
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
 from ringcompile.passes.base import Pass, Pipeline
-from ringcompile.passes.place import ORDERS
+from ringcompile.passes.place import ORDERS, RINGS
 from ringcompile.passes.regions import CAPACITIES
 
 _CONSOLE = Console(stderr=True)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 _PARALLEL = click.option(
-    "--parallel", required=True, metavar="SPEC", help="The parallel spec, for example ring=4."
+    "--parallel", required=True, metavar="SPEC",
+    help="The parallel spec: axes and sizes, such as ring=4 or pp=2,ring=4,tp=2; outermost first."
 )
 _ORDER = click.option(
     "--order", type=click.Choice(["auto", *ORDERS]), default="auto", show_default=True,
@@ -41,6 +43,13 @@ _ORDER = click.option(
 _CAPACITY = click.option(
     "--capacity", type=click.Choice(CAPACITIES), default=CAPACITIES[0], show_default=True,
     help="Whose tokens count where experts have a capacity: all of them, or each rank's own.",
+)
+_RING = click.option(
+    "--ring", type=click.Choice(RINGS), default=RINGS[0], show_default=True,
+    help="Keys and values rotate, or are gathered at once (short sequences).",
+)
+_TP_SEQUENCE = click.option(
+    "--tp-sequence", is_flag=True, help="Divide the sequence over tp between the layers it splits."
 )
 _DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
 _BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
@@ -92,6 +101,12 @@ def models(as_json: bool) -> None:
 @_PARALLEL
 @_ORDER
 @_CAPACITY
+@_RING
+@_TP_SEQUENCE
+@click.option("--stages", metavar="LAYERS",
+              help="Where pipeline stages but the first begin, for example model.layers.16.")
+@click.option("--plan", type=click.Path(path_type=Path),
+              help="What splits each weight: an edited `dump OUT --format plan`.")
 @_DTYPE
 @_BATCH
 @click.option("--seq", type=click.IntRange(1), help="Fix the sequence length (else any).")
@@ -109,6 +124,10 @@ def transform(
     parallel: str,
     order: str,
     capacity: str,
+    ring: str,
+    tp_sequence: bool,
+    stages: str | None,
+    plan: Path | None,
     dtype: str | None,
     batch: int,
     seq: int | None,
@@ -132,8 +151,13 @@ def transform(
         loaded = load_model(model, batch=batch, length=seq, dtype=dtype, weights=keep_weights)
     with _CONSOLE.status("capturing"):
         program = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    told = None if plan is None else read_plan(plan, program, mesh)
+    starts = tuple(filter(None, (name.strip() for name in (stages or "").split(","))))
     if passes is not None:
-        every = compiler.front_passes(mesh, order, gather_unknown, capacity)
+        every = compiler.front_passes(
+            mesh, order, gather_unknown, capacity, ring, tp_sequence,
+            starts or (told.stages if told else ()), told.told("tp") if told else None,
+        )
         click.echo(print_program(_run_passes(program, passes, every, mesh)))
         return
     seconds: dict[str, float] = {}
@@ -142,7 +166,8 @@ def transform(
     with _CONSOLE.status("transforming"):
         made = compiler.transform(
             program, mesh, order=order, length=seq, gather_unknown=gather_unknown,
-            capacity=capacity, observe=observe, options=options,
+            capacity=capacity, ring=ring, tp_sequence=tp_sequence, stages=starts, plan=told,
+            observe=observe, options=options,
         )
         if verify_each:
             made.verify()
@@ -207,6 +232,8 @@ def _print_summary(out: Path, made: compiler.ParallelProgram, as_json: bool) -> 
 @_PARALLEL
 @_ORDER
 @_CAPACITY
+@_RING
+@_TP_SEQUENCE
 @_DTYPE
 @_BATCH
 @_JSON
@@ -215,6 +242,8 @@ def check(
     parallel: str,
     order: str,
     capacity: str,
+    ring: str,
+    tp_sequence: bool,
     dtype: str | None,
     batch: int,
     as_json: bool,
@@ -224,7 +253,8 @@ def check(
     with _CONSOLE.status(f"checking {model}"):
         loaded = load_model(model, batch=batch, dtype=dtype, weights=":" in model)
         found = compiler.check(
-            loaded.module, mesh, loaded.args, loaded.kwargs, order=order, capacity=capacity
+            loaded.module, mesh, loaded.args, loaded.kwargs, order=order, capacity=capacity,
+            ring=ring, tp_sequence=tp_sequence,
         )
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
@@ -257,12 +287,16 @@ def _print_report(found: Report) -> None:
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", type=int, help="One rank's program (else what all have in common).")
-@click.option("--format", "format_", type=click.Choice(formats()), default="text",
+@click.option("--format", "format_", type=click.Choice([*formats(), "plan"]),
+              default="text",
               show_default=True)
 @click.option("--after", metavar="PASS", help="As it was behind this pass.")
 def dump(out: Path, rank: int | None, format_: str, after: str | None) -> None:
     """Print a program of the artifact OUT."""
     made = compiler.load(out)
+    if format_ == "plan":
+        click.echo(made.plan().to_text(), nl=False)
+        return
     if after is not None:
         program = compiler.program_after(made, after, rank or 0)
     else:
@@ -303,6 +337,8 @@ def verify(out: Path, numerics: bool, model: str | None, as_json: bool) -> None:
 @click.option("--seq", type=click.IntRange(1), default=128, show_default=True,
               help="Length of random inputs, where none are given.")
 @click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds.")
+@click.option("--join-timeout", type=float, default=120.0, show_default=True,
+              help="Seconds to wait for all ranks, on all hosts, to be there.")
 @_JSON
 def run(
     out: Path,
@@ -312,12 +348,13 @@ def run(
     outputs: Path | None,
     seq: int,
     timeout: float,
+    join_timeout: float,
     as_json: bool,
 ) -> None:
     """Run the artifact OUT on local processes; under torchrun, join the job that is there."""
     found = execution.run_artifact(
         out, nproc=nproc, backend=backend, inputs=inputs, outputs=outputs, length=seq,
-        timeout=timeout,
+        timeout=timeout, join_timeout=join_timeout,
     )
     if found is None:  # another rank of a torchrun job reports
         return

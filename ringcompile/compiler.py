@@ -17,11 +17,14 @@ from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.crosscheck import cross_check
+from ringcompile.ir.plan import Plan, plan_of
+from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
@@ -31,6 +34,7 @@ from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.specialize import Specialize
 from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
 from ringcompile.passes.tensor_parallel import TensorParallel
+from ringcompile.passes.unfuse import Unfuse
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -43,6 +47,7 @@ def front_passes(
     ring: str = "rotate",
     tp_sequence: bool = False,
     stages: tuple[str, ...] = (),
+    told: Mapping[str, int | None] | None = None,
 ) -> list[Pass]:
     """From a captured program to one program for all ranks."""
     return [
@@ -50,9 +55,11 @@ def front_passes(
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
+        *([Unfuse()] if mesh.size("tp") > 1 else []),
         Place(mesh, order, gather_unknown, capacity, ring, tp_sequence),
         CleanUp(),
-        *([TensorParallel(mesh), CleanUp()] if mesh.size("tp") > 1 else []),
+        *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
+        *([TensorParallel(mesh, told or {}), CleanUp()] if mesh.size("tp") > 1 else []),
         Partition(),
         CleanUp(),
         *([SplitPipeline(mesh, stages)] if mesh.size("pp") > 1 else []),
@@ -123,6 +130,14 @@ class ParallelProgram:
         """
         cross_check(self.ranks(), self.mesh)
 
+    def plan(self) -> Plan:
+        """What splits each weight and why, and where stages begin; to edit and feed back."""
+        firsts: dict[int, str] = {}
+        for node in self.program.graph.nodes:
+            if "stage" in node.meta and (layer := block_of(node)):
+                firsts.setdefault(node.meta["stage"], layer)
+        return plan_of(self.program, tuple(firsts[stage] for stage in sorted(firsts)[1:]))
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write programs, weights and manifest to a folder, whole or not at all.
 
@@ -153,6 +168,7 @@ def transform(
     ring: str = "rotate",
     tp_sequence: bool = False,
     stages: Sequence[str] = (),
+    plan: Plan | None = None,
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ParallelProgram:
@@ -173,6 +189,8 @@ def transform(
         tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
             reduce-scatter and a gather in place of each all-reduce.
         stages: the layer that each pipeline stage but the first begins with; cut by cost if empty.
+        plan: which weights are split, and where stages begin, as the user wants it; from
+            `ir.plan.read_plan`.
         observe: called behind every pass with the pass, the program and its seconds.
         options: anything to keep with the artifact.
 
@@ -183,7 +201,8 @@ def transform(
     if length is not None and length < 1:
         raise RingCompileError(f"sequence length {length}: it must be at least 1")
     front = front_passes(
-        mesh, order, gather_unknown, capacity, ring, tp_sequence, tuple(stages)
+        mesh, order, gather_unknown, capacity, ring, tp_sequence,
+        tuple(stages or (plan.stages if plan else ())), plan.told("tp") if plan else None,
     )
     placed = Pipeline(front, observe).run(program)
     if length is not None:
@@ -219,9 +238,7 @@ def check(
     parallel: str | Mesh,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    order: str = "auto",
-    capacity: str = "exact",
+    **options: Any,
 ) -> report.Report:
     """Say, layer by layer, what would become of a model; never raises for what is refused.
 
@@ -230,17 +247,18 @@ def check(
         parallel: as for `transform`.
         args: as for `capture`; unused with a program.
         kwargs: likewise.
-        order: as for `transform`.
-        capacity: likewise.
+        options: as for `transform`.
     """
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     name = model.name if isinstance(model, Program) else type(model).__name__
     try:
         program = model if isinstance(model, Program) else capture(model, args, kwargs)
-        made, refusals = _made(program, mesh, order, capacity)
+        made, refusals = _made(program, mesh, options)
         ranks = made.ranks()
     except RingCompileError as error:
-        return report.Report(name, str(mesh), order, False, refusals=(str(error),))
+        return report.Report(
+            name, str(mesh), options.get("order", "auto"), False, refusals=(str(error),)
+        )
     assert made.program.sequence is not None
     return report.Report(
         program.name,
@@ -256,13 +274,13 @@ def check(
 
 
 def _made(
-    program: Program, mesh: Mesh, order: str, capacity: str
+    program: Program, mesh: Mesh, options: Mapping[str, Any]
 ) -> tuple[ParallelProgram, tuple[str, ...]]:
     """The first refusal in full, and all others that gathering would get around."""
     try:
-        return transform(program, mesh, order=order, capacity=capacity), ()
+        return transform(program, mesh, **options), ()
     except RingCompileError as error:
-        made = transform(program, mesh, order=order, capacity=capacity, gather_unknown=True)
+        made = transform(program, mesh, **{**options, "gather_unknown": True})
         return made, (str(error), *made.program.without_rule[1:])
 
 
@@ -278,7 +296,8 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
     options = made.options
     front = front_passes(
         made.mesh, options.get("order", "auto"), options.get("gather_unknown", False),
-        options.get("capacity", "exact"),
+        options.get("capacity", "exact"), options.get("ring", "rotate"),
+        options.get("tp_sequence", False), made.plan().stages, made.plan().told("tp"),
     )
     if name not in [step.name for step in front]:
         known = [step.name for step in (*front, *late)]

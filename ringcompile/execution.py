@@ -23,7 +23,12 @@ from ringcompile.ir.expr import SEQUENCE, bind
 from ringcompile.ir.program import Program
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
-from ringcompile.runtime.join import join_torchrun, pick_backend, under_torchrun
+from ringcompile.runtime.join import (
+    JOIN_TIMEOUT,
+    join_torchrun,
+    pick_backend,
+    under_torchrun,
+)
 from ringcompile.runtime.launcher import LocalRanks
 
 BACKENDS = ("lockstep", "gloo", "nccl")
@@ -182,6 +187,7 @@ def run_artifact(
     outputs: Path | None,
     length: int,
     timeout: float,
+    join_timeout: float = JOIN_TIMEOUT,
 ) -> RunReport | None:
     """Run an artifact as `ringcompile run` does; None on ranks that have nothing to report.
 
@@ -191,13 +197,15 @@ def run_artifact(
     parallel = load(folder)
     whole = _read_inputs(inputs) if inputs else random_inputs(parallel.program, length)
     if under_torchrun():
-        return _under_torchrun(parallel, backend, whole, outputs, timeout)
+        return _under_torchrun(parallel, backend, whole, outputs, timeout, join_timeout)
     start = time.perf_counter()
     if backend == "lockstep":
         done = run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, whole)
         seconds = time.perf_counter() - start
         return _report(parallel, backend, seconds, done.bytes_sent, done.outputs, outputs)
-    options: dict[str, Any] = {"nproc": nproc, "backend": backend, "timeout": timeout}
+    options: dict[str, Any] = {
+        "nproc": nproc, "backend": backend, "timeout": timeout, "join_timeout": join_timeout,
+    }
     with LocalRanks(artifact.load, (folder,), **options) as ranks:
         found = ranks.run(whole)
     return _report(
@@ -216,8 +224,11 @@ def _under_torchrun(
     whole: dict[str, torch.Tensor],
     outputs: Path | None,
     timeout: float,
+    join_timeout: float,
 ) -> RunReport | None:
-    rank = join_torchrun(parallel.mesh, backend=backend, timeout=timeout)
+    rank = join_torchrun(
+        parallel.mesh, backend=backend, timeout=timeout, join_timeout=join_timeout
+    )
     session = Session(parallel, rank, check_inputs=True)
     done = session.run(whole)
     everyone = session.everyones_stats(done)

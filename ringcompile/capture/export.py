@@ -72,7 +72,9 @@ def _capture(
             notes = (*notes, f"{where}{error.message}, {length}")
         exported = _functional(exported)
     program = Importer(exported, model).program(name)
-    return program.with_graph(program.graph, notes=notes, length_range=lengths)
+    return program.with_graph(
+        program.graph, notes=notes, length_range=lengths, tp_plan=huggingface.tp_plan(model)
+    )
 
 
 def _example_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -72,6 +72,14 @@ def caveats(model: nn.Module, arguments: Collection[str]) -> tuple[str, ...]:
     return (caveat,)
 
 
+def tp_plan(model: nn.Module) -> dict[str, str]:
+    """How the model's own layers split under tensor parallelism, by pattern of layer names."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return {}
+    return dict(getattr(model, "_tp_plan", None) or {})
+
+
 def _attending_by_hand(model: nn.Module, transformers: Any) -> set[int]:
     """Configs of models that do not ask the registry how to attend.
 

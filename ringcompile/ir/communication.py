@@ -20,14 +20,19 @@ GATHER = "ringcompile.gather.default"
 ALL_REDUCE = "ringcompile.all_reduce.default"
 REDUCE_SCATTER = "ringcompile.reduce_scatter.default"
 ALL_TO_ALL = "ringcompile.all_to_all.default"
-COLLECTIVES = frozenset({GATHER, ALL_REDUCE, REDUCE_SCATTER, ALL_TO_ALL})
+DISPATCH = "ringcompile.dispatch.default"
+COMBINE = "ringcompile.combine.default"
+COLLECTIVES = frozenset(
+    {GATHER, ALL_REDUCE, REDUCE_SCATTER, ALL_TO_ALL, DISPATCH, COMBINE}
+)
 COMMUNICATION = COLLECTIVES | {SHIFT, WAIT}
 
 
 def collective_bytes(kind: str, num_bytes: Size, num_ranks: int) -> Size:
     """The bytes that any algorithm has to send per rank.
 
-    A reduction and an exchange keep their own part; an all-reduce is a reduce-scatter and a gather
+    A reduction and an exchange keep their own part (of rows that go to experts this is so on
+    average, where all are chosen alike); an all-reduce is a reduce-scatter and a gather
     of the parts (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
 
     Args:
@@ -55,7 +60,9 @@ def bytes_of(program: Program, node: fx.Node) -> Size:
     if target in COLLECTIVES:
         assert program.mesh is not None
         num_ranks = program.mesh.size(str(node.kwargs["axis"]))
-        brought = num_bytes(program, node.args[0])  # type: ignore[arg-type]
+        # As many rows come back from experts as went to them.
+        rows = node if target == COMBINE else node.args[0]
+        brought = num_bytes(program, rows)  # type: ignore[arg-type]
         return collective_bytes(short_name(node), brought, num_ranks)
     return 0
 

@@ -94,6 +94,7 @@ class Program:
         notes: what the user should know of how it was compiled.
         without_rule: of these, what has no rule and is computed whole on every rank, on request.
         lengths: symbols whose value is fixed.
+        tp_plan: what the model says of how its layers split, by pattern of layer names.
     """
 
     graph: fx.Graph
@@ -111,6 +112,7 @@ class Program:
     notes: tuple[str, ...] = ()
     without_rule: tuple[str, ...] = ()
     lengths: dict[str, int] = field(default_factory=dict)
+    tp_plan: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return print_program(self)

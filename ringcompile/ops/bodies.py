@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ringcompile.ops import attention, schemas
-from ringcompile.ops.experts import expert_linear
+from ringcompile.ops.experts import expert_linear, route
 from ringcompile.ops.sequence import positions
 
 
@@ -25,6 +25,7 @@ def _tokenwise(x: torch.Tensor, *, region: int, leaves: bool) -> torch.Tensor:
 BODIES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "expert_linear": expert_linear,
+    "route": route,
     "redistribute": _redistribute,
     "tokenwise": _tokenwise,
     "positions": positions,

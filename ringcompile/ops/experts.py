@@ -1,4 +1,4 @@
-"""Rows through the matrices of their experts."""
+"""Rows through the matrices of their experts, and on their way to them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ def expert_linear(
                 rows[taken], matrices[i], None if bias is None else bias[i]
             )
     return out.view(*x.shape[:-1], out.shape[1])
+
+
+def route(expert: Tensor, *, each: int, ways: int) -> list[Tensor]:
+    """Rows in the order of the ranks that have their experts.
+
+    Args:
+        expert: [...], the index of each row's expert; one that is no expert goes to the last rank.
+        each: experts of a rank.
+        ways: ranks.
+
+    Returns:
+        the rows' numbers in that order, [rows]; how many go to each rank, [ways].
+    """
+    owner = (expert.reshape(-1) // each).clamp(max=ways - 1)
+    return [owner.argsort(stable=True), torch.bincount(owner, minlength=ways)]

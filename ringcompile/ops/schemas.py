@@ -49,6 +49,11 @@ SCHEMAS = {
     ),
     "merge": "(Tensor[] state, Tensor[] block, *, SymInt start) -> Tensor[]",
     "finish": "(Tensor[] state, Tensor? sink=None, *, ScalarType dtype) -> Tensor",
+    "route": "(Tensor expert, *, int each, int ways) -> Tensor[]",
+    "dispatch": (
+        "(Tensor x, Tensor order, Tensor sends, Tensor takes, *, str axis, int lead) -> Tensor"
+    ),
+    "combine": "(Tensor x, Tensor order, Tensor sends, Tensor takes, *, str axis) -> Tensor",
     "shift_start": (
         "(Tensor? x, *, str axis, SymInt? to, SymInt? source, SymInt[] sends, SymInt[] takes, "
         "str of) -> Tensor"
@@ -88,7 +93,10 @@ torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_shape,
 
 # The ops that move data between ranks; everything else is local.
 COMMUNICATION = frozenset(
-    {"gather", "all_reduce", "reduce_scatter", "all_to_all", "shift_start", "wait"}
+    {
+        "gather", "all_reduce", "reduce_scatter", "all_to_all", "dispatch", "combine",
+        "shift_start", "wait",
+    }
 )
 
 

@@ -83,11 +83,12 @@ class _Partitioner:
         type_, call = type_of(node), Call(node)
         if type_.layout.is_whole:
             return self.builder.copy(node)
-        if len(type_.layout.dims[0]) > 1:  # `arange(2 * s)` in pieces: not one run of positions
+        atoms = type_.layout.dims[0]
+        if len(atoms) > 1 or not atoms[0].sequence:  # `arange(2 * s)`: not one run of positions
             whole = self.builder.copy(node)
             whole.meta["type"] = TensorType.whole(type_.dtype, type_.shape)
             return self.mover.move(whole, type_of(whole), type_, None)
-        here = self.mover.positions(type_.layout.dims[0][0].axes)
+        here = self.mover.positions(atoms[0].axes)
         if call["step"] != 1:
             here = self.builder.call(aten.mul.Tensor, (here, call["step"]), type_of(here))
         if not equal(call["start"], 0):
@@ -121,7 +122,7 @@ class _Partitioner:
         """Rows of a table of which each rank has a part; those of other ranks are terms of 0."""
         table, index = (self.builder.env[n] for n in Call(node).operands[:2])
         rows = type_of(table).layout.dims[0]
-        if not rows:
+        if not type_of(node).layout.partial:
             return self.builder.copy(node)
         count = local_size(rows[0], self.mesh, self.sequence)
         assert count is not None

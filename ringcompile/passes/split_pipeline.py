@@ -70,6 +70,9 @@ class SplitPipeline(Pass):
             stage += i in firsts
             for node in run:
                 node.meta["stage"] = stage
+        for node in reversed(calls):  # nothing is read before it is made
+            read = [user.meta["stage"] for user in node.users if "stage" in user.meta]
+            node.meta["stage"] = min([node.meta["stage"], *read])
         bounds = [0, *sorted(firsts), len(runs)]
         for stage, (first, end) in enumerate(pairwise(bounds)):
             names = [name for name, _ in runs[first:end]]

@@ -17,20 +17,21 @@ such layers runs on each rank's part of it (Korthikanti et al., 2022).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import equal
-from ringcompile.ir.layout import Atom, DimLayout, Layout
+from ringcompile.ir.expr import equal, simplify
+from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
+from ringcompile.ir.plan import model_plan
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
-from ringcompile.ir.types import TensorType, local_size
+from ringcompile.ir.types import TensorType, local_shape, local_size
 from ringcompile.mesh import Mesh, base_axis
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import (
@@ -45,7 +46,7 @@ from ringcompile.passes.linear_ops import passes_partial
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
 
 aten = torch.ops.aten
-_ATTENTION = op("attention")
+_ATTENTION, _EXPERTS = op("attention"), op("expert_linear")
 _TP = "tp"
 
 
@@ -59,25 +60,29 @@ class TensorParallel(Pass):
 
     Attributes:
         mesh: the parallel plan.
+        told: for weights of which the user says so, the dim that is split; None for whole.
     """
 
     name: ClassVar[str] = "tensor-parallel"
     mesh: Mesh
+    told: Mapping[str, int | None] = field(default_factory=dict)
 
     def run(self, program: Program) -> Program:
         """Write the program anew, with `tp` added to its layouts."""
         if self.mesh.size(_TP) == 1:
             return program
-        return _Splitter(program, self.mesh).run()
+        return _Splitter(program, self.mesh, self.told).run()
 
 
 class _Splitter(Requests):
-    def __init__(self, program: Program, mesh: Mesh) -> None:
+    def __init__(self, program: Program, mesh: Mesh, told: Mapping[str, int | None]) -> None:
         super().__init__(Builder(), dict(mesh.axes))
         assert program.sequence is not None
         self.program, self.mesh, self.sequence = program, mesh, program.sequence
         self.size = mesh.size(_TP)
         self.weights = dict(program.weights)
+        self.told, self.allowed = told, {**model_plan(program), **told}
+        self.why = ""
         self.notes: list[str] = []
         self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
 
@@ -109,7 +114,11 @@ class _Splitter(Requests):
             return self._attention(node, call, operands)
         if node.target is REDISTRIBUTE:
             return self._redistribute(node, operands[0])
-        found = self._summing(node, call, operands) or self._vocabulary(node, call, operands)
+        found = (
+            self._summing(node, call, operands)
+            or self._vocabulary(node, call, operands)
+            or self._as_told(node, call, operands)
+        )
         return found or self._carried(node, call, operands)
 
     # -- what splits: attention's heads, summed features, the vocabulary ---------------------------
@@ -133,6 +142,7 @@ class _Splitter(Requests):
         if times > 1:
             whole = [self.request(x, o) for x, o in zip(operands[1:3], old[1:3], strict=True)]
             operands[1:3] = [repeat_heads(self.builder, x, times) for x in whole]
+        self.why = f"heads of {location_of(node).layer or 'attention'}"
         rows = Rows(old[0].dims[0], (_TP, *shared), old[0].dims[2], old[1].dims[2])
         placement = rows.placement(given_operands(call, operands))
         new = [self.obtain(n, w) for n, w in zip(operands, placement.operands, strict=True)]
@@ -151,17 +161,30 @@ class _Splitter(Requests):
             where = [(i, dims.index(factor)) for i, dims in enumerate(names.operands)
                      if factor in dims]
             split = self._split_of(call, operands, where)
-            if split is None:
+            if split is None or not self._is_product(call, rule, [i for i, _ in where]):
                 continue
+            self.why = f"features summed over in {location_of(node).layer or node.name}"
             wanted = [layout_of(n) for n in call.operands]
             for i, dim in where:
                 wanted[i] = wanted[i].with_dim(dim, split)
-            bias = rule.bias(call)
+            bias = rule.given_bias(call)
             if bias is not None:
                 return self._with_bias(node, call, operands, wanted, bias)
             new = [self.obtain(n, w) for n, w in zip(operands, wanted, strict=True)]
             return self.emit(node, new, replace(layout_of(node), partial=(_TP,)))
         return None
+
+    def _is_product(self, call: Call, rule: FactorRule, factors: Sequence[int]) -> bool:
+        """Whether terms of the sum add up: of all that is not summed over only a bias is added."""
+        if str(call.target) in ("aten.addmm.default", "aten.baddbmm.default") and (
+            call["alpha"] != 1 or call["beta"] != 1
+        ):
+            return False
+        bias = rule.given_bias(call)
+        return all(
+            i in factors or (bias is not None and x is call[bias]) or not _is_float(x)
+            for i, x in enumerate(call.operands)
+        )
 
     def _split_of(
         self, call: Call, operands: list[fx.Node], where: Sequence[tuple[int, int]]
@@ -177,6 +200,8 @@ class _Splitter(Requests):
         split = (Atom(size, (_TP,)),)
         if not self._divides(split):
             return None
+        if any(self._told(call.operands[i]) == dim for i, dim in where):
+            return split
         for i, dim in where:
             old = layout_of(call.operands[i])
             if not old.dims[dim] and self.gains(operands[i], old.with_dim(dim, split)):
@@ -188,17 +213,36 @@ class _Splitter(Requests):
     ) -> fx.Node:
         """The sum over the ranks, and then the bias, once."""
         place = call.operands.index(call[bias])
-        added = operands[place]
-        pairs = [
-            (x, w) for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
+        new = [
+            self.obtain(x, w)
+            for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
         ]
-        new = [self.obtain(*pair) for pair in pairs]
         type_ = type_of(node).with_layout(replace(layout_of(node), partial=(_TP,)))
-        target = _WITHOUT_BIAS[str(node.target)]
-        total = self._summed(self.builder.call(target, tuple(new), type_))
+        target, how = _WITHOUT_BIAS[str(node.target)], {}
+        if target is _EXPERTS:
+            how = {"transposed": call["transposed"]}
+        total = self._summed(self.builder.call(target, tuple(new), type_, **how))
+        added = operands[place]
+        if target is _EXPERTS:
+            expert = self.request(operands[1], Layout(layout_of(total).dims[:-1]))
+            added = self._expert_bias(added, expert, type_of(total))
         return self.builder.call(
             aten.add.Tensor, (total, added), type_of(total), name=node.name, why="bias, once"
         )
+
+    def _expert_bias(self, bias: fx.Node, expert: fx.Node, type_: TensorType) -> fx.Node:
+        """The bias of each row's expert; 0 for a row that has none (see `ops.experts`)."""
+        (count,) = local_shape(type_of(bias), self.mesh, self.sequence)[:1]
+        index = type_of(expert)
+        known = self.builder.call(aten.clamp.default, (expert, 0, simplify(count - 1)), index)
+        found = self.builder.call(aten.embedding.default, (bias, known), type_)
+        none = self.builder.call(
+            aten.ge.Scalar, (expert, count), replace(index, dtype=torch.bool)
+        )
+        shape = (*index.shape, 1)
+        opened = TensorType(torch.bool, shape, Layout((*index.layout.dims, WHOLE)))
+        none = self.builder.call(aten.reshape.default, (none, list(shape)), opened)
+        return self.builder.call(aten.masked_fill.Scalar, (found, none, 0), type_)
 
     def _vocabulary(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
         """A table of tokens, and the head, by the rows of their weights; logits stay split."""
@@ -218,9 +262,38 @@ class _Splitter(Requests):
             return self.emit(node, [table, x], replace(layout_of(node), partial=(_TP,)))
         return self.emit(node, [x, table], layout_of(node).with_dim(-1, layout_of(table).dims[0]))
 
+    def _as_told(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
+        """A product whose weight the user wants split along what it makes."""
+        rule = find_rule(node.target)
+        if not isinstance(rule, FactorRule) or not rule.sums:
+            return None
+        names = rule.factors(call)
+        for i, x in enumerate(call.operands):
+            dim = self._told(x)
+            factor = None if dim is None else names.operands[i][dim]
+            if factor is None or factor not in names.output:
+                continue
+            split = (Atom(type_of(x).shape[dim], (_TP,)),)  # type: ignore[index]
+            wanted = [layout_of(n) for n in call.operands]
+            for j, dims in enumerate(names.operands):
+                if factor in dims:
+                    wanted[j] = wanted[j].with_dim(dims.index(factor), split)
+            new = [self.obtain(self._summed(n), w) for n, w in zip(operands, wanted, strict=True)]
+            output = layout_of(node).with_dim(names.output.index(factor), split)
+            return self.emit(node, new, output)
+        return None
+
+    def _told(self, node: fx.Node) -> int | None:
+        """The dim of a weight that the user wants split."""
+        weight = self.program.weights.get(node.name)
+        return None if weight is None else self.told.get(weight.name)
+
     def _rows_of_weight(self, weight: fx.Node) -> fx.Node | None:
         size = type_of(weight).shape[0]
         split = (Atom(size, (_TP,)),)
+        if not self._may_split(weight, layout_of(weight).with_dim(0, split)):
+            return None
+        self.why = "rows of the vocabulary"
         if not self._divides(split):
             self.notes.append(
                 f"{self._weight_name(weight)}: {size} rows do not divide over tp={self.size}: "
@@ -285,6 +358,11 @@ class _Splitter(Requests):
 
     def _carried(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node:
         """An op behind split operands: its rule says what becomes of the split."""
+        # What several ops read is summed once, for all of them.
+        operands = [
+            self._summed(new) if len(old.users) > 1 else new
+            for old, new in zip(call.operands, operands, strict=True)
+        ]
         partial = passes_partial(call, [layout_of(n).partial for n in operands])
         if not partial:
             operands = list(map(self._summed, operands))
@@ -416,6 +494,17 @@ class _Splitter(Requests):
                 return None
         return (Layout(tuple(dims)),)
 
+    def _may_split(self, node: fx.Node, wanted: Layout) -> bool:
+        """Whether a value is a weight that nobody wants split otherwise, or whole."""
+        if node.op != "placeholder":
+            return self._is_weight(node)
+        name = self.weights[node.name].name if node.name in self.weights else None
+        if name is None or name not in self.allowed:
+            return name is not None
+        dims = [i for i, dim in enumerate(wanted.dims) for a in dim for x in a.axes
+                if base_axis(x) == _TP]
+        return dims == [self.allowed[name]]
+
     def _is_weight(self, node: fx.Node) -> bool:
         """Whether a value is a weight, seen through views of it."""
         if node.op == "placeholder":
@@ -429,11 +518,13 @@ class _Splitter(Requests):
         """A weight by its share; each rank reads nothing else of it."""
         if node.name not in self.weights:
             return super().input_again(node, wanted)
-        if not all(map(self._divides, wanted.dims)):
+        if not all(map(self._divides, wanted.dims)) or not self._may_split(node, wanted):
             return None
         again = self.builder.placeholder(
             f"{node.name}_share", type_of(node).with_layout(wanted)
         )
+        name = self.weights[node.name].name
+        again.meta["why"] = "plan" if name in self.told else self.why
         self.weights[again.name] = self.weights[node.name]
         return again
 
@@ -454,6 +545,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return Call(node).operands
 
 
+def _is_float(node: fx.Node) -> bool:
+    return type_of(node).dtype.is_floating_point or type_of(node).dtype.is_complex
+
+
 def _has_tp(layout: Layout) -> bool:
     return any(base_axis(axis) == _TP for axis in layout.axes)
 
@@ -462,4 +557,5 @@ _WITHOUT_BIAS: dict[str, Any] = {
     "aten.linear.default": aten.linear.default,
     "aten.addmm.default": aten.mm.default,
     "aten.baddbmm.default": aten.bmm.default,
+    "ringcompile.expert_linear.default": _EXPERTS,
 }

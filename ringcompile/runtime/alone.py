@@ -6,13 +6,14 @@ mean nothing; the work is the same, as no op's cost depends on values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.collectives import ANSWERS, Collective
+from ringcompile.runtime.collectives import Collective
 from ringcompile.runtime.executor import Request, Shift, Wait
 
 
@@ -45,8 +46,8 @@ class Alone:
                 return handle
             case Collective():
                 num_ranks = self.mesh.size(request.axis)
-                self.bytes_sent += request.num_bytes(num_ranks)
-                return ANSWERS[request.kind]([request.tensor] * num_ranks, 0)
+                self.bytes_sent += request.num_bytes(num_ranks, 0)
+                return _STANDS_IN.get(request.kind, _as_sent)(request, num_ranks)
 
     def _start(self, shift: Shift) -> torch.Tensor:
         """The arrival, in one of two buffers of its shape, in turn."""
@@ -60,3 +61,14 @@ class Alone:
             noise = torch.randn(shape, generator=generator, device=self.device)
             self.arrivals[key] = noise.to(shift.dtype)
         return self.arrivals[key]
+
+
+def _as_sent(asked: Collective, num_ranks: int) -> torch.Tensor:
+    """What was brought has the shape of what comes; adding up is the network's work."""
+    return asked.tensor
+
+
+_STANDS_IN: dict[str, Callable[[Collective, int], Any]] = {
+    "gather": lambda asked, num_ranks: [asked.tensor] * num_ranks,
+    "reduce_scatter": lambda asked, num_ranks: asked.tensor[0],
+}

@@ -6,7 +6,7 @@ parts stand along a new first dim; cutting and joining along the op's own dim is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -28,6 +28,8 @@ class Collective:
         axis: the mesh axis, or several, along which the group lies.
         tensor: what this rank brings.
         detail: what has to agree besides: the dims that are cut and joined.
+        sends: of an exchange of rows, how many go to each rank of the group.
+        takes: likewise, how many come from each.
     """
 
     node: str
@@ -35,41 +37,67 @@ class Collective:
     axis: str
     tensor: torch.Tensor
     detail: str = ""
+    sends: tuple[int, ...] = ()
+    takes: tuple[int, ...] = ()
 
-    def num_bytes(self, num_ranks: int) -> int:
+    def num_bytes(self, num_ranks: int, place: int) -> int:
         """The bytes that this rank has to send, whatever the algorithm."""
+        if self.kind in _ROWS:
+            row = self.tensor.nbytes // max(len(self.tensor), 1)
+            return row * sum(count for i, count in enumerate(self.sends) if i != place)
         return int(collective_bytes(self.kind, self.tensor.nbytes, num_ranks))
 
 
-Tensors = Sequence[torch.Tensor]
+# Exchanges of as many rows as there are for each rank.
+_ROWS = frozenset({"dispatch", "combine"})
+Brought = Sequence[Collective]
 
 
-def _sum(tensors: Tensors) -> torch.Tensor:
+def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return reduce(torch.add, tensors)
 
 
+def _rows(brought: Brought, place: int) -> torch.Tensor:
+    """From each rank the rows that it has for this one."""
+    return torch.cat([one.tensor.split(one.sends)[place] for one in brought])
+
+
 # What a rank gets, from what all ranks of the group brought and its place in the group.
-ANSWERS: dict[str, Callable[[Tensors, int], Any]] = {
-    "gather": lambda brought, place: list(brought),
-    "all_reduce": lambda brought, place: _sum(brought),
-    "reduce_scatter": lambda brought, place: _sum([tensor[place] for tensor in brought]),
-    "all_to_all": lambda brought, place: torch.stack([tensor[place] for tensor in brought]),
+ANSWERS: dict[str, Callable[[Brought, int], Any]] = {
+    "gather": lambda brought, place: [one.tensor for one in brought],
+    "all_reduce": lambda brought, place: _sum(one.tensor for one in brought),
+    "reduce_scatter": lambda brought, place: _sum(one.tensor[place] for one in brought),
+    "all_to_all": lambda brought, place: torch.stack([one.tensor[place] for one in brought]),
+    "dispatch": _rows,
+    "combine": _rows,
 }
 
 
 def asked(
-    node: str, kind: str, x: torch.Tensor, arguments: dict[str, Any], num_ranks: int
+    node: str,
+    kind: str,
+    operands: Sequence[torch.Tensor],
+    arguments: dict[str, Any],
+    num_ranks: int,
 ) -> Collective:
     """The exchange that an op of a program asks for.
 
     Args:
         node: its name.
         kind: the op's name.
-        x: its operand.
+        operands: its operands, what is sent first.
         arguments: its other arguments.
         num_ranks: ranks of the group.
     """
-    axis = arguments["axis"]
+    axis, x = arguments["axis"], operands[0]
+    if kind in _ROWS:
+        order, *counts = operands[1:]
+        sends, takes = (tuple(count.tolist()) for count in counts)
+        if kind == "dispatch":
+            rows = x.reshape(-1, *x.shape[arguments["lead"] :]).index_select(0, order)
+        else:
+            rows, sends, takes = x.flatten(0, -2), takes, sends
+        return Collective(node, kind, axis, rows, sends=sends, takes=takes)
     if kind == "gather":
         return Collective(node, kind, axis, x.contiguous(), f"along dim {arguments['dim']}")
     if kind == "all_reduce":
@@ -80,9 +108,30 @@ def asked(
 
 
 def used(
-    kind: str, answer: Any, arguments: dict[str, Any], sequence: SequenceSplit | None
+    kind: str,
+    answer: Any,
+    operands: Sequence[torch.Tensor],
+    arguments: dict[str, Any],
+    sequence: SequenceSplit | None,
+    shape: Sequence[Any],
 ) -> torch.Tensor:
-    """The op's result, from what the exchange gave."""
+    """The op's result, from what the exchange gave.
+
+    Args:
+        kind: the op's name.
+        answer: what the exchange gave.
+        operands: as for `asked`.
+        arguments: likewise.
+        sequence: how the sequence is divided.
+        shape: of the result, on this rank.
+    """
+    if kind == "dispatch":
+        lead = arguments["lead"]
+        return answer.reshape(len(answer), *(1,) * (lead - 1), *answer.shape[1:])
+    if kind == "combine":
+        back = torch.empty_like(answer)
+        back[operands[1]] = answer
+        return back.reshape(tuple(shape))
     if kind == "all_to_all":
         return torch.cat(answer.unbind(), arguments["concat"])
     if kind != "gather":

@@ -94,11 +94,11 @@ class Exchange:
     def _meet(self, asked: Collective) -> Any:
         num_ranks = self.mesh.size(asked.axis)
         if num_ranks == 1:
-            return ANSWERS[asked.kind]([asked.tensor], 0)
+            return ANSWERS[asked.kind]([asked], 0)
         group = self._group(asked.axis)
         with self._meeting(dist.get_process_group_ranks(group), f"in %{asked.node}"):
-            answer = _COLLECTIVES[asked.kind](asked.tensor, group, num_ranks)
-        self.bytes_sent += asked.num_bytes(num_ranks)
+            answer = _COLLECTIVES[asked.kind](asked, group)
+        self.bytes_sent += asked.num_bytes(num_ranks, dist.get_rank(group))
         return answer
 
     def _group(self, axis: str) -> dist.ProcessGroup:
@@ -163,31 +163,39 @@ _gather_single = getattr(funcol, "all_gather_single", funcol.all_gather_tensor)
 _reduce_scatter_single = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor)
 
 
-def _all_gather(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> list[torch.Tensor]:
+def _gather(asked: Collective, group: dist.ProcessGroup) -> list[torch.Tensor]:
     """Every rank's tensor: [num_ranks, ...], taken apart."""
-    whole = _gather_single(x.unsqueeze(0), 0, group)
+    whole = _gather_single(asked.tensor.unsqueeze(0), 0, group)
     return list(funcol.wait_tensor(whole).unbind())
 
 
-def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:
-    return funcol.wait_tensor(funcol.all_reduce(x, "sum", group))
+def _all_reduce(asked: Collective, group: dist.ProcessGroup) -> torch.Tensor:
+    return funcol.wait_tensor(funcol.all_reduce(asked.tensor, "sum", group))
 
 
-def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:
+def _reduce_scatter(asked: Collective, group: dist.ProcessGroup) -> torch.Tensor:
     """[num_ranks, ...] to this rank's [...]."""
-    return funcol.wait_tensor(_reduce_scatter_single(x, "sum", 0, group)).squeeze(0)
+    part = _reduce_scatter_single(asked.tensor, "sum", 0, group)
+    return funcol.wait_tensor(part).squeeze(0)
 
 
-def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup, num_ranks: int) -> torch.Tensor:
+def _all_to_all(asked: Collective, group: dist.ProcessGroup) -> torch.Tensor:
     """[num_ranks, ...]: entry i goes to rank i; the result's entry i came from it."""
-    return funcol.wait_tensor(funcol.all_to_all_single(x, None, None, group))
+    return funcol.wait_tensor(funcol.all_to_all_single(asked.tensor, None, None, group))
 
 
-_COLLECTIVES: dict[str, Callable[[torch.Tensor, dist.ProcessGroup, int], Any]] = {
-    "gather": _all_gather,
+def _rows(asked: Collective, group: dist.ProcessGroup) -> torch.Tensor:
+    takes, sends = list(asked.takes), list(asked.sends)
+    return funcol.wait_tensor(funcol.all_to_all_single(asked.tensor, takes, sends, group))
+
+
+_COLLECTIVES: dict[str, Callable[[Collective, dist.ProcessGroup], Any]] = {
+    "gather": _gather,
     "all_reduce": _all_reduce,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
+    "dispatch": _rows,
+    "combine": _rows,
 }
 
 

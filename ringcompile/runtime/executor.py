@@ -175,8 +175,9 @@ class Executor:
         kind, mesh = step.communicates, self.program.mesh
         assert kind is not None
         assert mesh is not None
-        answer = yield asked(name, kind, args[0], kwargs, mesh.size(kwargs["axis"]))
-        return used(kind, answer, kwargs, self.program.sequence)
+        answer = yield asked(name, kind, args, kwargs, mesh.size(kwargs["axis"]))
+        shape = self._local_shape(type_of(step.node))
+        return used(kind, answer, args, kwargs, self.program.sequence, shape)
 
     def _local_shape(self, type_: TensorType) -> tuple[Any, ...]:
         """Sizes that only the data tells stay symbols."""

@@ -6,6 +6,7 @@ import atexit
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, Store
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from ringcompile.errors import RingCompileError
@@ -23,6 +24,8 @@ from ringcompile.mesh import Mesh
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 BACKENDS = ("auto", "gloo", "nccl")
 JOIN_TIMEOUT = 120.0  # starting 16 processes on 2 busy cores takes a few seconds
+_POLL = 0.5  # seconds between two looks at who has joined
+_GIVEN_UP = "ringcompile/missing"
 EXCHANGE_TIMEOUT = 1800.0  # a peer may compute for long between two transfers
 _TORCHRUN = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 
@@ -131,13 +134,28 @@ def join_torchrun(
     if dist.is_initialized():
         return Rank(index, world_size, _device(picked, local))
     try:
-        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=join_timeout)))
+        store = _job_store(index, world_size, timedelta(seconds=join_timeout))
     except (RuntimeError, ValueError) as error:
         raise RingCompileError(
             f"rank {index} cannot reach the job at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}: {first_line(error)}"
+            f"{os.environ['MASTER_PORT']} within {join_timeout:g} s: {first_line(error)}",
+            hint="MASTER_ADDR has to be an address of rank 0's host that all others can reach; see "
+            "whether rank 0 was started",
         ) from error
     return _join(store, index, world_size, local, picked, timeout, join_timeout)
+
+
+def _job_store(index: int, world_size: int, timeout: timedelta) -> Store:
+    """Where the ranks of a job find one another: torchrun's store, or else rank 0's.
+
+    torch's own rendezvous would wait for everyone to connect, and not say who is missing.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(rendezvous("env://", timeout=timeout))[0]
+    return TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size,
+        is_master=index == 0, timeout=timeout, wait_for_workers=False,
+    )
 
 
 def check_world_size(mesh: Mesh, world_size: int) -> None:
@@ -153,7 +171,8 @@ def missing_ranks(missing: Iterable[int], timeout: float) -> RingCompileError:
     """The error for ranks that did not join in time."""
     return RingCompileError(
         f"{name_ranks(missing)} did not join within {timeout:g} s",
-        hint="see whether they started at all; on a slow machine raise the timeout",
+        hint="see whether their processes, or their hosts, started at all; on slow ones raise the "
+        "timeout (--join-timeout)",
     )
 
 
@@ -199,14 +218,43 @@ def _join(
 
 
 def _check_in(store: Store, index: int, world_size: int, timeout: float) -> None:
-    """Wait until all ranks are here: torch's own error would not say which one is missing."""
+    """Wait until all ranks are here: torch's own error would not say which one is missing.
+
+    Who gives up first says so, and all give up: with rank 0 the store may go.
+    """
     keys = [f"ringcompile/joined/{rank}" for rank in range(world_size)]
+    deadline = time.monotonic() + timeout
     store.set(keys[index], "1")
+    while not _all_there(store, keys, min(_POLL, deadline - time.monotonic())):
+        missing = _given_up(store)
+        if not missing and time.monotonic() >= deadline:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            store.set(_GIVEN_UP, ",".join(map(str, missing)))
+        if missing:
+            time.sleep(2 * _POLL if index == 0 else 0)
+            raise missing_ranks(missing, timeout)
+
+
+def _all_there(store: Store, keys: list[str], seconds: float) -> bool:
     try:
-        store.wait(keys, timedelta(seconds=timeout))
+        store.wait(keys, timedelta(seconds=max(seconds, 0.01)))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _given_up(store: Store) -> list[int]:
+    """The ranks that another one found missing."""
+    try:
+        if not store.check([_GIVEN_UP]):
+            return []
+        missing = store.get(_GIVEN_UP).decode()
+        return [int(rank) for rank in missing.split(",")] if missing else []
     except RuntimeError as error:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise missing_ranks(missing, timeout) from error
+        raise RingCompileError(
+            f"the job's store, which rank 0 holds, is gone: {first_line(error)}",
+            hint="see what rank 0 reports",
+        ) from error
 
 
 def _device(backend: str, local: int) -> torch.device:

@@ -144,17 +144,17 @@ class LockStep:
         arrived = self.rounds.setdefault(key, {})
         if index not in arrived:
             arrived[index] = asked
-            rank.bytes_sent += asked.num_bytes(len(group))
+            rank.bytes_sent += asked.num_bytes(len(group), group.index(index))
         if len(arrived) < len(group):
             return None
         for other in group:
             if _signature(arrived[other]) != _signature(asked):
                 raise RingCompileError(
-                    f"rank {index} asks for {_signature(asked)} in %{asked.node}, "
-                    f"rank {other} for {_signature(arrived[other])} in %{arrived[other].node}"
+                    f"rank {index} asks for {_signature(asked)}, "
+                    f"rank {other} for {_signature(arrived[other])}"
                 )
         rank.met[asked.axis] += 1
-        brought = [arrived[other].tensor for other in group]
+        brought = [arrived[other] for other in group]
         return ANSWERS[asked.kind](brought, group.index(index))
 
     def _stuck(self, ranks: list[_Rank]) -> RingCompileError:
@@ -169,7 +169,9 @@ class LockStep:
 
 def _signature(asked: Collective) -> str:
     tensor = asked.tensor
-    return f"{asked.kind} of {tensor.dtype} {list(tensor.shape)} {asked.detail}".rstrip()
+    shape = list(tensor.shape[1:] if asked.sends else tensor.shape)  # each has its own rows
+    what = f"{asked.kind} of {tensor.dtype} {shape} {asked.detail}".rstrip()
+    return f"{what} in %{asked.node}"
 
 
 def _message(what: tuple[tuple[int, ...], torch.dtype, tuple[int, ...], str]) -> str:

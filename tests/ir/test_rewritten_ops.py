@@ -93,7 +93,8 @@ CASES = {
 
 def test_these_are_the_ops_that_partition_rewrites() -> None:
     kinds = {name.split(":")[0] for name in CASES}
-    assert kinds == {name.split(".")[1] for name in _STEPS}
+    elsewhere = {"embedding"}  # of a table that tp splits: tests/test_parallel.py
+    assert kinds | elsewhere == {name.split(".")[1] for name in _STEPS}
     assert set(_STEPS) - set(RULES) == {"ringcompile.redistribute.default"}
 
 

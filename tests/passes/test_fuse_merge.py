@@ -32,9 +32,8 @@ def made(dtype: str, order: str) -> tuple[nn.Module, ParallelProgram]:
 
 
 def unfused(parallel: ParallelProgram, rank: int) -> Program:
-    return Pipeline([step for step in rank_passes(rank, parallel.mesh) if step.name != "fuse-merge"]).run(
-        parallel.program
-    )
+    steps = [step for step in rank_passes(rank, parallel.mesh) if step.name != "fuse-merge"]
+    return Pipeline(steps).run(parallel.program)
 
 
 def ours(program: Program) -> Counter[str]:

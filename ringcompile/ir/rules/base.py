@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout, regroup
-from ringcompile.ir.nodes import results_of, type_of
+from ringcompile.ir.nodes import layout_of, results_of, type_of
 
 Names = tuple[Hashable | None, ...]
 
@@ -77,6 +77,10 @@ class FactorRule(Rule):
     cheap: bool = True
     sums: bool = False
     """Factors that two operands share and the output lacks are summed over, and nothing else is."""
+    bias: str | None = None
+    """The argument of an op that `sums` which is added to the product."""
+    kept: frozenset[Hashable] = frozenset()
+    """Factors of operands alone that may be split: the op works on the part it is given."""
 
     @staticmethod
     def contracted(names: Factors) -> list[Hashable]:
@@ -84,20 +88,16 @@ class FactorRule(Rule):
         held = [f for dims in names.operands for f in dims if f is not None]
         return [f for f in dict.fromkeys(held) if held.count(f) > 1 and f not in names.output]
 
-    @staticmethod
-    def bias(call: Call) -> str | None:
-        """The argument that is added to the product, if the op has one and it is given."""
-        for name in ("bias", "self"):
-            if name in call.arguments and len(call.operands) == 3:
-                return name if call[name] is not None else None
-        return None
+    def given_bias(self, call: Call) -> str | None:
+        """The bias, if it is given."""
+        return self.bias if self.bias is not None and call[self.bias] is not None else None
 
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
     ) -> Placement:
         """A factor's split, the first found among its dims, is that of all dims it names."""
         names = self.factors(call)
-        passing = set(names.output)
+        passing = {*names.output, *self.kept}
         assigned: dict[Hashable, DimLayout] = {}
         for dims, layout in zip(names.operands, layouts, strict=True):
             for factor, dim in zip(dims, layout.dims, strict=True):
@@ -116,6 +116,10 @@ class FactorRule(Rule):
                 return None
             if dim:
                 assigned[factor] = dim
+        for dims, operand in zip(names.operands, call.operands if self.kept else (), strict=False):
+            for factor, dim in zip(dims, layout_of(operand).dims, strict=True):
+                if factor in self.kept and dim:
+                    assigned[factor] = dim
         try:
             return self._placement(names, assigned).operands
         except ConflictError:

@@ -156,10 +156,10 @@ def attention(call: Call) -> Factors:
 
 
 def expert_linear(call: Call) -> Factors:
-    """... i, ..., E o i (or E i o), E o -> ... o; all experts are to be had everywhere."""
+    """... i, ..., e o i (or e i o), e o -> ... o; rows are of the experts that are here."""
     batch = tuple(range(rank_of(call) - 1))
-    weight: Names = (None, "i", "o") if call["transposed"] else (None, "o", "i")
-    bias: tuple[Names, ...] = ((None, "o"),) if call["bias"] is not None else ()
+    weight: Names = ("e", "i", "o") if call["transposed"] else ("e", "o", "i")
+    bias: tuple[Names, ...] = (("e", "o"),) if call["bias"] is not None else ()
     return Factors(((*batch, "i"), batch, weight, *bias), (*batch, "o"))
 
 
@@ -231,9 +231,14 @@ def _glu(call: Call) -> Factors:
 
 
 def _rows(
-    names: list[str], factors: Callable[[Call], Factors], cheap: bool = True, sums: bool = False
+    names: list[str],
+    factors: Callable[[Call], Factors],
+    cheap: bool = True,
+    sums: bool = False,
+    bias: str | None = None,
 ) -> dict[str, Rule]:
-    return {f"aten.{name}": FactorRule(factors, cheap=cheap, sums=sums) for name in names}
+    rule = FactorRule(factors, cheap=cheap, sums=sums, bias=bias)
+    return {f"aten.{name}": rule for name in names}
 
 
 RULES: dict[str, Rule] = {
@@ -274,9 +279,10 @@ RULES: dict[str, Rule] = {
     **_rows(["one_hot.default"], indexing.one_hot),
     **_rows(["bucketize.Tensor"], indexing.bucketize),
     **_rows(["roll.default"], indexing.roll),
-    **_rows(["linear.default"], contraction.linear, cheap=False, sums=True),
+    **_rows(["linear.default"], contraction.linear, cheap=False, sums=True,
+            bias="bias"),
     **_rows(["addmm.default", "baddbmm.default"], contraction.addmm, cheap=False,
-            sums=True),
+            sums=True, bias="self"),
     **_rows(["matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default"],
             contraction.matmul, cheap=False, sums=True),
     **_rows(["outer.default", "ger.default"], contraction.outer),
@@ -296,8 +302,11 @@ RULES: dict[str, Rule] = {
     **_rows(["batch_norm.default"], spatial.channel_norm),
     **_rows(["group_norm.default"], spatial.group_norm),
     **_rows(_ALL_WHOLE, all_whole),
+    "ringcompile.route.default": FactorRule(all_whole, cheap=False),
     "ringcompile.attention.default": FactorRule(attention, cheap=False),
-    "ringcompile.expert_linear.default": FactorRule(expert_linear, cheap=False, sums=True),
+    "ringcompile.expert_linear.default": FactorRule(
+        expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"})
+    ),
 }
 
 

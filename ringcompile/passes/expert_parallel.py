@@ -1,0 +1,432 @@
+"""Expert parallelism: each rank along `ep` has some of the experts, and rows travel to them.
+
+Ranks along `ep` have tokens of their own (`place` divides the sequence over it), so that every row
+is wanted by one expert only. Two ways in which models run experts are understood:
+
+    rows, each with the index of its expert (`expert_linear`): dropless; rows are sorted by owner,
+    as many as there are go to each, and their results come back to where they were
+        r = route(expert)  x' = dispatch(x, r)  ... on this rank's experts ...  y = combine(y', r)
+
+    a buffer of slots for each expert [E, C, D] (GShard): one exchange of equal parts each way
+        x' = all_to_all(x)  [E/ep, ep*C, D]     ... on this rank's experts ...  y = all_to_all(y')
+
+Experts that are written in another way stay whole on every rank, and a note says so.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import Call, map_values, replace_operands
+from ringcompile.ir.expr import (
+    OWN,
+    Size,
+    coordinate,
+    equal,
+    is_symbolic,
+    product,
+    simplify,
+    symbol,
+    unbacked,
+)
+from ringcompile.ir.layout import Atom, Layout
+from ringcompile.ir.nodes import error_at, layout_of, location_of, results_of, type_of
+from ringcompile.ir.program import Program
+from ringcompile.ir.rules import FactorRule, find_rule
+from ringcompile.ir.types import TensorType, local_shape
+from ringcompile.mesh import Mesh
+from ringcompile.ops.schemas import op
+from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.requests import placeholders_first
+
+aten = torch.ops.aten
+_EP = "ep"
+_EXPERT_LINEAR = op("expert_linear")
+_BATCHED = ("aten.bmm.default", "aten.matmul.default", "aten.baddbmm.default",
+            "aten.einsum.default")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertParallel(Pass):
+    """Split experts over `ep` in a placed program.
+
+    Attributes:
+        mesh: the parallel plan.
+    """
+
+    name: ClassVar[str] = "expert-parallel"
+    mesh: Mesh
+
+    def run(self, program: Program) -> Program:
+        """Write the program anew; what is not understood stays as it is.
+
+        Raises:
+            RingCompileError: the experts do not divide over `ep`.
+        """
+        if self.mesh.size(_EP) == 1:
+            return program
+        return _Writer(program, self.mesh).run()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes that run on rows of experts, from the first product with their weights to the last.
+
+    Attributes:
+        nodes: all of them, in order.
+        weights: what they read that has an entry an expert.
+        entering: what they read that has rows, or slots.
+        leaving: what of them is read elsewhere.
+        expert: the index of each row's expert; None for buffers.
+        num_experts: how many there are.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    entering: tuple[fx.Node, ...]
+    leaving: tuple[fx.Node, ...]
+    expert: fx.Node | None
+    num_experts: int
+
+
+@dataclass
+class _Writer:
+    program: Program
+    mesh: Mesh
+    builder: Builder = field(default_factory=Builder)
+    notes: list[str] = field(default_factory=list)
+    unknown: Any = field(default_factory=count)
+
+    def run(self) -> Program:
+        assert self.program.sequence is not None
+        self.sequence, self.ways = self.program.sequence, self.mesh.size(_EP)
+        self.weights = dict(self.program.weights)
+        groups = [*_groups_of_rows(self.program), *_groups_of_buffers(self.program)]
+        last = {group.nodes[-1]: group for group in groups}
+        inside = {node for group in groups for node in group.nodes}
+        for node in self.program.graph.nodes:
+            self.builder.at(node)
+            if node in last:
+                self._write(last[node])
+            elif node not in inside:
+                self.builder.env[node] = self.builder.copy(node)
+        if not groups:
+            self.notes.append(
+                f"no experts are found that could be split: their weights are whole along "
+                f"ep={self.ways}, and each of its ranks runs all of them on its own tokens"
+            )
+        return self.program.with_graph(
+            placeholders_first(self.builder.graph),
+            weights=self.weights,
+            notes=(*self.program.notes, *self.notes),
+        )
+
+    def _write(self, group: Group) -> None:
+        if group.num_experts % self.ways:
+            raise error_at(
+                group.nodes[0],
+                f"{group.num_experts} experts do not divide over ep={self.ways}",
+                hint=f"use an ep that divides {group.num_experts}",
+            )
+        if group.expert is not None:
+            _Rows(self, group, group.expert).write()
+        else:
+            _Buffers(self, group).write()
+
+    def share(self, weight: fx.Node) -> fx.Node:
+        """A weight's entries for this rank's experts."""
+        type_ = type_of(weight)
+        layout = layout_of(weight).with_dim(0, (Atom(type_.shape[0], (_EP,)),))
+        new = self.builder.placeholder(f"{weight.name}_ep", type_.with_layout(layout))
+        self.weights[new.name] = self.program.weights[weight.name]
+        return new
+
+    def local(self, type_: TensorType) -> tuple[Size, ...]:
+        """The shape of one rank's share."""
+        return local_shape(type_, self.mesh, self.sequence)
+
+    def call(
+        self, target: Any, args: tuple[Any, ...], type_: Any, why: str | None = None, **how: Any
+    ) -> fx.Node:
+        """Append a call; see `Builder.call`."""
+        return self.builder.call(target, args, type_, why=why, **how)
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+def _groups_of_rows(program: Program) -> list[Group]:
+    """What runs between the first and the last `expert_linear` of the same rows."""
+    by_expert: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.target is _EXPERT_LINEAR:
+            by_expert.setdefault(Call(node)["expert"], []).append(node)
+    return [_row_group(program, expert, nodes) for expert, nodes in by_expert.items()]
+
+
+def _row_group(program: Program, expert: fx.Node, products: Sequence[fx.Node]) -> Group:
+    nodes = _between(program, products)
+    weights = dict.fromkeys(
+        x for node in products for name in ("weight", "bias") if (x := Call(node)[name]) is not None
+    )
+    rows = len(type_of(expert).shape)
+    entering = dict.fromkeys(
+        x
+        for node in nodes
+        for x in Call(node).operands
+        if x not in nodes and x not in weights and x is not expert
+        and len(type_of(x).shape) >= rows and x.name not in program.weights
+    )
+    return Group(
+        nodes, tuple(weights), tuple(entering), _leaving(nodes), expert,
+        int(type_of(Call(products[0])["weight"]).shape[0]),
+    )
+
+
+def _between(program: Program, ends: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Every node on a way from one of these to another, and these."""
+    below = _reached(ends, lambda node: node.users)
+    above = _reached(ends, lambda node: node.all_input_nodes)
+    return tuple(n for n in program.graph.nodes if n in ends or (n in below and n in above))
+
+
+def _reached(start: Iterable[fx.Node], onwards: Any) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [after for node in start for after in onwards(node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(onwards(node))
+    return found
+
+
+def _leaving(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    return tuple(n for n in nodes if any(user not in nodes for user in n.users))
+
+
+@dataclass
+class _Rows:
+    """Writes a group of rows: route, dispatch, run, combine."""
+
+    writer: _Writer
+    group: Group
+    expert: fx.Node
+    env: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def write(self) -> None:
+        writer, builder = self.writer, self.writer.builder
+        self.rows = unbacked(f"u{900 + next(writer.unknown)}")
+        self.lead = len(type_of(self.expert).shape)
+        expert = builder.env[self.expert]
+        each = self.group.num_experts // writer.ways
+        num_rows = product(writer.local(type_of(self.expert)))
+        numbers = TensorType.whole(torch.int64, (writer.ways,))
+        self.order, self.sends = self._route(expert, each, num_rows, numbers)
+        self.takes = writer.call(
+            op("all_to_all"), (self.sends,), numbers, "how many rows come from each rank",
+            split=0, concat=0, axis=_EP,
+        )
+        arrived = self._dispatch(self.expert)
+        first = simplify(coordinate(_EP) * each)
+        self.env[self.expert] = writer.call(
+            aten.sub.Scalar, (arrived, first), type_of(arrived), "among this rank's experts"
+        )
+        for node in self.group.entering:
+            self.env[node] = self._dispatch(node)
+        for node in self.group.weights:
+            self.env[node] = writer.share(node)
+        for node in self.group.nodes:
+            self._copy(node)
+        for node in self.group.leaving:
+            builder.env[node] = writer.call(
+                op("combine"), (self.env[node], self.order, self.sends, self.takes),
+                type_of(node), "back to their tokens", axis=_EP,
+            )
+
+    def _route(
+        self, expert: fx.Node, each: int, num_rows: Size, numbers: TensorType
+    ) -> tuple[fx.Node, fx.Node]:
+        writer = self.writer
+        order = TensorType.whole(torch.int64, (num_rows,))
+        routed = writer.call(
+            op("route"), (expert,), (order, numbers), "rows by the rank of their expert",
+            each=each, ways=writer.ways,
+        )
+        return (
+            writer.call(operator.getitem, (routed, 0), order),
+            writer.call(operator.getitem, (routed, 1), numbers),
+        )
+
+    def _arrived(self, type_: TensorType) -> TensorType:
+        """The type of rows that came from all ranks: [u, 1, ..., features]."""
+        lead = (self.rows, *(1,) * (self.lead - 1))
+        return TensorType.whole(type_.dtype, (*lead, *type_.shape[self.lead :]))
+
+    def _dispatch(self, node: fx.Node) -> fx.Node:
+        writer = self.writer
+        x, type_ = writer.builder.env[node], type_of(node)
+        rows = type_of(self.expert)
+        if type_.shape[: self.lead] != rows.shape:  # one for all choices of a token
+            shape = (*rows.shape, *type_.shape[self.lead :])
+            dims = (*rows.layout.dims, *type_.layout.dims[self.lead :])
+            type_ = TensorType(type_.dtype, shape, Layout(dims))
+            x = writer.call(aten.expand.default, (x, list(shape)), type_)
+        return writer.call(
+            op("dispatch"), (x, self.order, self.sends, self.takes), self._arrived(type_),
+            "rows to their experts", axis=_EP, lead=self.lead,
+        )
+
+    def _copy(self, node: fx.Node) -> None:
+        """A node of the group, on the rows that arrived."""
+        builder = self.writer.builder
+        operands = [self.env.get(n) or builder.env[n] for n in Call(node).operands]
+        args, kwargs = replace_operands(node, operands)
+        types = tuple(map(self._arrived, results_of(node)))
+        single = isinstance(node.meta["type"], TensorType)
+        rule = find_rule(node.target)
+        if rule is not None and rule.shape_argument is not None:
+            raise error_at(
+                node, "experts whose rows are reshaped between their products do not divide over ep"
+            )
+        new = builder.call(node.target, args, types[0] if single else types, **kwargs)
+        new.meta["loc"] = node.meta.get("loc")
+        self.env[node] = new
+
+
+# -- buffers --------------------------------------------------------------------------------------
+
+
+def _groups_of_buffers(program: Program) -> list[Group]:
+    """Chains of batched products whose batch is the experts: [E, C, D] x weight [E, D, F]."""
+    products = [n for n in program.graph.nodes if _is_expert_product(program, n)]
+    groups: list[Group] = []
+    seen: set[fx.Node] = set()
+    for node in products:
+        if node in seen:
+            continue
+        layer = location_of(node).layer
+        alike = [n for n in products if location_of(n).layer == layer and n not in seen]
+        seen.update(alike)
+        group = _buffer_group(program, alike)
+        if group is not None:
+            groups.append(group)
+    return groups
+
+
+def _is_expert_product(program: Program, node: fx.Node) -> bool:
+    """A product in which the first dim of a weight of three is a batch dim of slots."""
+    if str(node.target) not in _BATCHED or not isinstance(node.meta["type"], TensorType):
+        return False
+    operands = Call(node).operands
+    weights = [n for n in operands if n.name in program.weights]
+    if len(weights) != 1 or len(type_of(weights[0]).shape) != 3:
+        return False
+    rule = find_rule(node.target)
+    assert isinstance(rule, FactorRule)
+    names = rule.factors(Call(node))
+    factor = names.operands[operands.index(weights[0])][0]
+    slots = type_of(node).shape
+    counted = len(slots) == 3 and is_symbolic(slots[1]) and symbol(OWN) in slots[1].free_symbols
+    return factor is not None and names.output[:1] == (factor,) and counted
+
+
+def _buffer_group(program: Program, products: Sequence[fx.Node]) -> Group | None:
+    nodes = _between(program, products)
+    num_experts, slots = type_of(products[0]).shape[:2]
+    if not all(_keeps_slots(node, num_experts, slots) for node in nodes):
+        return None
+    operands = dict.fromkeys(x for n in nodes for x in Call(n).operands if x not in nodes)
+    weights = tuple(
+        x for x in operands
+        if x.name in program.weights and type_of(x).shape[:1] == (num_experts,)
+        and len(type_of(x).shape) == 3
+    )
+    entering = tuple(
+        x for x in operands if x not in weights and _keeps_slots(x, num_experts, slots)
+    )
+    if len(weights) + len(entering) < len(operands):
+        return None
+    return Group(nodes, weights, entering, _leaving(nodes), None, int(num_experts))
+
+
+def _keeps_slots(node: fx.Node, num_experts: Size, slots: Size) -> bool:
+    """Whether a value is [E, C, ...], one entry an expert and a slot."""
+    shapes = [type_.shape[:2] for type_ in results_of(node)]
+    return node.op == "call_function" and all(
+        len(shape) == 2 and shape[0] == num_experts and equal(shape[1], slots) for shape in shapes
+    )
+
+
+@dataclass
+class _Buffers:
+    """Writes a group of buffers: exchange, run, exchange back."""
+
+    writer: _Writer
+    group: Group
+    env: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def write(self) -> None:
+        writer = self.writer
+        self.slots = type_of(self.group.nodes[0]).shape[1]
+        share = writer.sequence.of_tokens.local
+        # Ranks with padding have fewer tokens, and need as many slots as the others.
+        self.full = simplify(self.slots.xreplace({symbol(OWN): share}))  # type: ignore[union-attr]
+        self.all = simplify(self.full * writer.ways)
+        for node in self.group.entering:
+            self.env[node] = self._to_experts(node)
+        for node in self.group.weights:
+            self.env[node] = writer.share(node)
+        for node in self.group.nodes:
+            self._copy(node)
+        for node in self.group.leaving:
+            writer.builder.env[node] = self._from_experts(node)
+
+    def _to_experts(self, node: fx.Node) -> fx.Node:
+        writer, type_ = self.writer, type_of(node)
+        x = writer.builder.env[node]
+        padded = self._sized(type_, self.full)
+        behind = [0, 0] * (len(type_.shape) - 2)
+        x = writer.call(
+            aten.constant_pad_nd.default, (x, [*behind, 0, simplify(self.full - self.slots)], 0),
+            padded, "as many slots on every rank",
+        )
+        return writer.call(
+            op("all_to_all"), (x,), self._on_experts(type_), "slots to their experts",
+            split=0, concat=1, axis=_EP,
+        )
+
+    def _from_experts(self, node: fx.Node) -> fx.Node:
+        writer, type_ = self.writer, type_of(node)
+        x = writer.call(
+            op("all_to_all"), (self.env[node],), self._sized(type_, self.full),
+            "back to their ranks", split=1, concat=0, axis=_EP,
+        )
+        return writer.call(aten.slice.Tensor, (x, 1, 0, self.slots), type_)
+
+    def _sized(self, type_: TensorType, slots: Size) -> TensorType:
+        return replace(type_, shape=(type_.shape[0], slots, *type_.shape[2:]))
+
+    def _on_experts(self, type_: TensorType) -> TensorType:
+        """This rank's experts, with the slots of all ranks."""
+        type_ = self._sized(type_, self.all)
+        return type_.with_layout(type_.layout.with_dim(0, (Atom(type_.shape[0], (_EP,)),)))
+
+    def _copy(self, node: fx.Node) -> None:
+        builder = self.writer.builder
+        operands = [self.env.get(n) or builder.env[n] for n in Call(node).operands]
+        args, kwargs = map_values(replace_operands(node, operands), self._argument)
+        new = builder.call(node.target, args, self._on_experts(type_of(node)), **kwargs)
+        new.meta["loc"] = node.meta.get("loc")
+        self.env[node] = new
+
+    def _argument(self, value: Any) -> Any:
+        return self.all if is_symbolic(value) and equal(value, self.slots) else value
+
