@@ -87,6 +87,11 @@ def stages(costs: Sequence[RankCost], apart: int, hidden_bytes: int) -> list[Ran
     return made
 
 
+def middle_stage(cost: RankCost, apart: int, hidden_bytes: int) -> RankCost:
+    """A stage between two others, by itself; see `stages`."""
+    return stages([cost] * 3, apart, hidden_bytes)[1]
+
+
 def _crossing(name: str, shift: Shift) -> list[Step]:
     start = Step(name, "shift_start", "", (), shift)
     return [start, Step(f"{name}_wait", "wait", "", (), Wait(name))]
