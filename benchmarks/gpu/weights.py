@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ringcompile.capture.loaders import load_model
 from ringcompile.models import zoo
-from ringcompile.models.transformer import Rotary, Transformer
+from ringcompile.models.transformer import Rotary
 
 
 @dataclass
@@ -32,8 +33,7 @@ class DrawnWeights:
 
     def __post_init__(self) -> None:
         self.config = zoo.entry(self.model).config
-        with torch.device("meta"):
-            module = Transformer(self.config)
+        module = load_model(self.model, weights=False).module  # draws nothing
         self._shapes = {name: x.shape for name, x in module.named_parameters()}
 
     def __call__(self, name: str) -> torch.Tensor:

@@ -78,6 +78,20 @@ def share_of(
     return tensor
 
 
+def share_slices(program: Program, type_: TensorType) -> tuple[slice, ...]:
+    """The share of a weight as a range of every dim; nothing where it is whole or in pieces."""
+    dims = type_.layout.dims
+    if program.mesh is None or type_.layout.is_whole or any(len(atoms) > 1 for atoms in dims):
+        return ()
+    ranges = []
+    for size, atoms in zip(type_.shape, dims, strict=True):
+        axis = ",".join(atoms[0].axes) if atoms else ""
+        width = int(size) // (program.mesh.size(axis) if atoms else 1)
+        start = program.mesh.index(program.coordinates or {}, axis) * width if atoms else 0
+        ranges.append(slice(start, start + width))
+    return tuple(ranges)
+
+
 def share_keys(program: Program) -> dict[str, Any]:
     """For each weight's placeholder what is equal where two ranks hold the same share of it."""
     types = {n.name: type_of(n) for n in program.graph.nodes if n.op == "placeholder"}

@@ -11,6 +11,7 @@ import torch
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
+from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.batches import deal, whole_outputs
 from ringcompile.runtime.data import (
@@ -18,6 +19,7 @@ from ringcompile.runtime.data import (
     share_inputs,
     share_keys,
     share_of,
+    share_slices,
 )
 from ringcompile.runtime.executor import Executor, Request, run_alone
 from ringcompile.runtime.lockstep import LockStep
@@ -45,12 +47,20 @@ def read_weights(
     """The weights a program takes, by placeholder name."""
     if program.weights and source is None:
         raise RingCompileError("the program has no weights at hand")
-    assert source is not None or not program.weights
     types = {node.name: type_of(node) for node in program.graph.nodes if node.op == "placeholder"}
     return {
-        placeholder: share_of(program, source(weight.name), types[placeholder], {}).to(device)  # type: ignore[misc]
+        placeholder: _read(program, source, weight.name, types[placeholder]).to(device)  # type: ignore[arg-type]
         for placeholder, weight in program.weights.items()
     }
+
+
+def _read(program: Program, source: WeightSource, name: str, type_: TensorType) -> torch.Tensor:
+    """One rank's share of a weight; nothing else of a file is read, if the share is one piece."""
+    slices = share_slices(program, type_)
+    if slices and hasattr(source, "share"):
+        piece: torch.Tensor = source.share(name, slices)
+        return piece
+    return share_of(program, source(name), type_, {})
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ringcompile.ops import experts
 from ringcompile.ops.experts import expert_linear
 from ringcompile.ops.schemas import op
 
@@ -117,3 +118,45 @@ def test_the_shape_without_data(transposed: bool) -> None:
         weight = torch.empty((4, 3, 5) if transposed else (4, 5, 3), dtype=torch.bfloat16)
         out = op("expert_linear")(x, expert, weight, transposed=transposed)
     assert (out.shape, out.dtype) == ((7, 2, 5), torch.bfloat16)
+
+
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["out-by-in", "in-by-out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_grouped_product(
+    dtype: torch.dtype, transposed: bool, with_bias: bool, index: torch.dtype
+) -> None:
+    """As on a GPU, through torch's own stand-in for CPUs: an expert without rows, rows without."""
+    x = torch.randn(50, 16).to(dtype)
+    expert = torch.randint(0, 6, (50,), dtype=index)
+    expert[expert == 2] = 4
+    weight = torch.randn(5, *((16, 24) if transposed else (24, 16))).to(dtype)
+    bias = torch.randn(5, 24).to(dtype) if with_bias else None
+    found = experts._grouped(x, expert, weight.mT if transposed else weight, bias)
+    expected = by_row(x, expert, weight, bias, transposed)
+    assert (found[expert == 5] == 0).all()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_experts_on_a_gpu_never_wait_for_it(with_bias: bool) -> None:
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("torch has the grouped product as a kernel for capability 9 and 10 only")
+    x, weight = torch.randn(300, 64), torch.randn(5, 128, 64)
+    bias = torch.randn(5, 128) if with_bias else None
+    expert = torch.randint(0, 6, (300,))
+    parts = [None if t is None else t.cuda().bfloat16() for t in (x, weight, bias)]
+    on_gpu = (parts[0], expert.cuda(), *parts[1:])
+    expert_linear(*on_gpu)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = expert_linear(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rounded = [None if t is None else t.bfloat16() for t in (x, weight, bias)]
+    expected = by_row(rounded[0], expert, *rounded[1:], False)
+    torch.testing.assert_close(found.cpu().double(), expected, atol=0.2, rtol=2e-2)
