@@ -138,6 +138,7 @@ def test_every_op_can_be_watched() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize(("name", "parallel"), CASES.values(), ids=CASES)
 def test_a_step_on_a_gpu_never_waits_for_it(name: str, parallel: str) -> None:
     made = one_rank(name, parallel, device="cuda", dtype="float16")
