@@ -18,6 +18,10 @@ from rich.table import Table
 from ringcompile import compiler, execution
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import DTYPES, load_model
+from ringcompile.commands.bench import bench
+from ringcompile.commands.calibrate import calibrate
+from ringcompile.commands.plan import plan
+from ringcompile.commands.simulate import simulate
 from ringcompile.dump import formats, render
 from ringcompile.dump.report import Report
 from ringcompile.errors import RingCompileError
@@ -81,6 +85,10 @@ def main() -> None:
     except RingCompileError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
+
+
+for _command in (simulate, plan, bench, calibrate):
+    cli.add_command(_command)
 
 
 @cli.command()

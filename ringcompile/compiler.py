@@ -48,15 +48,17 @@ def front_passes(
     tp_sequence: bool = False,
     stages: tuple[str, ...] = (),
     told: Mapping[str, int | None] | None = None,
+    checked: dict[Any, bool] | None = None,
 ) -> list[Pass]:
     """From a captured program to one program for all ranks."""
+    known = {} if checked is None else checked
     return [
         Canonicalize(),
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
-        Place(mesh, order, gather_unknown, capacity, ring, tp_sequence),
+        Place(mesh, order, gather_unknown, capacity, ring, tp_sequence, known),
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
         *([TensorParallel(mesh, told or {}), CleanUp()] if mesh.size("tp") > 1 else []),
@@ -80,6 +82,7 @@ class ParallelProgram:
         program: what all ranks have in common; mesh coordinates are symbols in it.
         mesh: the parallel plan.
         options: how it was made; saved with it.
+        check: whether each rank's program is checked behind every pass.
     """
 
     program: Program
@@ -88,6 +91,7 @@ class ParallelProgram:
     observe: Observer | None = None
     read_rank: Callable[[int], Program] | None = None
     folder: Path | None = None
+    check: bool = True
     _ranks: dict[int, Program] = field(default_factory=dict)
 
     @property
@@ -116,7 +120,8 @@ class ParallelProgram:
         return self._ranks[rank]
 
     def _lower(self, rank: int) -> Program:
-        return Pipeline(rank_passes(rank, self.mesh), self.observe).run(self.program)
+        passes = rank_passes(rank, self.mesh)
+        return Pipeline(passes, self.observe, self.check).run(self.program)
 
     def ranks(self) -> list[Program]:
         """The programs of all ranks, in order."""
@@ -157,6 +162,19 @@ class ParallelProgram:
         )
 
 
+def prepare(program: Program) -> Program:
+    """Run what is the same for all parallel specs, once for many calls of `transform`.
+
+    Raises:
+        RingCompileError: with the user's line, for what cannot be compiled.
+    """
+    return Pipeline(front_passes(Mesh(()))[:_NUM_COMMON]).run(program)
+
+
+# The passes that come before any layout.
+_NUM_COMMON = [step.name for step in front_passes(Mesh(()))].index(Place.name)
+
+
 def transform(
     program: Program,
     parallel: str | Mesh,
@@ -171,11 +189,13 @@ def transform(
     plan: Plan | None = None,
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
+    check: bool = True,
+    checked: dict[Any, bool] | None = None,
 ) -> ParallelProgram:
     """Compile a captured program for a mesh.
 
     Args:
-        program: from `capture`.
+        program: from `capture`, or from `prepare`.
         parallel: the parallel spec, such as "ring=4".
         order: which positions a rank holds: "contiguous", "zigzag", or "auto" (zigzag where all
             attention is causal, so that every rank has the same work).
@@ -193,6 +213,8 @@ def transform(
             `ir.plan.read_plan`.
         observe: called behind every pass with the pass, the program and its seconds.
         options: anything to keep with the artifact.
+        check: whether programs are checked behind every pass.
+        checked: what is known of the model's regions from earlier calls; added to.
 
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
@@ -202,9 +224,10 @@ def transform(
         raise RingCompileError(f"sequence length {length}: it must be at least 1")
     front = front_passes(
         mesh, order, gather_unknown, capacity, ring, tp_sequence,
-        tuple(stages or (plan.stages if plan else ())), plan.told("tp") if plan else None,
+        tuple(stages or (plan.stages if plan else ())), plan.told("tp") if plan else None, checked,
     )
-    placed = Pipeline(front, observe).run(program)
+    done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
+    placed = Pipeline(front[done:], observe, check).run(program)
     if length is not None:
         assert placed.sequence is not None
         known = placed.sequence.bindings(length)
@@ -212,7 +235,7 @@ def transform(
     kept = {"parallel": str(mesh), "order": order, "length": length,
             "gather_unknown": gather_unknown, "capacity": capacity, "ring": ring,
             "tp_sequence": tp_sequence, "stages": list(stages), **(options or {})}
-    return ParallelProgram(placed, mesh, kept, observe)
+    return ParallelProgram(placed, mesh, kept, observe, check=check)
 
 
 def load(folder: str | Path) -> ParallelProgram:

@@ -174,9 +174,15 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
         ["transform", "llama-tiny", "-o", "x", "--parallel", "ring=2,ring=2"], 1, ["given twice"]),
     "axis of size 0": (
         ["transform", "llama-tiny", "-o", "x", "--parallel", "ring=0"], 1, ["at least 1"]),
-    "axis without rules": (
-        ["transform", "llama-tiny", "-o", "x", "--parallel", "ring=2,tp=2"], 1,
-        ["mesh axis 'tp' has no placement rules yet"]),
+    "more stages than layers": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "pp=3"], 1,
+        ["pp=3 asks for more stages than the model has layers: 2", "hint: use pp=2 or less"]),
+    "a stage that is no layer": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "pp=2", "--stages", "nowhere"], 1,
+        ["no stage can begin with 'nowhere'", "layers: blocks.1"]),
+    "no such plan": (
+        ["transform", "llama-tiny", "-o", "x", "--parallel", "tp=2", "--plan", "none.json"], 1,
+        ["cannot read the plan 'none.json'"]),
     "no spec": (["transform", "llama-tiny", "-o", "x"], 2, ["--parallel"]),
     "no folder": (["transform", "llama-tiny", "--parallel", "ring=2"], 2, ["-o"]),
     "unknown pass": (

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 SECONDS, BYTES = 60, 2e9
+VERIFIED = 5  # seconds for 16 ranks of 3,000 nodes
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -62,6 +63,7 @@ def measured(model: str) -> dict[str, float]:
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(model, found)
+    assert found["verified"] < VERIFIED * max(found["nodes"] / 3000, 1)
     return found
 
 

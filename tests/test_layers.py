@@ -14,6 +14,7 @@ FLOORS = [
     {"__init__"},
     {"__main__"},
     {"cli"},
+    {"commands"},
     {"execution"},
     {"compiler"},
     {"runtime"},

@@ -189,7 +189,7 @@ def test_four_processes(spec: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "name"),
     [("ulysses=4", "Phi3"), ("pp=2,ring=2,tp=2", "Llama"), ("ring=4,tp=2", "llama-tiny"),
-     ("tp=8", "dense-4l-tiny"), ("ep=8", "moe-4l-tiny")],
+     ("tp=8", "dense-4l-tiny"), ("ep=8", "moe-4l-tiny"), ("ulysses=2,ring=2", "moe-4l-tiny")],
 )
 def test_more_processes(spec: str, name: str, tmp_path: Path) -> None:
     hold_processes(name, spec, tmp_path)

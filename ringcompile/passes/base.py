@@ -30,6 +30,7 @@ class Pass(ABC):
         options = (
             f"{f.name}={getattr(self, f.name)}"
             for f in fields(self)  # type: ignore[arg-type]
+            if f.repr
         )
         return f"{self.name}{{{', '.join(options)}}}"
 

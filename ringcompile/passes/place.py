@@ -10,8 +10,8 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -59,6 +59,7 @@ class Place(Pass):
         ring: how keys and values reach the ranks along `ring`: they "rotate", or are gathered all
             at once ("gather"), which is faster for short sequences.
         tp_sequence: between the layers that `tp` splits, it divides the sequence.
+        checked: which regions hold, as known from placing the same model before; added to.
     """
 
     name: ClassVar[str] = "place"
@@ -68,6 +69,7 @@ class Place(Pass):
     capacity: str = "exact"
     ring: str = "rotate"
     tp_sequence: bool = False
+    checked: dict[Any, bool] = field(default_factory=dict, repr=False, compare=False)
 
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
@@ -104,7 +106,7 @@ class Place(Pass):
         scout.run()
         layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
         finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity, prefix)
-        return list(filter(TokenWise(program).holds, finder.find()))
+        return list(filter(TokenWise(program, self.checked).holds, finder.find()))
 
     def _order(self, program: Program) -> str:
         if self.order in ORDERS:

@@ -6,7 +6,7 @@ import atexit
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,9 +97,27 @@ class Exchange:
             return ANSWERS[asked.kind]([asked], 0)
         group = self._group(asked.axis)
         with self._meeting(dist.get_process_group_ranks(group), f"in %{asked.node}"):
-            answer = _COLLECTIVES[asked.kind](asked, group)
+            answer = self._in_order(asked, group)
         self.bytes_sent += asked.num_bytes(num_ranks, dist.get_rank(group))
         return answer
+
+    def _in_order(self, asked: Collective, group: dist.ProcessGroup) -> Any:
+        """What a group gives, with its ranks in the order of the axes that are named.
+
+        torch has a group's ranks in increasing order, whatever it was made of: that is another one
+        where axes are named in another order than the mesh has them.
+        """
+        if "," not in asked.axis:
+            return _COLLECTIVES[asked.kind](asked, group)
+        ranks = self.mesh.group_of(self.rank.index, asked.axis)
+        order = sorted(range(len(ranks)), key=ranks.__getitem__)
+        if asked.kind in ("reduce_scatter", "all_to_all"):
+            asked = replace(asked, tensor=asked.tensor[order])
+        answer = _COLLECTIVES[asked.kind](asked, group)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        if asked.kind == "gather":
+            return [answer[place] for place in back]
+        return answer[back] if asked.kind == "all_to_all" else answer
 
     def _group(self, axis: str) -> dist.ProcessGroup:
         """The process group along an axis, or along several together."""
@@ -211,7 +229,7 @@ def _axis_groups(mesh: Mesh, joined: Iterable[str]) -> dict[str, dist.ProcessGro
         axis: devices.get_group(axis) for axis in axes
     }
     for text in sorted(joined):
-        names = tuple(text.split(","))
+        names = tuple(sorted(text.split(","), key=mesh.names.index))  # as torch wants them
         if len(names) > 1 and mesh.size(text) > 1:
             groups[text] = devices[names]._flatten().get_group()
     return groups

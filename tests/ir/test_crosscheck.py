@@ -26,7 +26,7 @@ from tests.ir.faults.cases import PLANS, Case, Kind, Programs, cases, nodes_of
 from tests.test_ops_across_the_sequence import H, Lambda
 
 KINDS: dict[str, Kind] = {**ring.KINDS, **groups.KINDS, **stages.KINDS, **weights.KINDS}
-SEEDS = 2  # mutants of a kind, for each of the programs that have a site for it
+SEEDS = 1  # mutants of a kind, for each of the programs that have a site for it
 MANY = 1000
 STEPPED = [name for name, kind in KINDS.items() if kind.steps]
 

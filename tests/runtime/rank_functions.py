@@ -142,3 +142,21 @@ def run_checked(rank: Rank, folder: str, inputs: list[Any]) -> tuple[Any, list[A
     session = Session(artifact.load(folder), rank, check_inputs=True)
     run = session.run(inputs[rank.index])
     return session.assemble(run), session.everyones_stats(run)
+
+
+def joined_axes(rank: Rank, axis: str) -> dict[str, list[int]]:
+    """On ulysses=2,ring=3: of each collective over both axes, the ranks that values came from."""
+    mesh = Mesh.parse("ulysses=2,ring=3")
+    exchange = Exchange(mesh, rank, [axis])
+    mine, each = torch.tensor([rank.index]), torch.full((6, 1), rank.index)
+    addressed = torch.arange(6)[:, None] * 10  # what is meant for each place
+
+    def meet(kind: str, tensor: torch.Tensor) -> Any:
+        return exchange.answer(Collective(kind, kind, axis, tensor))
+
+    return {
+        "gather": [int(piece) for piece in meet("gather", mine)],
+        "all_to_all": meet("all_to_all", each).flatten().tolist(),
+        "meant": meet("all_to_all", addressed).flatten().tolist(),
+        "reduce_scatter": meet("reduce_scatter", addressed).tolist(),
+    }

@@ -139,6 +139,18 @@ def test_each_axis_has_its_own_group() -> None:
     ]
 
 
+@pytest.mark.parametrize("axis", ["ring,ulysses", "ulysses,ring"])
+def test_ranks_of_joined_axes_are_in_the_order_of_the_axes(axis: str) -> None:
+    """Whatever the order of the mesh, in which torch has them."""
+    ranks = Mesh.parse("ulysses=2,ring=3").group_of(0, axis)
+    for rank, found in enumerate(launch(rank_functions.joined_axes, 6, (axis,), threads=1)):
+        place = ranks.index(rank)
+        assert found == {
+            "gather": ranks, "all_to_all": ranks, "meant": [10 * place] * 6,
+            "reduce_scatter": [60 * place],
+        }
+
+
 def test_every_dtype_can_be_gathered() -> None:
     for found in launch(rank_functions.gathered_dtypes, 2):
         assert all(found.values()), found

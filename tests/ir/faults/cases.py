@@ -81,6 +81,7 @@ PLANS: dict[str, tuple[str, tuple[Plan, ...]]] = {
         ("ring=2,tp=2", {}), ("ring=2,tp=2", {"ring": "gather"}),
     )),
     "paths in groups": ("two paths", (("tp=2", {}), ("tp=4", {}), ("ring=2,tp=2", {}))),
+    "experts in groups": ("moe-4l-tiny", (("ep=2", {}), ("ring=2,ep=2", {}))),
     "gpt in stages": ("gpt-tiny", (("pp=2", {}), ("pp=2,tp=2", {}), ("pp=2,ring=2", {}))),
     "paths in stages": ("two paths", (("pp=2", {}), ("pp=4", {}), ("pp=2,tp=2", {}))),
     "gpt with shares": ("gpt-tiny", (("tp=4", {}), ("pp=2,tp=2", {}), ("ring=2,tp=2", {}))),

@@ -128,10 +128,10 @@ def groups_in_another_order(programs: Programs, rng: random.Random) -> bool:
     return True
 
 
-_ONE = r"\w+ of float\d\d\[.*\].* in %\w+"
+_ONE = r"\w+ of (float|int)\d\d\[.*\].* in %\w+"
 DIFFER = rf"rank \d asks for {_ONE}, rank \d for {_ONE}"
 UNMATCHED = "|".join([DIFFER, ENDED, CYCLE])
-MODELS = ("gather", "llama in groups", "paths in groups")
+MODELS = ("gather", "llama in groups", "paths in groups", "experts in groups")
 KINDS: dict[str, Kind] = {
     "a missing collective": Kind(at_a_meeting(missing), UNMATCHED, MODELS),
     "a collective too many": Kind(at_a_meeting(twice), UNMATCHED, MODELS),

@@ -195,7 +195,7 @@ GAP = rf"none of the ranks \d.* holds {_BOX} of {_WEIGHT}"
 LEFT_OUT = rf"{_WEIGHT} is split over \S+, and of the ranks \d.* only \d.* hold a share"
 UNEQUAL = rf"rank \d holds {_BOX} of {_WEIGHT}, rank \d {_BOX}: they should hold the same"
 TAKEN = rf"rank \d takes {_WEIGHT} for %\w+, rank \d {_WEIGHT}"
-SHARED = rf"{_WEIGHT} cannot be shared out: rank \d takes"
+SHARED = rf"{_WEIGHT} cannot be shared out: rank \d (takes|divides)"
 MODELS = ("gpt with shares",)
 KINDS: dict[str, Kind] = {
     "a share that is the whole": Kind(at_a_weight(relaid(whole), split), OVERLAP, MODELS, False),

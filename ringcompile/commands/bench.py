@@ -1,0 +1,180 @@
+"""`ringcompile bench`: the quantities of `simulate`, measured on this machine's processes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ringcompile import artifact, compiler
+from ringcompile.commands.options import CONSOLE, JSON, milliseconds, print_table
+from ringcompile.cost.hardware import load_cluster
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.simulate import simulate
+from ringcompile.cost.timeline import How
+from ringcompile.errors import RingCompileError
+from ringcompile.execution import random_inputs
+from ringcompile.ir.expr import SEQUENCE
+from ringcompile.runtime.distributed import Stats
+from ringcompile.runtime.join import pick_backend
+from ringcompile.runtime.launcher import LocalRanks
+
+_PERCENTILES = (10, 50, 90, 99)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seq", type=click.IntRange(1), default=1024, show_default=True,
+              help="Tokens of a sequence, if the artifact serves any length.")
+@click.option("--batch", type=click.IntRange(1),
+              help="Sequences of a step; with dp or pp a multiple of the captured batch.")
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--warm-up", type=click.IntRange(0), default=2, show_default=True,
+              help="Steps that are not counted.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each rank.")
+@click.option("--backend", type=click.Choice(["auto", "gloo", "nccl"]), default="auto",
+              show_default=True)
+@click.option("--cluster", default="cpu", show_default=True, metavar="NAME|FILE",
+              help="Tables for what was predicted; a file that `calibrate` wrote here is best.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds.")
+@JSON
+def bench(
+    out: Path,
+    seq: int,
+    batch: int | None,
+    steps: int,
+    warm_up: int,
+    threads: int | None,
+    backend: str,
+    cluster: str,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Run the artifact OUT step after step on local processes, and say what the tables predicted.
+
+    A step takes the token batch from the ranks' shares of the inputs to their outputs: tokens a
+    second are those of the batch over its median, and TPOT is the step's time, as in the paper.
+    """
+    made = compiler.load(out)
+    length = made.program.lengths.get(SEQUENCE, seq)
+    captured = _captured_batch(made)
+    batch = batch or captured
+    if batch % captured:
+        raise RingCompileError(
+            f"a batch of {batch} is no multiple of the captured one, which is {captured}"
+        )
+    inputs = {
+        name: torch.cat([tensor] * (batch // captured)) if tensor.dim() > 1 else tensor
+        for name, tensor in random_inputs(made.program, length).items()
+    }
+    picked = pick_backend(backend, made.world_size)
+    with CONSOLE.status(f"running {made.world_size} ranks"):
+        options: dict[str, Any] = {"backend": picked, "threads": threads, "timeout": timeout}
+        with LocalRanks(artifact.load, (out,), **options) as ranks:
+            runs = [ranks.run(inputs).stats for _ in range(warm_up + steps)][warm_up:]
+    facts = {
+        "parallel": str(made.mesh),
+        "model": made.program.name,
+        "tokens": length * batch,
+        "steps": steps,
+        **_measured(runs, length * batch),
+        "predicted": _predicted(made, cluster, length, batch // captured, batch * length),
+        "environment": environment(picked, threads),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+
+
+def _captured_batch(made: compiler.ParallelProgram) -> int:
+    shapes = (spec.type.shape for spec in made.program.inputs)
+    sizes = [shape[0] for shape in shapes if len(shape) > 1 and isinstance(shape[0], int)]
+    return sizes[0] if sizes else 1
+
+
+def _measured(runs: list[list[Stats]], tokens: int) -> dict[str, Any]:
+    """Of each step the slowest rank counts."""
+    seconds = [max(stats.seconds for stats in run) for run in runs]
+    middle = statistics.median(seconds)
+    last = runs[-1]
+    return {
+        "tps": tokens / middle,
+        "prefill_tps": tokens / middle,
+        "tpot_ms": middle * 1e3,
+        "percentiles_ms": {f"p{p}": _percentile(seconds, p) * 1e3 for p in _PERCENTILES},
+        "ranks": [
+            {
+                "rank": stats.rank,
+                "seconds_ms": statistics.median(r[i].seconds for r in runs) * 1e3,
+                "exposed_ms": statistics.median(r[i].wait_seconds for r in runs) * 1e3,
+                "bytes_sent": stats.bytes_sent,
+                "memory_bytes": stats.peak_bytes,
+            }
+            for i, stats in enumerate(last)
+        ],
+    }
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    """Nearest rank: a value that was measured."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+def _predicted(
+    made: compiler.ParallelProgram, cluster: str, length: int, count: int, tokens: int
+) -> dict[str, Any]:
+    """The same quantities by the cost model; each replica has its part of the microbatches."""
+    hardware = load_cluster(cluster).sized(made.world_size)
+    costs = [cost_of(program, length) for program in made.ranks()]
+    found = simulate(costs, hardware, How(max(count // made.mesh.size("dp"), 1)))
+    return {
+        "cluster": hardware.name,
+        "tps": tokens / found.seconds,
+        "tpot_ms": found.seconds * 1e3,
+        "bound": found.bound,
+        "exposed_ms": found.exposed_seconds * 1e3,
+        "bytes_sent": [cost.bytes_sent for cost in costs],
+        "memory_bytes": found.memory_bytes,
+    }
+
+
+def environment(backend: str, threads: int | None) -> dict[str, Any]:
+    """What a reader needs to judge a number by."""
+    device = torch.cuda.get_device_name() if backend == "nccl" else platform.processor()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "threads": threads,
+        "backend": backend,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    predicted, percentiles = facts["predicted"], facts["percentiles_ms"]
+    rows = [
+        ["tokens a second", f"{facts['tps']:,.0f}", f"{predicted['tps']:,.0f}"],
+        ["TPOT", milliseconds(facts["tpot_ms"] / 1e3), milliseconds(predicted["tpot_ms"] / 1e3)],
+        *([name, milliseconds(value / 1e3), ""] for name, value in percentiles.items()),
+        ["exposed communication", milliseconds(max(r["exposed_ms"] for r in facts["ranks"]) / 1e3),
+         milliseconds(predicted["exposed_ms"] / 1e3)],
+        ["bytes sent, rank 0", f"{facts['ranks'][0]['bytes_sent']:,}",
+         f"{predicted['bytes_sent'][0]:,}"],
+    ]
+    title = f"{facts['model']}, {facts['parallel']}, {facts['tokens']} tokens a step"
+    print_table(title, ["", "measured", f"predicted by '{predicted['cluster']}'"], rows)
+    known = facts["environment"]
+    click.echo(f"{facts['steps']} steps, {known['backend']}, torch {known['torch']}, "
+               f"{known['cores']} cores, load {known['load']:.1f}")

@@ -1,0 +1,108 @@
+"""`ringcompile plan`: which parallel spec is fastest on a cluster, and why others are not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import click
+
+from ringcompile import compiler
+from ringcompile.capture.export import capture
+from ringcompile.capture.loaders import DTYPES, load_model
+from ringcompile.commands.options import (
+    CLUSTER,
+    CONSOLE,
+    JSON,
+    gigabytes,
+    milliseconds,
+    print_table,
+)
+from ringcompile.cost.estimate import Ask, Model, Parallel
+from ringcompile.cost.hardware import load_cluster
+from ringcompile.cost.layers import cut, find_stack
+from ringcompile.cost.planner import Plan, Planner
+from ringcompile.cost.specs import Variant
+from ringcompile.ir.program import Program
+
+
+@click.command()
+@click.argument("model")
+@click.option("--gpus", type=click.IntRange(1), required=True, help="How many devices.")
+@CLUSTER
+@click.option("--seq", type=click.IntRange(1), default=16384, show_default=True,
+              help="Tokens of a sequence.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
+              help="Sequences of a step.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
+@click.option("--top", type=click.IntRange(1), default=12, show_default=True,
+              help="Plans to print; --json has all.")
+@JSON
+def plan(
+    model: str,
+    gpus: int,
+    cluster: str,
+    seq: int,
+    batch: int,
+    dtype: str | None,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Rank all parallel specs of MODEL on so many devices by tokens a second; reads no weights."""
+    ask = Ask(gpus, load_cluster(cluster).sized(gpus), seq, batch)
+    with CONSOLE.status(f"planning {model}"):
+        plans = plans_for(model, ask, dtype)
+    if as_json:
+        click.echo(json.dumps([found.to_json() for found in plans], indent=2))
+        return
+    title = f"{model} on {gpus} x {ask.cluster.device.title}, {ask.tokens} tokens a step"
+    _print(title, plans, top)
+
+
+def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
+    """All plans for a model by name, as `ringcompile plan` prints them.
+
+    Args:
+        model: as `load_model` takes it.
+        ask: devices, cluster, sequence and batch.
+        dtype: to cast the model to.
+
+    Raises:
+        RingCompileError: the model cannot be captured, or nothing fits.
+    """
+    loaded = load_model(model, dtype=dtype, weights=":" in model)
+    whole = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    stack = find_stack(whole)
+    prepared, checked = dict[int, Program](), dict[Any, bool]()
+
+    def compile_(variant: Variant, length: int) -> Parallel:
+        layers = variant.mesh.size("pp") if stack is not None else 0
+        if layers not in prepared:
+            program = cut(whole, stack, layers) if stack is not None else whole
+            prepared[layers] = compiler.prepare(program)
+        return compiler.transform(
+            prepared[layers], variant.mesh, order=variant.order, length=length,
+            capacity=variant.capacity, ring=variant.ring, tp_sequence=variant.tp_sequence,
+            check=False, checked=checked,
+        )
+
+    total = sum(weight.num_bytes for weight in whole.weights.values())
+    return Planner(Model(stack, total, whole.length_range), ask, compile_).run()
+
+
+def _print(title: str, plans: list[Plan], top: int) -> None:
+    fitting = [found for found in plans if found.tps is not None]
+    rows = [
+        [str(found.variant), f"{(found.tps or 0) / 1e6:.4g} M", milliseconds(found.seconds or 0),
+         milliseconds(found.latency or 0), found.bound or "", gigabytes(found.memory_bytes or 0),
+         found.why]
+        for found in fitting[:top]
+    ]
+    columns = ["spec", "tokens/s", "TPOT", "latency", "bound by", "memory", "why"]
+    print_table(title, columns, rows)
+    if len(fitting) > top:
+        click.echo(f"and {len(fitting) - top} slower ones; --json has all")
+    reasons = Counter(found.why for found in plans if found.tps is None)
+    for reason, count in reasons.most_common():
+        click.echo(f"rejected {count}: {reason}")

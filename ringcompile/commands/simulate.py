@@ -1,0 +1,125 @@
+"""`ringcompile simulate`: the timeline of an artifact's ranks on a cluster's tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ringcompile import compiler
+from ringcompile.commands.options import (
+    CLUSTER,
+    CONSOLE,
+    EAGER,
+    JSON,
+    gigabytes,
+    milliseconds,
+    print_table,
+    shares,
+)
+from ringcompile.cost.hardware import Cluster, load_cluster
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.simulate import Simulation
+from ringcompile.cost.simulate import simulate as run
+from ringcompile.cost.timeline import How
+from ringcompile.cost.trace import to_trace
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.expr import SEQUENCE
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@CLUSTER
+@click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, if the artifact serves "
+              "any length; by default 16384.")
+@click.option("--microbatches", type=click.IntRange(1), default=1, show_default=True,
+              help="How often every rank repeats its program, one behind the other.")
+@EAGER
+@click.option("--trace", type=click.Path(path_type=Path),
+              help="Write a trace for ui.perfetto.dev or chrome://tracing.")
+@JSON
+def simulate(
+    out: Path,
+    cluster: str,
+    seq: int | None,
+    microbatches: int,
+    eager: bool,
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the timeline of every rank of the artifact OUT on a cluster that need not be there."""
+    made = compiler.load(out)
+    hardware = load_cluster(cluster).sized(made.world_size)
+    length = made.program.lengths.get(SEQUENCE) or seq or 16384
+    if seq is not None and seq != length:
+        raise RingCompileError(f"'{out}' is for {length} tokens, --seq asks for {seq}")
+    with CONSOLE.status(f"simulating {made.world_size} ranks"):
+        costs = [cost_of(program, length) for program in made.ranks()]
+        found = run(costs, hardware, How(microbatches, eager))
+    if trace is not None:
+        _write(trace, to_trace(found.timeline, f"{out.name}: {made.mesh}, {length} tokens"))
+    batch = int(made.options.get("batch", 1))
+    facts = _facts(made, hardware, length, batch, found)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    _print(facts, found)
+
+
+def _facts(
+    made: compiler.ParallelProgram, hardware: Cluster, length: int, batch: int, found: Simulation
+) -> dict[str, Any]:
+    tokens = length * batch
+    room = hardware.device.value("memory") - hardware.device.value("reserved")
+    return {
+        "parallel": str(made.mesh),
+        "cluster": hardware.name,
+        "tokens": tokens,
+        "tps": tokens / found.period,
+        "tpot_ms": found.period * 1e3,
+        "latency_ms": found.seconds * 1e3,
+        "bound": found.bound,
+        "path_ms": {kind: seconds * 1e3 for kind, seconds in found.path.items()},
+        "memory_bytes": found.memory_bytes,
+        "fits": found.memory_bytes <= room,
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "compute_ms": rank.compute_seconds * 1e3,
+                "exposed_ms": rank.exposed_seconds * 1e3,
+                "bubble_ms": rank.bubble_seconds * 1e3,
+                "flops": rank.flops,
+                "bytes_sent": rank.bytes_sent,
+                "weight_bytes": rank.weight_bytes,
+                "memory_bytes": rank.memory_bytes,
+            }
+            for rank in found.ranks
+        ],
+    }
+
+
+def _print(facts: dict[str, Any], found: Simulation) -> None:
+    columns = ["rank", "compute", "exposed communication", "bubble", "TFLOP", "sent", "weights",
+               "memory peak"]
+    rows = [
+        [str(r.rank), milliseconds(r.compute_seconds), milliseconds(r.exposed_seconds),
+         milliseconds(r.bubble_seconds), f"{r.flops / 1e12:.4g}", gigabytes(r.bytes_sent),
+         gigabytes(r.weight_bytes), gigabytes(r.memory_bytes)]
+        for r in found.ranks
+    ]
+    title = f"{facts['parallel']} on {facts['cluster']}, {facts['tokens']} tokens"
+    print_table(title, columns, rows)
+    click.echo(f"step {milliseconds(found.seconds)}, {facts['tps'] / 1e6:.4g} M tokens/s")
+    click.echo(f"longest path: {shares(dict(found.path))}")
+    if not facts["fits"]:
+        click.echo(f"does not fit: {gigabytes(found.memory_bytes)} a rank")
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(data), encoding="utf-8")
+    except OSError as error:
+        raise RingCompileError(f"cannot write '{file}': {error}") from None
+    click.echo(f"wrote {file}", err=True)

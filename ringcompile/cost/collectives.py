@@ -1,0 +1,89 @@
+"""The seconds of exchanges between ranks, by algorithm and by the links they go over.
+
+Sizes follow the usual algorithms: p ranks that bring B bytes each send (p-1) B in an all-gather,
+(p-1)/p B in a reduce-scatter or an all-to-all, twice that in an all-reduce (Patarasuk and Yuan,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import ceil, log2
+
+from ringcompile.cost.hardware import Cluster, Link
+from ringcompile.cost.rank import Collective, Shift
+
+# What is read in a link's table for each kind: nccl-tests calls it bus bandwidth.
+_FIGURES = {"gather": "all_gather", "reduce_scatter": "all_gather", "all_reduce": "all_reduce",
+            "all_to_all": "all_to_all", "dispatch": "all_to_all", "combine": "all_to_all"}
+
+
+def message_seconds(cluster: Cluster, source: int, to: int, num_bytes: int) -> float:
+    """One message from a rank to another, once both are ready."""
+    link = cluster.link(source, to)
+    return link.value("startup") + link.seconds(num_bytes)
+
+
+def collective_seconds(cluster: Cluster, exchange: Collective) -> float:
+    """An exchange, once all ranks of its group are ready.
+
+    In a group that spans nodes with several ranks in each, what goes between nodes goes over all
+    of their links at once: an all-reduce is a reduce-scatter within the nodes, an all-reduce
+    between them, an all-gather within.
+    """
+    kind, brought, group = exchange.kind, exchange.brought, exchange.group
+    if len(group) == 1 or not brought:
+        return 0.0
+    by_node = Counter(cluster.node_of(rank) for rank in group)
+    inside, num_nodes = min(by_node.values()), len(by_node)
+    if num_nodes == 1:
+        return _flat(kind, brought, len(group), cluster.links["node"])
+    between = cluster.links["between"]
+    if inside == 1 or len(set(by_node.values())) > 1:
+        return _flat(kind, brought, len(group), between)
+    node = cluster.links["node"]
+    if _FIGURES[kind] == "all_to_all":  # both at once: to ranks of the node, and to those of others
+        share = brought / len(group)
+        away = share * inside * (num_nodes - 1)
+        return max(
+            _flat(kind, share * inside, inside, node),
+            between.value("startup") + _steps(kind, num_nodes) * between.value("latency")
+            + away / _rate(kind, away, between),
+        )
+    if kind == "gather":
+        across = _flat(kind, brought, num_nodes, between)
+        return across + _flat(kind, brought * num_nodes, inside, node)
+    within = _flat("reduce_scatter", brought, inside, node)
+    across = _flat(kind, brought / inside, num_nodes, between)
+    if kind == "reduce_scatter":
+        return within + across
+    return within + across + _flat("gather", brought / inside, inside, node)
+
+
+def _flat(kind: str, brought: float, num_ranks: int, link: Link) -> float:
+    """An exchange in which all links are alike."""
+    share = (num_ranks - 1) / num_ranks
+    whole = brought * num_ranks if kind == "gather" else brought
+    sent = whole * share * (2 if kind == "all_reduce" else 1)
+    steps = _steps(kind, num_ranks)
+    return link.value("startup") + steps * link.value("latency") + sent / _rate(kind, whole, link)
+
+
+def _rate(kind: str, num_bytes: float, link: Link) -> float:
+    figure = link.figures.get(_FIGURES[kind], link.figures["bandwidth"])
+    return figure(bytes=num_bytes)
+
+
+def _steps(kind: str, num_ranks: int) -> int:
+    """Steps behind the first: of a tree, there and back for an all-reduce."""
+    depth = ceil(log2(num_ranks))
+    return 2 * depth - 1 if kind == "all_reduce" else depth - 1
+
+
+def held_up(cluster: Cluster, rank: int, shift: Shift, num_bytes: int) -> float:
+    """The compute seconds that a rank loses while so many bytes of a transfer go by."""
+    peer = shift.to if shift.to is not None else shift.source
+    if peer is None:
+        return 0.0
+    link = cluster.link(rank, peer)
+    return link.value("interference") * message_seconds(cluster, rank, peer, num_bytes)

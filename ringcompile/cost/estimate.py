@@ -1,0 +1,245 @@
+"""Estimates of one variant: quickly, from one layer and one rank, or closely, from all that differ.
+
+A quick one stands for all ranks by the one with most to do, whose peers are taken to be where it
+is; long rings are estimated from short ones with as many tokens a rank, and a pipeline from stages
+that are costed alone. A close one has every place of the ring and every stage as they are emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Protocol
+
+from ringcompile.cost.hardware import Cluster
+from ringcompile.cost.layers import Stack, repeat
+from ringcompile.cost.rank import RankCost, cost_of
+from ringcompile.cost.scaling import PIPELINE, crossing_bytes, stages, with_batch
+from ringcompile.cost.simulate import simulate
+from ringcompile.cost.specs import (
+    Variant,
+    places,
+    ranks_of,
+    short_rings,
+    with_ring,
+    without_pipeline,
+)
+from ringcompile.cost.timeline import How
+from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
+
+# The longest ring that is compiled as it is, and the most ranks of a close estimate.
+_WHOLE_RING, _MOST_RANKS = 16, 64
+
+
+class Parallel(Protocol):
+    """A program for all ranks."""
+
+    def rank(self, rank: int, /) -> Program:
+        """The program of one rank."""
+
+
+# Makes the program of a variant for one sequence of a length, with one layer for each stage if
+# layers repeat; raises RingCompileError for what cannot be.
+Compile = Callable[[Variant, int], Parallel]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What has to be known of a model before it is compiled.
+
+    Attributes:
+        stack: the layers that repeat, if they do.
+        weight_bytes: of all weights.
+        length_range: the smallest and largest length that its code is valid for.
+    """
+
+    stack: Stack | None
+    weight_bytes: int
+    length_range: tuple[int, int | None] = (2, None)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is to be planned.
+
+    Attributes:
+        num_gpus: how many devices.
+        cluster: of which kind.
+        length: tokens of a sequence.
+        batch: sequences of a step.
+    """
+
+    num_gpus: int
+    cluster: Cluster
+    length: int
+    batch: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.length * self.batch
+
+    @property
+    def room(self) -> float:
+        """Bytes that a rank may hold."""
+        device = self.cluster.device
+        return device.value("memory") - device.value("reserved")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What came out of simulations.
+
+    Attributes:
+        seconds: of a step of all tokens, the pipeline being full.
+        latency: from a step's start to its end.
+        path: seconds on the longest path, by what they are spent on.
+        memory_bytes: the most that a rank holds.
+    """
+
+    seconds: float
+    latency: float
+    path: Mapping[str, float]
+    memory_bytes: int
+
+    @property
+    def bound(self) -> str:
+        """What most of the longest path is spent on."""
+        return max(self.path, key=lambda kind: self.path[kind], default="nothing")
+
+
+def on_line(a: Estimate, b: Estimate, at: float) -> Estimate:
+    """On the line through two estimates, a at 0 and b at 1, at some other place."""
+
+    def line(x: float, y: float) -> float:
+        return max(x + at * (y - x), 0.0)
+
+    kinds = {**a.path, **b.path}
+    return Estimate(
+        line(a.seconds, b.seconds),
+        line(a.latency, b.latency),
+        {kind: line(a.path.get(kind, 0.0), b.path.get(kind, 0.0)) for kind in kinds},
+        round(line(a.memory_bytes, b.memory_bytes)),
+    )
+
+
+class FarError(Exception):
+    """A part of the work alone takes longer than asked about."""
+
+
+@dataclass
+class Estimator:
+    """Estimates variants of one model for one ask.
+
+    Args:
+        model: what is known of the model.
+        ask: what is planned.
+        compile_: see `Compile`.
+    """
+
+    model: Model
+    ask: Ask
+    compile_: Compile
+    _hidden: int | None = field(default=None, init=False)
+
+    def quick(self, variant: Variant, limit: float) -> Estimate:
+        """An estimate within some percent.
+
+        Args:
+            variant: the spec and its options.
+            limit: seconds; a variant that takes longer is not followed to the end.
+
+        Raises:
+            RingCompileError: the compiler refuses it.
+            FarError: it takes longer than the limit.
+        """
+        ring, length = variant.mesh.size("ring"), self.ask.length
+        sizes = short_rings(variant.mesh, self.ask.cluster)
+        shorter = [-(-length * size // ring) for size in sizes]
+        low, high = self.model.length_range
+        possible = all(low <= n and (high is None or n <= high) for n in shorter)
+        if ring <= max(_WHOLE_RING, sizes[0]) or not possible:
+            return self._quick(variant, length)
+        short = self._quick(with_ring(variant, sizes[0]), shorter[0])
+        if short.seconds > limit:
+            raise FarError(
+                f"a ring of {sizes[0]} with as many tokens a rank already takes "
+                f"{short.seconds * 1e3:.4g} ms a step"
+            )
+        longer = self._quick(with_ring(variant, sizes[1]), shorter[1])
+        return on_line(short, longer, (ring - sizes[0]) / (sizes[1] - sizes[0]))
+
+    def can_be_close(self, variant: Variant) -> bool:
+        """Whether a close estimate is quick enough to be made."""
+        ring, pp = variant.mesh.size("ring"), variant.mesh.size(PIPELINE)
+        return ring <= _WHOLE_RING and ring * pp <= _MOST_RANKS
+
+    def close(self, variant: Variant) -> Estimate:
+        """An estimate from the programs of all ranks that do different things.
+
+        Raises:
+            RingCompileError: the compiler refuses it.
+        """
+        made = self.compile_(variant, self.ask.length)
+        places_of_ring = range(variant.mesh.size("ring"))
+        ranks = ranks_of(variant.mesh, places_of_ring, range(variant.mesh.size(PIPELINE)))
+        costs = [cost_of(made.rank(rank), self.ask.length) for rank in ranks]
+        return self._with_layers(variant, partial(self._repeated, costs))
+
+    def _quick(self, variant: Variant, length: int) -> Estimate:
+        """Each place that may be the slowest by itself."""
+        if self.model.stack is None:  # stages are then not alike
+            return self.close(variant)
+        flat = without_pipeline(variant)
+        made = self.compile_(flat, length)
+        found = []
+        for place in places(variant, self.ask.cluster):
+            (rank,) = ranks_of(flat.mesh, [place], [0])
+            cost = cost_of(made.rank(rank), length)
+            found.append(self._with_layers(variant, partial(self._staged, variant, cost)))
+        return max(found, key=lambda estimate: estimate.seconds)
+
+    def _staged(self, variant: Variant, cost: RankCost, layers: int) -> list[RankCost]:
+        (one,), pp = self._repeated([cost], layers), variant.mesh.size(PIPELINE)
+        if pp == 1:
+            return [one]
+        shares = prod(variant.mesh.size(axis) for axis in ("ring", "ulysses", "ep"))
+        if variant.tp_sequence:
+            shares *= variant.mesh.size("tp")
+        apart = variant.mesh.world_size // pp
+        return stages([one] * pp, apart, self._hidden_bytes() // shares)
+
+    def _hidden_bytes(self) -> int:
+        """What crosses between stages, of a whole sequence; read off a pipeline of two."""
+        if self._hidden is None:
+            made = self.compile_(Variant(Mesh(((PIPELINE, 2),))), self.ask.length)
+            self._hidden = crossing_bytes(cost_of(made.rank(0), self.ask.length))
+        return self._hidden
+
+    def _repeated(self, costs: Sequence[RankCost], layers: int) -> list[RankCost]:
+        stack = self.model.stack
+        return list(costs) if stack is None else [repeat(cost, stack, layers) for cost in costs]
+
+    def _with_layers(
+        self, variant: Variant, programs: Callable[[int], list[RankCost]]
+    ) -> Estimate:
+        """All layers of a stage where they are few; else from two and from three."""
+        stack = self.model.stack
+        layers = 1 if stack is None else -(-stack.count // variant.mesh.size(PIPELINE))
+        if layers <= 4:
+            return self._run(variant, programs(layers))
+        return on_line(self._run(variant, programs(2)), self._run(variant, programs(3)), layers - 2)
+
+    def _run(self, variant: Variant, costs: list[RankCost]) -> Estimate:
+        """One step for its latency, several for a full pipeline."""
+        mesh, count = variant.mesh, variant.microbatches
+        costs = [with_batch(cost, self.ask.batch // (count * mesh.size("dp"))) for cost in costs]
+        one = simulate(costs, self.ask.cluster, How(count, merged=True))
+        seconds = one.seconds
+        if mesh.size(PIPELINE) > 1:
+            many = How(mesh.size(PIPELINE) + 2, merged=True)
+            seconds = simulate(costs, self.ask.cluster, many).period * count
+        return Estimate(seconds, one.seconds, one.path, one.memory_bytes)

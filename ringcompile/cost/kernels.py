@@ -1,0 +1,110 @@
+"""A kernel: what it computes and moves, and the seconds that takes on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+
+from ringcompile.cost.hardware import Device
+
+# Our own kernels, for these head dims and half precision, work on the accumulator itself; see
+# `ops/kernels/custom.py`.
+_FOLDING = range(257, 513)
+_HALVES = (torch.float16, torch.bfloat16)
+# Attention is measured with so many heads; a GPU with fewer rows at work is not filled as well.
+REFERENCE_HEADS = 16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        kind: a field of a device: "matmul", "attention", "attention_causal", "attention_masked",
+            "stream", "strided", "special" or "reduction"; or "merge", bringing a block into the
+            accumulator, which is nothing where the attention kernel does it.
+        dtype: of its operands.
+        num_bytes: read and written, each operand and result once.
+        flops: multiplications and additions in matrix products, of visible pairs in attention;
+            what pointwise ops compute is not counted.
+        rows, inner, columns: of a matrix product; queries, head_dim, keys of attention; of a
+            merge, `inner` is the head_dim.
+        batch: matrix products side by side; heads, over the batch, of attention.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    num_bytes: int
+    flops: int = 0
+    rows: int = 0
+    inner: int = 0
+    columns: int = 0
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a kernel, and what they are spent on.
+
+    Attributes:
+        seconds: on the device.
+        bound: "matmul" or "attention" (arithmetic), "weights" (operands of a product), "memory"
+            (other bytes) or "launch" (neither: it is too small).
+    """
+
+    seconds: float
+    bound: str
+
+
+def time_of(kernel: Kernel, device: Device) -> Time:
+    """The seconds of a kernel: of arithmetic, of memory, or of a launch, whichever is longest.
+
+    Raises:
+        RingCompileError: the device's table does not have what is needed.
+    """
+    launch = device.value("launch")
+    if kernel.kind == "merge":
+        if device.asynchronous and kernel.inner in _FOLDING and kernel.dtype in _HALVES:
+            return Time(0.0, "memory")
+        kernel = replace(kernel, kind="stream")
+    if kernel.kind == "matmul":
+        times = {"matmul": _matmul(kernel, device),
+                 "weights": kernel.num_bytes / device.value("bandwidth")}
+    elif kernel.kind.startswith("attention"):
+        times = {"attention": _attention(kernel, device),
+                 "memory": kernel.num_bytes / device.value("bandwidth")}
+    else:
+        times = {"memory": _memory(kernel, device)}
+    bound = max(times, key=lambda name: times[name])
+    if times[bound] < launch:
+        return Time(launch, "launch")
+    return Time(times[bound], bound)
+
+
+def _matmul(kernel: Kernel, device: Device) -> float:
+    if not kernel.flops:
+        return 0.0
+    width = sqrt(kernel.inner * kernel.columns)
+    return kernel.flops / device.get("matmul", kernel.dtype)(rows=kernel.rows, width=width)
+
+
+def _attention(kernel: Kernel, device: Device) -> float:
+    """With a mask, all pairs are gone through, whether they are visible or not."""
+    masked = kernel.kind == "attention_masked"
+    pairs = kernel.batch * kernel.rows * kernel.columns
+    flops = 4 * kernel.inner * pairs if masked else kernel.flops
+    if not flops:
+        return 0.0
+    rows = float(kernel.rows)
+    if device.asynchronous:
+        rows *= kernel.batch / REFERENCE_HEADS
+    length = sqrt(rows * kernel.columns)
+    return flops / device.get(kernel.kind, kernel.dtype)(head_dim=kernel.inner, length=length)
+
+
+def _memory(kernel: Kernel, device: Device) -> float:
+    if not kernel.num_bytes:
+        return 0.0
+    return kernel.num_bytes / device.get(kernel.kind, kernel.dtype)(bytes=kernel.num_bytes)

@@ -1,0 +1,279 @@
+"""Measures the figures of a device: kernels at a grid of sizes, on the CPU or a CUDA device.
+
+Times are of the device alone: on CUDA by events, short kernels many at a time in a CUDA graph, so
+that the host's share, a figure of its own, stays out of them. Weights are taken in turns from more
+memory than caches hold, as in a model, where each is used once a step; everything else stays where
+the repeated call leaves it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ops import kernels
+
+aten = torch.ops.aten
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        rows, widths: matrix products of rows x width x width.
+        lengths, head_dims: attention of `heads` heads over equal numbers of queries and keys.
+        masked: lengths with a mask, which is a tensor.
+        tensors: bytes that pointwise ops read and write.
+        cache: bytes that no cache holds.
+        sample: the least seconds of one timed sample, and how many are taken.
+    """
+
+    rows: tuple[int, ...]
+    widths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    masked: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    heads: int
+    tensors: tuple[int, ...]
+    cache: int
+    sample: float
+    num_samples: int
+
+
+_KIB, _MIB = 1 << 10, 1 << 20
+SIZES = {
+    "cuda": Sizes(
+        rows=(16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+        widths=(512, 1024, 2048, 4096, 8192, 16384),
+        lengths=(256, 1024, 4096, 16384), masked=(256, 1024, 4096),
+        head_dims=(64, 128, 256, 512), heads=16,
+        tensors=tuple(_MIB << i for i in range(0, 11, 2)),
+        cache=256 * _MIB, sample=1e-3, num_samples=7,
+    ),
+    "cpu": Sizes(
+        rows=(1, 4, 16, 64, 128, 256, 512, 1024, 2048), widths=(64, 128, 256, 512, 1024, 2048),
+        lengths=(16, 64, 256, 1024, 2048), masked=(64, 256, 1024), head_dims=(16, 32, 64, 128, 512),
+        heads=8, tensors=tuple(4 * _KIB << i for i in range(0, 15, 2)),
+        cache=64 * _MIB, sample=2e-3, num_samples=5,
+    ),
+    "quick": Sizes(
+        rows=(1, 16, 64), widths=(32, 128), lengths=(16, 64), masked=(16,), head_dims=(16, 32),
+        heads=2, tensors=(4 * _KIB, 64 * _KIB), cache=_MIB, sample=1e-5, num_samples=2,
+    ),
+}
+
+
+@dataclass
+class Clock:
+    """Times functions on a device.
+
+    Attributes:
+        device: where the functions' tensors are.
+        sample: the least seconds of one timed sample.
+        num_samples: samples; the median counts.
+    """
+
+    device: torch.device
+    sample: float
+    num_samples: int
+    _turn: int = field(default=0, init=False)
+
+    def seconds(self, call: Callable[[int], object]) -> float:
+        """The seconds of one call on the device; `call` gets the number of the call."""
+        once = min(self._timed(call, 1) for _ in range(2))
+        repeats = max(1, math.ceil(self.sample / max(once, 1e-7)))
+        if self.device.type == "cuda" and repeats > 4:
+            repeats = min(repeats, 50)
+            graph = self._captured(call, repeats)
+            if graph is not None:
+                times = [self._timed(lambda _: graph.replay(), 1) for _ in range(self.num_samples)]
+                return median(times) / repeats
+        if once > 30 * self.sample:
+            return min(once, self._timed(call, 1))
+        return median(self._timed(call, repeats) for _ in range(self.num_samples))
+
+    def _timed(self, call: Callable[[int], object], repeats: int) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call(self._next())
+            return (time.perf_counter() - start) / repeats
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(repeats):
+            call(self._next())
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / repeats * 1e-3
+
+    def _captured(
+        self, call: Callable[[int], object], repeats: int
+    ) -> torch.cuda.CUDAGraph | None:
+        """A graph of so many calls, replayed once; None for what cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(repeats):
+                    call(self._next())
+            graph.replay()
+        except RuntimeError:
+            torch.cuda.synchronize(self.device)
+            return None
+        return graph
+
+    def _next(self) -> int:
+        self._turn += 1
+        return self._turn
+
+
+def measure_device(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, report: Report = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """Measure all figures of a device that one process can measure.
+
+    Args:
+        device: the CPU or a CUDA device.
+        dtype: of matrices, queries, keys, values and tensors.
+        sizes: what to measure.
+        report: called with the name of each field when it has been measured.
+
+    Returns:
+        by field: value, unit and axes; who measured it and when is for the caller to say.
+    """
+    clock = Clock(device, sizes.sample, sizes.num_samples)
+    name = str(dtype).removeprefix("torch.")
+    made: dict[str, dict[str, Any]] = {}
+    with torch.no_grad():
+        for key, measure in _fields(clock, dtype, sizes):
+            try:
+                made[key.format(name)] = measure()
+                report(key.format(name))
+            except (RuntimeError, RingCompileError) as error:  # of one kernel: the others count
+                report(f"{key.format(name)} could not be measured: {str(error).splitlines()[0]}")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return made
+
+
+def _fields(
+    clock: Clock, dtype: torch.dtype, sizes: Sizes
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    yield "matmul.{}", partial(_matmul, clock, dtype, sizes)
+    for kind, lengths in (("", sizes.lengths), ("_causal", sizes.lengths),
+                          ("_masked", sizes.masked)):
+        yield f"attention{kind}.{{}}", partial(_attention, clock, dtype, sizes, kind, lengths)
+    for kind in POINTWISE:
+        yield kind, partial(_pointwise, clock, dtype, sizes, kind)
+    yield "bandwidth", partial(_bandwidth, clock, sizes)
+    yield "launch", partial(_launch, clock, dtype)
+
+
+def _matmul(clock: Clock, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
+    """A linear layer without bias, [rows, width] by [width, width]."""
+    grid = []
+    for rows in sizes.rows:
+        line = []
+        for width in sizes.widths:
+            num_sets = max(2, min(64, sizes.cache // (width * width * dtype.itemsize)))
+            x = torch.randn(rows, width, dtype=dtype, device=clock.device)
+            weights = torch.randn(num_sets, width, width, dtype=dtype, device=clock.device)
+            seconds = clock.seconds(_product(x, weights))
+            line.append(_rounded(2 * rows * width * width / seconds / 1e9))
+        grid.append(line)
+    axes = {"rows": list(sizes.rows), "width": list(sizes.widths)}
+    return {"value": grid, "unit": "GFLOP/s", "axes": axes}
+
+
+def _product(x: torch.Tensor, weights: torch.Tensor) -> Callable[[int], object]:
+    return lambda i: F.linear(x, weights[i % len(weights)])
+
+
+def _attention(
+    clock: Clock, dtype: torch.dtype, sizes: Sizes, kind: str, lengths: tuple[int, ...]
+) -> dict[str, Any]:
+    """The kernel that `ops.kernels.attend` picks, the FLOPs of what queries see counted."""
+    grid = [[_attend(clock, dtype, sizes.heads, head_dim, length, kind) for length in lengths]
+            for head_dim in sizes.head_dims]
+    axes = {"head_dim": list(sizes.head_dims), "length": list(lengths)}
+    return {"value": grid, "unit": "GFLOP/s", "axes": axes}
+
+
+def _attend(
+    clock: Clock, dtype: torch.dtype, heads: int, head_dim: int, length: int, kind: str
+) -> float:
+    shape = (1, heads, length, head_dim)
+    q, k, v = (torch.randn(shape, dtype=dtype, device=clock.device) for _ in range(3))
+    causal, mask = kind == "_causal", None
+    if kind == "_masked":
+        mask = torch.ones(length, length, dtype=torch.bool, device=clock.device).tril_()
+
+    def call(_: int) -> object:
+        return kernels.attend(q, k, v, scale=head_dim**-0.5, causal=causal, mask=mask)
+
+    pairs = length * (length + 1) / 2 if causal else length * length
+    return _rounded(4 * heads * head_dim * pairs / clock.seconds(call) / 1e9)
+
+
+def _two_axes(x: torch.Tensor) -> torch.Tensor:
+    """[S, H, 64], as heads are before they are permuted."""
+    return x.view(-1, 8, 64)
+
+
+# Kind -> the call to time on a tensor [rows, 512] and its twin, and how often all bytes of one
+# are read and written.
+POINTWISE: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], object], int]] = {
+    "stream": (aten.add.Tensor, 3),
+    "strided": (lambda x, _: _two_axes(x).permute(1, 0, 2).contiguous(), 2),
+    "special": (lambda x, _: aten.gelu.default(x), 2),
+    "reduction": (lambda x, y: F.rms_norm(x, (512,), y[0]), 2),
+}
+
+
+def _pointwise(clock: Clock, dtype: torch.dtype, sizes: Sizes, kind: str) -> dict[str, Any]:
+    """Bytes read and written a second, by how many they are."""
+    function, passes = POINTWISE[kind]
+    rates = []
+    for num_bytes in sizes.tensors:
+        rows = max(1, num_bytes // passes // dtype.itemsize // 512)
+        x, y = (torch.randn(rows, 512, dtype=dtype, device=clock.device) for _ in range(2))
+        seconds = clock.seconds(_binary(function, x, y))
+        rates.append(_rounded(passes * x.nbytes / seconds / 1e9))
+    return {"value": rates, "unit": "GB/s", "axes": {"bytes": list(sizes.tensors)}}
+
+
+def _binary(
+    function: Callable[[torch.Tensor, torch.Tensor], object], x: torch.Tensor, y: torch.Tensor
+) -> Callable[[int], object]:
+    return lambda _: function(x, y)
+
+
+def _bandwidth(clock: Clock, sizes: Sizes) -> dict[str, Any]:
+    """A copy of more than caches hold."""
+    num_bytes = 4 * sizes.cache
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=clock.device).random_()
+    target = torch.empty_like(source)
+    seconds = clock.seconds(lambda _: target.copy_(source))
+    return {"value": _rounded(2 * num_bytes / seconds / 1e9), "unit": "GB/s"}
+
+
+def _launch(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
+    """An addition of next to nothing."""
+    tiny = torch.ones(8, dtype=dtype, device=clock.device)
+    seconds = clock.seconds(lambda _: aten.add.Tensor(tiny, tiny))
+    return {"value": _rounded(seconds * 1e6), "unit": "us"}
+
+
+def _rounded(value: float) -> float:
+    """Four digits: more than any measurement here is good for."""
+    return float(f"{value:.4g}")

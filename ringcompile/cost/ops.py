@@ -1,0 +1,350 @@
+"""What each op of a rank's graph costs: a table from op to the kernels that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.cost.attention import Block, blocks
+from ringcompile.cost.kernels import Kernel
+from ringcompile.cost.kinds import SAME, VIEWS, memory_kind
+from ringcompile.cost.values import Value, Values, distinct_bytes
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import Call
+from ringcompile.ir.communication import (
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    COMBINE,
+    COMMUNICATION,
+    DISPATCH,
+    GATHER,
+    REDUCE_SCATTER,
+    SHIFT,
+)
+from ringcompile.ops.blocks import Band
+
+
+class Work:
+    """A call at known sizes.
+
+    Attributes:
+        node: the call.
+        call: its arguments by name.
+        out: its result.
+    """
+
+    def __init__(self, values: Values, node: fx.Node) -> None:
+        self.values, self.node, self.call = values, node, Call(node)
+        self.out = values.of[node]
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument, nodes in it as values."""
+        value = self.call[name]
+        if isinstance(value, list | tuple):
+            return [self.values.argument(entry) for entry in value]
+        return self.values.argument(value)
+
+    @property
+    def operands(self) -> list[torch.Tensor]:
+        """All tensors it reads, one entry a node."""
+        return [t for node in self.node.all_input_nodes for t in tensors(self.values.of[node])]
+
+    @property
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """The tensors it returns."""
+        return tensors(self.out)
+
+
+def tensors(value: Value) -> tuple[torch.Tensor, ...]:
+    """A value's tensors."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def kernels_of(values: Values, node: fx.Node) -> list[Kernel]:
+    """The kernels that run a node on its rank; transfers themselves are not among them.
+
+    Raises:
+        RingCompileError: the op has no rule, so that nothing is known of it.
+    """
+    target = str(node.target)
+    if node.op != "call_function" or target in SAME or target == "<built-in function getitem>":
+        return []
+    work = Work(values, node)
+    if target in VIEWS:
+        return _copied(work)
+    if target in COMMUNICATION:
+        return _around_communication(work)
+    row = _TABLE.get(target, _by_bytes)
+    return row(work)
+
+
+def _kernel(kind: str, read: list[torch.Tensor], written: list[torch.Tensor]) -> Kernel:
+    num_bytes = sum(map(distinct_bytes, read)) + sum(map(distinct_bytes, written))
+    return Kernel(kind, (written or read)[0].dtype, num_bytes)
+
+
+def _by_bytes(work: Work) -> list[Kernel]:
+    """Every operand read once, every result written once."""
+    kind = memory_kind(work.node.target)
+    return [_kernel(kind, work.operands, list(work.results))]
+
+
+def _copied(work: Work) -> list[Kernel]:
+    """Nothing where it is a view."""
+    source, (result,) = work.operands[0], work.results
+    if source.untyped_storage()._cdata == result.untyped_storage()._cdata:
+        return []
+    return [_kernel("strided", [source], [result])]
+
+
+def _contiguous(tensor: torch.Tensor) -> list[Kernel]:
+    """The copy that makes a tensor contiguous, if it is not."""
+    if tensor.is_contiguous():
+        return []
+    made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return [_kernel("strided", [tensor], [made])]
+
+
+def _around_communication(work: Work) -> list[Kernel]:
+    """What is sent is contiguous, parts of peers side by side; what arrives is put in order."""
+    target, arrived = str(work.node.target), list(work.results)
+    if target == SHIFT:
+        return _contiguous(work.operands[0]) if work.call["to"] is not None else []
+    sent = work.operands[0]
+    if target == ALL_REDUCE:
+        return _contiguous(sent)
+    parts, joined = [_kernel("strided", [sent], [sent])], [_kernel("strided", arrived, arrived)]
+    kernels = {
+        GATHER: [*_contiguous(sent), *joined],
+        REDUCE_SCATTER: parts,
+        ALL_TO_ALL: parts + joined,
+        DISPATCH: parts,
+        COMBINE: joined,
+    }
+    return kernels[target]
+
+
+def _linear(work: Work) -> list[Kernel]:
+    x, weight = work["input"], work["weight"]
+    columns = weight.shape[0] if weight.dim() == 2 else 1
+    return [_product(1, x.numel() // max(x.shape[-1], 1), x.shape[-1], columns, x.dtype)]
+
+
+def _product(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype) -> Kernel:
+    """`batch` products of rows x inner by inner x columns."""
+    moved = batch * (rows * inner + inner * columns + rows * columns) * dtype.itemsize
+    flops = 2 * batch * rows * inner * columns
+    return Kernel("matmul", dtype, moved, flops, rows, inner, columns, batch)
+
+
+def _matmul(work: Work) -> list[Kernel]:
+    left, right = work.operands if len(work.operands) > 1 else work.operands * 2
+    rows = left.shape[-2] if left.dim() > 1 else 1
+    columns = right.shape[-1] if right.dim() > 1 else 1
+    batch = work.results[0].numel() // max(rows * columns, 1)
+    if right.dim() <= 2:  # one matrix for all: one product
+        batch, rows = 1, batch * rows
+    return [_product(batch, rows, left.shape[-1], columns, left.dtype)]
+
+
+def _addmm(work: Work) -> list[Kernel]:
+    out = work.results[0]
+    left = work.operands[1]
+    batch = prod(out.shape[:-2])
+    return [_product(batch, out.shape[-2], left.shape[-1], out.shape[-1], left.dtype)]
+
+
+def _einsum(work: Work) -> list[Kernel]:
+    """As one batched product: dims of both and the result, of either and the result, of both."""
+    inputs, _, output = str(work.call["equation"]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or "." in inputs:
+        return [_outer_sizes(work)]
+    size: dict[str, int] = {}
+    for term, tensor in zip(terms, work.operands * (2 // len(work.operands)), strict=True):
+        size |= {c: max(n, size.get(c, 1)) for c, n in zip(term, tensor.shape, strict=True)}
+    left, right, out = map(set, (*terms, output))
+    groups = left & right & out, left & out - right, left & right - out, right & out - left
+    batch, rows, inner, columns = (prod(size[c] for c in group) for group in groups)
+    return [_product(batch, rows, inner, columns, work.operands[0].dtype)]
+
+
+def _outer_sizes(work: Work) -> Kernel:
+    """Operands that are no pair of matrices: all of the result for all that is not in it."""
+    out = work.results[0].numel()
+    inner = max((x.numel() for x in work.operands), default=1) // max(out, 1)
+    return _product(1, out, max(inner, 1), 1, work.results[0].dtype)
+
+
+def _expert_linear(work: Work) -> list[Kernel]:
+    """Rows sorted by expert; an expert with rows has one product; then back in order."""
+    x, weight, out = work["x"], work["weight"], work.results[0]
+    rows, num_experts = x.numel() // x.shape[-1], weight.shape[0]
+    used = max(min(num_experts, rows), 1)
+    moved = [_kernel("stream", [x], [x]), _kernel("stream", [out], [out])]
+    return [*moved, _product(used, -(-rows // used), x.shape[-1], out.shape[-1], x.dtype)]
+
+
+def _convolution(work: Work) -> list[Kernel]:
+    """Each output element: the inputs under one filter."""
+    weight, out = work["weight"], work.results[0]
+    inner, columns = weight[0].numel(), weight.shape[0]
+    return [_product(1, out.numel() // max(columns, 1), inner, columns, out.dtype)]
+
+
+def _transposed_convolution(work: Work) -> list[Kernel]:
+    weight, x = work["weight"], work.operands[0]
+    inner, columns = weight.shape[0], weight[0].numel()
+    return [_product(1, x.numel() // max(inner, 1), inner, columns, x.dtype)]
+
+
+def _attention(work: Work) -> list[Kernel]:
+    """Whole queries over whole keys."""
+    q, k, v = work["q"], work["k"], work["v"]
+    found = blocks(
+        None, None, q.shape[2], k.shape[2], chunk=0, limit=2**62, band=_band(work),
+        masked=_is_masked(work),
+    )
+    return [_attend(q, block, q.shape[3], v.shape[3]) for block in found]
+
+
+def _block_attention(work: Work) -> list[Kernel]:
+    """A kernel for each part of the block; a wide state is written as one, or widened."""
+    out = work.results[0]
+    made = _block_kernels(work, out.shape[3])
+    if out.dtype != work["q"].dtype:
+        made.append(_brought_in(work, out, passes=1))
+    return made
+
+
+def _attend_merge(work: Work) -> list[Kernel]:
+    """The same, and the rows of the accumulator that it is brought into, read and written."""
+    out, num_rows = work.results[0], work["q"].shape[2]
+    made = _block_kernels(work, out.shape[3])
+    part = out.narrow(2, 0, num_rows)
+    if _is_masked(work) or any(kernel.kind == "attention_masked" for kernel in made):
+        return [*made, *_merged(work["q"].dtype, part)]
+    return [*made, _brought_in(work, part, passes=2)]
+
+
+def _block_kernels(work: Work, value_dim: int) -> list[Kernel]:
+    q, kv = work["q"], work["kv"]
+    found = blocks(
+        work["queries"], work["keys"], q.shape[2], kv[0].shape[2], chunk=work["chunk"],
+        limit=work["limit"], band=_band(work), masked=_is_masked(work),
+    )
+    return [_attend(q, block, work["head_dim"], value_dim) for block in found]
+
+
+def _band(work: Work) -> Band:
+    return Band(work.call["lower"], work.call["upper"])
+
+
+def _is_masked(work: Work) -> bool:
+    return work.call["key_mask"] is not None or work.call["mask"] is not None
+
+
+def _attend(q: torch.Tensor, block: Block, head_dim: int, value_dim: int) -> Kernel:
+    """2 D flops for a score of a visible pair, 2 E for its value."""
+    num_heads = q.shape[0] * q.shape[1]
+    size = head_dim + value_dim
+    moved = num_heads * q.dtype.itemsize * (block.rows + block.columns) * size
+    flops = 2 * num_heads * block.visible * size
+    return Kernel(block.kind, q.dtype, moved, flops, block.rows, head_dim, block.columns, num_heads)
+
+
+def _brought_in(work: Work, part: torch.Tensor, passes: int) -> Kernel:
+    """The block in the model's dtype read, the accumulator written, and read before in merges."""
+    dtype = work["q"].dtype
+    moved = part.numel() * (dtype.itemsize + passes * part.dtype.itemsize)
+    return Kernel("merge", dtype, moved, inner=work["head_dim"])
+
+
+def _merged(dtype: torch.dtype, part: torch.Tensor) -> list[Kernel]:
+    """A block is widened and folded in; see `kernels.merge`."""
+    block = torch.empty(part.shape, dtype=dtype, device="meta")
+    rows = part[..., 0]
+    widened = [_kernel("stream", [block], [part])] if dtype != part.dtype else []
+    return [
+        *widened, _kernel("stream", [part, part], [part]), _kernel("special", [rows] * 4, [rows])
+    ]
+
+
+def _merge(work: Work) -> list[Kernel]:
+    """The first widens the state; each widens the block and folds it in."""
+    out, _ = work.results
+    state, block = work["state"], work["block"]
+    first = [_kernel("stream", [state[0]], [out])] if state[0].dtype != out.dtype else []
+    return [*first, *_merged(block[0].dtype, out.narrow(2, 0, block[1].shape[2]))]
+
+
+def _finish(work: Work) -> list[Kernel]:
+    out, result = work["state"][0], work.results[0]
+    same = out.dtype == result.dtype and work.call["sink"] is None
+    return [] if same else [_kernel("stream", [out], [result])]
+
+
+def _streamed(work: Work) -> list[Kernel]:
+    return [_kernel("stream", work.operands, list(work.results))]
+
+
+def _index_put(work: Work) -> list[Kernel]:
+    """A copy of the whole, then the rows that are written."""
+    source, values = work["self"], work["values"]
+    return [_kernel("stream", [source], [source]), _kernel("strided", [values], [values])]
+
+
+def _rows_taken(work: Work) -> list[Kernel]:
+    """What is taken is read and written; of the rest, nothing."""
+    result = work.results[0]
+    return [_kernel("stream", [result], [result])]
+
+
+def _sorted(work: Work) -> list[Kernel]:
+    """Radix sort: about four passes over keys and indices."""
+    source = work.operands[0]
+    return [_kernel("reduction", [source, *work.results], list(work.results))] * 4
+
+
+def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
+    rows: dict[Callable[[Work], list[Kernel]], list[str]] = {
+        _linear: ["aten.linear.default"],
+        _matmul: ["aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.mv.default",
+                  "aten.dot.default", "aten._grouped_mm.default"],
+        _addmm: ["aten.addmm.default", "aten.baddbmm.default"],
+        _einsum: ["aten.einsum.default"],
+        _streamed: ["aten.outer.default", "aten.ger.default"],
+        _expert_linear: ["ringcompile.expert_linear.default"],
+        _convolution: ["aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default",
+                       "aten.conv1d.padding", "aten.conv2d.padding"],
+        _transposed_convolution: ["aten.conv_transpose1d.default", "aten.conv_transpose2d.input"],
+        _attention: ["ringcompile.attention.default", "ringcompile.ring_attention.default"],
+        _block_attention: ["ringcompile.block_attention.default"],
+        _attend_merge: ["ringcompile.attend_merge.default"],
+        _merge: ["ringcompile.merge.default"],
+        _finish: ["ringcompile.finish.default"],
+        _index_put: ["aten.index_put.default"],
+        _rows_taken: ["aten.embedding.default", "aten.index_select.default", "aten.index.Tensor",
+                      "aten.gather.default"],
+        _sorted: ["aten.sort.default", "aten.sort.stable", "aten.argsort.default",
+                  "aten.argsort.stable", "ringcompile.route.default"],
+    }
+    return {name: row for row, names in rows.items() for name in names}
+
+
+def has_cost(target: object) -> bool:
+    """Whether it is known what an op costs; by name or as an operator."""
+    name = str(target)
+    if name in _TABLE or name in VIEWS | SAME | COMMUNICATION:
+        return True
+    try:
+        return bool(memory_kind(target))
+    except RingCompileError:
+        return False
+
+
+_TABLE = _tables()

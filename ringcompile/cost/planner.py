@@ -1,0 +1,263 @@
+"""Ranks the parallel specs that a cluster allows by what the cost model says of them.
+
+Every mesh of the given size is considered. What cannot be is rejected as early as it can be
+known, with the reason: by divisibility, by the bytes of the weights, by the compiler's own refusal,
+because it is far from the best. The rest is estimated quickly, and the best of them closely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
+
+from ringcompile.cost.estimate import Ask, Compile, Estimate, Estimator, FarError, Model
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.specs import AXES, Variant, factorisations, reordered, variants
+from ringcompile.errors import RingCompileError
+from ringcompile.mesh import Mesh
+
+# Axes that are there to have fewer weights on each rank.
+_SPLIT_WEIGHTS = ("pp", "ep", "tp")
+# What takes so many times the best plan's time is not looked at more closely.
+_FAR = 1.1
+# So many of the best are estimated closely.
+_CLOSE = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A spec and what became of it.
+
+    Attributes:
+        variant: the spec with its options.
+        tps: tokens a second, the pipeline being full; None where it was rejected.
+        seconds: of a step of all tokens, likewise.
+        latency: from a step's start to its end.
+        bound: what most of the longest path is spent on.
+        memory_bytes: the most that a rank holds.
+        fits: whether it can be run.
+        why: what the time goes to, or why it was rejected.
+        close: whether all ranks that differ were looked at.
+    """
+
+    variant: Variant
+    tps: float | None
+    seconds: float | None
+    latency: float | None
+    bound: str | None
+    memory_bytes: int | None
+    fits: bool
+    why: str
+    close: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As `plan --json` prints it."""
+        return {
+            "spec": str(self.variant.mesh),
+            "tps": self.tps,
+            "tpot_ms": None if self.seconds is None else self.seconds * 1e3,
+            "latency_ms": None if self.latency is None else self.latency * 1e3,
+            "bound": self.bound,
+            "memory_bytes": self.memory_bytes,
+            "fits": self.fits,
+            "why": self.why,
+            "options": self.variant.options,
+        }
+
+
+@dataclass
+class Planner:
+    """Plans for one model and one ask.
+
+    Args:
+        model: what is known of the model.
+        ask: what is to be planned.
+        compile_: see `estimate.Compile`.
+    """
+
+    model: Model
+    ask: Ask
+    compile_: Compile
+    _estimator: Estimator = field(init=False)
+    _refused: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
+    _capacities: tuple[str, ...] | None = field(default=None, init=False)
+    _best: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._estimator = Estimator(self.model, self.ask, self.compile_)
+        self._best = dict.fromkeys(("exact", "local"), inf)
+
+    def run(self) -> list[Plan]:
+        """All plans: those that fit by tokens a second, then the rejected.
+
+        Raises:
+            RingCompileError: nothing fits.
+        """
+        plans = _sorted([plan for mesh in self._meshes() for plan in self._plans(mesh)])
+        while (rough := self._rough(plans)) is not None:
+            plans[rough] = self._closely(plans[rough])
+            plans = _sorted(plans)
+        if not plans[0].fits:
+            raise self._nothing_fits(plans)
+        return plans
+
+    def _meshes(self) -> list[Mesh]:
+        """Even ones first: they are mostly among the best, which spares others a closer look."""
+        meshes = list(factorisations(self.ask.num_gpus))
+        if self.ask.cluster.num_nodes > 1:
+            meshes = [other for mesh in meshes for other in reordered(mesh)]
+        return sorted(meshes, key=lambda mesh: max(size for _, size in mesh.axes))
+
+    def _plans(self, mesh: Mesh) -> Iterator[Plan]:
+        reason = self._impossible(mesh)
+        if reason:
+            yield _rejected(Variant(mesh), reason)
+            return
+        seen: dict[Variant, Plan] = {}
+        for variant in self._variants(mesh):
+            hopeless = self._hopeless(seen, variant)
+            seen[variant] = _rejected(variant, hopeless) if hopeless else self._quickly(variant)
+            yield seen[variant]
+
+    def _variants(self, mesh: Mesh) -> list[Variant]:
+        """Those that count capacity by each rank first: they are never slower."""
+        found = list(variants(mesh, self.ask.batch))
+        if not any(mesh.size(axis) > 1 for axis in ("ring", "ulysses", "ep")):
+            return found
+        if self._capacities is None:
+            self._capacities = self._told_apart(found[0])
+        return [replace(v, capacity=capacity) for v in found for capacity in self._capacities]
+
+    def _told_apart(self, variant: Variant) -> tuple[str, ...]:
+        """The capacity modes that make a difference to this model."""
+        plans = [self._quickly(replace(variant, capacity=c)) for c in ("local", "exact")]
+        same = plans[0].seconds == plans[1].seconds
+        return ("exact",) if same else ("local", "exact")
+
+    def _hopeless(self, seen: dict[Variant, Plan], variant: Variant) -> str | None:
+        """Why a form of a mesh need not be looked at: another form of it is far from the best.
+
+        That is the first form of the mesh; for one with exact capacity, the same with local
+        capacity. A ring that gathers may be faster than one that rotates: it is looked at.
+        """
+        local = replace(variant, capacity="local")
+        other = seen.get(local) or next(iter(seen.values()), None)
+        if other is None or (variant.ring == "gather" and local not in seen):
+            return None
+        if other.seconds is None:
+            return f"{other.variant} is no better: {other.why}" if local in seen else None
+        best = self._best[other.variant.capacity]
+        if other.seconds <= _FAR * best:
+            return None
+        return (f"{other.variant} already takes {other.seconds * 1e3:.4g} ms a step, the best plan "
+                f"{best * 1e3:.4g} ms")
+
+    def _impossible(self, mesh: Mesh) -> str | None:
+        """Why a mesh cannot be, from its sizes alone or from one of its axes by itself."""
+        batch, dp, pp = self.ask.batch, mesh.size("dp"), mesh.size("pp")
+        if batch % dp:
+            return f"a batch of {batch} does not divide over dp={dp}"
+        stack = self.model.stack
+        if stack is not None and pp > stack.count:
+            return f"{stack.count} layers are fewer than pp={pp} stages"
+        least = self.model.weight_bytes / (mesh.size("tp") * pp * mesh.size("ep"))
+        if least > self.ask.room:
+            return (f"its weights alone are at least {least / 1e9:.4g} GB a rank, there is room "
+                    f"for {self.ask.room / 1e9:.4g} GB")
+        refusals = (self._refusal(axis, mesh.size(axis)) for axis in AXES)
+        return next(filter(None, refusals), None)
+
+    def _refusal(self, axis: str, size: int) -> str | None:
+        """Why an axis of that size cannot be, on its own; asked of the compiler once."""
+        if size == 1 or axis in ("ring", "dp"):
+            return None
+        if (axis, size) not in self._refused:
+            self._refused[axis, size] = self._probed(axis, size)
+        return self._refused[axis, size] or None
+
+    def _probed(self, axis: str, size: int) -> str:
+        """Empty where the axis is good for something."""
+        try:
+            made = self.compile_(Variant(Mesh(((axis, size),))), self.ask.length)
+            if axis not in _SPLIT_WEIGHTS:
+                return ""
+            held = cost_of(made.rank(0), self.ask.length).weight_bytes
+        except RingCompileError as error:
+            return error.message
+        whole = self._whole_weights(size if axis == "pp" else 1)
+        return "" if held < whole else f"{axis}={size} finds no weights of the model to divide"
+
+    def _whole_weights(self, num_layers: int) -> int:
+        """The bytes of the weights of a program with so many layers, on one device."""
+        stack, total = self.model.stack, self.model.weight_bytes
+        return total - (stack.layer_bytes * (stack.count - num_layers) if stack else 0)
+
+    def _quickly(self, variant: Variant) -> Plan:
+        best = self._best[variant.capacity]
+        try:
+            return self._judged(variant, self._estimator.quick(variant, _FAR * best), close=False)
+        except RingCompileError as error:
+            return _rejected(variant, error.message)
+        except FarError as error:
+            return _rejected(variant, f"{error}, the best plan {best * 1e3:.4g} ms")
+
+    def _closely(self, plan: Plan) -> Plan:
+        try:
+            return self._judged(plan.variant, self._estimator.close(plan.variant), close=True)
+        except RingCompileError as error:
+            return _rejected(plan.variant, error.message)
+
+    def _rough(self, plans: list[Plan]) -> int | None:
+        """The first of the best plans that is not estimated closely, of each capacity."""
+        seen = dict.fromkeys(self._best, 0)
+        for i, plan in enumerate(plans):
+            capacity = plan.variant.capacity
+            seen[capacity] += 1
+            if not plan.fits or seen[capacity] > _CLOSE:
+                continue
+            if not plan.close and self._estimator.can_be_close(plan.variant):
+                return i
+        return None
+
+    def _judged(self, variant: Variant, found: Estimate, *, close: bool) -> Plan:
+        memory, room = found.memory_bytes, self.ask.room
+        if memory > room:
+            why = f"a rank holds {memory / 1e9:.4g} GB, there is room for {room / 1e9:.4g} GB"
+            return Plan(variant, None, None, None, None, memory, False, why)
+        self._best[variant.capacity] = min(self._best[variant.capacity], found.seconds)
+        return Plan(variant, self.ask.tokens / found.seconds, found.seconds, found.latency,
+                    found.bound, memory, True, _spent(found, variant), close)
+
+    def _nothing_fits(self, plans: list[Plan]) -> RingCompileError:
+        needs = [plan.memory_bytes for plan in plans if plan.memory_bytes is not None]
+        reasons = list(dict.fromkeys(plan.why for plan in plans))
+        if not needs:
+            return RingCompileError(
+                f"no parallel spec of {self.ask.num_gpus} devices is possible: {reasons[0]}",
+                hint="; ".join(reasons[1:4]) or None,
+            )
+        return RingCompileError(
+            f"nothing fits: a rank needs at least {min(needs) / 1e9:.4g} GB, there is room for "
+            f"{self.ask.room / 1e9:.4g} GB on {self.ask.cluster.device.title}",
+            hint="use more devices, a shorter sequence, a smaller batch or a larger device",
+        )
+
+
+def _sorted(plans: list[Plan]) -> list[Plan]:
+    return sorted(plans, key=lambda plan: (not plan.fits, -(plan.tps or 0.0)))
+
+
+def _rejected(variant: Variant, reason: str) -> Plan:
+    return Plan(variant, None, None, None, None, None, False, reason)
+
+
+def _spent(found: Estimate, variant: Variant) -> str:
+    total = sum(found.path.values()) or 1.0
+    parts = sorted(found.path.items(), key=lambda entry: -entry[1])
+    texts = [f"{kind} {seconds / total:.0%}" for kind, seconds in parts if seconds / total >= 0.01]
+    text = ", ".join(texts) + " of the longest path"
+    if variant.mesh.size("pp") > 1:
+        text += "; steps follow one another, so that the pipeline stays full"
+    return text

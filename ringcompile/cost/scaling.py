@@ -1,0 +1,98 @@
+"""Costs of what was not compiled, from what was: other batches, other ranks, pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ringcompile.cost.kernels import Kernel
+from ringcompile.cost.rank import Collective, RankCost, Shift, Step, Wait
+
+PIPELINE = "pp"
+
+
+def with_batch(cost: RankCost, batch: int) -> RankCost:
+    """The cost for so many sequences at once, from that for one; weights are still read once.
+
+    Args:
+        cost: of a program for one sequence.
+        batch: sequences.
+    """
+    if batch == 1:
+        return cost
+    steps = tuple(
+        replace(step, kernels=tuple(_larger(kernel, batch) for kernel in step.kernels),
+                communicates=_more(step.communicates, batch))
+        for step in cost.steps
+    )
+    values = cost.peak_bytes - cost.weight_bytes
+    return replace(cost, steps=steps, peak_bytes=cost.weight_bytes + batch * values)
+
+
+def _larger(kernel: Kernel, batch: int) -> Kernel:
+    if kernel.kind == "matmul":
+        rows, item = kernel.rows * batch, kernel.dtype.itemsize
+        moved = rows * (kernel.inner + kernel.columns) + kernel.inner * kernel.columns
+        return replace(kernel, rows=rows, flops=kernel.flops * batch,
+                       num_bytes=kernel.batch * moved * item)
+    more = replace(kernel, num_bytes=kernel.num_bytes * batch, flops=kernel.flops * batch)
+    return replace(more, batch=kernel.batch * batch) if kernel.rows else more
+
+
+def _more(
+    exchange: Shift | Collective | Wait | None, batch: int
+) -> Shift | Collective | Wait | None:
+    match exchange:
+        case Shift():
+            return replace(exchange, sent=exchange.sent * batch, taken=exchange.taken * batch)
+        case Collective():
+            return replace(exchange, brought=exchange.brought * batch)
+    return exchange
+
+
+def moved(cost: RankCost, by: int) -> RankCost:
+    """The same on a rank further on, and all that it meets likewise."""
+
+    def there(exchange: Shift | Collective | Wait | None) -> Shift | Collective | Wait | None:
+        match exchange:
+            case Shift(to=to, source=source):
+                return replace(exchange, to=None if to is None else to + by,
+                               source=None if source is None else source + by)
+            case Collective(group=group):
+                return replace(exchange, group=tuple(rank + by for rank in group))
+        return exchange
+
+    steps = tuple(replace(step, communicates=there(step.communicates)) for step in cost.steps)
+    return replace(cost, rank=cost.rank + by, steps=steps)
+
+
+def stages(costs: Sequence[RankCost], apart: int, hidden_bytes: int) -> list[RankCost]:
+    """The stages of a pipeline, each at its place, with what crosses between them.
+
+    Args:
+        costs: of each stage by itself, as of a rank of the first.
+        apart: the distance between a rank and the one with its place in the next stage.
+        hidden_bytes: what a rank hands on.
+    """
+    made = []
+    for stage, cost in enumerate(costs):
+        here = moved(cost, stage * apart)
+        before, after = here.rank - apart, here.rank + apart
+        steps = list(here.steps)
+        if stage:
+            steps[:0] = _crossing("received", Shift(PIPELINE, None, before, 0, hidden_bytes))
+        if stage < len(costs) - 1:
+            steps += _crossing("sent", Shift(PIPELINE, after, None, hidden_bytes, 0))
+        made.append(replace(here, steps=tuple(steps)))
+    return made
+
+
+def _crossing(name: str, shift: Shift) -> list[Step]:
+    start = Step(name, "shift_start", "", (), shift)
+    return [start, Step(f"{name}_wait", "wait", "", (), Wait(name))]
+
+
+def crossing_bytes(cost: RankCost) -> int:
+    """What a stage's program hands to the next one."""
+    shifts = (step.communicates for step in cost.steps)
+    return sum(s.sent for s in shifts if isinstance(s, Shift) and s.channel == PIPELINE)

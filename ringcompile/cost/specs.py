@@ -1,0 +1,153 @@
+"""All the ways to lay out a number of ranks over the mesh axes, and what each is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+from ringcompile.cost.hardware import Cluster
+from ringcompile.mesh import Mesh
+
+# Outermost first: ranks that exchange most are neighbours, and share a node if any do.
+AXES = ("pp", "dp", "ring", "ep", "ulysses", "tp")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a model.
+
+    Attributes:
+        mesh: the parallel spec; axes of size 1 are left out.
+        order: "zigzag" or "contiguous", "auto" where no axis divides the sequence.
+        ring: "rotate" or "gather".
+        tp_sequence: whether `tp` divides the sequence between layers.
+        capacity: "exact" or "local".
+        microbatches: into how many parts the batch is cut.
+    """
+
+    mesh: Mesh
+    order: str = "auto"
+    ring: str = "rotate"
+    tp_sequence: bool = False
+    capacity: str = "exact"
+    microbatches: int = 1
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What is not in the mesh and not as it is by default."""
+        default = Variant(self.mesh)
+        fields = ("order", "ring", "tp_sequence", "capacity", "microbatches")
+        return {name: getattr(self, name) for name in fields
+                if getattr(self, name) != getattr(default, name)}
+
+    def __str__(self) -> str:
+        return " ".join([str(self.mesh), *(f"{k}={v}" for k, v in self.options.items())])
+
+
+def factorisations(num_ranks: int) -> Iterator[Mesh]:
+    """All meshes of so many ranks, in a fixed order."""
+    for sizes in _factors(num_ranks, len(AXES)):
+        axes = tuple((name, size) for name, size in zip(AXES, sizes, strict=True) if size > 1)
+        yield Mesh(axes or (("ring", 1),))
+
+
+def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All tuples of so many factors whose product is the number."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            yield from ((first, *rest) for rest in _factors(number // first, count - 1))
+
+
+def reordered(mesh: Mesh) -> Iterator[Mesh]:
+    """The mesh, and, where it divides the sequence over two axes, with these the other way round.
+
+    On several nodes it matters which of the two stays within a node.
+    """
+    yield mesh
+    names = mesh.names
+    if "ring" in names and "ulysses" in names:
+        i, j = names.index("ring"), names.index("ulysses")
+        axes = list(mesh.axes)
+        axes[i], axes[j] = axes[j], axes[i]
+        yield Mesh(tuple(axes))
+
+
+def variants(mesh: Mesh, batch: int) -> Iterator[Variant]:
+    """The variants of a mesh; which capacities there are is for the caller to know.
+
+    Args:
+        mesh: the parallel spec.
+        batch: sequences of a step.
+    """
+    ring, tp, pp = (mesh.size(axis) for axis in ("ring", "tp", "pp"))
+    share = batch // mesh.size("dp")
+    counts = [m for m in (1, 2, 4, 8, 16, 32) if share % m == 0] if pp > 1 else [1]
+    base = Variant(mesh)
+    forms = [base]
+    if ring > 1 or mesh.size("ep") > 1:
+        forms = [replace(base, order=order) for order in ("zigzag", "contiguous")]
+        forms += [replace(base, order="contiguous", ring="gather")] * (ring > 1)
+    if tp > 1:
+        forms += [replace(forms[0], tp_sequence=True)]
+    yield from (replace(form, microbatches=count) for form in forms for count in counts)
+
+
+def ranks_of(mesh: Mesh, places: Iterable[int], stages: Iterable[int]) -> list[int]:
+    """Ranks at places of the ring and stages of the pipeline.
+
+    Ranks that differ in `tp` or `dp` do the same on other parts; of those that differ in
+    `ulysses` or `ep`, the last holds the last positions.
+
+    Args:
+        mesh: the parallel spec.
+        places: coordinates on `ring`.
+        stages: coordinates on `pp`.
+    """
+    last = {axis: mesh.size(axis) - 1 for axis in ("ep", "ulysses")}
+    found = []
+    for stage, place in product(stages, places):
+        at = {**last, "ring": place, "pp": stage}
+        found.append(mesh.rank({name: at.get(name, 0) for name in mesh.names}))
+    return found
+
+
+def places(variant: Variant, cluster: Cluster) -> list[int]:
+    """The places of a ring of which one is the slowest.
+
+    The one with most to do, and the last that gets what it takes from another node.
+
+    Args:
+        variant: the spec.
+        cluster: says which ranks are on one node.
+    """
+    ring = variant.mesh.size("ring")
+    ranks = ranks_of(variant.mesh, range(ring), [0])
+    far = [p for p in range(1, ring) if cluster.node_of(ranks[p]) != cluster.node_of(ranks[p - 1])]
+    busy = ring // 2 if variant.order == "zigzag" else ring - 1
+    return list(dict.fromkeys([busy, *far[-1:]]))
+
+
+def with_ring(variant: Variant, size: int) -> Variant:
+    """The variant on a ring of another size."""
+    axes = tuple((name, size if name == "ring" else n) for name, n in variant.mesh.axes)
+    return replace(variant, mesh=Mesh(axes))
+
+
+def without_pipeline(variant: Variant) -> Variant:
+    """One stage of the variant by itself."""
+    axes = tuple((name, n) for name, n in variant.mesh.axes if name != "pp")
+    return replace(variant, mesh=Mesh(axes or (("ring", 1),)))
+
+
+def short_rings(mesh: Mesh, cluster: Cluster) -> tuple[int, int]:
+    """Sizes of two rings from which a long one is estimated: both go from node to node, too."""
+    names = mesh.names
+    inner = names[names.index("ring") + 1 :] if "ring" in names else []
+    stride = prod(mesh.size(name) for name in inner)
+    size = max(8, 2 * cluster.per_node // stride)
+    return size, 2 * size

@@ -1,0 +1,318 @@
+"""When everything happens: a graph of events over all ranks, and the longest path through it.
+
+Each rank has a compute stream, on which its kernels follow one another, and a stream for each mesh
+axis that it communicates on. As with torch.distributed over NCCL, a transfer starts when what was
+computed before it in the program is done and the transfer before it on its axis is through; a
+message goes when both its ends have started. Compute goes on until the wait. A collective holds the
+compute up where it stands in the program. What overlaps is thus what the schedule of the programs
+allows, no more, unless waits are deferred, which is as far as any runtime could go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from ringcompile.cost.collectives import collective_seconds, held_up, message_seconds
+from ringcompile.cost.hardware import Cluster
+from ringcompile.cost.kernels import Kernel, Time, time_of
+from ringcompile.cost.rank import Collective, RankCost, Shift, Step, Wait
+
+COMPUTE = "compute"
+HOST = "host"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that takes time on a stream of a rank.
+
+    Attributes:
+        rank: the rank; of what several share, the first.
+        stream: "compute", "host", or the mesh axis of a transfer.
+        name: of the node, or of what a rank waits for.
+        kind: what the time is spent on: "matmul", "attention", "weights", "memory", "launch",
+            "host", "communication", "interference" or "wait" (which takes none itself).
+        seconds: how long it takes.
+        layer: of the model.
+        microbatch: of which repetition of the program.
+        parts: of several kernels in one event, the seconds by kind.
+    """
+
+    rank: int
+    stream: str
+    name: str
+    kind: str
+    seconds: float
+    layer: str = ""
+    microbatch: int = 0
+    parts: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class How:
+    """How programs are run.
+
+    Attributes:
+        microbatches: how often each rank repeats its program, one behind the other.
+        eager: whether the host issues node by node; otherwise, as with CUDA graphs, it is not
+            waited for. Where host and device are one, as on a CPU, nodes cost their host's time
+            in any case.
+        deferred: whether the compute goes on until a result is read: behind a collective, as with
+            torch's functional collectives, and behind a message to the next stage of a pipeline;
+            what comes from the stage before is then taken as soon as it is there.
+        merged: whether kernels between two transfers are one event, which is quicker to simulate.
+            Not with `eager`, where each waits for the host.
+    """
+
+    microbatches: int = 1
+    eager: bool = False
+    deferred: bool = False
+    merged: bool = False
+
+
+@dataclass
+class Timeline:
+    """All events with their start and end, and which one each had to wait for.
+
+    Attributes:
+        graph: a networkx graph of the numbers of events; an edge is "not before".
+        events: by number.
+        ends: seconds from the start of the step.
+        last: the event that each came right behind, None for those that began at once.
+    """
+
+    graph: nx.DiGraph
+    events: list[Event]
+    ends: list[float]
+    last: list[int | None]
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end."""
+        return max(self.ends, default=0.0)
+
+    def start(self, number: int) -> float:
+        """When an event began."""
+        return self.ends[number] - self.events[number].seconds
+
+    def critical_path(self) -> list[int]:
+        """The events of the longest path, in order."""
+        if not self.ends:
+            return []
+        at: int | None = max(range(len(self.ends)), key=lambda i: self.ends[i])
+        path = []
+        while at is not None:
+            path.append(at)
+            at = self.last[at]
+        return path[::-1]
+
+
+def timeline(costs: Sequence[RankCost], cluster: Cluster, how: How | None = None) -> Timeline:
+    """Put the programs of ranks on their streams.
+
+    Args:
+        costs: of all ranks, or of some: what the others would do is then taken to happen when
+            the rank itself is ready for it, which is exact where all ranks are alike.
+        cluster: what they run on.
+        how: how they are run.
+
+    Raises:
+        RingCompileError: the cluster's tables lack what is needed.
+    """
+    return _Builder({cost.rank for cost in costs}, cluster, how or How()).build(costs)
+
+
+@dataclass
+class _Started:
+    """A transfer on its way: when both ends have started, and when this end is through."""
+
+    begin: int
+    done: int
+    shift: Shift
+
+
+@dataclass
+class _Rank:
+    """How far a rank has been put on its streams."""
+
+    compute: int | None = None
+    host: int | None = None
+    channels: dict[str, int] = field(default_factory=dict)
+    started: dict[str, _Started] = field(default_factory=dict)
+    pending: dict[str, int] = field(default_factory=dict)
+    met: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class _Builder:
+    def __init__(self, ranks: set[int], cluster: Cluster, how: How) -> None:
+        self.ranks, self.cluster, self.how = ranks, cluster, how
+        self.graph, self.events = nx.DiGraph(), list[Event]()
+        self.sent: dict[tuple[str, int, int], list[_Started]] = {}
+        self.taken: dict[tuple[str, int, int], list[_Started]] = {}
+        self.shared: dict[tuple[str, tuple[int, ...], int], int] = {}
+        self.times: dict[Kernel, Time] = {}
+
+    def build(self, costs: Sequence[RankCost]) -> Timeline:
+        for cost in costs:
+            rank = _Rank()
+            for microbatch in range(self.how.microbatches):
+                for step in cost.steps:
+                    self._step(cost, rank, step, microbatch)
+                self._flush(cost, rank, cost.steps[-1], microbatch)
+        self._messages()
+        return self._timed()
+
+    def _add(self, event: Event, after: Iterable[int | None]) -> int:
+        number = len(self.events)
+        self.events.append(event)
+        self.graph.add_node(number)
+        self.graph.add_edges_from((other, number) for other in after if other is not None)
+        return number
+
+    def _step(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
+        for name in step.reads:
+            if name in rank.pending:
+                self._wait(cost, rank, step, rank.pending.pop(name), microbatch)
+        merged = self.how.merged and not (self.how.eager and self.cluster.device.asynchronous)
+        if merged:
+            self._collect(cost, rank, step)
+            if step.communicates:
+                self._flush(cost, rank, step, microbatch)
+        else:
+            self._compute(cost, rank, step, microbatch)
+        match step.communicates:
+            case Shift() as shift:
+                self._start(cost, rank, step, shift, microbatch)
+            case Wait(name):
+                self._finish(cost, rank, step, rank.started.pop(name), microbatch)
+            case Collective() as collective:
+                self._meet(cost, rank, step, collective, microbatch)
+
+    def _collect(self, cost: RankCost, rank: _Rank, step: Step) -> None:
+        """Keep a step's kernels for one event with those behind it."""
+        if not self.cluster.device.asynchronous:
+            rank.parts[HOST] = rank.parts.get(HOST, 0.0) + self._host_seconds(cost)
+        for kernel in step.kernels:
+            time = self._time(kernel)
+            rank.parts[time.bound] = rank.parts.get(time.bound, 0.0) + time.seconds
+
+    def _flush(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
+        if rank.parts:
+            event = Event(cost.rank, COMPUTE, step.name, COMPUTE, sum(rank.parts.values()),
+                          step.layer, microbatch, tuple(rank.parts.items()))
+            rank.compute = self._add(event, (rank.compute,))
+            rank.parts = {}
+
+    def _compute(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
+        device = self.cluster.device
+        host = self._host_seconds(cost)
+        if device.asynchronous and self.how.eager:
+            event = Event(cost.rank, HOST, step.name, HOST, host, step.layer, microbatch)
+            rank.host = self._add(event, (rank.host,))
+        elif not device.asynchronous:
+            event = Event(cost.rank, COMPUTE, step.name, HOST, host, step.layer, microbatch)
+            rank.compute = self._add(event, (rank.compute,))
+        for kernel in step.kernels:
+            time = self._time(kernel)
+            event = Event(cost.rank, COMPUTE, step.name, time.bound, time.seconds, step.layer,
+                          microbatch)
+            rank.compute = self._add(event, (rank.compute, rank.host))
+
+    def _time(self, kernel: Kernel) -> Time:
+        if kernel not in self.times:
+            self.times[kernel] = time_of(kernel, self.cluster.device)
+        return self.times[kernel]
+
+    def _host_seconds(self, cost: RankCost) -> float:
+        """The host's time for a step, that for the views around it included."""
+        return self.cluster.device.value("issue") * cost.num_nodes / max(len(cost.steps), 1)
+
+    def _begin(self, cost: RankCost, rank: _Rank, step: Step, channel: str, mb: int) -> int:
+        event = Event(cost.rank, channel, step.name, "wait", 0.0, step.layer, mb)
+        return self._add(event, (rank.compute, rank.host, rank.channels.get(channel)))
+
+    def _start(self, cost: RankCost, rank: _Rank, step: Step, shift: Shift, mb: int) -> None:
+        if self.how.deferred and shift.to is None:  # there is nothing to compute for it
+            event = Event(cost.rank, shift.channel, step.name, "wait", 0.0, step.layer, mb)
+            begin = self._add(event, (rank.channels.get(shift.channel),))
+        else:
+            begin = self._begin(cost, rank, step, shift.channel, mb)
+        event = Event(cost.rank, shift.channel, step.name, "wait", 0.0, step.layer, mb)
+        started = _Started(begin, self._add(event, (begin,)), shift)
+        rank.channels[shift.channel] = started.done
+        rank.started[step.name] = started
+        if shift.to is not None:
+            self.sent.setdefault((shift.channel, cost.rank, shift.to), []).append(started)
+        if shift.source is not None:
+            self.taken.setdefault((shift.channel, shift.source, cost.rank), []).append(started)
+
+    def _finish(self, cost: RankCost, rank: _Rank, step: Step, started: _Started, mb: int) -> None:
+        shift = started.shift
+        if self.how.deferred and shift.source is None:
+            return
+        lost = held_up(self.cluster, cost.rank, shift, max(shift.sent, shift.taken))
+        if lost:
+            event = Event(cost.rank, COMPUTE, step.name, "interference", lost, step.layer, mb)
+            rank.compute = self._add(event, (rank.compute,))
+        self._wait(cost, rank, step, started.done, mb)
+
+    def _wait(self, cost: RankCost, rank: _Rank, step: Step, done: int, mb: int) -> None:
+        self._flush(cost, rank, step, mb)
+        event = Event(cost.rank, COMPUTE, step.name, "wait", 0.0, step.layer, mb)
+        rank.compute = self._add(event, (rank.compute, done))
+
+    def _meet(
+        self, cost: RankCost, rank: _Rank, step: Step, exchange: Collective, mb: int
+    ) -> None:
+        begin = self._begin(cost, rank, step, exchange.channel, mb)
+        group = (exchange.channel, exchange.group)
+        count = rank.met[group] = rank.met.get(group, 0) + 1
+        key = (*group, count)
+        if key not in self.shared:
+            seconds = collective_seconds(self.cluster, exchange)
+            event = Event(cost.rank, exchange.channel, step.name, "communication", seconds,
+                          step.layer, mb)
+            self.shared[key] = self._add(event, ())
+        done = self.shared[key]
+        self.graph.add_edge(begin, done)
+        rank.channels[exchange.channel] = done
+        if self.how.deferred:
+            rank.pending[step.name] = done
+        else:
+            self._wait(cost, rank, step, done, mb)
+
+    def _messages(self) -> None:
+        """Each message between the n-th sending and the n-th taking end of a pair of ranks."""
+        for (channel, source, to), entries in self.sent.items():
+            others = self.taken.pop((channel, source, to), []) if to in self.ranks else entries
+            for begun, expected in zip(entries, others, strict=True):
+                self._message(channel, source, to, begun, expected)
+        for (channel, source, to), entries in self.taken.items():
+            for expected in entries:  # from ranks that are left out
+                self._message(channel, source, to, expected, expected)
+
+    def _message(
+        self, channel: str, source: int, to: int, begun: _Started, expected: _Started
+    ) -> None:
+        num_bytes = begun.shift.sent if begun.shift.to == to else expected.shift.taken
+        first = self.events[begun.begin]
+        seconds = message_seconds(self.cluster, source, to, num_bytes)
+        event = Event(source if source in self.ranks else to, channel, first.name,
+                      "communication", seconds, first.layer, first.microbatch)
+        number = self._add(event, (begun.begin, expected.begin))
+        self.graph.add_edge(number, begun.done)
+        self.graph.add_edge(number, expected.done)
+
+    def _timed(self) -> Timeline:
+        ends = [0.0] * len(self.events)
+        last: list[int | None] = [None] * len(self.events)
+        for number in nx.topological_sort(self.graph):
+            start = 0.0
+            for before in self.graph.predecessors(number):
+                if last[number] is None or ends[before] > start:
+                    start, last[number] = ends[before], before
+            ends[number] = start + self.events[number].seconds
+        return Timeline(self.graph, self.events, ends, last)

@@ -1,0 +1,160 @@
+"""The values of one rank's program at known lengths: local shapes, strides and who owns memory.
+
+Tensors on the meta device stand for values: they have strides and storages but no data. Views are
+run on them, so that what is a view and what must copy is torch's own answer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from ringcompile.cost.kinds import SAME, VIEWS, is_elementwise
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import map_values
+from ringcompile.ir.communication import DISPATCH
+from ringcompile.ir.expr import OWN, SEQUENCE, Size, bind, is_symbolic
+from ringcompile.ir.nodes import results_of, type_of
+from ringcompile.ir.program import Program
+from ringcompile.ir.types import TensorType, local_shape
+
+Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
+
+_MERGES = frozenset({"ringcompile.merge.default", "ringcompile.attend_merge.default"})
+
+
+def bind_lengths(program: Program, length: int | None) -> dict[str, int]:
+    """The values of all size symbols of a rank's program for a sequence length.
+
+    Args:
+        program: of one rank, or of a single device.
+        length: of the whole sequence; None where the program fixes it.
+
+    Raises:
+        RingCompileError: the program needs a length and none is given, or it is fixed to another.
+    """
+    fixed = program.lengths.get(SEQUENCE)
+    if fixed is not None and length not in (None, fixed):
+        raise RingCompileError(f"the program is for {fixed} tokens, {length} are asked for")
+    known = {SEQUENCE: length} if length is not None else dict(program.lengths)
+    low, high = program.length_range
+    if length is not None and (length < low or (high is not None and length > high)):
+        raise RingCompileError(
+            f"sequence length {length} is outside {low}..{high if high is not None else ''}",
+            hint="the model's own code fixes this range (a position table, or a guard)",
+        )
+    sequence, coordinates = program.sequence, program.coordinates
+    if sequence is None:
+        return known
+    known |= sequence.bindings(known.get(SEQUENCE))
+    if coordinates is not None:
+        known[OWN] = sequence.own_length(coordinates, known)
+    return known
+
+
+@dataclass
+class Values:
+    """What each node of a program is, in local shapes.
+
+    Args:
+        program: of one rank.
+        lengths: from `bind_lengths`.
+    """
+
+    program: Program
+    lengths: Mapping[str, int]
+    of: dict[fx.Node, Value] = field(default_factory=dict, init=False)
+    _shapes: dict[TensorType, tuple[int, ...]] = field(default_factory=dict, init=False)
+    _rows: dict[str, int] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for node in self.program.graph.nodes:
+            if node.op != "output":
+                self.of[node] = self._value(node)
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """The value of a node that returns one tensor."""
+        value = self.of[node]
+        assert isinstance(value, torch.Tensor), f"{node.name} returns several tensors"
+        return value
+
+    def argument(self, value: Any) -> Any:
+        """An argument of a call: nodes as their values, expressions as numbers."""
+        if isinstance(value, fx.Node):
+            return self.of[value]
+        return self.number(value) if is_symbolic(value) else value
+
+    def number(self, size: Size) -> int:
+        """A size as a number.
+
+        Of sizes that only the data tells, the rows that arrive for a rank's experts are as many as
+        it sent, and others as many as its tokens.
+        """
+        bound = bind(size, {**self.lengths, **self._rows})
+        if isinstance(bound, int):
+            return bound
+        share = self.lengths.get(OWN, self.lengths.get(SEQUENCE, 1))
+        return int(bind(bound, {str(s): share for s in bound.free_symbols}))
+
+    def shape(self, type_: TensorType) -> tuple[int, ...]:
+        """The local shape of a type."""
+        if type_ not in self._shapes:
+            sizes = local_shape(type_, self.program.mesh, self.program.sequence)
+            self._shapes[type_] = tuple(map(self.number, sizes))
+        return self._shapes[type_]
+
+    def _value(self, node: fx.Node) -> Value:
+        target = str(node.target)
+        if node.op == "call_function":
+            if node.target is operator.getitem:
+                return self.of[node.args[0]][node.args[1]]  # type: ignore[index]
+            if target in VIEWS:
+                return self._view(node)
+            if target in SAME:
+                return self.of[node.args[0]]  # type: ignore[index]
+            if target in _MERGES:
+                return self._merged(node)
+            if target == DISPATCH:
+                arriving, order = type_of(node).shape[0], self.argument(node.args[1])
+                self._rows |= {str(arriving): order.numel()} if is_symbolic(arriving) else {}
+        made = tuple(self._made(node, type_) for type_ in results_of(node))
+        return made if isinstance(node.meta["type"], tuple) else made[0]
+
+    def _view(self, node: fx.Node) -> torch.Tensor:
+        args, kwargs = map_values((list(node.args), dict(node.kwargs)), self.argument)
+        viewed: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return viewed
+
+    def _merged(self, node: fx.Node) -> Value:
+        """The state that a block is merged into, which is widened once."""
+        out, lse = self.of[node.args[0]]  # type: ignore[index]
+        return (out if out.dtype == lse.dtype else out.to(lse.dtype)), lse
+
+    def _made(self, node: fx.Node, type_: TensorType) -> torch.Tensor:
+        """New memory; strides as of the first operand of the same shape, as elementwise ops do."""
+        shape = self.shape(type_)
+        for operand in node.all_input_nodes if is_elementwise(node.target) else ():
+            value = self.of[operand]
+            if isinstance(value, torch.Tensor) and value.shape == shape:
+                return torch.empty_like(value, dtype=type_.dtype)
+        return torch.empty(shape, dtype=type_.dtype, device="meta")
+
+
+def storages(value: Value) -> Iterator[tuple[int, int]]:
+    """The memory that a value is in: an identity and a size in bytes, for each tensor."""
+    for tensor in value if isinstance(value, tuple) else (value,):
+        storage = tensor.untyped_storage()
+        yield storage._cdata, storage.nbytes()
+
+
+def distinct_bytes(tensor: torch.Tensor) -> int:
+    """The bytes that reading a tensor touches: what was expanded is read once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count * tensor.dtype.itemsize

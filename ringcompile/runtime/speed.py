@@ -1,0 +1,162 @@
+"""Measures what only a running job shows: links between ranks, and what a node costs the host.
+
+The functions of a rank are called in all ranks of a job together; each returns its own seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.program import Program, Structure
+from ringcompile.ir.types import TensorType
+from ringcompile.runtime.executor import Executor, run_alone
+from ringcompile.runtime.join import Rank
+from ringcompile.runtime.memory import keep_freed_memory
+
+_TINY = 64  # bytes: nothing but startup
+
+
+@dataclass(frozen=True)
+class LinkSizes:
+    """Bytes of messages, and how often each is sent."""
+
+    messages: tuple[int, ...] = tuple((1 << 16) << i for i in range(0, 11, 2))
+    num_samples: int = 9
+
+
+def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
+    """The seconds of exchanges among all ranks, by kind and bytes; all ranks call it.
+
+    Returns:
+        `startup`, seconds of a shift of next to nothing; by kind, a list with the seconds for each
+        size: `shift` (that many bytes to one neighbour, as many from the other), `all_reduce`,
+        `all_gather` (of the gathered tensor) and `all_to_all`; and `interference`, the share of a
+        shift's seconds by which compute beside it is held up.
+    """
+    keep_freed_memory()
+    made: dict[str, Any] = {
+        "startup": _median(rank, _shift(rank, _TINY), 4 * sizes.num_samples),
+    }
+    for kind, prepare in _KINDS.items():
+        made[kind] = [_median(rank, prepare(rank, n), sizes.num_samples) for n in sizes.messages]
+    made["interference"] = _interference(rank, sizes)
+    return made
+
+
+def _shift(rank: Rank, num_bytes: int) -> Callable[[], object]:
+    sent = torch.zeros(num_bytes, dtype=torch.uint8, device=rank.device)
+    taken = torch.empty_like(sent)
+
+    def call() -> None:
+        for work in _start(rank, sent, taken):
+            work.wait()
+
+    return call
+
+
+def _start(rank: Rank, sent: torch.Tensor, taken: torch.Tensor) -> list[dist.Work]:
+    after, before = (rank.index + 1) % rank.world_size, (rank.index - 1) % rank.world_size
+    return dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, taken, before)]
+    )
+
+
+def _all_reduce(rank: Rank, num_bytes: int) -> Callable[[], object]:
+    tensor = torch.zeros(num_bytes // 4, device=rank.device)
+    return lambda: dist.all_reduce(tensor)
+
+
+def _all_gather(rank: Rank, num_bytes: int) -> Callable[[], object]:
+    share = torch.zeros(num_bytes // rank.world_size, dtype=torch.uint8, device=rank.device)
+    pieces = [torch.empty_like(share) for _ in range(rank.world_size)]
+    return lambda: dist.all_gather(pieces, share)
+
+
+def _all_to_all(rank: Rank, num_bytes: int) -> Callable[[], object]:
+    sent = torch.zeros(num_bytes, dtype=torch.uint8, device=rank.device)
+    taken = torch.empty_like(sent)
+    return lambda: dist.all_to_all_single(taken, sent)
+
+
+_KINDS = {"shift": _shift, "all_reduce": _all_reduce, "all_gather": _all_gather,
+          "all_to_all": _all_to_all}
+
+
+def _interference(rank: Rank, sizes: LinkSizes) -> float:
+    """How much longer products take beside a shift, over what the shift takes alone."""
+    num_bytes = max(sizes.messages)
+    sent = torch.zeros(num_bytes, dtype=torch.uint8, device=rank.device)
+    taken = torch.empty_like(sent)
+    matrix = torch.randn(384, 384, device=rank.device)
+    shift = _median(rank, _shift(rank, num_bytes), sizes.num_samples)
+    once = _median(rank, lambda: matrix @ matrix, sizes.num_samples)
+    repeats = max(1, round(3 * shift / once))
+
+    def compute() -> None:
+        for _ in range(repeats):
+            torch.mm(matrix, matrix)
+
+    def both() -> None:
+        works = _start(rank, sent, taken)
+        compute()
+        for work in works:
+            work.wait()
+
+    alone = _median(rank, compute, sizes.num_samples)
+    together = _median(rank, both, sizes.num_samples)
+    return min(max((together - alone) / shift, 0.0), 1.0)
+
+
+def _median(rank: Rank, call: Callable[[], object], num_samples: int) -> float:
+    """Seconds from a common start to this rank's end."""
+    samples = []
+    for _ in range(num_samples + 2):
+        dist.barrier()
+        _synchronize(rank.device)
+        start = time.perf_counter()
+        call()
+        _synchronize(rank.device)
+        samples.append(time.perf_counter() - start)
+    return median(samples[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def node_seconds(device: torch.device, num_nodes: int = 400, num_samples: int = 9) -> float:
+    """The host's seconds for a node: of a program of additions of next to nothing.
+
+    On CUDA the device is not waited for; elsewhere the addition is part of it.
+    """
+    executor = Executor(_additions(num_nodes), {}, device)
+    value = {"x": torch.ones(8, device=device)}
+    samples = []
+    for _ in range(num_samples):
+        _synchronize(device)
+        start = time.perf_counter()
+        run_alone(executor, value)
+        samples.append((time.perf_counter() - start) / num_nodes)
+    _synchronize(device)
+    return median(samples)
+
+
+def _additions(num_nodes: int) -> Program:
+    graph, type_ = fx.Graph(), TensorType(torch.float32, (8,), Layout.whole(1))
+    node = graph.placeholder("x")
+    node.meta["type"] = type_
+    for _ in range(num_nodes):
+        node = graph.call_function(torch.ops.aten.add.Tensor, (node, node))
+        node.meta["type"] = type_
+    graph.output((node,))
+    return Program(graph, (), {"x": "x"}, {}, Structure("tensor"))

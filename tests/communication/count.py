@@ -1,0 +1,134 @@
+"""Formulas, graphs and runs, side by side."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ringcompile.capture.export import capture
+from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.ir.communication import bytes_sent
+from ringcompile.ir.expr import LOCAL, SEQUENCE, bind, symbol
+from ringcompile.ir.program import Program
+from ringcompile.models import zoo
+from ringcompile.runtime.inprocess import run_lockstep
+from tests.communication.rows import LEGEND, Row
+
+LENGTH = 48  # divides over all ranks and chunks of the rows
+PLACES = {"R": "ring", "U": "ulysses", "T": "tp", "P": "pp", "N": "ep"}
+SYMBOLS = {name: sympy.Symbol(name, integer=True, positive=True) for name in LEGEND}
+SYMBOLS |= {name: symbol(name) for name in ("s", "n")}
+SYMBOLS |= {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in ("r", "p")}
+_SHORT = {
+    "K": "2*L*B*n*G*d*b",
+    "X": "B*n*D*b",
+}
+
+
+class Window(nn.Module):
+    """One attention of 3 heads x 4, over the last `width` tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.view(*x.shape[:2], 3, 4).transpose(1, 2)
+        at = torch.arange(x.shape[1])
+        back = at[:, None] - at
+        seen = (back >= 0) & (back < self.width)
+        out = F.scaled_dot_product_attention(heads, heads + 1, heads * 2, attn_mask=seen)
+        return out.transpose(1, 2).reshape(x.shape)
+
+
+def width_of(model: str) -> int | None:
+    """The width of `window of 8`; None for a model of the zoo."""
+    return int(model.rpartition(" ")[2]) if model.startswith("window") else None
+
+
+@cache
+def captured(model: str) -> Program:
+    width = width_of(model)
+    if width is not None:
+        return capture(Window(width), (torch.randn(1, 24, 12),))
+    return capture(*zoo.build(model, sequence=24))
+
+
+def inputs(model: str, length: int) -> tuple[torch.Tensor, ...]:
+    if width_of(model) is not None:
+        return (torch.randn(1, length, 12),)
+    return zoo.build(model, sequence=length)[1]
+
+
+def sizes(model: str) -> dict[str, Any]:
+    """The numbers of a model, by symbol."""
+    if width_of(model) is not None:
+        return {"B": 1, "L": 1, "D": 12, "H": 3, "G": 3, "d": 4, "b": 4}
+    config = zoo.entry(model).config
+    return {
+        "B": 1, "L": config.num_layers, "D": config.hidden_size, "H": config.num_heads,
+        "G": config.num_kv_heads, "d": config.head_dim, "b": config.torch_dtype.itemsize,
+        "E": config.num_experts or 1, "k": config.top_k,
+        "f": sympy.Rational(config.capacity_factor or 0),
+    }
+
+
+@cache
+def compiled(row: Row) -> ParallelProgram:
+    return transform(captured(row.model), row.parallel, **row.options)
+
+
+def expected(row: Row, rank: int) -> Any:
+    """The formula for a rank, in `s` and `n` alone."""
+    parallel = compiled(row)
+    sequence = parallel.program.sequence
+    assert sequence is not None
+    at = parallel.mesh.coordinates(rank)
+    known: dict[str, Any] = {
+        **sizes(row.model),
+        **{name: parallel.mesh.size(axis) for name, axis in PLACES.items()},
+        "r": at.get("ring", 0), "p": at.get("pp", 0), "c": sequence.chunks_per_rank,
+    }
+    width = width_of(row.model)
+    if width is not None:
+        known["h"] = -(-(width - 1) // sequence.local_length(row.options["length"]))
+    values = {SYMBOLS[name]: value for name, value in known.items()}
+
+    def read(text: str) -> Any:
+        opened = sympy.sympify(text, locals=SYMBOLS)
+        short = {SYMBOLS[name]: sympy.sympify(t, locals=SYMBOLS) for name, t in _SHORT.items()}
+        return opened.subs(short).subs(values)
+
+    return next(read(formula) for formula, when in row.terms if not when or bool(read(when)))
+
+
+def counted(row: Row, rank: int) -> Any:
+    """The bytes of a rank's graph, in `s` and `n` alone; where nothing is divided n is s."""
+    parallel = compiled(row)
+    found = sympy.sympify(bytes_sent(parallel.rank(rank)))
+    sequence = parallel.program.sequence
+    assert sequence is not None
+    return found if sequence.axes else found.subs(symbol(SEQUENCE), symbol(LOCAL))
+
+
+def numbers(row: Row, length: int) -> list[int]:
+    """The formula's bytes of every rank, for a length."""
+    parallel = compiled(row)
+    assert parallel.program.sequence is not None
+    lengths = parallel.program.sequence.bindings(length)
+    return [int(bind(expected(row, rank), lengths)) for rank in range(parallel.world_size)]
+
+
+def ran(row: Row, length: int) -> list[int]:
+    """The bytes that every rank of a lock-step run sends."""
+    parallel = compiled(row)
+    given = tuple(
+        x.repeat(parallel.mesh.size("dp"), *[1] * (x.dim() - 1))
+        for x in inputs(row.model, length)
+    )
+    return run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, given).bytes_sent

@@ -1,0 +1,47 @@
+"""docs/communication.md, from the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.communication.count import LENGTH, numbers
+from tests.communication.rows import LEGEND, ROWS, Row
+
+PAGE = Path(__file__).parents[2] / "docs" / "communication.md"
+_INTRO = f"""# What ranks send
+
+The bytes that one rank sends in one run, by strategy. The formulas are written down from what a
+strategy is (`tests/communication/rows.py`); tests hold them against the bytes counted in the graph
+of every rank, as expressions, and against what a run in lock-step sends, for lengths that divide
+and that do not. Of a collective, that is what any algorithm has to send: a gather sends a rank's
+share to all others, a reduce-scatter and an all-to-all keep a rank's own part, an all-reduce is a
+reduce-scatter and a gather.
+
+The last column is an example: the smallest and largest rank's bytes of the model, for {LENGTH}
+tokens. Written by `python -m tests.communication --write`.
+"""
+
+
+def page() -> str:
+    """The whole text."""
+    symbols = "\n".join(f"- `{name}`: {text}" for name, text in LEGEND.items())
+    lines = [
+        "| strategy | bytes that a rank sends | because | example |",
+        "|---|---|---|---|",
+        *(_line(row) for row in ROWS),
+    ]
+    return f"{_INTRO}\n" + "\n".join(lines) + f"\n\n## Symbols\n\n{symbols}\n"
+
+
+def _line(row: Row) -> str:
+    sent = numbers(row, LENGTH)
+    spread = f"{min(sent):,}" if min(sent) == max(sent) else f"{min(sent):,} to {max(sent):,}"
+    example = f"{row.model}, {row.parallel}: {spread}"
+    return f"| {row.name} | {_formula(row)} | {row.why} | {example} |"
+
+
+def _formula(row: Row) -> str:
+    return "<br>".join(
+        f"`{formula}`" + (f" where `{when}`" if when else "")
+        for formula, when in row.terms
+    )

@@ -1,0 +1,143 @@
+"""What each strategy sends: formulas, written down from what the strategy is, not from the code.
+
+A formula is a list of terms, each with the ranks that it is for; the first that fits holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+LEGEND: Final = {
+    "B": "rows of the batch",
+    "s": "tokens of the sequence",
+    "n": "tokens of a rank: s over the ranks that divide the sequence, rounded up to whole chunks",
+    "L": "layers",
+    "D": "hidden size",
+    "H": "query heads",
+    "G": "key heads",
+    "d": "size of a head",
+    "b": "bytes of a number",
+    "E": "experts",
+    "k": "experts that a token goes to",
+    "f": "capacity factor",
+    "c": "chunks of a rank: 2 in zigzag order, else 1",
+    "h": "ranks before it that a window reaches into: (w - 1) / n, rounded up",
+    "R": "ranks on `ring`",
+    "U": "ranks on `ulysses`",
+    "T": "ranks on `tp`",
+    "P": "ranks on `pp`",
+    "N": "ranks on `ep`",
+    "r": "place on `ring`, from 0",
+    "p": "place on `pp`, from 0",
+    "K": "2 L B n G d b: keys and values of a rank's tokens in all layers",
+    "X": "B n D b: hidden states of a rank's tokens",
+}
+Terms = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One strategy on one model.
+
+    Attributes:
+        terms: pairs of a formula for a rank's bytes and a condition; an empty one always fits.
+        why: where the formula comes from.
+    """
+
+    name: str
+    model: str
+    parallel: str
+    terms: Terms
+    why: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def always(formula: str) -> Terms:
+    return ((formula, ""),)
+
+
+def pair(more: str = "", over: str = "") -> Terms:
+    """Two ranks in zigzag order, and something more.
+
+    The early chunk of each goes to the other; the late chunk of rank 1 goes to rank 0, that of
+    rank 0 is the end of the sequence and stays.
+
+    Args:
+        more: what is sent besides.
+        over: ranks that divide keys and values, such as `P*T`.
+    """
+    half, whole = (f"K/(2*{over})", f"K/({over})") if over else ("K/2", "K")
+    rest = f" + {more}" if more else ""
+    return ((half + rest, "r < 1"), (whole + rest, ""))
+
+
+EXACT: Final = "2*L*E*Min(n, ceiling(f*k*s/E))*D*b*(N - 1)/N + 8*c*L*E*(N - 1)"
+LOCAL: Final = "2*L*E*ceiling(f*k*n/E)*D*b*(N - 1)/N"
+REDUCED: Final = "4*L*X*(T - 1)/T"
+
+ROWS: Final = (
+    Row("ring, causal, contiguous", "dense-4l-tiny", "ring=4",
+        (("K*(r + 1)", "r < R - 1"), ("0", "")),
+        "a rank passes on its own keys and all that came from before it; behind the last none see "
+        "them", {"order": "contiguous"}),
+    Row("ring, causal, zigzag", "dense-4l-tiny", "ring=4",
+        (("K*(2*R - 1 - r)/2", "(r > 0) & (r < R - 2)"), ("K*R/2", "")),
+        "early chunks go once round, R - 1 hops; late chunks up to rank 0, the last rank's down",
+        {"order": "zigzag"}),
+    Row("ring of 2, causal, zigzag", "llama-tiny", "ring=2", pair(),
+        "the early chunks are swapped; one late chunk is seen by the other rank",
+        {"order": "zigzag"}),
+    Row("ring, all tokens see all", "bert-tiny", "ring=4", always("K*(R - 1)"),
+        "every rank's keys go once round"),
+    Row("ring, a window of one rank", "window of 8", "ring=4",
+        (("K*Min(h, r + 1)", "r < R - 1"), ("0", "")),
+        "keys go as far as the window reaches, not round the end",
+        {"order": "contiguous", "length": 48}),
+    Row("ring, a window of two ranks", "window of 20", "ring=4",
+        (("K*Min(h, r + 1)", "r < R - 1"), ("0", "")), "likewise",
+        {"order": "contiguous", "length": 48}),
+    Row("ring as a gather", "dense-4l-tiny", "ring=4", always("K*(R - 1)"),
+        "every rank's keys to every other", {"ring": "gather"}),
+    Row("ulysses", "dense-4l-tiny", "ulysses=4", always("2*L*B*n*(H + G)*d*b*(U - 1)/U"),
+        "queries, keys and values to heads, outputs back; a rank's own part stays"),
+    Row("ulysses, grouped queries", "llama-tiny", "ulysses=2",
+        always("2*L*B*n*(H + G)*d*b*(U - 1)/U"), "likewise, key heads un-expanded"),
+    Row("ring x ulysses", "dense-4l-tiny", "ring=2,ulysses=2",
+        pair("2*L*B*n*(H + G)*d*b*(U - 1)/U"),
+        "1/U of the heads, U times the tokens: the ring sends as much as alone"),
+    Row("tp", "dense-4l-tiny", "tp=4", always(REDUCED),
+        "two all-reduces a layer, behind attention and MLP"),
+    Row("tp, embedding and head by vocabulary", "llama-tiny", "tp=2",
+        always("2*(2*L + 1)*X*(T - 1)/T"), "one more all-reduce, behind the embedding"),
+    Row("tp, mixture of experts", "moe-4l-tiny", "tp=4", always(REDUCED),
+        "experts by features, as an MLP"),
+    Row("tp with tp_sequence", "dense-4l-tiny", "tp=4", always("(4*L - 1)*X*(T - 1)"),
+        "an all-reduce is a reduce-scatter and a gather; the first layer's input is whole",
+        {"tp_sequence": True}),
+    Row("tp with tp_sequence, by vocabulary", "llama-tiny", "tp=2",
+        always("2*(2*L + 1)*X*(T - 1)"), "likewise, with embedding and head",
+        {"tp_sequence": True}),
+    Row("pp", "dense-4l-tiny", "pp=4", (("X", "p < P - 1"), ("0", "")),
+        "each stage but the last hands on the hidden states"),
+    Row("dp", "dense-4l-tiny", "dp=4", always("0"), "replicas have nothing to say to each other"),
+    Row("ep, exact capacity", "moe-4l-tiny", "ep=4", always(f"K*(N - 1) + {EXACT}"),
+        "keys are gathered; slots of every expert there and back; counts of each chunk's experts"),
+    Row("ep, local capacity", "moe-4l-tiny", "ep=4", always(f"K*(N - 1) + {LOCAL}"),
+        "likewise, without counts", {"capacity": "local"}),
+    Row("ring, exact capacity", "moe-4l-tiny", "ring=2", pair("8*c*L*E*(R - 1)"),
+        "the ring, and counts of each chunk's experts", {"order": "zigzag"}),
+    Row("ring x tp", "dense-4l-tiny", "ring=2,tp=2", pair(REDUCED, "T"),
+        "the ring with 1/T of the key heads"),
+    Row("tp x pp", "dense-4l-tiny", "tp=2,pp=2",
+        ((f"{REDUCED}/P + X", "p < P - 1"), (f"{REDUCED}/P", "")), "a stage has 1/P of the layers"),
+    Row("pp x ring x tp", "dense-4l-tiny", "pp=2,ring=2,tp=2",
+        tuple((text, f"({when or 'r > 0'}) & ({stage})")
+              for more, stage in ((f"{REDUCED}/P + X", "p < P - 1"), (f"{REDUCED}/P", "p > P - 2"))
+              for text, when in pair(more, "P*T")),
+        "the sum of the three"),
+    Row("ring x ep, contiguous", "moe-4l-tiny", "ring=2,ep=2",
+        ((f"K*(N - 1) + N*K*(r + 1) + {LOCAL}", "r < R - 1"), (f"K*(N - 1) + {LOCAL}", "")),
+        "keys are gathered along ep and rotate along the ring",
+        {"order": "contiguous", "capacity": "local"}),
+)  # fmt: skip

@@ -1,0 +1,38 @@
+"""Ranks send the bytes that the formulas say, in graphs and in runs; the page says the same."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sympy
+
+from tests.communication.count import LENGTH, compiled, counted, expected, numbers, ran
+from tests.communication.page import PAGE, page
+from tests.communication.rows import ROWS, Row
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+@rows
+def test_graphs_send_what_the_formula_says(row: Row) -> None:
+    for rank in range(compiled(row).world_size):
+        difference = sympy.simplify(counted(row, rank) - expected(row, rank))
+        assert difference == 0, (rank, counted(row, rank), expected(row, rank))
+
+
+@rows
+def test_runs_send_what_the_formula_says(row: Row) -> None:
+    for length in (LENGTH,) if "length" in row.options else (LENGTH, 45):
+        assert ran(row, length) == numbers(row, length)
+
+
+def test_the_page_is_up_to_date() -> None:
+    """`python -m tests.communication --write` writes it."""
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_a_wrong_formula_is_noticed() -> None:
+    row = ROWS[0]
+    wrong = dataclasses.replace(row, terms=(("K*r", "r < R - 1"), ("0", "")))
+    assert numbers(wrong, LENGTH) != ran(row, LENGTH)
