@@ -17,9 +17,10 @@ from rich.table import Table
 
 from ringcompile import compiler, execution
 from ringcompile.capture.export import capture
-from ringcompile.capture.loaders import DTYPES, load_model
+from ringcompile.capture.loaders import DTYPES, LoadedModel, load_model
 from ringcompile.commands.bench import bench
 from ringcompile.commands.calibrate import calibrate
+from ringcompile.commands.overlap import HALVES, halved, overlap_options, schedule_for
 from ringcompile.commands.plan import plan
 from ringcompile.commands.simulate import simulate
 from ringcompile.dump import formats, render
@@ -115,6 +116,7 @@ def models(as_json: bool) -> None:
               help="Where pipeline stages but the first begin, for example model.layers.16.")
 @click.option("--plan", type=click.Path(path_type=Path),
               help="What splits each weight: an edited `dump OUT --format plan`.")
+@overlap_options
 @_DTYPE
 @_BATCH
 @click.option("--seq", type=click.IntRange(1), help="Fix the sequence length (else any).")
@@ -136,6 +138,8 @@ def transform(
     tp_sequence: bool,
     stages: str | None,
     plan: Path | None,
+    overlap: str,
+    overlap_on: str,
     dtype: str | None,
     batch: int,
     seq: int | None,
@@ -159,6 +163,10 @@ def transform(
         loaded = load_model(model, batch=batch, length=seq, dtype=dtype, weights=keep_weights)
     with _CONSOLE.status("capturing"):
         program = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+        if overlap == HALVES:
+            program = halved(
+                program, lambda half: _captured_at(half, loaded, model, seq, dtype), batch, capacity
+            )
     told = None if plan is None else read_plan(plan, program, mesh)
     starts = tuple(filter(None, (name.strip() for name in (stages or "").split(","))))
     if passes is not None:
@@ -175,7 +183,7 @@ def transform(
         made = compiler.transform(
             program, mesh, order=order, length=seq, gather_unknown=gather_unknown,
             capacity=capacity, ring=ring, tp_sequence=tp_sequence, stages=starts, plan=told,
-            observe=observe, options=options,
+            observe=observe, options=options, schedule=schedule_for(overlap, overlap_on, seq),
         )
         if verify_each:
             made.verify()
@@ -186,6 +194,14 @@ def transform(
         for name, spent in seconds.items():
             click.echo(f"{name:16} {spent:8.3f} s", err=True)
     _print_summary(out, made, as_json)
+
+
+def _captured_at(
+    batch: int, loaded: LoadedModel, model: str, seq: int | None, dtype: str | None
+) -> Program:
+    """The same module over example inputs of another batch; weights are not loaded again."""
+    other = load_model(model, batch=batch, length=seq, dtype=dtype, weights=":" in model)
+    return capture(loaded.module, other.args, other.kwargs, name=loaded.name)
 
 
 def _run_passes(

@@ -26,11 +26,13 @@ from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
+from ringcompile.passes.halves import Halves, check_rows_apart
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
 from ringcompile.passes.recognize_attention import RecognizeAttention
 from ringcompile.passes.recognize_masks import RecognizeMasks
+from ringcompile.passes.schedule import Schedule
 from ringcompile.passes.specialize import Specialize
 from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
 from ringcompile.passes.tensor_parallel import TensorParallel
@@ -68,10 +70,11 @@ def front_passes(
     ]
 
 
-def rank_passes(rank: int, mesh: Mesh) -> list[Pass]:
+def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list[Pass]:
     """From the program for all ranks to that of one."""
     take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
-    return [Specialize(rank), *take, LowerRing(), FuseMerge()]
+    last = [schedule] if schedule is not None else []
+    return [Specialize(rank), *take, LowerRing(), FuseMerge(), *last]
 
 
 @dataclass
@@ -83,6 +86,7 @@ class ParallelProgram:
         mesh: the parallel plan.
         options: how it was made; saved with it.
         check: whether each rank's program is checked behind every pass.
+        schedule: the pass that orders each rank's program, if one does.
     """
 
     program: Program
@@ -92,6 +96,7 @@ class ParallelProgram:
     read_rank: Callable[[int], Program] | None = None
     folder: Path | None = None
     check: bool = True
+    schedule: Schedule | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
 
     @property
@@ -120,7 +125,7 @@ class ParallelProgram:
         return self._ranks[rank]
 
     def _lower(self, rank: int) -> Program:
-        passes = rank_passes(rank, self.mesh)
+        passes = rank_passes(rank, self.mesh, self.schedule)
         return Pipeline(passes, self.observe, self.check).run(self.program)
 
     def ranks(self) -> list[Program]:
@@ -175,6 +180,22 @@ def prepare(program: Program) -> Program:
 _NUM_COMMON = [step.name for step in front_passes(Mesh(()))].index(Place.name)
 
 
+def in_halves(whole: Program | None, half: Program) -> Program:
+    """A program that computes the halves of a batch apart, for schedules that overlap them.
+
+    Args:
+        whole: the model captured with the whole batch, to check that this gives the same; None
+            where the user wants each half counted alone.
+        half: the model captured with half of it.
+
+    Raises:
+        RingCompileError: at the op that mixes the sequences of a batch.
+    """
+    if whole is not None:
+        check_rows_apart(prepare(whole))
+    return Pipeline([Halves()]).run(prepare(half))
+
+
 def transform(
     program: Program,
     parallel: str | Mesh,
@@ -191,6 +212,7 @@ def transform(
     options: Mapping[str, Any] | None = None,
     check: bool = True,
     checked: dict[Any, bool] | None = None,
+    schedule: Schedule | None = None,
 ) -> ParallelProgram:
     """Compile a captured program for a mesh.
 
@@ -215,6 +237,7 @@ def transform(
         options: anything to keep with the artifact.
         check: whether programs are checked behind every pass.
         checked: what is known of the model's regions from earlier calls; added to.
+        schedule: orders each rank's program, so that transfers overlap with more.
 
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
@@ -235,7 +258,7 @@ def transform(
     kept = {"parallel": str(mesh), "order": order, "length": length,
             "gather_unknown": gather_unknown, "capacity": capacity, "ring": ring,
             "tp_sequence": tp_sequence, "stages": list(stages), **(options or {})}
-    return ParallelProgram(placed, mesh, kept, observe, check=check)
+    return ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
 
 
 def load(folder: str | Path) -> ParallelProgram:
@@ -313,7 +336,7 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
     Raises:
         RingCompileError: no such pass, or the model it was made from is not known.
     """
-    late = rank_passes(rank, made.mesh)
+    late = rank_passes(rank, made.mesh, made.schedule)
     if name in [step.name for step in late]:
         return Pipeline(_up_to(late, name)).run(made.program)
     options = made.options

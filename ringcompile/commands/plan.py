@@ -19,12 +19,15 @@ from ringcompile.commands.options import (
     milliseconds,
     print_table,
 )
+from ringcompile.commands.overlap import HALVES, NONE
 from ringcompile.cost.estimate import Ask, Model, Parallel
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.layers import cut, find_stack
+from ringcompile.cost.node_times import node_times
 from ringcompile.cost.planner import Plan, Planner
 from ringcompile.cost.specs import Variant
 from ringcompile.ir.program import Program
+from ringcompile.passes.schedule import Schedule
 
 
 @click.command()
@@ -74,17 +77,22 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     loaded = load_model(model, dtype=dtype, weights=":" in model)
     whole = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
     stack = find_stack(whole)
-    prepared, checked = dict[int, Program](), dict[Any, bool]()
+    prepared, checked = dict[tuple[int, bool], Program](), dict[Any, bool]()
 
     def compile_(variant: Variant, length: int) -> Parallel:
         layers = variant.mesh.size("pp") if stack is not None else 0
-        if layers not in prepared:
+        halves = variant.overlap == HALVES
+        if (layers, halves) not in prepared:
             program = cut(whole, stack, layers) if stack is not None else whole
-            prepared[layers] = compiler.prepare(program)
+            prepared[layers, halves] = (
+                compiler.in_halves(None, program) if halves else compiler.prepare(program)
+            )
+        times = node_times(ask.cluster, length)
+        schedule = Schedule(times, rounds=halves) if variant.overlap != NONE else None
         return compiler.transform(
-            prepared[layers], variant.mesh, order=variant.order, length=length,
+            prepared[layers, halves], variant.mesh, order=variant.order, length=length,
             capacity=variant.capacity, ring=variant.ring, tp_sequence=variant.tp_sequence,
-            check=False, checked=checked,
+            check=False, checked=checked, schedule=schedule,
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())

@@ -41,8 +41,8 @@ class Parallel(Protocol):
         """The program of one rank."""
 
 
-# Makes the program of a variant for one sequence of a length, with one layer for each stage if
-# layers repeat; raises RingCompileError for what cannot be.
+# Makes the program of a variant for one sequence of a length (for two, if it computes halves), with
+# one layer for each stage if layers repeat; raises RingCompileError for what cannot be.
 Compile = Callable[[Variant, int], Parallel]
 
 
@@ -236,7 +236,8 @@ class Estimator:
     def _run(self, variant: Variant, costs: list[RankCost]) -> Estimate:
         """One step for its latency, several for a full pipeline."""
         mesh, count = variant.mesh, variant.microbatches
-        costs = [with_batch(cost, self.ask.batch // (count * mesh.size("dp"))) for cost in costs]
+        times = self.ask.batch // (count * mesh.size("dp") * variant.sequences)
+        costs = [with_batch(cost, times) for cost in costs]
         one = simulate(costs, self.ask.cluster, How(count, merged=True))
         seconds = one.seconds
         if mesh.size(PIPELINE) > 1:

@@ -14,7 +14,14 @@ from typing import Any
 
 from ringcompile.cost.estimate import Ask, Compile, Estimate, Estimator, FarError, Model
 from ringcompile.cost.rank import cost_of
-from ringcompile.cost.specs import AXES, Variant, factorisations, reordered, variants
+from ringcompile.cost.specs import (
+    AXES,
+    Variant,
+    factorisations,
+    overlapping,
+    reordered,
+    variants,
+)
 from ringcompile.errors import RingCompileError
 from ringcompile.mesh import Mesh
 
@@ -24,6 +31,8 @@ _SPLIT_WEIGHTS = ("pp", "ep", "tp")
 _FAR = 1.1
 # So many of the best are estimated closely.
 _CLOSE = 6
+# So many of these are tried with more overlap.
+_OVERLAPPED = 2
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,9 @@ class Planner:
         """
         plans = _sorted([plan for mesh in self._meshes() for plan in self._plans(mesh)])
         while (rough := self._rough(plans)) is not None:
-            plans[rough] = self._closely(plans[rough])
+            plans[rough] = self._closely(plans[rough].variant)
             plans = _sorted(plans)
+        plans = _sorted([*plans, *self._overlapping(plans)])
         if not plans[0].fits:
             raise self._nothing_fits(plans)
         return plans
@@ -203,11 +213,23 @@ class Planner:
         except FarError as error:
             return _rejected(variant, f"{error}, the best plan {best * 1e3:.4g} ms")
 
-    def _closely(self, plan: Plan) -> Plan:
+    def _closely(self, variant: Variant) -> Plan:
         try:
-            return self._judged(plan.variant, self._estimator.close(plan.variant), close=True)
+            return self._judged(variant, self._estimator.close(variant), close=True)
         except RingCompileError as error:
-            return _rejected(plan.variant, error.message)
+            return _rejected(variant, error.message)
+
+    def _overlapping(self, plans: list[Plan]) -> list[Plan]:
+        """The best plans of each capacity again, with more overlap."""
+        made = []
+        for capacity in self._best:
+            best = [p for p in plans if p.fits and p.close and p.variant.capacity == capacity]
+            # Halves would count slots of experts each for itself: another result.
+            exact = capacity == "exact" and self._capacities != ("exact",)
+            for plan in best[:_OVERLAPPED]:
+                made += [v for v in overlapping(plan.variant, self.ask.batch)
+                         if not (exact and v.overlap == "halves")]
+        return [self._closely(variant) for variant in made]
 
     def _rough(self, plans: list[Plan]) -> int | None:
         """The first of the best plans that is not estimated closely, of each capacity."""

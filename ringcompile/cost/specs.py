@@ -25,6 +25,7 @@ class Variant:
         tp_sequence: whether `tp` divides the sequence between layers.
         capacity: "exact" or "local".
         microbatches: into how many parts the batch is cut.
+        overlap: "none", "schedule", or "halves", see `passes/schedule.py` and `passes/halves.py`.
     """
 
     mesh: Mesh
@@ -33,12 +34,18 @@ class Variant:
     tp_sequence: bool = False
     capacity: str = "exact"
     microbatches: int = 1
+    overlap: str = "none"
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences one run of its program takes."""
+        return 2 if self.overlap == "halves" else 1
 
     @property
     def options(self) -> dict[str, object]:
         """What is not in the mesh and not as it is by default."""
         default = Variant(self.mesh)
-        fields = ("order", "ring", "tp_sequence", "capacity", "microbatches")
+        fields = ("order", "ring", "tp_sequence", "capacity", "microbatches", "overlap")
         return {name: getattr(self, name) for name in fields
                 if getattr(self, name) != getattr(default, name)}
 
@@ -151,3 +158,18 @@ def short_rings(mesh: Mesh, cluster: Cluster) -> tuple[int, int]:
     stride = prod(mesh.size(name) for name in inner)
     size = max(8, 2 * cluster.per_node // stride)
     return size, 2 * size
+
+
+def overlapping(variant: Variant, batch: int) -> list[Variant]:
+    """The variant with more overlap, where it has transfers that can overlap.
+
+    Args:
+        variant: the spec and its options.
+        batch: sequences of a step.
+    """
+    if variant.mesh.size("ring") == 1 or variant.ring == "gather":
+        return []
+    kinds = ["schedule"]
+    if batch // (variant.mesh.size("dp") * variant.microbatches) % 2 == 0:
+        kinds.append("halves")
+    return [replace(variant, overlap=kind) for kind in kinds]

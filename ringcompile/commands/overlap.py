@@ -1,0 +1,65 @@
+"""`--overlap`: how far a compiled program lets transfers overlap with compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ringcompile import compiler
+from ringcompile.cost.hardware import load_cluster
+from ringcompile.cost.node_times import node_times
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program
+from ringcompile.passes.schedule import Schedule
+
+NONE, SCHEDULE, HALVES = KINDS = ("none", "schedule", "halves")
+# Times are estimated for a sequence of this length where none is fixed.
+NOMINAL_LENGTH = 16384
+
+
+def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of commands that compile."""
+    kind = click.option(
+        "--overlap", type=click.Choice(KINDS), default=NONE, show_default=True,
+        help="schedule: start transfers as early as can be; halves: also compute two halves of "
+        "the batch apart, one beside the other's transfers.",
+    )
+    where = click.option(
+        "--overlap-on", default="h100x16", show_default=True, metavar="CLUSTER|FILE",
+        help="Whose times the schedule is made for.",
+    )
+    return kind(where(command))
+
+
+def schedule_for(kind: str, cluster: str, length: int | None) -> Schedule | None:
+    """The pass that orders ranks' programs; None where they stay as they are.
+
+    Raises:
+        RingCompileError: an unknown cluster, or a malformed file.
+    """
+    if kind == NONE:
+        return None
+    times = node_times(load_cluster(cluster), length or NOMINAL_LENGTH)
+    return Schedule(times, rounds=kind == HALVES)
+
+
+def halved(whole: Program, capture_at: Callable[[int], Program], batch: int, how: str) -> Program:
+    """A program that computes the halves of a batch apart.
+
+    Args:
+        whole: the model captured with the whole batch.
+        capture_at: captures it with another one.
+        batch: the whole batch.
+        how: the capacity mode: counted by each half alone, halves need not be checked.
+
+    Raises:
+        RingCompileError: the batch has no halves, or its sequences are mixed in the model.
+    """
+    if batch % 2:
+        raise RingCompileError(
+            f"a batch of {batch} has no two halves", hint="pass an even --batch with --overlap "
+            "halves"
+        )
+    return compiler.in_halves(None if how == "local" else whole, capture_at(batch // 2))

@@ -1,0 +1,36 @@
+"""What no plan can pass: the work that a model has to do, at the rates of its kernels."""
+
+from __future__ import annotations
+
+from ringcompile.cost.ops import kernels_of
+from ringcompile.cost.values import Values
+from ringcompile.ir.expr import SEQUENCE
+from ringcompile.ir.program import Program
+
+
+def kernel_limit(
+    program: Program, length: int, num_gpus: int, *, matmul: float, attention: float, top: int = 0
+) -> float:
+    """Tokens a second if products and attention ran at these rates and nothing else took time.
+
+    Args:
+        program: of one device and one sequence, prepared (`compiler.prepare`).
+        length: tokens of the sequence.
+        num_gpus: devices, each of which does an equal part.
+        matmul: FLOP/s of a device in products.
+        attention: FLOP/s of a device in attention, of the pairs that are visible.
+        top: experts that a token goes through, in a model whose experts have buffers: what their
+            capacity adds is then left out. 0 counts products as they stand in the graph.
+    """
+    values = Values(program, {SEQUENCE: length})
+    seconds = 0.0
+    for node in program.graph.nodes:
+        for kernel in kernels_of(values, node):
+            if kernel.kind.startswith("attention"):
+                seconds += kernel.flops / attention
+            elif kernel.kind == "matmul":
+                rows = kernel.rows
+                if top and kernel.batch > 1:  # of all experts' buffers, the rows that are needed
+                    rows = length * top // kernel.batch
+                seconds += 2 * kernel.batch * rows * kernel.inner * kernel.columns / matmul
+    return length * num_gpus / seconds
