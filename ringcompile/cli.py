@@ -363,6 +363,8 @@ def verify(out: Path, numerics: bool, model: str | None, as_json: bool) -> None:
 @click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds.")
 @click.option("--join-timeout", type=float, default=120.0, show_default=True,
               help="Seconds to wait for all ranks, on all hosts, to be there.")
+@click.option("--compile", "compiled", is_flag=True,
+              help="torch.compile what is computed between communications.")
 @_JSON
 def run(
     out: Path,
@@ -373,12 +375,13 @@ def run(
     seq: int,
     timeout: float,
     join_timeout: float,
+    compiled: bool,
     as_json: bool,
 ) -> None:
     """Run the artifact OUT on local processes; under torchrun, join the job that is there."""
     found = execution.run_artifact(
         out, nproc=nproc, backend=backend, inputs=inputs, outputs=outputs, length=seq,
-        timeout=timeout, join_timeout=join_timeout,
+        timeout=timeout, join_timeout=join_timeout, compiler="inductor" if compiled else None,
     )
     if found is None:  # another rank of a torchrun job reports
         return

@@ -188,6 +188,7 @@ def run_artifact(
     length: int,
     timeout: float,
     join_timeout: float = JOIN_TIMEOUT,
+    compiler: str | None = None,
 ) -> RunReport | None:
     """Run an artifact as `ringcompile run` does; None on ranks that have nothing to report.
 
@@ -197,14 +198,19 @@ def run_artifact(
     parallel = load(folder)
     whole = _read_inputs(inputs) if inputs else random_inputs(parallel.program, length)
     if under_torchrun():
-        return _under_torchrun(parallel, backend, whole, outputs, timeout, join_timeout)
+        return _under_torchrun(
+            parallel, backend, whole, outputs, timeout, join_timeout, compiler
+        )
     start = time.perf_counter()
     if backend == "lockstep":
-        done = run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, whole)
+        done = run_lockstep(
+            parallel.ranks(), parallel.mesh, parallel.source, whole, compiler=compiler
+        )
         seconds = time.perf_counter() - start
         return _report(parallel, backend, seconds, done.bytes_sent, done.outputs, outputs)
     options: dict[str, Any] = {
         "nproc": nproc, "backend": backend, "timeout": timeout, "join_timeout": join_timeout,
+        "compiler": compiler,
     }
     with LocalRanks(artifact.load, (folder,), **options) as ranks:
         found = ranks.run(whole)
@@ -225,11 +231,12 @@ def _under_torchrun(
     outputs: Path | None,
     timeout: float,
     join_timeout: float,
+    compiler: str | None,
 ) -> RunReport | None:
     rank = join_torchrun(
         parallel.mesh, backend=backend, timeout=timeout, join_timeout=join_timeout
     )
-    session = Session(parallel, rank, check_inputs=True)
+    session = Session(parallel, rank, check_inputs=True, compiler=compiler)
     done = session.run(whole)
     everyone = session.everyones_stats(done)
     found = session.assemble(done)

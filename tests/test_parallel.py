@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,13 @@ def logits(value: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def hold(name: str, spec: str, length: int = LENGTH, **options: Any) -> None:
+def hold(name: str, spec: str, lengths: Sequence[int] = (LENGTH,), **options: Any) -> None:
     module, program = captured(name)
-    given = inputs(name, length)
-    found = run(transform(program, spec, **options), given).outputs
-    assert difference(logits(found), logits(module(*given))) <= TOLERANCE
+    parallel = transform(program, spec, **options)
+    for length in lengths:
+        given = inputs(name, length)
+        found = run(parallel, given).outputs
+        assert difference(logits(found), logits(module(*given))) <= TOLERANCE, length
 
 
 @pytest.mark.parametrize(
@@ -132,8 +135,7 @@ def test_every_strategy_on_every_model(spec: str, name: str) -> None:
         with pytest.raises(RingCompileError, match=reason):
             transform(captured(name)[1], spec)
         return
-    for length in (LENGTH, 48, 5):
-        hold(name, spec, length)
+    hold(name, spec, (LENGTH, 48, 5))
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "moe-4l-tiny"])

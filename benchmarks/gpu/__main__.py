@@ -24,7 +24,7 @@ _SECTIONS = {"kernels": kernels.run, "lockstep": lockstep.run, "step": step.run,
 # Seconds, on an H100; the first is for the whole suite of GPU tests.
 _BUDGETS = {"tests": 120, "kernels": 100, "lockstep": 90, "step": 100, "calibrate": 40}
 _GPU_TESTS = ("tests/ops/test_kernels.py", "tests/ops/test_custom_kernels.py",
-              "tests/runtime/test_alone.py")
+              "tests/ops/test_experts.py", "tests/runtime/test_alone.py")
 
 
 @click.command()
@@ -84,7 +84,9 @@ def _run(name: str, seconds: int, dry: bool, out: Path, options: list[str]) -> s
 
 def _parallel() -> list[str]:
     """Compiling kernels is most of the tests' time: several processes share it, and the GPU."""
-    return ["-n", str(min(8, os.cpu_count() or 1))] if torch.cuda.is_available() else []
+    if not torch.cuda.is_available():
+        return []
+    return ["-n", str(min(8, os.cpu_count() or 1)), "-p", "no:benchmark"]
 
 
 if __name__ == "__main__":

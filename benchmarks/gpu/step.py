@@ -47,13 +47,13 @@ def run(report: Report, *, dry: bool, seconds: float) -> None:
     small = dry or not on_gpu()
     # torch.compile takes longest, and is left for last.
     todo = [(plan, None) for plan in _PLANS] + [(plan, "inductor") for plan in _PLANS[:2]]
-    for (model, parallel), backend in todo[: len(_PLANS)] if small else todo:
-        if time.monotonic() > end - (15 if backend is None else 40):
+    for (model, parallel), compiler in todo[: len(_PLANS)] if small else todo:
+        if time.monotonic() > end - (15 if compiler is None else 40):
             return
         tokens = 256 if small else 16384
         name = f"{model}-tiny" if small else model
         plan = parallel.replace("16", "4").replace("8", "4") if small else parallel
-        _Step(report, name, plan, tokens, (flops, num_bytes)).measure(backend)
+        _Step(report, name, plan, tokens, (flops, num_bytes)).measure(compiler)
         if on_gpu():
             torch.cuda.empty_cache()
 
@@ -81,22 +81,22 @@ class _Step:
         self.alone = Alone(made.mesh, device())
 
     @torch.no_grad()
-    def measure(self, backend: str | None) -> None:
+    def measure(self, compiler: str | None) -> None:
         """A row for the step, and one for each kind of op where ops run one by one."""
         roof = Roofline(*self.ceiling)
         self._run(self._executor(watch=roof))
-        executor = self._executor(backend=backend)
+        executor = self._executor(compiler=compiler)
         eager = event_seconds(lambda: self._run(executor))
         graphed = self._graphed(executor)
         best = eager if graphed is None else graphed
         self.report.add(
-            **self.columns, compiled=backend is not None, eager_ms=eager * 1e3,
+            **self.columns, compiled=compiler is not None, eager_ms=eager * 1e3,
             graph_ms=None if graphed is None else graphed * 1e3, roofline_ms=roof.total * 1e3,
             over_roofline=best / roof.total,
             lost_to_launches=None if graphed is None else 1 - graphed / eager,
             tflops=roof.flops / best / 1e12,
         )
-        if on_gpu() and backend is None:
+        if on_gpu() and compiler is None:
             self._by_op(roof)
 
     def _executor(self, **options: Any) -> Executor:

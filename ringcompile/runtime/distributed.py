@@ -96,7 +96,8 @@ class Session:
         rank: this process' place.
         check_inputs: whether ranks compare their inputs before every run; for inputs that each
             process got on its own.
-        backend: of torch.compile, for what is computed between communications; see `Executor`.
+        compiler: a backend of torch.compile for what is computed between communications; see
+            `Executor`.
 
     Raises:
         RingCompileError: the ranks have different programs.
@@ -108,10 +109,10 @@ class Session:
         rank: Rank,
         *,
         check_inputs: bool = False,
-        backend: str | None = None,
+        compiler: str | None = None,
     ) -> None:
         keep_freed_memory()
-        self.backend = backend
+        self.compiler = compiler
         self.rank, self.check_inputs, self.mesh = rank, check_inputs, parallel.mesh
         self.program = parallel.rank(rank.index)
         # The last rank is one of the last stage: its program says what is returned.
@@ -208,7 +209,7 @@ class Session:
             if len(self._executors) == _MAX_EXECUTORS:
                 self._executors.clear()
             self._executors[key] = Executor(
-                self.program, lengths, self.rank.device, backend=self.backend
+                self.program, lengths, self.rank.device, compiler=self.compiler
             )
         return self._executors[key]
 

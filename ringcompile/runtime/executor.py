@@ -65,8 +65,8 @@ class Executor:
         lengths: the values of its length symbols.
         device: where tensors that the program makes are put.
         check_types: hold every value against the type that its node declares.
-        backend: of torch.compile, for what is computed between communications; None to run op by
-            op. See `piecewise`.
+        compiler: a backend of torch.compile, such as "inductor", for what is computed between
+            communications; None to run op by op. See `piecewise`.
         watch: called in place of every op that does not communicate.
     """
 
@@ -77,7 +77,7 @@ class Executor:
         device: torch.device | str = "cpu",
         check_types: bool = False,
         *,
-        backend: str | None = None,
+        compiler: str | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.program, self.check_types = program, check_types
@@ -97,9 +97,9 @@ class Executor:
             self._prepare(node, frees.get(node, [])) for node in nodes if node.op == "call_function"
         ]
         self.watch, self.num_slots = watch, len(nodes)
-        if backend is not None:
+        if compiler is not None:
             kept = [self.slots[node] for node in program.outputs]
-            self.steps, self.num_slots = in_pieces(self.steps, len(nodes), kept, backend)
+            self.steps, self.num_slots = in_pieces(self.steps, len(nodes), kept, compiler)
 
     def _prepare(self, node: fx.Node, frees: list[int]) -> Step:
         args, kwargs = map_values((list(node.args), dict(node.kwargs)), self._argument)

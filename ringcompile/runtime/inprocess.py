@@ -72,6 +72,7 @@ def run_lockstep(
     *,
     device: torch.device | str = "cpu",
     check_types: bool = False,
+    compiler: str | None = None,
 ) -> Result:
     """Run all ranks in this process.
 
@@ -82,6 +83,7 @@ def run_lockstep(
         inputs: whole inputs, by name or in order.
         device: where all ranks compute.
         check_types: hold every value against the type its node declares.
+        compiler: as for `Executor`.
     """
     first, last = programs[0], programs[-1]
     dealt = deal(first, name_inputs(first, inputs))
@@ -93,7 +95,7 @@ def run_lockstep(
         new = {p: program.weights[p] for p, key in keys.items() if key not in weights}
         read = read_weights(program.with_graph(program.graph, weights=new), source, device)
         weights.update({keys[p]: weight for p, weight in read.items()})
-        executor = Executor(program, lengths, device, check_types)
+        executor = Executor(program, lengths, device, check_types, compiler=compiler)
         values = [
             {**{p: weights[key] for p, key in keys.items()},
              **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}

@@ -56,6 +56,7 @@ class LocalRanks(Processes):
             and every rank call it.
         args: its arguments.
         nproc: the number of ranks asked for, if any was: it has to be the mesh's.
+        compiler: as for `Session`.
         options: as for `Processes`.
 
     Raises:
@@ -68,6 +69,7 @@ class LocalRanks(Processes):
         args: tuple[Any, ...] = (),
         *,
         nproc: int | None = None,
+        compiler: str | None = None,
         **options: Any,
     ) -> None:
         parallel = load(*args)
@@ -76,7 +78,7 @@ class LocalRanks(Processes):
         self.program = parallel.rank(0)
         self.last = parallel.rank(parallel.mesh.world_size - 1)
         super().__init__(parallel.mesh.world_size, **options)
-        self.call(_open, load, args)
+        self.call(_open, load, args, compiler)
 
     def run(self, inputs: Any, *, timeout: float | None = None) -> LocalRun:
         """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor.
@@ -91,8 +93,10 @@ class LocalRanks(Processes):
         return LocalRun(outputs, [run.stats for run in runs])
 
 
-def _open(rank: Rank, load: Callable[..., Parallel], args: tuple[Any, ...]) -> None:
-    rank.state = Session(load(*args), rank)
+def _open(
+    rank: Rank, load: Callable[..., Parallel], args: tuple[Any, ...], compiler: str | None
+) -> None:
+    rank.state = Session(load(*args), rank, compiler=compiler)
 
 
 def _run(rank: Rank, inputs: Any) -> RankRun:

@@ -24,7 +24,7 @@ _PLAIN = frozenset({None, "pack", "finish", "redistribute", "tokenwise"})
 
 
 def in_pieces(
-    steps: list[Step], num_slots: int, kept: Iterable[int], backend: str
+    steps: list[Step], num_slots: int, kept: Iterable[int], compiler: str
 ) -> tuple[list[Step], int]:
     """The same steps, with runs of compilable ones compiled.
 
@@ -32,7 +32,7 @@ def in_pieces(
         steps: of a program, in order.
         num_slots: values that a run holds.
         kept: slots of the program's outputs.
-        backend: a backend of torch.compile.
+        compiler: a backend of torch.compile.
 
     Returns:
         the steps and the number of slots they need.
@@ -48,7 +48,7 @@ def in_pieces(
             made += piece
             continue
         outs = [step.out for step in piece if last_use.get(step.out, -1) >= position]
-        made += _compiled(piece, outs, num_slots, backend)
+        made += _compiled(piece, outs, num_slots, compiler)
         num_slots += 1
     return made, num_slots
 
@@ -71,7 +71,7 @@ def _reads(step: Step) -> list[int]:
     return found
 
 
-def _compiled(piece: list[Step], outs: list[int], slot: int, backend: str) -> list[Step]:
+def _compiled(piece: list[Step], outs: list[int], slot: int, compiler: str) -> list[Step]:
     """One step that computes the whole piece, and a step each to take its results apart."""
     made = {step.out for step in piece}
     inputs = list(dict.fromkeys(i for step in piece for i in _reads(step) if i not in made))
@@ -84,7 +84,7 @@ def _compiled(piece: list[Step], outs: list[int], slot: int, backend: str) -> li
         inside[step.out] = graph.call_function(step.function, tuple(args), kwargs)
     graph.output(tuple(inside[i] for i in outs))
     function = torch.compile(
-        fx.GraphModule(torch.nn.Module(), graph), backend=backend, fullgraph=True, dynamic=False
+        fx.GraphModule(torch.nn.Module(), graph), backend=compiler, fullgraph=True, dynamic=False
     )
     frees = [i for step in piece for i in step.frees if i not in made]
     whole = Step(

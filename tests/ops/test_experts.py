@@ -141,6 +141,7 @@ def test_the_grouped_product(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_experts_on_a_gpu_never_wait_for_it(with_bias: bool) -> None:
     if torch.cuda.get_device_capability()[0] not in (9, 10):

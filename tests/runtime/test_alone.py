@@ -107,7 +107,7 @@ def test_arrivals_of_a_shape_take_turns_in_two_buffers() -> None:
 def test_compiled_pieces_compute_the_same(name: str, parallel: str) -> None:
     made = one_rank(name, parallel)
     plain = run_alone(made, Executor(made.program, made.lengths, check_types=True))
-    executor = Executor(made.program, made.lengths, check_types=True, backend="eager")
+    executor = Executor(made.program, made.lengths, check_types=True, compiler="eager")
     assert len(executor.steps) < 0.8 * len(Executor(made.program, made.lengths).steps)
     for _ in range(2):
         found = run_alone(made, executor)
@@ -116,8 +116,8 @@ def test_compiled_pieces_compute_the_same(name: str, parallel: str) -> None:
 
 def test_values_are_let_go_as_soon_as_without_compiling() -> None:
     made = one_rank("dense-4l-tiny")
-    for backend in (None, "eager"):
-        executor = Executor(made.program, made.lengths, backend=backend)
+    for compiler in (None, "eager"):
+        executor = Executor(made.program, made.lengths, compiler=compiler)
         freed = {slot for step in executor.steps for slot in step.frees}
         outs = {step.out for step in executor.steps}
         returned = {executor.slots[node] for node in made.program.outputs}
@@ -138,6 +138,7 @@ def test_every_op_can_be_watched() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize(("name", "parallel"), CASES.values(), ids=CASES)
 def test_a_step_on_a_gpu_never_waits_for_it(name: str, parallel: str) -> None:
     made = one_rank(name, parallel, device="cuda", dtype="float16")

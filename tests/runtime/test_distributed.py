@@ -78,6 +78,14 @@ def test_sixteen_ranks(saved: Saved) -> None:
         hold(ranks, parallel, "dense-4l-tiny", 45)
 
 
+def test_compiled_between_communications(saved: Saved) -> None:
+    """With torch's tracing backend, which generates no code: the ranks' own numbers stay."""
+    parallel, folder = saved("llama-tiny", "ring=2", "zigzag")
+    with LocalRanks(artifact.load, (folder,), backend="gloo", compiler="eager") as ranks:
+        for length in (48, 9):
+            hold(ranks, parallel, "llama-tiny", length)
+
+
 def test_inputs_that_do_not_fit_leave_the_ranks_alive(saved: Saved) -> None:
     parallel, folder = saved("llama-tiny", "ring=2", "zigzag")
     with LocalRanks(artifact.load, (folder,)) as ranks:

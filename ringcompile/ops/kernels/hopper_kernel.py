@@ -31,39 +31,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringcompile.ops.kernels.contract import Call
-
-# Names that changed between Triton 3.6 and 3.9.
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+from ringcompile.ops.kernels.hopper_parts import (
+    barriers,
+    copy,
+    fetch,
+    num_own,
+    places,
+    wait_for_all,
+    work,
+)
 
 _LOG2_E = 1.4426950408889634
 _BLOCK_M, _BLOCK_N = 64, 64
 _K_COLUMNS, _K_SLOTS = 128, 4
 _V_ROWS, _V_COLUMNS, _V_SLOTS = 16, 256, 4
-
-
-@gluon.jit
-def _fetch(
-    tensor, ring, full, piece, end, place, batch, head, column,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, PER_TILE: gl.constexpr, SLOTS: gl.constexpr,
-):
-    """Start loading a piece into its slot, unless it is behind the end.
-
-    Pieces count from when the program began, and `end` is the first that belongs to other queries;
-    `place` counts the pieces of these keys: a tile of rows comes in PER_TILE pieces of columns.
-    """
-    slot = piece % SLOTS
-    wanted = piece < end
-    mbarrier.expect(full.index(slot), ROWS * COLUMNS * 2, pred=wanted)
-    at = [batch, head, (place // PER_TILE) * ROWS, column + (place % PER_TILE) * COLUMNS]
-    _copy(tensor, at, full.index(slot), ring.index(slot), pred=wanted)
 
 
 @gluon.jit
@@ -88,15 +75,15 @@ def _score_tile(
         )
         if i > 0:  # the product before this one is done: its slot is free
             scores = warpgroup_mma_wait(1, deps=[scores])
-            _barrier()
-            _fetch(
+            wait_for_all()
+            fetch(
                 k, k_ring, k_full, piece - 1 + SLOTS, end, block * PIECES + i - 1 + SLOTS, batch,
                 kv_head, 0, BLOCK_N, COLUMNS, PIECES, SLOTS,
             )
         piece += 1
     scores = warpgroup_mma_wait(0, deps=[scores])
-    _barrier()
-    _fetch(
+    wait_for_all()
+    fetch(
         k, k_ring, k_full, piece - 1 + SLOTS, end, (block + 1) * PIECES - 1 + SLOTS, batch,
         kv_head, 0, BLOCK_N, COLUMNS, PIECES, SLOTS,
     )
@@ -119,42 +106,9 @@ def _score_tile(
     if MASK:  # the last of its tile of queries
         totals.index(buffer).store(total)
     fence_async_shared()
-    _barrier()
+    wait_for_all()
     mbarrier.arrive(weights_full.index(buffer))
     return piece, new_top, total
-
-
-@gluon.jit
-def _work(number, sizes, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The number-th tile of this program: batch, head, KV head, first row, tiles of keys.
-
-    Programs take tiles in turn, every other time from the last program to the first. Causal tiles
-    come in the order of their keys, the most first: so all programs get about the same work.
-    """
-    num_keys, num_heads, group_size, num_tiles, num_items = sizes
-    program, num_programs = gl.program_id(0), gl.num_programs(0)
-    place = gl.where(number % 2 == 0, program, num_programs - 1 - program)
-    item = number * num_programs + place
-    if CAUSAL:
-        num_all = num_items // num_tiles
-        tile = num_tiles - 1 - item // num_all
-        batch_head = item % num_all
-        num_blocks = ((tile + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N
-    else:
-        tile = item % num_tiles
-        batch_head = item // num_tiles
-        num_blocks = (num_keys + BLOCK_N - 1) // BLOCK_N
-    head = batch_head % num_heads
-    return batch_head // num_heads, head, head // group_size, tile * BLOCK_M, num_blocks
-
-
-@gluon.jit
-def _num_own(num_items):
-    """How many tiles this program takes."""
-    program, num_programs = gl.program_id(0), gl.num_programs(0)
-    rounds = (num_items + num_programs - 1) // num_programs
-    last = gl.where(rounds % 2 == 1, program, num_programs - 1 - program)
-    return gl.where((rounds - 1) * num_programs + last < num_items, rounds, rounds - 1)
 
 
 @gluon.jit
@@ -172,14 +126,14 @@ def _scores(
     rows = gl.arange(0, BLOCK_M, ROW)
     piece = 0
     turn = 0
-    for number in range(_num_own(sizes[4])):
-        batch, head, kv_head, first, num_blocks = _work(number, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    for number in range(num_own(sizes[4])):
+        batch, head, kv_head, first, num_blocks = work(number, sizes, CAUSAL, BLOCK_M, BLOCK_N)
         end = piece + num_blocks * PIECES
         mbarrier.expect(q_full, BLOCK_M * COLUMNS * PIECES * 2)
         for i in gl.static_range(PIECES):
-            _copy(q, [batch, head, first, i * COLUMNS], q_full, queries.index(i))
+            copy(q, [batch, head, first, i * COLUMNS], q_full, queries.index(i))
         for i in gl.static_range(SLOTS):
-            _fetch(
+            fetch(
                 k, k_ring, k_full, piece + i, end, i, batch, kv_head, 0,
                 BLOCK_N, COLUMNS, PIECES, SLOTS,
             )
@@ -213,18 +167,6 @@ def _scores(
 
 
 @gluon.jit
-def _places(
-    out, out_row, num_rows, num_columns,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr,
-):
-    """Where a tile of the output lies, and which of it there is."""
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
-    kept = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    return out + rows[:, None] * out_row + columns[None, :], kept
-
-
-@gluon.jit
 def _values(
     v, ring, full, weights, weights_full, weights_empty, shrinks, totals,
     out, out_batch, out_head, out_row, num_rows, value_dim, sizes, column,
@@ -237,17 +179,17 @@ def _values(
     PIECES: gl.constexpr = BLOCK_N // ROWS
     piece = 0
     turn = 0
-    for number in range(_num_own(sizes[4])):
-        batch, head, kv_head, first, num_blocks = _work(number, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    for number in range(num_own(sizes[4])):
+        batch, head, kv_head, first, num_blocks = work(number, sizes, CAUSAL, BLOCK_M, BLOCK_N)
         end = piece + num_blocks * PIECES
         for i in gl.static_range(SLOTS):
-            _fetch(
+            fetch(
                 v, ring, full, piece + i, end, i, batch, kv_head, column, ROWS, COLUMNS, 1, SLOTS
             )
         at = out + batch.to(gl.int64) * out_batch + head.to(gl.int64) * out_head
         at += first.to(gl.int64) * out_row + column
         if FOLD:
-            out_at, kept = _places(
+            out_at, kept = places(
                 at, out_row, num_rows - first, value_dim - column, BLOCK_M, COLUMNS, LAYOUT
             )
             acc = gl.load(out_at, mask=kept, other=0.0)
@@ -267,15 +209,15 @@ def _values(
                 )
                 if i > 0:  # the product before this one is done: its slot is free
                     acc = warpgroup_mma_wait(1, deps=[acc])
-                    _barrier()
-                    _fetch(
+                    wait_for_all()
+                    fetch(
                         v, ring, full, piece - 1 + SLOTS, end, block * PIECES + i - 1 + SLOTS,
                         batch, kv_head, column, ROWS, COLUMNS, 1, SLOTS,
                     )
                 piece += 1
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _barrier()
-            _fetch(
+            wait_for_all()
+            fetch(
                 v, ring, full, piece - 1 + SLOTS, end, (block + 1) * PIECES - 1 + SLOTS,
                 batch, kv_head, column, ROWS, COLUMNS, 1, SLOTS,
             )
@@ -284,22 +226,13 @@ def _values(
             turn += 1
         # The sums came with the last weights, and are read before these are given back.
         total = totals.index((turn - 1) % 2).load(ROW)
-        _barrier()
+        wait_for_all()
         mbarrier.arrive(weights_empty.index((turn - 1) % 2))
         # Not before the loop, where 128 addresses would need as many registers.
-        out_at, kept = _places(
+        out_at, kept = places(
             at, out_row, num_rows - first, value_dim - column, BLOCK_M, COLUMNS, LAYOUT
         )
         gl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Barriers in shared memory, each of which that many groups arrive at."""
-    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(made.index(i), count=ARRIVALS)
-    return made
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_keys", "num_heads", "group_size", "num_items"])
@@ -321,12 +254,12 @@ def attend(
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     shrinks = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], VECTOR)
     totals = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], VECTOR)
-    q_full = _barriers(1, 1).index(0)
-    k_full = _barriers(K_SLOTS, 1)
-    left_full = _barriers(V_SLOTS, 1)
-    right_full = _barriers(V_SLOTS, 1)
-    weights_full = _barriers(2, 1)
-    weights_empty = _barriers(2, 2)
+    q_full = barriers(1, 1).index(0)
+    k_full = barriers(K_SLOTS, 1)
+    left_full = barriers(V_SLOTS, 1)
+    right_full = barriers(V_SLOTS, 1)
+    weights_full = barriers(2, 1)
+    weights_empty = barriers(2, 2)
     fence_async_shared()
     num_tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     sizes = (num_keys, num_heads, group_size, num_tiles, num_items)

@@ -1,0 +1,241 @@
+"""The paper's table: what it claims, what is simulated, what kernels allow, and the best plan.
+
+    python -m benchmarks.paper_table [--cluster h100x16] [--json FILE] [--page docs/paper.md]
+
+Every step is simulated from the graphs that are emitted for all 16 ranks. The baseline is given its
+best: steps follow one another, so that its pipeline is full.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib.pyplot as plt
+import torch
+
+from ringcompile import compiler
+from ringcompile.capture.export import capture
+from ringcompile.capture.loaders import load_model
+from ringcompile.commands.plan import plans_for
+from ringcompile.cost.estimate import Ask
+from ringcompile.cost.hardware import Cluster, load_cluster
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.simulate import simulate
+from ringcompile.cost.timeline import How
+from ringcompile.ir.program import Program
+
+ROOT = Path(__file__).parents[1]
+NUM_GPUS, MICROBATCHES = 16, 8
+BASELINE, PAPER = "pp=2,tp=8", "ring=16"
+METHODS = {BASELINE: "TP=8 x PP=2", PAPER: "RA+SP"}
+LENGTHS = (1024, 4096, 16384, 32768, 131072)
+# tokens/s and ms of the paper's table, for "1024 tokens".
+CLAIMS = {
+    ("dense-4l", BASELINE): (1.20e6, 0.85), ("dense-4l", PAPER): (1.45e6, 0.70),
+    ("moe-4l", BASELINE): (0.95e6, 1.05), ("moe-4l", PAPER): (1.18e6, 0.82),
+}
+# What workload.md's arithmetic counts a token: multiply-adds of all matrices, twice.
+LINEAR_FLOPS = {"dense-4l": 6.442e9, "moe-4l": 10.737e9}
+NUM_LAYERS, HIDDEN = 4, 8192
+
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one model at one number of tokens a step."""
+
+    model: str
+    method: str
+    tokens: int
+    tps: float
+    step_ms: float
+    latency_ms: float
+    exposed_ms: float
+    bound: str
+    memory_gb: float
+
+
+def simulated(model: str, program: Program, spec: str, tokens: int, cluster: Cluster) -> Row:
+    """One spec, all ranks; experts count their own tokens, as the paper's do."""
+    made = compiler.transform(program, spec, length=tokens, capacity="local")
+    costs = [cost_of(rank, tokens) for rank in made.ranks()]
+    found = simulate(costs, cluster, How(MICROBATCHES if "pp" in spec else 1))
+    once = simulate(costs, cluster) if "pp" in spec else found
+    return Row(
+        model, METHODS.get(spec, spec), tokens, tokens / found.period, found.period * 1e3,
+        once.seconds * 1e3, found.exposed_seconds * 1e3 / (MICROBATCHES if "pp" in spec else 1),
+        found.bound, found.memory_bytes / 1e9,
+    )
+
+
+def kernel_limit(model: str, tokens: int, cluster: Cluster) -> float:
+    """Tokens/s if all ranks did nothing but products and causal attention at their best rates."""
+    device = cluster.device
+    linear = device.get("matmul", torch.float16).largest
+    attention = device.get("attention", torch.float16)(head_dim=512, length=float(tokens))
+    pairs = 2 * HIDDEN * NUM_LAYERS * tokens  # 4 * s^2/2 * hidden a layer, over s tokens
+    return NUM_GPUS / (LINEAR_FLOPS[model] / linear + pairs / attention)
+
+
+def best(model: str, tokens: int, cluster: Cluster) -> Row:
+    """The first of the planner's list."""
+    plan = plans_for(model, Ask(NUM_GPUS, cluster, tokens, 1))[0]
+    assert plan.tps is not None
+    assert plan.seconds is not None
+    assert plan.latency is not None
+    return Row(
+        model, f"best: {plan.variant}", tokens, plan.tps, plan.seconds * 1e3, plan.latency * 1e3,
+        0.0, plan.bound or "", (plan.memory_bytes or 0) / 1e9,
+    )
+
+
+def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
+    """All rows; printed as they come."""
+    rows: Rows = []
+    for model in ("dense-4l", "moe-4l"):
+        loaded = load_model(model, weights=False)
+        program = compiler.prepare(capture(loaded.module, loaded.args, name=model))
+        for tokens in lengths:
+            limit = kernel_limit(model, tokens, cluster)
+            found = [simulated(model, program, spec, tokens, cluster) for spec in METHODS]
+            for row in [*found, best(model, tokens, cluster)]:
+                rows.append({**asdict(row), "kernel_limit_tps": limit})
+                click.echo(
+                    f"{model:9} {tokens:7,} {row.method:48} {row.tps / 1e6:6.3f} M tokens/s  "
+                    f"step {row.step_ms:7.2f} ms  exposed {row.exposed_ms:6.2f} ms  "
+                    f"limit {limit / 1e6:.2f} M"
+                )
+    return rows
+
+
+def of(rows: Rows, model: str, method: str, tokens: int) -> dict[str, Any]:
+    """The row of a method, by how its name begins."""
+    return next(
+        row for row in rows
+        if (row["model"], row["tokens"]) == (model, tokens) and row["method"].startswith(method)
+    )
+
+
+def millions(row: dict[str, Any], key: str = "tps") -> str:
+    """Tokens a second as the tables write them."""
+    return f"{row[key] / 1e6:.2f} M"
+
+
+def table(heads: list[str], body: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    rows = [heads, ["---"] * len(heads), *body]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def page(rows: Rows, cluster: Cluster, plot: str) -> str:
+    """docs/paper.md."""
+    lengths = sorted({row["tokens"] for row in rows})
+    head = (
+        f"Made by `python -m benchmarks.paper_table` from the programs of all {NUM_GPUS} ranks and "
+        f"the tables of\n`{cluster.name}` ({cluster.device.title}); `ringcompile/cost/tables` says "
+        "of each figure where it comes from. The paper gives\none table, for \"1024 tokens\"; "
+        "whether that is all tokens or each rank's it does not say."
+    )
+    lines = ["# The paper's table, simulated", "", head, ""]
+    for tokens, what in ((1024, "1,024 tokens in all"), (16384, "1,024 tokens a rank")):
+        if tokens in lengths:
+            lines += [f"## {what}", "", *_compared(rows, tokens), ""]
+            lines += [*(_verdict(rows, model, tokens) for model in LINEAR_FLOPS), ""]
+    body = []
+    for model in LINEAR_FLOPS:
+        for tokens in lengths:
+            baseline, paper, plan = (of(rows, model, m, tokens) for m in ("TP=8", "RA+SP", "best"))
+            body.append([
+                model, f"{tokens:,}", millions(baseline), millions(paper),
+                f"{millions(plan)}, `{plan['method'][6:]}`", millions(plan, "kernel_limit_tps"),
+            ])
+    heads = ["model", "tokens a step", "TP=8 x PP=2", "RA+SP", "best plan", "kernels' limit"]
+    lines += ["## Over lengths", "", f"![tokens a second over tokens a step]({plot})", ""]
+    return "\n".join([*lines, *table(heads, body), ""])
+
+
+def _compared(rows: Rows, tokens: int) -> list[str]:
+    heads = ["model", "method", "paper", "simulated", "a step", "exposed communication",
+             "kernels' limit"]
+    body = []
+    for model in LINEAR_FLOPS:
+        for spec, method in METHODS.items():
+            (rate, step), row = CLAIMS[model, spec], of(rows, model, method, tokens)
+            body.append([
+                model, method, f"{rate / 1e6:.2f} M, {step:.2f} ms", millions(row),
+                f"{row['step_ms']:.2f} ms", f"{row['exposed_ms']:.2f} ms",
+                millions(row, "kernel_limit_tps"),
+            ])
+        row = of(rows, model, "best", tokens)
+        body.append([model, f"`{row['method'][6:]}`", "", millions(row),
+                     f"{row['step_ms']:.2f} ms", "", ""])
+    return table(heads, body)
+
+
+def _verdict(rows: Rows, model: str, tokens: int) -> str:
+    """The ratio that the paper claims, as simulated; and whether its rate is to be had."""
+    baseline, paper, plan = (of(rows, model, m, tokens) for m in ("TP=8", "RA+SP", "best"))
+    rate = CLAIMS[model, PAPER][0]
+    claimed = rate / CLAIMS[model, BASELINE][0] - 1
+    if plan["tps"] >= rate:
+        verdict = "the best plan reaches the rate claimed"
+    elif paper["kernel_limit_tps"] >= rate:
+        verdict = "kernels would allow the rate claimed, no plan reaches it"
+    else:
+        verdict = "the rate claimed is beyond the kernels' limit"
+    return (f"- {model}: RA+SP over the baseline {paper['tps'] / baseline['tps'] - 1:+.1%} "
+            f"simulated, {claimed:+.1%} claimed; {verdict}.")
+
+
+def draw(rows: Rows, file: Path) -> None:
+    """Tokens a second over tokens a step, one panel a model."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    for panel, model in zip(panels, LINEAR_FLOPS, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        for name, style in (("TP=8", "s--"), ("RA+SP", "o-"), ("best", "^-")):
+            some = [row for row in own if row["method"].startswith(name)]
+            label = {"TP=8": "TP=8 x PP=2", "best": "best plan"}.get(name, name)
+            panel.plot([r["tokens"] for r in some], [r["tps"] / 1e6 for r in some], style,
+                       label=label)
+        limit = {row["tokens"]: row["kernel_limit_tps"] / 1e6 for row in own}
+        panel.plot(list(limit), list(limit.values()), "k:", label="kernels' limit")
+        for spec, colour in ((BASELINE, "C0"), (PAPER, "C1")):
+            panel.axhline(CLAIMS[model, spec][0] / 1e6, color=colour, alpha=0.3,
+                          label=f"paper: {METHODS[spec]}")
+        panel.set(title=model, xscale="log", xlabel="tokens a step",
+                  ylabel="million tokens a second")
+        panel.set_xticks(list(limit), [f"{x // 1024}k" for x in limit])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+@click.command()
+@click.option("--cluster", default="h100x16", show_default=True)
+@click.option("--length", "lengths", multiple=True, type=int, default=LENGTHS, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path),
+              default=ROOT / "benchmarks" / "results" / "paper-table.json")
+@click.option("--page", "page_file", type=click.Path(path_type=Path),
+              default=ROOT / "docs" / "paper.md")
+def main(cluster: str, lengths: tuple[int, ...], file: Path, page_file: Path) -> None:
+    """Simulate the paper's table and write the page."""
+    hardware = load_cluster(cluster).sized(NUM_GPUS)
+    rows = run(hardware, lengths)
+    file.write_text(json.dumps({"cluster": hardware.name, "rows": rows}, indent=1) + "\n")
+    picture = page_file.with_suffix(".png")
+    draw(rows, picture)
+    page_file.write_text(page(rows, hardware, picture.name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
