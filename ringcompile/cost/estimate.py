@@ -16,7 +16,7 @@ from typing import Protocol
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, repeat
 from ringcompile.cost.rank import RankCost, cost_of
-from ringcompile.cost.scaling import PIPELINE, crossing_bytes, middle_stage, with_batch
+from ringcompile.cost.scaling import PIPELINE, busiest_stage, crossing_bytes, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     Variant,
@@ -200,7 +200,7 @@ class Estimator:
         return self._with_layers(variant, partial(self._staged, variant, cost), self._run_stage)
 
     def _staged(self, variant: Variant, cost: RankCost, layers: int) -> list[RankCost]:
-        """A stage in the middle of a pipeline; all of it where there is none."""
+        """The busiest stage of a pipeline; all of the model where there is none."""
         (one,), pp = self._repeated([cost], layers), variant.mesh.size(PIPELINE)
         if pp == 1:
             return [one]
@@ -208,7 +208,7 @@ class Estimator:
         if variant.tp_sequence:
             shares *= variant.mesh.size("tp")
         apart = variant.mesh.world_size // pp
-        return [middle_stage(one, apart, self._hidden_bytes() // shares)]
+        return [busiest_stage(one, pp, apart, self._hidden_bytes() // shares)]
 
     def _hidden_bytes(self) -> int:
         """What crosses between stages, of a whole sequence; read off a pipeline of two."""

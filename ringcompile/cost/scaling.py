@@ -87,9 +87,10 @@ def stages(costs: Sequence[RankCost], apart: int, hidden_bytes: int) -> list[Ran
     return made
 
 
-def middle_stage(cost: RankCost, apart: int, hidden_bytes: int) -> RankCost:
-    """A stage between two others, by itself; see `stages`."""
-    return stages([cost] * 3, apart, hidden_bytes)[1]
+def busiest_stage(cost: RankCost, num_stages: int, apart: int, hidden_bytes: int) -> RankCost:
+    """A stage that hands on what it gets, by itself; of two stages the first. See `stages`."""
+    made = stages([cost] * min(num_stages, 3), apart, hidden_bytes)
+    return made[1 if num_stages > 2 else 0]
 
 
 def _crossing(name: str, shift: Shift) -> list[Step]:
