@@ -61,6 +61,10 @@ class Figure:
         """The value in SI units at these sizes; sizes that are no axis of it are ignored."""
         return _at(self.value, self.axes, at) * UNITS[self.unit][1]
 
+    def points(self, axis: str) -> tuple[float, ...]:
+        """The points of an axis; 0 where it is no axis of the figure."""
+        return dict(self.axes).get(axis, (0.0,))
+
     @property
     def largest(self) -> float:
         """The largest value of the grid, in SI units."""

@@ -46,6 +46,7 @@ DEVICE_FIELDS = {
     "strided": Field("byte/s", ("bytes",), by_dtype=True, needed=True),  # permuted copies
     "special": Field("byte/s", ("bytes",), by_dtype=True, needed=True),  # exp, tanh, gelu, cos
     "reduction": Field("byte/s", ("bytes",), by_dtype=True, needed=True),  # norms, softmax, sums
+    "scan": Field("second"),  # a step of a running sum along other than the last dim
     "launch": Field("second", needed=True),  # the least time that a kernel takes on the device
     "issue": Field("second", needed=True),  # what a node costs the host beside or before it
 }
@@ -100,6 +101,10 @@ class Device:
     def value(self, field: str) -> float:
         """A figure that depends on nothing, in SI units."""
         return self.get(field)()
+
+    def optional(self, field: str) -> float:
+        """The same, or 0 where the table says nothing of it."""
+        return self.value(field) if field in self.figures else 0.0
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from ringcompile.cost.hardware import Device
 # `ops/kernels/custom.py`.
 _FOLDING = range(257, 513)
 _HALVES = (torch.float16, torch.bfloat16)
-# Attention is measured with so many heads; a GPU with fewer rows at work is not filled as well.
-REFERENCE_HEADS = 16
+# Attention is measured with so many heads. A GPU has work for all of its parts from so many rows
+# of queries on, over all heads: a tile of 64 for each of about 128 multiprocessors.
+_HEADS, _FULL = 16, 64 * 128
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Kernel:
 
     Attributes:
         kind: a field of a device: "matmul", "attention", "attention_causal", "attention_masked",
-            "stream", "strided", "special" or "reduction"; or "merge", bringing a block into the
-            accumulator, which is nothing where the attention kernel does it.
+            "stream", "strided", "special" or "reduction"; "scan", a running sum of `rows` steps;
+            or "merge", bringing a block into the accumulator, which is nothing where the attention
+            kernel does it.
         dtype: of its operands.
         num_bytes: read and written, each operand and result once.
         flops: multiplications and additions in matrix products, of visible pairs in attention;
@@ -51,7 +53,8 @@ class Time:
     Attributes:
         seconds: on the device.
         bound: "matmul" or "attention" (arithmetic), "weights" (operands of a product), "memory"
-            (other bytes) or "launch" (neither: it is too small).
+            (other bytes), "steps" (one after the other, of a running sum) or "launch" (neither: it
+            is too small).
     """
 
     seconds: float
@@ -77,6 +80,8 @@ def time_of(kernel: Kernel, device: Device) -> Time:
                  "memory": kernel.num_bytes / device.value("bandwidth")}
     else:
         times = {"memory": _memory(kernel, device)}
+        if kernel.kind == "scan":
+            times["steps"] = kernel.rows * device.optional("scan")
     bound = max(times, key=lambda name: times[name])
     if times[bound] < launch:
         return Time(launch, "launch")
@@ -91,20 +96,26 @@ def _matmul(kernel: Kernel, device: Device) -> float:
 
 
 def _attention(kernel: Kernel, device: Device) -> float:
-    """With a mask, all pairs are gone through, whether they are visible or not."""
+    """With a mask, all pairs are gone through, whether they are visible or not.
+
+    The rate is that of as many pairs in a square, but on a GPU fewer rows are fewer tiles of work.
+    """
     masked = kernel.kind == "attention_masked"
     pairs = kernel.batch * kernel.rows * kernel.columns
     flops = 4 * kernel.inner * pairs if masked else kernel.flops
     if not flops:
         return 0.0
-    rows = float(kernel.rows)
+    figure = device.get(kernel.kind, kernel.dtype)
+    length = sqrt(kernel.rows * kernel.columns)
+    rate = figure(head_dim=kernel.inner, length=length)
     if device.asynchronous:
-        rows *= kernel.batch / REFERENCE_HEADS
-    length = sqrt(rows * kernel.columns)
-    return flops / device.get(kernel.kind, kernel.dtype)(head_dim=kernel.inner, length=length)
+        measured = max(length, figure.points("length")[0])
+        rate *= min(kernel.rows * kernel.batch / _FULL, 1) / min(_HEADS * measured / _FULL, 1)
+    return flops / rate
 
 
 def _memory(kernel: Kernel, device: Device) -> float:
     if not kernel.num_bytes:
         return 0.0
-    return kernel.num_bytes / device.get(kernel.kind, kernel.dtype)(bytes=kernel.num_bytes)
+    kind = "reduction" if kernel.kind == "scan" else kernel.kind
+    return kernel.num_bytes / device.get(kind, kernel.dtype)(bytes=kernel.num_bytes)

@@ -52,6 +52,8 @@ class Sizes:
 
 
 _KIB, _MIB = 1 << 10, 1 << 20
+# What takes longer than this is timed call by call.
+_LONG = 5e-3
 SIZES = {
     "cuda": Sizes(
         rows=(16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
@@ -91,10 +93,10 @@ class Clock:
 
     def seconds(self, call: Callable[[int], object]) -> float:
         """The seconds of one call on the device; `call` gets the number of the call."""
-        once = min(self._timed(call, 1) for _ in range(2))
+        once = min(self._timed(call, 1) for _ in range(3))
         repeats = max(1, math.ceil(self.sample / max(once, 1e-7)))
-        if self.device.type == "cuda" and repeats > 4:
-            repeats = min(repeats, 50)
+        if self.device.type == "cuda" and once < _LONG:  # it may be the host that took so long
+            repeats = min(max(repeats, 10), 50)
             graph = self._captured(call, repeats)
             if graph is not None:
                 times = [self._timed(lambda _: graph.replay(), 1) for _ in range(self.num_samples)]
@@ -177,6 +179,7 @@ def _fields(
         yield kind, partial(_pointwise, clock, dtype, sizes, kind)
     yield "bandwidth", partial(_bandwidth, clock, sizes)
     yield "launch", partial(_launch, clock, dtype)
+    yield "scan", partial(_scan, clock, sizes)
 
 
 def _matmul(clock: Clock, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
@@ -272,6 +275,14 @@ def _launch(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
     tiny = torch.ones(8, dtype=dtype, device=clock.device)
     seconds = clock.seconds(lambda _: aten.add.Tensor(tiny, tiny))
     return {"value": _rounded(seconds * 1e6), "unit": "us"}
+
+
+def _scan(clock: Clock, sizes: Sizes) -> dict[str, Any]:
+    """A step of a running sum over the rows of [rows, 8], as slots of experts are counted."""
+    rows = max(sizes.rows)
+    counts = torch.ones(rows, 8, dtype=torch.int64, device=clock.device)
+    seconds = clock.seconds(lambda _: aten.cumsum.default(counts, 0))
+    return {"value": _rounded(seconds / rows * 1e9), "unit": "ns"}
 
 
 def _rounded(value: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -88,8 +89,16 @@ def _kernel(kind: str, read: list[torch.Tensor], written: list[torch.Tensor]) ->
 
 
 def _by_bytes(work: Work) -> list[Kernel]:
-    """Every operand read once, every result written once."""
+    """Every operand read once, every result written once.
+
+    Kernels go over dense operands of one shape in long loads, over others element by element.
+    """
     kind = memory_kind(work.node.target)
+    shape = work.results[0].shape
+    if kind == "stream" and any(
+        x.numel() > 1 and (not x.is_contiguous() or x.shape != shape) for x in work.operands
+    ):
+        kind = "strided"
     return [_kernel(kind, work.operands, list(work.results))]
 
 
@@ -295,13 +304,26 @@ def _streamed(work: Work) -> list[Kernel]:
 def _index_put(work: Work) -> list[Kernel]:
     """A copy of the whole, then the rows that are written."""
     source, values = work["self"], work["values"]
-    return [_kernel("stream", [source], [source]), _kernel("strided", [values], [values])]
+    return [_kernel("stream", [source], [source]), _kernel("strided", [values] * 2, [values])]
+
+
+def _joined(work: Work) -> list[Kernel]:
+    """Pieces side by side: a copy of each."""
+    return [_kernel("strided", work.operands, list(work.results))]
 
 
 def _rows_taken(work: Work) -> list[Kernel]:
-    """What is taken is read and written; of the rest, nothing."""
+    """What is taken is read and written, in half as long loads as of strided copies."""
     result = work.results[0]
-    return [_kernel("stream", [result], [result])]
+    return [_kernel("strided", [result] * 3, [result])]
+
+
+def _running_sum(work: Work) -> list[Kernel]:
+    """Along the last dim a block of threads shares a row; along others each goes on its own."""
+    (x, *_), out = work.operands, work.results[0]
+    dim = work["dim"] % max(x.dim(), 1)
+    steps = x.shape[dim] if dim < x.dim() - 1 else 0
+    return [replace(_kernel("scan", [x], [out]), rows=steps)]
 
 
 def _sorted(work: Work) -> list[Kernel]:
@@ -330,6 +352,8 @@ def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
         _index_put: ["aten.index_put.default"],
         _rows_taken: ["aten.embedding.default", "aten.index_select.default", "aten.index.Tensor",
                       "aten.gather.default"],
+        _joined: ["aten.cat.default", "aten.stack.default", "ringcompile.pack.default"],
+        _running_sum: ["aten.cumsum.default", "aten.cumprod.default"],
         _sorted: ["aten.sort.default", "aten.sort.stable", "aten.argsort.default",
                   "aten.argsort.stable", "ringcompile.route.default"],
     }

@@ -146,6 +146,17 @@ def test_pointwise_ops_move_bytes(target: Any, kind: str, num_bytes: int) -> Non
     assert (kernel.kind, kernel.num_bytes) == (kind, num_bytes)
 
 
+def test_elementwise_over_views_is_as_slow_as_a_strided_copy() -> None:
+    values, node = graph_of(aten.permute.default, [(2, 3, 4)], (2, 4, 3), [0, 2, 1])
+    with values.program.graph.inserting_after(node):
+        negated = values.program.graph.call_function(aten.neg.default, (node,))
+    negated.meta["type"] = TensorType.whole(F32, (2, 4, 3))
+    (kernel,) = kernels_of(Values(values.program, {}), negated)
+    assert kernel.kind == "strided"
+    (broadcast,) = kernels_for(aten.mul.Tensor, [(2, 3, 4), (3, 1)], (2, 3, 4))
+    assert broadcast.kind == "strided"
+
+
 def test_what_was_expanded_is_read_once() -> None:
     whole = torch.empty(6, 4, device="meta")
     assert distinct_bytes(whole) == 96
@@ -228,9 +239,9 @@ def test_a_product_takes_its_flops_or_its_bytes_or_a_launch() -> None:
 
 
 def test_a_mask_makes_the_kernel_go_over_all_pairs() -> None:
-    on = cluster().device
-    seen = Kernel("attention", F32, 0, 4 * 8 * 1000, 100, 8, 100, batch=1)
-    masked = Kernel("attention_masked", F32, 0, 4 * 8 * 1000, 10**4, 8, 10**4, batch=1)
+    on = cluster(device=device(asynchronous=False)).device
+    seen = Kernel("attention", F32, 0, 4 * 8 * 1000, 100, 8, 100)
+    masked = Kernel("attention_masked", F32, 0, 4 * 8 * 1000, 10**4, 8, 10**4)
     assert time_of(seen, on).bound == "launch"
     assert time_of(masked, on).seconds == pytest.approx(4 * 8 * 1e8 / 1e12)
 
@@ -248,13 +259,34 @@ def test_efficiency_is_a_function_of_size() -> None:
     assert seconds(100, 1, 10**4) == pytest.approx(1 / (4 * 2**0.5 * 1e12))  # width: sqrt of both
 
 
-def test_fewer_heads_fill_a_gpu_less_well() -> None:
-    curve = figure([[1.0, 4.0]], "TFLOP/s", head_dim=[64.0], length=[100.0, 1600.0])
+@pytest.mark.parametrize(
+    ("heads", "rows", "keys", "seconds"),
+    [
+        (16, 512, 512, 1.0),  # as measured
+        (16, 2048, 2048, 0.25),
+        (16, 1024, 1024, 0.5),  # half way between 1 and 4
+        (2, 1024, 1024, 0.5 * 4),  # a quarter of the rows that fill a GPU
+        (16, 64, 4096, 1.0 * 8),  # as many pairs, an eighth of the rows
+        (16, 128, 128, 1.0 * 4),  # below what was measured
+    ],
+)
+def test_fewer_rows_fill_a_gpu_less_well(
+    heads: int, rows: int, keys: int, seconds: float
+) -> None:
+    curve = figure([[1.0, 4.0]], "TFLOP/s", head_dim=[64.0], length=[512.0, 2048.0])
     on = cluster(device=device(figures={"attention.float32": curve})).device
-    sixteen = Kernel("attention", F32, 0, 10**12, 400, 64, 400, batch=16)
-    one = Kernel("attention", F32, 0, 10**12, 400, 64, 400, batch=1)
-    assert time_of(sixteen, on).seconds == pytest.approx(0.5)  # half way between 1 and 4
-    assert time_of(one, on).seconds == pytest.approx(1.0)  # as 100 x 100 with 16 heads
+    kernel = Kernel("attention", F32, 0, 10**12, rows, 64, keys, batch=heads)
+    assert time_of(kernel, on).seconds == pytest.approx(seconds)
+
+
+def test_a_running_sum_goes_step_by_step() -> None:
+    on = cluster(device=device(figures={"scan": figure(100.0, "ns")})).device
+    (down,) = kernels_for(aten.cumsum.default, [(4096, 8)], (4096, 8), 0)
+    (along,) = kernels_for(aten.cumsum.default, [(8, 4096)], (8, 4096), 1)
+    assert time_of(down, on).bound == "steps"
+    assert time_of(down, on).seconds == pytest.approx(409.6e-6)
+    assert time_of(along, on).bound == "launch"
+    assert time_of(down, cluster().device).bound == "launch"  # a table that says nothing of it
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "free"), [
