@@ -42,7 +42,7 @@ def schedule_for(kind: str, cluster: str, length: int | None) -> Schedule | None
     if kind == NONE:
         return None
     times = node_times(load_cluster(cluster), length or NOMINAL_LENGTH)
-    return Schedule(times, rounds=kind == HALVES)
+    return Schedule(times)
 
 
 def halved(whole: Program, capture_at: Callable[[int], Program], batch: int, how: str) -> Program:

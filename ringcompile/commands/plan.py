@@ -88,7 +88,7 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
                 compiler.in_halves(None, program) if halves else compiler.prepare(program)
             )
         times = node_times(ask.cluster, length)
-        schedule = Schedule(times, rounds=halves) if variant.overlap != NONE else None
+        schedule = Schedule(times) if variant.overlap != NONE else None
         return compiler.transform(
             prepared[layers, halves], variant.mesh, order=variant.order, length=length,
             capacity=variant.capacity, ring=variant.ring, tp_sequence=variant.tp_sequence,

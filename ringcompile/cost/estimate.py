@@ -16,13 +16,13 @@ from typing import Protocol
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, repeat
 from ringcompile.cost.rank import RankCost, cost_of
-from ringcompile.cost.scaling import PIPELINE, crossing_bytes, stages, with_batch
+from ringcompile.cost.scaling import PIPELINE, busiest_stage, crossing_bytes, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     Variant,
-    places,
     ranks_of,
     short_rings,
+    slowest_place,
     with_ring,
     without_pipeline,
 )
@@ -31,7 +31,7 @@ from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 
 # The longest ring that is compiled as it is, and the most ranks of a close estimate.
-_WHOLE_RING, _MOST_RANKS = 16, 64
+_WHOLE_RING, _MOST_RANKS = 16, 16
 
 
 class Parallel(Protocol):
@@ -187,22 +187,20 @@ class Estimator:
         places_of_ring = range(variant.mesh.size("ring"))
         ranks = ranks_of(variant.mesh, places_of_ring, range(variant.mesh.size(PIPELINE)))
         costs = [cost_of(made.rank(rank), self.ask.length) for rank in ranks]
-        return self._with_layers(variant, partial(self._repeated, costs))
+        return self._with_layers(variant, partial(self._repeated, costs), self._run)
 
     def _quick(self, variant: Variant, length: int) -> Estimate:
-        """Each place that may be the slowest by itself."""
+        """One rank, of one stage."""
         if self.model.stack is None:  # stages are then not alike
             return self.close(variant)
         flat = without_pipeline(variant)
         made = self.compile_(flat, length)
-        found = []
-        for place in places(variant, self.ask.cluster):
-            (rank,) = ranks_of(flat.mesh, [place], [0])
-            cost = cost_of(made.rank(rank), length)
-            found.append(self._with_layers(variant, partial(self._staged, variant, cost)))
-        return max(found, key=lambda estimate: estimate.seconds)
+        (rank,) = ranks_of(flat.mesh, [slowest_place(variant, self.ask.cluster)], [0])
+        cost = cost_of(made.rank(rank), length)
+        return self._with_layers(variant, partial(self._staged, variant, cost), self._run_stage)
 
     def _staged(self, variant: Variant, cost: RankCost, layers: int) -> list[RankCost]:
+        """The busiest stage of a pipeline; all of the model where there is none."""
         (one,), pp = self._repeated([cost], layers), variant.mesh.size(PIPELINE)
         if pp == 1:
             return [one]
@@ -210,7 +208,7 @@ class Estimator:
         if variant.tp_sequence:
             shares *= variant.mesh.size("tp")
         apart = variant.mesh.world_size // pp
-        return stages([one] * pp, apart, self._hidden_bytes() // shares)
+        return [busiest_stage(one, pp, apart, self._hidden_bytes() // shares)]
 
     def _hidden_bytes(self) -> int:
         """What crosses between stages, of a whole sequence; read off a pipeline of two."""
@@ -224,20 +222,33 @@ class Estimator:
         return list(costs) if stack is None else [repeat(cost, stack, layers) for cost in costs]
 
     def _with_layers(
-        self, variant: Variant, programs: Callable[[int], list[RankCost]]
+        self,
+        variant: Variant,
+        programs: Callable[[int], list[RankCost]],
+        run: Callable[[Variant, list[RankCost]], Estimate],
     ) -> Estimate:
         """All layers of a stage where they are few; else from two and from three."""
         stack = self.model.stack
         layers = 1 if stack is None else -(-stack.count // variant.mesh.size(PIPELINE))
         if layers <= 4:
-            return self._run(variant, programs(layers))
-        return on_line(self._run(variant, programs(2)), self._run(variant, programs(3)), layers - 2)
+            return run(variant, programs(layers))
+        return on_line(run(variant, programs(2)), run(variant, programs(3)), layers - 2)
+
+    def _run_stage(self, variant: Variant, costs: list[RankCost]) -> Estimate:
+        """A pipeline goes at the pace of its stages, and a step goes through all of them."""
+        found = simulate(self._with_batch(variant, costs), self.ask.cluster, How(merged=True))
+        count, stages = variant.microbatches, variant.mesh.size(PIPELINE)
+        latency = found.seconds * (count + stages - 1)
+        return Estimate(found.seconds * count, latency, found.path, found.memory_bytes)
+
+    def _with_batch(self, variant: Variant, costs: list[RankCost]) -> list[RankCost]:
+        runs = variant.microbatches * variant.mesh.size("dp") * variant.sequences
+        return [with_batch(cost, self.ask.batch // runs) for cost in costs]
 
     def _run(self, variant: Variant, costs: list[RankCost]) -> Estimate:
         """One step for its latency, several for a full pipeline."""
         mesh, count = variant.mesh, variant.microbatches
-        times = self.ask.batch // (count * mesh.size("dp") * variant.sequences)
-        costs = [with_batch(cost, times) for cost in costs]
+        costs = self._with_batch(variant, costs)
         one = simulate(costs, self.ask.cluster, How(count, merged=True))
         seconds = one.seconds
         if mesh.size(PIPELINE) > 1:

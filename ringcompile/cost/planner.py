@@ -28,11 +28,11 @@ from ringcompile.mesh import Mesh
 # Axes that are there to have fewer weights on each rank.
 _SPLIT_WEIGHTS = ("pp", "ep", "tp")
 # What takes so many times the best plan's time is not looked at more closely.
-_FAR = 1.1
+_FAR, _FAR_FROM_GATHER = 1.05, 1.5
 # So many of the best are estimated closely.
-_CLOSE = 6
+_CLOSE = 4
 # So many of these are tried with more overlap.
-_OVERLAPPED = 2
+_OVERLAPPED = 1
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,17 @@ class Planner:
         """Why a form of a mesh need not be looked at: another form of it is far from the best.
 
         That is the first form of the mesh; for one with exact capacity, the same with local
-        capacity. A ring that gathers may be faster than one that rotates: it is looked at.
+        capacity. A ring that gathers may be much faster than one that rotates.
         """
         local = replace(variant, capacity="local")
         other = seen.get(local) or next(iter(seen.values()), None)
-        if other is None or (variant.ring == "gather" and local not in seen):
+        if other is None:
             return None
         if other.seconds is None:
             return f"{other.variant} is no better: {other.why}" if local in seen else None
         best = self._best[other.variant.capacity]
-        if other.seconds <= _FAR * best:
+        gathers = variant.ring == "gather" and local not in seen
+        if other.seconds <= (_FAR_FROM_GATHER if gathers else _FAR) * best:
             return None
         return (f"{other.variant} already takes {other.seconds * 1e3:.4g} ms a step, the best plan "
                 f"{best * 1e3:.4g} ms")

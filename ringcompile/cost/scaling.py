@@ -87,6 +87,12 @@ def stages(costs: Sequence[RankCost], apart: int, hidden_bytes: int) -> list[Ran
     return made
 
 
+def busiest_stage(cost: RankCost, num_stages: int, apart: int, hidden_bytes: int) -> RankCost:
+    """A stage that hands on what it gets, by itself; of two stages the first. See `stages`."""
+    made = stages([cost] * min(num_stages, 3), apart, hidden_bytes)
+    return made[1 if num_stages > 2 else 0]
+
+
 def _crossing(name: str, shift: Shift) -> list[Step]:
     start = Step(name, "shift_start", "", (), shift)
     return [start, Step(f"{name}_wait", "wait", "", (), Wait(name))]

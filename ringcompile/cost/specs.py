@@ -123,10 +123,10 @@ def ranks_of(mesh: Mesh, places: Iterable[int], stages: Iterable[int]) -> list[i
     return found
 
 
-def places(variant: Variant, cluster: Cluster) -> list[int]:
-    """The places of a ring of which one is the slowest.
+def slowest_place(variant: Variant, cluster: Cluster) -> int:
+    """The place of a ring that stands for all: the last that gets what it takes from another node.
 
-    The one with most to do, and the last that gets what it takes from another node.
+    If all are on one node, the one with most to do.
 
     Args:
         variant: the spec.
@@ -136,7 +136,7 @@ def places(variant: Variant, cluster: Cluster) -> list[int]:
     ranks = ranks_of(variant.mesh, range(ring), [0])
     far = [p for p in range(1, ring) if cluster.node_of(ranks[p]) != cluster.node_of(ranks[p - 1])]
     busy = ring // 2 if variant.order == "zigzag" else ring - 1
-    return list(dict.fromkeys([busy, *far[-1:]]))
+    return far[-1] if far else busy
 
 
 def with_ring(variant: Variant, size: int) -> Variant:

@@ -50,10 +50,10 @@ class Halves(Pass):
             elif node.op == "call_function":
                 for half, env in enumerate(halves):
                     builder.env = env
-                    env[node] = builder.copy(node)
-                    env[node].name = builder.graph._graph_namespace.create_name(
-                        f"{node.name}_half{half}", env[node]
-                    )
+                    args, kwargs = builder.mapped((node.args, node.kwargs))
+                    name = f"{node.name}_half{half}"
+                    env[node] = builder.graph.create_node(node.op, node.target, args, kwargs, name)
+                    env[node].meta.update(node.meta)
         made = [self._joined(builder, node, halves, batch) for node in program.outputs]
         builder.output(tuple(made))
         inputs = tuple(Input(one.name, _doubled(one.type)) for one in program.inputs)

@@ -3,14 +3,17 @@
 The order of a graph is the order in which kernels run, and a transfer starts when what stands
 before it is done. A list scheduler rewrites it: time goes by on a compute stream and on a channel
 for each mesh axis, and at every moment the node that brings the next transfer nearer is taken, or
-else any that need not wait. What ranks exchange keeps its order, so that they still fit together.
+else any that need not wait. What ranks exchange keeps its order, so that they still fit together;
+messages from one rank are waited for in the order of their starts.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from math import inf
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -36,57 +39,20 @@ class Schedule(Pass):
 
     Attributes:
         times: the seconds of a program's nodes on some hardware.
-        rounds: whether two halves of a batch take turns at exchanging, one attention or collective
-            each; otherwise what is exchanged stays in the order of the program.
     """
 
     name: ClassVar[str] = "schedule"
     times: Callable[[Program], Times] = field(default=_no_times, repr=False)
-    rounds: bool = False
 
     def run(self, program: Program) -> Program:
         """Copy all nodes in the new order."""
         nodes = list(program.graph.nodes)
         calls = [node for node in nodes if node.op == "call_function"]
-        exchanges = _exchanges(calls)
-        if self.rounds:
-            exchanges = _in_rounds(exchanges, calls)
-        order = _Order(calls, exchanges, self.times(program)).find()
+        order = _Order(calls, self.times(program)).find()
         builder = Builder()
         for node in (*(n for n in nodes if n.op == "placeholder"), *order, program.output_node):
             builder.env[node] = builder.copy(node)
         return program.with_graph(builder.graph)
-
-
-def _exchanges(calls: list[fx.Node]) -> list[fx.Node]:
-    """What ranks must do in one order: starts of transfers, and collectives."""
-    return [node for node in calls if str(node.target) == SHIFT or str(node.target) in COLLECTIVES]
-
-
-def _in_rounds(exchanges: list[fx.Node], calls: list[fx.Node]) -> list[fx.Node]:
-    """First the first half's first attention or collective, then the second's, and so on.
-
-    All transfers of one attention belong together. That is read off names that all ranks share:
-    `of` names the attention, and a copy's name ends in its half.
-    """
-    places = {node.name: i for i, node in enumerate(calls)}
-
-    def event(node: fx.Node) -> str:
-        return str(node.kwargs["of"]) if str(node.target) == SHIFT else node.name
-
-    events = sorted({event(node) for node in exchanges}, key=lambda name: places.get(name, 0))
-    seen: dict[str, int] = {}
-    keys = {}
-    for name in events:
-        half = half_of(name)
-        seen[half] = keys[name] = seen.get(half, -1) + 1
-    return sorted(exchanges, key=lambda node: (keys[event(node)], half_of(event(node))))
-
-
-def half_of(name: str) -> str:
-    """Which half of a batch a node belongs to, from its name; empty for those that are shared."""
-    found = [part for part in name.split("_") if part in ("half0", "half1")]
-    return found[0] if found else ""
 
 
 class _Order:
@@ -94,13 +60,14 @@ class _Order:
 
     Args:
         calls: all calls, in an order that is possible.
-        exchanges: those that have to keep their order.
         times: see `Schedule`.
     """
 
-    def __init__(self, calls: list[fx.Node], exchanges: list[fx.Node], times: Times) -> None:
+    def __init__(self, calls: list[fx.Node], times: Times) -> None:
         self.place = {node: i for i, node in enumerate(calls)}
-        self.exchanges, self.times = exchanges, times
+        self.times = times
+        # What ranks must do in one order: starts of transfers, and collectives.
+        self.exchanges = deque(n for n in calls if str(n.target) in COLLECTIVES | {SHIFT})
         self.missing = {
             node: sum(operand in self.place for operand in node.all_input_nodes) for node in calls
         }
@@ -109,8 +76,9 @@ class _Order:
         self.now = 0.0
         self.free: dict[str, float] = {}
         self.arrives: dict[fx.Node, float] = {}
+        # Messages on their way, by axis and sender: they arrive in the order of their starts.
+        self.coming: dict[tuple[Any, Any], deque[fx.Node]] = {}
         self.wanted: set[fx.Node] = set()
-        self.next = 0
         self._look_ahead()
 
     def find(self) -> list[fx.Node]:
@@ -121,18 +89,21 @@ class _Order:
         return self.order
 
     def _choose(self) -> fx.Node:
-        if self.next < len(self.exchanges) and self.exchanges[self.next] in self.ready:
-            return self.exchanges[self.next]
-        able = [node for node in self.ready if node not in self._later]
+        if self.exchanges and self.exchanges[0] in self.ready:
+            return self.exchanges[0]
+        able = [node for node in self.ready if self._has_its_turn(node)]
         at_once = [node for node in able if self._stalls(node) <= 0]
         if not at_once:
             return min(able, key=lambda node: (self._stalls(node), self.place[node]))
         return min(at_once, key=lambda node: (node not in self.wanted, self.place[node]))
 
-    @property
-    def _later(self) -> set[fx.Node]:
-        """Exchanges whose turn has not come."""
-        return set(self.exchanges[self.next + 1 :]) & self.ready
+    def _has_its_turn(self, node: fx.Node) -> bool:
+        """Exchanges come one after the other, and so do messages from one rank."""
+        if str(node.target) != WAIT:
+            return str(node.target) not in COLLECTIVES | {SHIFT}
+        started = node.args[0]
+        queue = self.coming.get(_sender(started))
+        return not queue or queue[0] is started
 
     def _stalls(self, node: fx.Node) -> float:
         """How long the compute would stand still for what the node reads."""
@@ -140,18 +111,11 @@ class _Order:
         return max(arrivals, default=self.now) - self.now
 
     def _take(self, node: fx.Node) -> None:
-        target = str(node.target)
         seconds, on_the_way = self.times.get(node.name, (0.0, 0.0))
         self.now += seconds
-        if node in self.exchanges[self.next : self.next + 1]:
-            axis = str(node.kwargs["axis"])
-            # Where no time is known, a transfer takes until there is nothing else to do.
-            takes = on_the_way if self.times else float("inf")
-            self.arrives[node] = max(self.now, self.free.get(axis, 0.0)) + takes
-            self.free[axis] = self.arrives[node] if self.times else 0.0
-            self.next += 1
-            self._look_ahead()
-        elif target == WAIT or any(n in self.arrives for n in node.all_input_nodes):
+        if self.exchanges and node is self.exchanges[0]:
+            self._start(node, on_the_way)
+        else:
             self._arrived(node)
         self.order.append(node)
         self.ready.discard(node)
@@ -161,17 +125,33 @@ class _Order:
                 if not self.missing[user]:
                     self.ready.add(user)
 
+    def _start(self, node: fx.Node, seconds: float) -> None:
+        """Put an exchange on its channel."""
+        axis = str(node.kwargs["axis"])
+        # Where no time is known, a transfer takes until there is nothing else to do.
+        begins = max(self.now, self.free.get(axis, 0.0)) if self.times else inf
+        self.arrives[node] = begins + seconds
+        self.free[axis] = self.arrives[node]
+        if str(node.target) == SHIFT and node.kwargs["source"] is not None:
+            self.coming.setdefault(_sender(node), deque()).append(node)
+        self.exchanges.popleft()
+        self._look_ahead()
+
     def _arrived(self, node: fx.Node) -> None:
         """The compute has waited for what this node reads; others need not wait for it again."""
         for operand in node.all_input_nodes:
             moment = self.arrives.pop(operand, None)
-            if moment is not None and self.times:
-                self.now = max(self.now, moment)
+            if moment is None:
+                continue
+            self.now = max(self.now, moment) if self.times else self.now
+            queue = self.coming.get(_sender(operand))
+            if queue and queue[0] is operand:
+                queue.popleft()
 
     def _look_ahead(self) -> None:
         """What the next exchange needs, directly or not."""
         self.wanted = set()
-        waiting = [self.exchanges[self.next]] if self.next < len(self.exchanges) else []
+        waiting = [self.exchanges[0]] if self.exchanges else []
         done = set(self.order)
         while waiting:
             node = waiting.pop()
@@ -179,3 +159,8 @@ class _Order:
                 if operand in self.place and operand not in done and operand not in self.wanted:
                     self.wanted.add(operand)
                     waiting.append(operand)
+
+
+def _sender(node: Any) -> tuple[Any, Any]:
+    """The axis of an exchange and, of a transfer, whom it takes from."""
+    return node.kwargs["axis"], node.kwargs.get("source")

@@ -1,0 +1,280 @@
+"""Plans: every spec is ranked, or rejected with its reason; quick estimates against close ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import pytest
+
+from ringcompile.capture.export import capture
+from ringcompile.capture.loaders import load_model
+from ringcompile.commands.plan import plans_for
+from ringcompile.compiler import prepare, transform
+from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
+from ringcompile.cost.hardware import Cluster, load_cluster
+from ringcompile.cost.layers import cut, find_stack
+from ringcompile.cost.planner import Plan
+from ringcompile.cost.specs import (
+    AXES,
+    Variant,
+    factorisations,
+    overlapping,
+    reordered,
+    short_rings,
+    slowest_place,
+    variants,
+)
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
+from tests.cost.clusters import cluster, device, figure, table
+
+FIELDS = {"spec", "tps", "tpot_ms", "latency_ms", "bound", "memory_bytes", "fits", "why", "options"}
+
+
+def small_cluster(num: int, **figures: Any) -> Cluster:
+    data = copy.deepcopy(table(per_node=16))
+    data["device"] = device(figures=figures)
+    data["links"]["node"] |= {
+        "startup": figure(5.0, "us"), "latency": figure(1.0, "us"),
+        "bandwidth": figure(50.0, "GB/s"),
+    }
+    return cluster(**{k: data[k] for k in ("device", "links")}, per_node=16).sized(num)
+
+
+@lru_cache
+def dense(num_gpus: int = 4, batch: int = 1) -> list[Plan]:
+    ask = Ask(num_gpus, small_cluster(num_gpus), 4096, batch)
+    return plans_for("dense-4l-tiny", ask)
+
+
+# -- specs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "count"), [(1, 1), (7, 6), (8, 56), (12, 21 * 6), (16, 126)])
+def test_all_factorisations(number: int, count: int) -> None:
+    found = list(factorisations(number))
+    assert len(found) == len(set(found)) == count
+    for mesh in found:
+        assert prod(size for _, size in mesh.axes) == number
+        assert [name for name in AXES if name in mesh.names] == mesh.names or number == 1
+
+
+def test_variants_of_a_mesh() -> None:
+    ring = list(variants(Mesh.parse("ring=4"), 1))
+    assert [(v.order, v.ring) for v in ring] == [
+        ("zigzag", "rotate"), ("contiguous", "rotate"), ("contiguous", "gather")]
+    assert [v.tp_sequence for v in variants(Mesh.parse("tp=4"), 1)] == [False, True]
+    counts = [v.microbatches for v in variants(Mesh.parse("pp=2,dp=2"), 16)]
+    assert counts == [1, 2, 4, 8]
+    assert [v.microbatches for v in variants(Mesh.parse("ring=2"), 16)] == [1, 1, 1]
+
+
+def test_axes_of_the_sequence_change_places() -> None:
+    found = list(map(str, reordered(Mesh.parse("pp=2,ring=4,ulysses=2,tp=2"))))
+    assert found == ["pp=2,ring=4,ulysses=2,tp=2", "pp=2,ulysses=2,ring=4,tp=2"]
+    assert list(map(str, reordered(Mesh.parse("ring=4,tp=2")))) == ["ring=4,tp=2"]
+
+
+def test_a_variant_says_what_is_not_as_usual() -> None:
+    assert str(Variant(Mesh.parse("ring=4"))) == "ring=4"
+    assert str(Variant(Mesh.parse("ring=4"), order="zigzag", microbatches=2)) == (
+        "ring=4 order=zigzag microbatches=2")
+
+
+def test_what_can_overlap() -> None:
+    ring = Variant(Mesh.parse("ring=4"))
+    assert [v.overlap for v in overlapping(ring, 1)] == ["schedule"]
+    assert [v.overlap for v in overlapping(ring, 4)] == ["schedule", "halves"]
+    assert overlapping(Variant(Mesh.parse("tp=4")), 4) == []
+
+
+def test_places_and_short_rings() -> None:
+    two = cluster(per_node=4, nodes=4)
+    assert slowest_place(Variant(Mesh.parse("ring=16"), order="contiguous"), two) == 12
+    assert slowest_place(Variant(Mesh.parse("ring=4"), order="contiguous"), two) == 3
+    assert slowest_place(Variant(Mesh.parse("ring=4"), order="zigzag"), two) == 2
+    assert short_rings(Mesh.parse("ring=64"), cluster(per_node=8)) == (16, 32)
+    assert short_rings(Mesh.parse("ring=64,tp=4"), cluster(per_node=8)) == (8, 16)
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def test_every_spec_is_there_with_a_reason() -> None:
+    plans = dense()
+    specs = {str(plan.variant.mesh) for plan in plans}
+    assert specs == {str(mesh) for mesh in factorisations(4)}
+    assert all(plan.why for plan in plans)
+    fitting = [plan for plan in plans if plan.fits]
+    assert fitting == plans[: len(fitting)]
+    rates = [plan.tps or 0.0 for plan in fitting]
+    assert rates == sorted(rates, reverse=True)
+    assert len(fitting) > 10
+
+
+def test_plans_as_json() -> None:
+    rows = json.loads(json.dumps([plan.to_json() for plan in dense()]))
+    for row in rows:
+        assert row.keys() == FIELDS
+        assert (row["tps"] is None) == (row["tpot_ms"] is None) == (not row["fits"])
+        if row["fits"]:
+            assert row["tps"] * row["tpot_ms"] / 1e3 == pytest.approx(4096)
+            assert row["memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("dp=4", "a batch of 1 does not divide over dp=4"),
+        ("ep=4", "ep=4 finds no weights of the model to divide"),
+        ("dp=2,tp=2", "a batch of 1 does not divide over dp=2"),
+    ],
+)
+def test_reasons(spec: str, reason: str) -> None:
+    (plan,) = [p for p in dense() if str(p.variant.mesh) == spec]
+    assert (plan.fits, plan.tps, plan.why) == (False, None, reason)
+
+
+def test_heads_and_layers_that_do_not_divide() -> None:
+    """4 heads and 4 layers of dense-4l-tiny, on 5 devices."""
+    reasons = {str(p.variant.mesh): p.why for p in dense(5) if not p.fits}
+    assert reasons == {
+        "pp=5": "4 layers are fewer than pp=5 stages",
+        "tp=5": "tp=5 finds no weights of the model to divide",
+        "ep=5": "ep=5 finds no weights of the model to divide",
+        "dp=5": "a batch of 1 does not divide over dp=5",
+    }
+
+
+def test_the_best_are_estimated_closely() -> None:
+    best = [plan for plan in dense() if plan.fits][:4]
+    assert all(plan.close for plan in best)
+
+
+@pytest.mark.parametrize("spec", [
+    "ring=4", "ulysses=4", "tp=4", "ring=2,tp=2", "ring=2,ulysses=2", "pp=2,tp=2", "pp=2,ring=2",
+    "pp=4",
+])
+def test_quick_estimates_hold_against_close_ones(spec: str) -> None:
+    estimator, _ = estimators()
+    for variant in variants(Mesh.parse(spec), 1):
+        quick, close = estimator.quick(variant, float("inf")), estimator.close(variant)
+        assert quick.seconds == pytest.approx(close.seconds, rel=0.12), str(variant)
+        assert quick.memory_bytes == pytest.approx(close.memory_bytes, rel=0.15), str(variant)
+
+
+def test_a_long_ring_from_short_ones() -> None:
+    """Against the ring itself, one place of it by itself in both cases."""
+    estimator, compile_ = estimators(32, 32768)
+    variant = Variant(Mesh.parse("ring=32"), order="contiguous")
+    found = estimator.quick(variant, float("inf"))
+    assert not estimator.can_be_close(variant)
+    alone = Estimator(Model(find_stack(captured()), 0, (32768, 32768)), estimator.ask, compile_)
+    expected = alone.quick(variant, float("inf"))
+    assert found.seconds == pytest.approx(expected.seconds, rel=0.05)
+
+
+@lru_cache
+def captured() -> Program:
+    loaded = load_model("dense-4l-tiny", weights=False)
+    return capture(loaded.module, loaded.args, loaded.kwargs)
+
+
+@lru_cache
+def prepared(layers: int) -> Program:
+    stack = find_stack(captured())
+    assert stack is not None
+    return prepare(cut(captured(), stack, layers))
+
+
+def compile_(variant: Variant, length: int) -> Parallel:
+    return transform(prepared(variant.mesh.size("pp")), variant.mesh, order=variant.order,
+                     length=length, ring=variant.ring, tp_sequence=variant.tp_sequence)
+
+
+def estimators(num: int = 4, length: int = 4096) -> tuple[Estimator, Any]:
+    total = sum(weight.num_bytes for weight in captured().weights.values())
+    hardware = small_cluster(16) if num <= 16 else cluster(per_node=64)
+    ask = Ask(num, hardware, length)
+    return Estimator(Model(find_stack(captured()), total), ask, compile_), compile_
+
+
+def test_a_batch_is_planned_from_one_sequence() -> None:
+    """As if it had been captured with it."""
+    one = load_model("dense-4l-tiny", batch=4, weights=False)
+    whole = capture(one.module, one.args, one.kwargs)
+    stack = find_stack(whole)
+    assert stack is not None
+
+    def with_batch(variant: Variant, length: int) -> Parallel:
+        return transform(cut(whole, stack, 1), variant.mesh, order=variant.order, length=length)
+
+    total = sum(weight.num_bytes for weight in whole.weights.values())
+    hardware = small_cluster(4)
+    variant = Variant(Mesh.parse("ring=2,ulysses=2"), order="zigzag")
+    scaled = Estimator(Model(stack, total), Ask(4, hardware, 4096, 4), compile_)
+    found = scaled.quick(variant, float("inf"))
+    direct = Estimator(Model(stack, total), Ask(4, hardware, 4096, 1), with_batch)
+    expected = direct.quick(variant, float("inf"))
+    assert found.seconds == pytest.approx(expected.seconds, rel=0.02)
+    assert found.memory_bytes == pytest.approx(expected.memory_bytes, rel=0.02)
+
+
+def test_a_batch_has_replicas_and_microbatches() -> None:
+    plans = dense(4, 4)
+    fitting = {str(p.variant) for p in plans if p.fits}
+    assert "dp=4" in fitting
+    assert any("microbatches=2" in text for text in fitting)
+    assert any("pp=2,dp=2" in text for text in fitting)
+
+
+def test_capacity_modes_where_they_matter() -> None:
+    ask = Ask(2, small_cluster(2), 4096)
+    modes = {p.variant.capacity for p in plans_for("moe-4l-tiny", ask) if p.fits}
+    assert modes == {"exact", "local"}
+    assert {p.variant.capacity for p in dense() if p.fits} == {"exact"}
+
+
+# -- what is not possible -------------------------------------------------------------------------
+
+
+def test_nothing_fits() -> None:
+    ask = Ask(2, small_cluster(2, memory=figure(1.0, "MB"), reserved=figure(0.0, "MB")), 4096)
+    with pytest.raises(RingCompileError, match=r"nothing fits|no parallel spec") as error:
+        plans_for("dense-4l-tiny", ask)
+    assert "GB" in str(error.value)
+
+
+def test_what_does_not_fit_is_rejected_with_its_bytes() -> None:
+    """Weights of 0.8 MB; a rank of tp=2 has half of them, but all hidden states."""
+    ask = Ask(2, small_cluster(2, memory=figure(9.0, "MB"), reserved=figure(0.0, "MB")), 4096)
+    plans = plans_for("dense-4l-tiny", ask)
+    reasons = [p.why for p in plans if not p.fits and p.memory_bytes]
+    assert reasons
+    assert all(why.startswith("a rank holds 0.0") for why in reasons)
+    assert any(p.fits for p in plans)
+
+
+def test_lines_through_estimates() -> None:
+    estimator, _ = estimators()
+    one = estimator.close(Variant(Mesh.parse("tp=2")))
+    other = estimator.close(Variant(Mesh.parse("tp=4")))
+    assert on_line(one, other, 0).seconds == pytest.approx(one.seconds)
+    assert on_line(one, other, 1).memory_bytes == other.memory_bytes
+    assert on_line(one, other, 2).seconds == pytest.approx(2 * other.seconds - one.seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num", "name", "limit"), [(16, "h100x16", 20), (1024, "h100x8x2", 60)])
+def test_plans_are_made_in_time(num: int, name: str, limit: float) -> None:
+    """CPU seconds of one thread, the model's capture included."""
+    started = time.process_time()
+    plans = plans_for("dense-4l", Ask(num, load_cluster(name).sized(num), 16384))
+    assert time.process_time() - started < limit
+    assert all(plan.why for plan in plans)

@@ -1,0 +1,193 @@
+"""Reordered programs and halves of a batch: the same numbers, the same messages, more overlap."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ringcompile.capture.export import capture
+from ringcompile.capture.loaders import load_model
+from ringcompile.compiler import ParallelProgram, in_halves, prepare, transform
+from ringcompile.cost.hardware import load_cluster
+from ringcompile.cost.node_times import node_times
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.simulate import simulate
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, bytes_sent
+from ringcompile.ir.program import Program
+from ringcompile.passes.halves import check_rows_apart
+from ringcompile.passes.schedule import Schedule
+from tests.support import TOLERANCE, difference, run
+
+LENGTH = 48
+TIMED = Schedule(node_times(load_cluster("h100x16"), LENGTH))
+SPECS = ["ring=4", "ulysses=2", "tp=2", "pp=2", "ring=2,ulysses=2", "ring=2,tp=2", "pp=2,ring=2"]
+
+
+@lru_cache
+def captured(name: str, batch: int = 1) -> Program:
+    loaded = load_model(name, batch=batch)
+    return capture(loaded.module, loaded.args, loaded.kwargs)
+
+
+def compare(parallel: ParallelProgram, name: str, batch: int) -> None:
+    """Ranks fit together, and give what the model gives."""
+    loaded = load_model(name, batch=batch)
+    with torch.no_grad():
+        expected = loaded.module(*loaded.args)
+    assert difference(run(parallel, loaded.args).outputs, expected) <= TOLERANCE
+
+
+def exchanged(program: Program) -> list[str]:
+    return [str(n.target) for n in program.graph.nodes
+            if str(n.target) == SHIFT or str(n.target) in COLLECTIVES]
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), TIMED], ids=["plain", "timed"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_numbers_stay(spec: str, schedule: Schedule) -> None:
+    compare(transform(captured("dense-4l-tiny"), spec, schedule=schedule), "dense-4l-tiny", 1)
+
+
+@pytest.mark.parametrize("name", ["moe-4l-tiny", "llama-tiny", "bert-tiny"])
+def test_the_numbers_of_other_models_stay(name: str) -> None:
+    compare(transform(captured(name), "ring=2", schedule=TIMED), name, 1)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_is_added_or_left_out(spec: str) -> None:
+    before, after = (transform(captured("dense-4l-tiny"), spec, schedule=s) for s in (None, TIMED))
+    for one, other in zip(before.ranks(), after.ranks(), strict=True):
+        assert exchanged(one) == exchanged(other)
+        assert bytes_sent(one) == bytes_sent(other)
+        assert sorted(map(str, one.graph.nodes)) == sorted(map(str, other.graph.nodes))
+
+
+def place(program: Program, target: str, index: int = 0) -> int:
+    found = [i for i, n in enumerate(program.graph.nodes) if str(n.target) == target]
+    return found[index]
+
+
+def test_keys_and_values_leave_before_the_query_is_made() -> None:
+    before, after = (
+        transform(captured("dense-4l-tiny"), "ring=4", schedule=s).rank(1) for s in (None, TIMED)
+    )
+    linear = "aten.linear.default"
+    assert [place(p, linear, 2) < place(p, SHIFT) for p in (before, after)] == [True, False]
+    assert place(after, linear, 1) < place(after, SHIFT) < place(after, linear, 2)
+
+
+def test_waits_come_late_where_no_times_are_known() -> None:
+    """All that does not need a transfer stands before its wait."""
+    program = transform(captured("dense-4l-tiny"), "ring=2", schedule=Schedule()).rank(0)
+    nodes = list(program.graph.nodes)
+    wait = next(n for n in nodes if str(n.target) == WAIT)
+    needs: set[object] = set()
+    for node in nodes:
+        if node is wait or needs & set(node.all_input_nodes):
+            needs.add(node)
+    behind = nodes[nodes.index(wait) + 1 :]
+    first_free = next(n for n in behind if n.op == "call_function")
+    assert first_free in needs
+
+
+@pytest.mark.parametrize("spec", ["ring=4", "ring=2,ulysses=2"])
+def test_a_schedule_is_not_slower(spec: str) -> None:
+    cluster, name = load_cluster("h100x16"), "dense-4l-small"
+    length = 4096
+    timed = Schedule(node_times(cluster, length))
+    seconds = []
+    for schedule in (None, timed):
+        parallel = transform(captured(name), spec, schedule=schedule)
+        costs = [cost_of(program, length) for program in parallel.ranks()]
+        seconds.append(simulate(costs, cluster).seconds)
+    assert seconds[1] <= seconds[0] * 1.001
+
+
+# -- halves of a batch ----------------------------------------------------------------------------
+
+
+@lru_cache
+def halves(name: str) -> Program:
+    return in_halves(captured(name, 2), captured(name, 1))
+
+
+@pytest.mark.parametrize("schedule", [None, TIMED], ids=["as-it-is", "scheduled"])
+@pytest.mark.parametrize("spec", ["ring=4", "tp=2", "ulysses=2", "ring=2,tp=2", "pp=2,ring=2"])
+def test_halves_give_what_the_batch_gives(spec: str, schedule: Schedule | None) -> None:
+    compare(transform(halves("dense-4l-tiny"), spec, schedule=schedule), "dense-4l-tiny", 2)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny", "bert-tiny"])
+def test_halves_of_other_models(name: str) -> None:
+    compare(transform(halves(name), "ring=2", schedule=TIMED), name, 2)
+
+
+def test_halves_take_turns() -> None:
+    """Each attention's transfers of one half, then of the other, then the next attention's."""
+    for rank in range(4):
+        program = transform(halves("dense-4l-tiny"), "ring=4", schedule=TIMED).rank(rank)
+        order = [str(n.kwargs["of"]) for n in program.graph.nodes if str(n.target) == SHIFT]
+        turns = [name.split("_")[-1] for name in dict.fromkeys(order)]
+        assert turns == ["half0", "half1"] * 4
+        assert order == sorted(order, key=list(dict.fromkeys(order)).index)
+
+
+def test_what_does_not_depend_on_the_batch_is_computed_once() -> None:
+    alone = transform(captured("dense-4l-tiny"), "ring=2").rank(0)
+    both = transform(halves("dense-4l-tiny"), "ring=2").rank(0)
+    for name in ("aten.cos.default", "ringcompile.positions.default"):
+        assert [sum(str(n.target) == name for n in p.graph.nodes) for p in (alone, both)] == [1, 1]
+
+
+def test_one_half_hides_the_other_halfs_transfers() -> None:
+    """On a link that takes as long as the compute, a schedule exposes less."""
+    cluster, length = load_cluster("h100x16"), 2048
+    timed = Schedule(node_times(cluster, length))
+    exposed = []
+    for schedule in (None, timed):
+        parallel = transform(halves("dense-4l-small"), "ring=4", schedule=schedule)
+        costs = [cost_of(program, length) for program in parallel.ranks()]
+        exposed.append(simulate(costs, cluster).exposed_seconds)
+    assert exposed[1] < 0.8 * exposed[0]
+
+
+class Mean(nn.Module):
+    """Something is taken from every sequence's mean over the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unsqueeze(1)
+        return F.scaled_dot_product_attention(heads, heads, heads).squeeze(1) - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        (lambda: captured("moe-4l-tiny", 2), "cumsum"),
+        (lambda: capture(Mean().eval(), (torch.randn(2, 8, 4),)), "mean"),
+    ],
+    ids=["capacity", "mean"],
+)
+def test_a_batch_whose_sequences_are_mixed_has_no_halves(program: object, line: str) -> None:
+    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here") as error:
+        check_rows_apart(prepare(program()))  # type: ignore[operator]
+    assert line in str(error.value)
+    assert "--overlap halves" in str(error.value)
+
+
+class Pooled(nn.Module):
+    """One number for the whole batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unsqueeze(1)
+        return F.scaled_dot_product_attention(heads, heads, heads).sum()
+
+
+def test_outputs_without_a_batch_are_refused() -> None:
+    program = capture(Pooled().eval(), (torch.randn(1, 8, 4),))
+    with pytest.raises(RingCompileError, match="has no batch dim, so that halves cannot be joined"):
+        in_halves(None, program)

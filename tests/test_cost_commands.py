@@ -1,0 +1,202 @@
+"""`simulate`, `plan`, `bench`, `calibrate` as a user has them: output, exit codes, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ringcompile.cli import cli
+from ringcompile.cost.hardware import load_cluster
+from ringcompile.errors import RingCompileError
+from tests.cost.clusters import figure, table
+
+ROOT = Path(__file__).parents[1]
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(cli, args)
+
+
+def told(*args: str) -> Any:
+    result = invoke(*args, "--json")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return json.loads(result.stdout)
+
+
+def refused(*args: str) -> str:
+    result = invoke(*args)
+    assert isinstance(result.exception, RingCompileError), result.output
+    return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    out = str(tmp_path_factory.mktemp("made") / "ring")
+    assert invoke("transform", "dense-4l-tiny", "-o", out, "--parallel", "ring=2").exit_code == 0
+    return out
+
+
+# -- simulate -------------------------------------------------------------------------------------
+
+
+def test_simulate_as_json(ring: str) -> None:
+    found = told("simulate", ring, "--cluster", "h100x16", "--seq", "4096")
+    assert found["tokens"] == 4096
+    assert found["tps"] * found["tpot_ms"] / 1e3 == pytest.approx(4096)
+    assert found["fits"]
+    assert sum(found["path_ms"].values()) == pytest.approx(found["latency_ms"])
+    assert [row["rank"] for row in found["ranks"]] == [0, 1]
+    for row in found["ranks"]:
+        spent = row["compute_ms"] + row["exposed_ms"] + row["bubble_ms"]
+        assert spent == pytest.approx(found["latency_ms"])
+        # Two thousand tokens' keys and values of 4 layers, or half of them.
+        assert row["bytes_sent"] in (2048 * 2 * 64 * 4 * 4, 1024 * 2 * 64 * 4 * 4)
+
+
+def test_simulate_prints_a_table_and_a_trace(ring: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    result = invoke("simulate", ring, "--cluster", "cpu", "--seq", "256", "--trace", str(trace))
+    assert result.exit_code == 0
+    assert "exposed communication" in result.stdout
+    assert "longest path:" in result.stdout
+    rows = json.loads(trace.read_text())["traceEvents"]
+    assert {row["pid"] for row in rows} == {0, 1}
+
+
+def test_an_eager_host_takes_longer(ring: str) -> None:
+    graphs, eager = (
+        told("simulate", ring, "--cluster", "h100x16", "--seq", "256", *more)["tpot_ms"]
+        for more in ((), ("--eager",))
+    )
+    assert eager > 1.5 * graphs
+
+
+def test_simulate_refuses(ring: str, tmp_path: Path) -> None:
+    assert "unknown cluster 'h999'" in refused("simulate", ring, "--cluster", "h999")
+    assert "sequence length 1 is outside" in refused(
+        "simulate", ring, "--cluster", "cpu", "--seq", "1")
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({**table(), "nodes": 0}))
+    message = refused("simulate", ring, "--cluster", str(file))
+    assert "mine.json: nodes: 0 is not a number" in message
+    assert "cannot write" in refused(
+        "simulate", ring, "--cluster", "cpu", "--trace", str(tmp_path / "no" / "trace"))
+
+
+# -- plan -----------------------------------------------------------------------------------------
+
+
+def test_plan_as_json_is_a_list_of_specs() -> None:
+    rows = told("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "h100x16", "--seq", "4096")
+    assert {row["spec"] for row in rows} == {"ring=2", "ulysses=2", "tp=2", "pp=2", "dp=2", "ep=2"}
+    for row in rows:
+        assert {"spec", "tps", "tpot_ms", "bound", "memory_bytes", "fits", "why"} <= row.keys()
+        assert row["why"]
+
+
+def test_plan_prints_the_best_and_the_rejected() -> None:
+    result = invoke("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "cpu", "--top", "2")
+    assert result.exit_code == 0
+    assert "slower ones; --json has all" in result.stdout
+    assert "rejected 1: a batch of 1 does not divide over dp=2" in result.stdout
+
+
+def test_plan_refuses(tmp_path: Path) -> None:
+    assert "unknown cluster" in refused("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "x")
+    assert "2 x 8 devices, 12 are asked for" in refused(
+        "plan", "dense-4l-tiny", "--gpus", "12", "--cluster", "h100x8x2")
+    file, data = tmp_path / "mine.json", table()
+    data["device"]["figures"] |= {"memory": figure(1.0, "MB"), "reserved": figure(0.9, "MB")}
+    file.write_text(json.dumps(data))
+    message = refused("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", str(file))
+    assert "fits" in message or "possible" in message
+    assert "room" in message
+
+
+# -- overlap --------------------------------------------------------------------------------------
+
+
+def test_halves_of_a_batch_are_compiled_and_verified(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    result = invoke("transform", "dense-4l-tiny", "-o", out, "--parallel", "ring=2", "--batch", "2",
+                    "--overlap", "halves")
+    assert result.exit_code == 0, result.exception
+    assert invoke("verify", out, "--numerics").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch", "3", "--overlap", "halves"], "a batch of 3 has no two halves"),
+        (["--overlap", "schedule", "--overlap-on", "x"], "unknown cluster 'x'"),
+    ],
+)
+def test_overlap_refuses(args: list[str], message: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    given = ("transform", "dense-4l-tiny", "-o", out, "--parallel", "ring=2")
+    assert message in refused(*given, *args)
+
+
+# -- on processes ---------------------------------------------------------------------------------
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ringcompile", *args], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False, timeout=240,
+    )
+
+
+def test_bench_measures_what_simulate_predicts(ring: str) -> None:
+    done = run("bench", ring, "--seq", "64", "--steps", "3", "--warm-up", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps"] == 3
+    assert found["tps"] == pytest.approx(64 / found["tpot_ms"] * 1e3)
+    assert found["prefill_tps"] == found["tps"]
+    assert list(found["percentiles_ms"]) == ["p10", "p50", "p90", "p99"]
+    assert found["percentiles_ms"]["p50"] == pytest.approx(found["tpot_ms"])
+    sent = [row["bytes_sent"] for row in found["ranks"]]
+    assert sent == found["predicted"]["bytes_sent"]
+    assert found["predicted"]["tps"] > 0
+    assert found["environment"]["backend"] == "gloo"
+
+
+def test_calibrate_writes_a_table_that_simulate_takes(ring: str, tmp_path: Path) -> None:
+    file = tmp_path / "here.json"
+    done = run("calibrate", "--quick", "-o", str(file))
+    assert done.returncode == 0, done.stderr
+    found = load_cluster(str(file))
+    assert found.per_node == 2
+    measured = {k for k, f in found.device.figures.items() if f.basis == "measured"}
+    assert {"matmul.float32", "attention.float32", "stream", "launch", "issue"} <= measured
+    assert "ringcompile calibrate on 1 thread of" in found.device.figures["launch"].source
+    links = found.links["node"].figures.keys()
+    assert {"startup", "bandwidth", "all_reduce", "interference"} <= links
+    assert told("simulate", ring, "--cluster", str(file), "--seq", "64")["tps"] > 0
+    based = tmp_path / "based.json"
+    done = run("calibrate", "--quick", "--ranks", "1", "--base", "h100x16", "-o", str(based))
+    assert done.returncode == 0, done.stderr
+    mixed = load_cluster(str(based))
+    assert (mixed.name, mixed.num_devices) == ("h100x16", 16)
+    assert mixed.device.figures["matmul.float16"].basis == "measured"  # the base's own entry
+    assert mixed.device.figures["peak.float16"].basis == "datasheet"
+    assert mixed.device.figures["launch"].basis == "measured"
+
+
+def test_bench_and_calibrate_refuse(ring: str, tmp_path: Path) -> None:
+    done = run("bench", str(tmp_path / "nothing"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    if not os.path.exists("/dev/nvidia0"):
+        done = run("calibrate", "--device", "cuda")
+        assert done.returncode == 1
+        assert "there is no CUDA device" in done.stderr
