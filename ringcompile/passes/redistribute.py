@@ -117,7 +117,9 @@ class Mover:
         padded = not left and here.layout.dims[dim][0].sequence
         made = self._call("all_to_all", x, self._of_padded(type_, dim) if padded else type_,
                           split=to, concat=dim, axis=axis)
-        return self._cut(made, type_, dim) if padded else made, type_
+        if not padded:
+            return made, type_
+        return self._cut(made, type_, dim, self.sequence.level((axis,))), type_
 
     def _gathered(
         self, x: fx.Node, here: TensorType, wanted: Layout, dim: int
@@ -197,8 +199,21 @@ class Mover:
             why="padding",
         )
 
-    def _cut(self, x: fx.Node, type_: TensorType, dim: int) -> fx.Node:
-        """Padding cut off behind an exchange that made the sequence whole."""
+    def _cut(self, x: fx.Node, type_: TensorType, dim: int, level: SequenceSplit) -> fx.Node:
+        """The sequence in order, without padding, behind an exchange that made it whole.
+
+        What came lies in the order of ranks, each with its own chunks.
+        """
+        held = [chunk for rank in range(level.num_ranks) for chunk in level.chunks(rank)]
+        places = [held.index(chunk) for chunk in range(len(held))]
+        if held != sorted(held):
+            ordered = self.builder.call(
+                op("positions"), (places,), TensorType.whole(torch.int64, (self._padded_length(),)),
+                chunk=level.chunk, limit=self._padded_length(), why="chunks in order",
+            )
+            x = self.builder.call(
+                aten.index_select.default, (x, dim, ordered), self._of_padded(type_, dim)
+            )
         return self.builder.call(
             aten.slice.Tensor, (x, dim, 0, self.sequence.length), type_, why="without padding"
         )

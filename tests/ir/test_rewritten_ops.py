@@ -122,3 +122,20 @@ def test_a_running_sum_before_a_large_number_does_not_know_of_it(value: float, o
         torch.testing.assert_close(
             run(parallel, (x,)).outputs, function(x), rtol=2e-6, atol=2e-6, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("spec", ["ring=3", "ring=2,ulysses=2", "ulysses=2", "ring=2,ep=2"])
+def test_a_split_moves_from_one_dim_to_another(spec: str, order: str) -> None:
+    """A bias that is made by key and wanted by query: whole in the one, split in the other."""
+
+    def function(x: Tensor) -> Tensor:
+        heads = x.reshape(*x.shape[:2], 2, -1).transpose(1, 2)
+        by_key = (x[..., 0] > 0).cumsum(-1)[:, None, None, :].to(x.dtype)
+        distance = torch.arange(x.shape[1])[:, None] * by_key
+        return F.scaled_dot_product_attention(heads, heads, heads, 0.01 * distance)
+
+    parallel = compiled(Lambda(function), (torch.randn(2, 16, H),), spec, order=order)
+    for length in (5, 13, 24):
+        x = torch.randn(2, length, H)
+        assert difference(run(parallel, (x,)).outputs, function(x)) < 2e-6, length

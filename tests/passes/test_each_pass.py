@@ -75,4 +75,7 @@ def test_a_pass_that_leaves_an_invalid_program_is_named() -> None:
 
 def test_pass_options_are_their_fields() -> None:
     place = next(step for step in FRONT if step.name == "place")
-    assert str(place) == "place{mesh=ring=3, order=zigzag, gather_unknown=False, capacity=exact}"
+    assert str(place) == (
+        "place{mesh=ring=3, order=zigzag, gather_unknown=False, capacity=exact, ring=rotate, "
+        "tp_sequence=False}"
+    )

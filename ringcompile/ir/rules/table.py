@@ -302,7 +302,6 @@ RULES: dict[str, Rule] = {
     **_rows(["batch_norm.default"], spatial.channel_norm),
     **_rows(["group_norm.default"], spatial.group_norm),
     **_rows(_ALL_WHOLE, all_whole),
-    "ringcompile.route.default": FactorRule(all_whole, cheap=False),
     "ringcompile.attention.default": FactorRule(attention, cheap=False),
     "ringcompile.expert_linear.default": FactorRule(
         expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"})
