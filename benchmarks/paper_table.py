@@ -23,6 +23,7 @@ from ringcompile import compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.commands.plan import plans_for
+from ringcompile.cost import limits
 from ringcompile.cost.estimate import Ask
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.cost.node_times import node_times
@@ -42,9 +43,9 @@ CLAIMS = {
     ("dense-4l", BASELINE): (1.20e6, 0.85), ("dense-4l", PAPER): (1.45e6, 0.70),
     ("moe-4l", BASELINE): (0.95e6, 1.05), ("moe-4l", PAPER): (1.18e6, 0.82),
 }
-# What workload.md's arithmetic counts a token: multiply-adds of all matrices, twice.
-LINEAR_FLOPS = {"dense-4l": 6.442e9, "moe-4l": 10.737e9}
-NUM_LAYERS, HIDDEN = 4, 8192
+MODELS = ("dense-4l", "moe-4l")
+NUM_SEQUENCES = 16
+SEVERAL = f"{NUM_SEQUENCES} sequences"
 
 
 Rows = list[dict[str, Any]]
@@ -129,23 +130,24 @@ def _simulated(
     )
 
 
-def kernel_limit(model: str, tokens: int, cluster: Cluster) -> float:
+def kernel_limit(model: str, program: Program, tokens: int, cluster: Cluster) -> float:
     """Tokens/s if all ranks did nothing but products and causal attention at their best rates."""
     device = cluster.device
-    linear = device.get("matmul", torch.float16).largest
-    attention = device.get("attention", torch.float16)(head_dim=512, length=float(tokens))
-    pairs = 2 * HIDDEN * NUM_LAYERS * tokens  # 4 * s^2/2 * hidden a layer, over s tokens
-    return NUM_GPUS / (LINEAR_FLOPS[model] / linear + pairs / attention)
+    return limits.kernel_limit(
+        program, tokens, NUM_GPUS, top=2 if model == "moe-4l" else 0,
+        matmul=device.get("matmul", torch.float16)(rows=8192, width=8192),
+        attention=device.get("attention", torch.float16)(head_dim=512, length=float(tokens)),
+    )
 
 
-def best(model: str, tokens: int, cluster: Cluster) -> Row:
+def best(model: str, tokens: int, cluster: Cluster, batch: int = 1) -> Row:
     """The first of the planner's list."""
-    plan = plans_for(model, Ask(NUM_GPUS, cluster, tokens, 1))[0]
+    plan = plans_for(model, Ask(NUM_GPUS, cluster, tokens, batch))[0]
     assert plan.tps is not None
     assert plan.seconds is not None
     assert plan.latency is not None
     return Row(
-        model, f"best: {plan.variant}", tokens, "", plan.tps, plan.tps, plan.seconds * 1e3,
+        model, f"{'best' if batch == 1 else SEVERAL}: {plan.variant}", tokens * batch, "", plan.tps, plan.tps, plan.seconds * 1e3,
         plan.latency * 1e3, 0.0, plan.bound or "", (plan.memory_bytes or 0) / 1e9,
     )
 
@@ -153,21 +155,26 @@ def best(model: str, tokens: int, cluster: Cluster) -> Row:
 def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
     """All rows; printed as they come."""
     rows: Rows = []
-    for model in ("dense-4l", "moe-4l"):
+    for model in MODELS:
         loaded = load_model(model, weights=False)
         captured = capture(loaded.module, loaded.args, name=model)
         programs = {False: compiler.prepare(captured), True: compiler.in_halves(None, captured)}
+        weights = sum(weight.num_bytes for weight in captured.weights.values())
+        limits_of = {n: kernel_limit(model, programs[False], n, cluster) for n in (1024, *lengths)}
         for tokens in lengths:
-            limit = kernel_limit(model, tokens, cluster)
+            limit = limits_of[tokens]
             found = [simulated(model, programs, spec, tokens, cluster) for spec in METHODS]
             for row in [*found, best(model, tokens, cluster)]:
-                rows.append({**asdict(row), "kernel_limit_tps": limit})
+                rows.append({**asdict(row), "kernel_limit_tps": limit, "weight_bytes": weights})
                 click.echo(
                     f"{model:9} {tokens:7,} {row.method:12} {row.form:20} "
                     f"{row.tps / 1e6:6.3f} M tokens/s ({row.unhindered_tps / 1e6:.3f})  "
                     f"step {row.step_ms:7.2f} ms  exposed {row.exposed_ms:6.2f} ms  "
                     f"limit {limit / 1e6:.2f} M"
                 )
+        row = best(model, 1024, cluster, NUM_SEQUENCES)
+        rows.append({**asdict(row), "kernel_limit_tps": limits_of[1024], "weight_bytes": weights})
+        click.echo(f"{model:9} {row.tokens:7,} {row.method:40} {row.tps / 1e6:6.3f} M tokens/s")
     return rows
 
 
@@ -192,7 +199,7 @@ def table(heads: list[str], body: list[list[str]]) -> list[str]:
 
 def page(rows: Rows, cluster: Cluster, plot: str) -> str:
     """docs/paper.md."""
-    lengths = sorted({row["tokens"] for row in rows})
+    lengths = sorted({row["tokens"] for row in rows if not row["method"].startswith(SEVERAL)})
     head = (
         f"Made by `python -m benchmarks.paper_table` from the programs of all {NUM_GPUS} ranks and "
         f"the tables of\n`{cluster.name}` ({cluster.device.title}); `ringcompile/cost/tables` says "
@@ -203,9 +210,9 @@ def page(rows: Rows, cluster: Cluster, plot: str) -> str:
     for tokens, what in ((1024, "1,024 tokens in all"), (16384, "1,024 tokens a rank")):
         if tokens in lengths:
             lines += [f"## {what}", "", *_compared(rows, tokens), ""]
-            lines += [*(_verdict(rows, model, tokens) for model in LINEAR_FLOPS), ""]
+            lines += [*(_verdict(rows, model, tokens) for model in MODELS), ""]
     body = []
-    for model in LINEAR_FLOPS:
+    for model in MODELS:
         for tokens in lengths:
             baseline, paper, plan = (of(rows, model, m, tokens) for m in ("TP=8", "RA+SP", "best"))
             body.append([
@@ -213,6 +220,7 @@ def page(rows: Rows, cluster: Cluster, plot: str) -> str:
                 f"{millions(plan)}, `{plan['method'][6:]}`", millions(plan, "kernel_limit_tps"),
             ])
     heads = ["model", "tokens a step", "TP=8 x PP=2", "RA+SP", "best plan", "kernels' limit"]
+    lines += ["## Why", "", *_reasons(rows, cluster), ""]
     lines += ["## Over lengths", "", f"![tokens a second over tokens a step]({plot})", ""]
     return "\n".join([*lines, *table(heads, body), ""])
 
@@ -221,7 +229,7 @@ def _compared(rows: Rows, tokens: int) -> list[str]:
     heads = ["model", "method", "paper", "simulated", "form", "a step", "exposed communication",
              "if nothing waited in vain", "kernels' limit"]
     body = []
-    for model in LINEAR_FLOPS:
+    for model in MODELS:
         for spec, method in METHODS.items():
             (rate, step), row = CLAIMS[model, spec], of(rows, model, method, tokens)
             body.append([
@@ -250,10 +258,47 @@ def _verdict(rows: Rows, model: str, tokens: int) -> str:
             f"simulated, {claimed:+.1%} claimed; {verdict}.")
 
 
+def _reasons(rows: Rows, cluster: Cluster) -> list[str]:
+    """What the numbers come from, in words."""
+    bandwidth = cluster.device.value("bandwidth")
+    lines = []
+    for model in MODELS:
+        row = next(row for row in rows if row["model"] == model)
+        read = row["weight_bytes"] / bandwidth
+        lines.append(
+            f"- {model}, 1,024 tokens in all: each rank of RA+SP has 64 of them and reads all "
+            f"weights, {row['weight_bytes'] / 1e9:.2f} GB in {read * 1e3:.2f} ms; the paper claims "
+            f"{CLAIMS[model, PAPER][1]:.2f} ms for the step. Replicated weights forbid it."
+        )
+    for model in MODELS:
+        baseline, paper = (of(rows, model, m, 16384) for m in ("TP=8", "RA+SP"))
+        lines.append(
+            f"- {model}, 1,024 tokens a rank: the baseline's compute stands still for "
+            f"{baseline['exposed_ms']:.1f} ms a step, RA+SP's for {paper['exposed_ms']:.1f} ms. If "
+            "nothing waited before it has to (two steps side by side, collectives waited for where "
+            "their result is read), the baseline would reach "
+            f"{millions(baseline, 'unhindered_tps')}, RA+SP {millions(paper, 'unhindered_tps')}."
+        )
+    beats = (
+        "- What beats both: stages of few layers, so that few weights are read, with a short ring "
+        "in each, whose transfers fit under its attention. Steps follow one another through them."
+    )
+    sums = (
+        "- moe-4l over TP: every rank counts the slots of all tokens, by a running sum that "
+        "torch's kernel goes through step by step; RA+SP and the plans divide it."
+    )
+    several = [
+        f"- {row['model']}: {SEVERAL} of 1,024 tokens, {row['tokens']:,} a step, need no transfers: "
+        f"`{row['method'].partition(': ')[2]}` reaches {millions(row)}."
+        for row in rows if row["method"].startswith(SEVERAL)
+    ]
+    return [*lines, beats, *several, sums]
+
+
 def draw(rows: Rows, file: Path) -> None:
     """Tokens a second over tokens a step, one panel a model."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
-    for panel, model in zip(panels, LINEAR_FLOPS, strict=True):
+    for panel, model in zip(panels, MODELS, strict=True):
         own = [row for row in rows if row["model"] == model]
         for name, style in (("TP=8", "s--"), ("RA+SP", "o-"), ("best", "^-")):
             some = [row for row in own if row["method"].startswith(name)]
