@@ -146,8 +146,9 @@ def best(model: str, tokens: int, cluster: Cluster, batch: int = 1) -> Row:
     assert plan.tps is not None
     assert plan.seconds is not None
     assert plan.latency is not None
+    method = f"{'best' if batch == 1 else SEVERAL}: {plan.variant}"
     return Row(
-        model, f"{'best' if batch == 1 else SEVERAL}: {plan.variant}", tokens * batch, "", plan.tps, plan.tps, plan.seconds * 1e3,
+        model, method, tokens * batch, "", plan.tps, plan.tps, plan.seconds * 1e3,
         plan.latency * 1e3, 0.0, plan.bound or "", (plan.memory_bytes or 0) / 1e9,
     )
 
