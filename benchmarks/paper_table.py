@@ -289,8 +289,8 @@ def _reasons(rows: Rows, cluster: Cluster) -> list[str]:
         "torch's kernel goes through step by step; RA+SP and the plans divide it."
     )
     several = [
-        f"- {row['model']}: {SEVERAL} of 1,024 tokens, {row['tokens']:,} a step, need no transfers: "
-        f"`{row['method'].partition(': ')[2]}` reaches {millions(row)}."
+        f"- {row['model']}: {SEVERAL} of 1,024 tokens, {row['tokens']:,} a step, need no "
+        f"transfers: `{row['method'].partition(': ')[2]}` reaches {millions(row)}."
         for row in rows if row["method"].startswith(SEVERAL)
     ]
     return [*lines, beats, *several, sums]

@@ -37,6 +37,8 @@ from ringcompile.ir.expr import SEQUENCE
 @click.option("--microbatches", type=click.IntRange(1), default=1, show_default=True,
               help="How often every rank repeats its program, one behind the other.")
 @EAGER
+@click.option("--deferred", is_flag=True,
+              help="As if the compute waited for a collective only where its result is read.")
 @click.option("--trace", type=click.Path(path_type=Path),
               help="Write a trace for ui.perfetto.dev or chrome://tracing.")
 @JSON
@@ -46,6 +48,7 @@ def simulate(
     seq: int | None,
     microbatches: int,
     eager: bool,
+    deferred: bool,
     trace: Path | None,
     as_json: bool,
 ) -> None:
@@ -57,7 +60,7 @@ def simulate(
         raise RingCompileError(f"'{out}' is for {length} tokens, --seq asks for {seq}")
     with CONSOLE.status(f"simulating {made.world_size} ranks"):
         costs = [cost_of(program, length) for program in made.ranks()]
-        found = run(costs, hardware, How(microbatches, eager))
+        found = run(costs, hardware, How(microbatches, eager, deferred))
     if trace is not None:
         _write(trace, to_trace(found.timeline, f"{out.name}: {made.mesh}, {length} tokens"))
     batch = int(made.options.get("batch", 1))

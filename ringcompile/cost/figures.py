@@ -65,17 +65,12 @@ class Figure:
         """The points of an axis; 0 where it is no axis of the figure."""
         return dict(self.axes).get(axis, (0.0,))
 
-    @property
-    def largest(self) -> float:
-        """The largest value of the grid, in SI units."""
-        return _largest(self.value) * UNITS[self.unit][1]
-
     def to_json(self) -> dict[str, Any]:
         """As it stands in a file."""
-        made: dict[str, Any] = {"value": self.value, "unit": self.unit, "basis": self.basis,
-                                "source": self.source, "date": self.date}
+        made: dict[str, Any] = {"value": _as_lists(self.value), "unit": self.unit,
+                                "basis": self.basis, "source": self.source, "date": self.date}
         if self.axes:
-            made["axes"] = dict(self.axes)
+            made["axes"] = {name: list(points) for name, points in self.axes}
         return made
 
 
@@ -165,5 +160,5 @@ def _at(
     return low * (high / low) ** share
 
 
-def _largest(value: Grid) -> float:
-    return max(map(_largest, value)) if isinstance(value, tuple) else value
+def _as_lists(value: Grid) -> Any:
+    return [_as_lists(entry) for entry in value] if isinstance(value, tuple) else value

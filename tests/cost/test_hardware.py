@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ringcompile.cost.figures import UNITS, Figure
+from ringcompile.cost.figures import UNITS, Figure, read_figure
 from ringcompile.cost.hardware import TABLES, cluster_names, load_cluster, read_cluster
 from ringcompile.errors import RingCompileError
 from tests.cost.clusters import cluster, device, figure, link, table
@@ -62,7 +62,14 @@ def test_figures_are_interpolated_in_logarithms() -> None:
     assert one(rows=10, width=10) == pytest.approx(4e12)  # half way between 1 and 16
     assert one(rows=1, width=100) == pytest.approx(2e12)
     assert one(rows=0.01, width=1e9) == pytest.approx(4e12)  # beyond the edge: as at the edge
-    assert one.largest == pytest.approx(64e12)
+    assert one.points("width") == (10.0, 1000.0)
+
+
+def test_figures_are_read_as_they_are_written() -> None:
+    for figures in (load_cluster("h200x16").device.figures, load_cluster("cpu").device.figures):
+        for one in figures.values():
+            axes = tuple(name for name, _ in one.axes)
+            assert read_figure(one.to_json(), "x", UNITS[one.unit][0], axes) == one
 
 
 def test_a_dtype_without_figures_takes_its_twin() -> None:
