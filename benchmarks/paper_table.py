@@ -306,7 +306,10 @@ def draw(rows: Rows, file: Path) -> None:
             label = {"TP=8": "TP=8 x PP=2", "best": "best plan"}.get(name, name)
             panel.plot([r["tokens"] for r in some], [r["tps"] / 1e6 for r in some], style,
                        label=label)
-        limit = {row["tokens"]: row["kernel_limit_tps"] / 1e6 for row in own}
+        limit = {
+            row["tokens"]: row["kernel_limit_tps"] / 1e6 for row in own
+            if row["method"].startswith("TP=8")
+        }
         panel.plot(list(limit), list(limit.values()), "k:", label="kernels' limit")
         for spec, colour in ((BASELINE, "C0"), (PAPER, "C1")):
             panel.axhline(CLAIMS[model, spec][0] / 1e6, color=colour, alpha=0.3,
