@@ -20,7 +20,7 @@ from ringcompile.ir.crosscheck import cross_check
 from ringcompile.ir.plan import Plan, plan_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
-from ringcompile.mesh import Mesh
+from ringcompile.mesh import TIME, Mesh
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
@@ -37,6 +37,7 @@ from ringcompile.passes.specialize import Specialize
 from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
 from ringcompile.passes.tensor_parallel import TensorParallel
 from ringcompile.passes.unfuse import Unfuse
+from ringcompile.passes.unroll import Unroll
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -73,8 +74,9 @@ def front_passes(
 def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list[Pass]:
     """From the program for all ranks to that of one."""
     take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
+    time = [Unroll(), CleanUp()] if mesh.size(TIME) > 1 else []
     last = [schedule] if schedule is not None else []
-    return [Specialize(rank), *take, LowerRing(), FuseMerge(), *last]
+    return [Specialize(rank), *take, *time, LowerRing(), FuseMerge(), *last]
 
 
 @dataclass
@@ -252,13 +254,23 @@ def transform(
     done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
     placed = Pipeline(front[done:], observe, check).run(program)
     if length is not None:
-        assert placed.sequence is not None
-        known = placed.sequence.bindings(length)
-        placed = placed.with_graph(placed.graph, lengths=known)
+        placed = placed.with_graph(placed.graph, lengths=_lengths(placed, length))
     kept = {"parallel": str(mesh), "order": order, "length": length,
             "gather_unknown": gather_unknown, "capacity": capacity, "ring": ring,
             "tp_sequence": tp_sequence, "stages": list(stages), **(options or {})}
     return ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
+
+
+def _lengths(program: Program, length: int) -> dict[str, int]:
+    """The values of a program's length symbols for a sequence length that the user fixes."""
+    assert program.sequence is not None
+    whole = program.sequence.length
+    if isinstance(whole, int) and whole != length:
+        raise RingCompileError(
+            f"sequence length {length}: the model's code fixes it at {whole}",
+            hint="leave --seq out, or capture the model for another length",
+        )
+    return program.checked(program.sequence.bindings(length))
 
 
 def load(folder: str | Path) -> ParallelProgram:

@@ -17,9 +17,12 @@ AXIS_KINDS = {
     "ep": "splits experts",
     "pp": "splits layers",
     "dp": "splits the batch",
+    "time": "splits the sequence; a rank takes one chunk after another",
 }
-# What this axis splits is always the sequence; others may split it too, beside what they are for.
-SEQUENCE_AXES = frozenset({"ring"})
+# What these split is always the sequence; others may split it too, beside what they are for.
+SEQUENCE_AXES = frozenset({"ring", "time"})
+# Along this one there are no other ranks: its places are one rank's work, in order.
+TIME = "time"
 
 # `tp//4` is an axis made of runs of 4 neighbours on `tp`, `tp%4` the place within such a run.
 _PART = re.compile(r"(\w+)(//|%)(\d+)")
@@ -27,7 +30,7 @@ _PART = re.compile(r"(\w+)(//|%)(\d+)")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Named axes in order, outermost first; ranks are numbered row-major.
+    """Named axes in order, outermost first; ranks are numbered row-major over all but `time`.
 
     Args:
         axes: pairs of axis name and size.
@@ -70,9 +73,14 @@ class Mesh:
         return [name for name, _ in self.axes]
 
     @property
+    def across(self) -> tuple[tuple[str, int], ...]:
+        """The axes that ranks lie along: all but `time`."""
+        return tuple((name, size) for name, size in self.axes if name != TIME)
+
+    @property
     def world_size(self) -> int:
-        """The number of ranks: the product of all axis sizes."""
-        return prod(size for _, size in self.axes)
+        """The number of ranks: the product of the sizes of all axes but `time`."""
+        return prod(size for _, size in self.across)
 
     def size(self, axis: str) -> int:
         """Size of an axis, of several together (`ring,ulysses`), or of a part (`tp//4`, `tp%4`).
@@ -90,16 +98,16 @@ class Mesh:
         return index
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """The coordinates of a rank, by axis name."""
+        """The coordinates of a rank, by the names of the axes that ranks lie along."""
         coordinates = {}
-        for name, size in reversed(self.axes):
+        for name, size in reversed(self.across):
             rank, coordinates[name] = divmod(rank, size)
         return coordinates
 
     def rank(self, coordinates: dict[str, int]) -> int:
         """The rank at these coordinates."""
         rank = 0
-        for name, size in self.axes:
+        for name, size in self.across:
             rank = rank * size + coordinates[name]
         return rank
 
@@ -110,9 +118,9 @@ class Mesh:
             axis: one axis, or several (`ring,ulysses`), the first of which varies slowest.
         """
         along = axis.split(",")
-        others = [range(size) if name not in along else (0,) for name, size in self.axes]
+        others = [range(size) if name not in along else (0,) for name, size in self.across]
         for corner in product(*others):
-            base = dict(zip(self.names, corner, strict=True))
+            base = dict(zip([name for name, _ in self.across], corner, strict=True))
             places = product(*(range(self.size(name)) for name in along))
             yield [self.rank({**base, **dict(zip(along, place, strict=True))}) for place in places]
 

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -28,6 +29,8 @@ MODELS: Final = (
     "dense-4l-tiny", "moe-4l-tiny", "gpt-tiny", "llama-tiny", "mixtral-tiny", "bert-tiny",
 )
 AXES: Final = ("dp", "pp", "ring", "ulysses", "ep", "tp")
+# What goes with chunks in time: axes that do not divide the sequence over ranks.
+BESIDE_TIME: Final = ("dp", "pp", "tp")
 SIZES: Final = (2, 2, 2, 3, 4)
 MOST_RANKS: Final = 24
 VALID, REFUSED = "fits", "refused"
@@ -52,26 +55,32 @@ def captured(model: str) -> Program:
     return capture(*zoo.build(model, sequence=24))
 
 
+def _sizes(rng: random.Random, in_time: bool) -> dict[str, int]:
+    """The axes of a mesh, and their sizes."""
+    while True:
+        if in_time:
+            axes = ["time", *rng.sample(BESIDE_TIME, rng.randint(0, 3))]
+        else:
+            axes = rng.sample(AXES, rng.randint(1, 4))
+        sizes = {axis: rng.choice(SIZES) for axis in axes}
+        if prod(sizes.values()) <= MOST_RANKS:
+            return sizes
+
+
 def plan_of(seed: int) -> Plan:
     """The plan of a seed; any order of axes, as users may write them."""
     rng = random.Random(seed)
     model = rng.choice(MODELS)
-    while True:
-        axes = rng.sample(AXES, rng.randint(1, 4))
-        sizes = {axis: rng.choice(SIZES) for axis in axes}
-        ranks = 1
-        for size in sizes.values():
-            ranks *= size
-        if ranks <= MOST_RANKS:
-            break
+    in_time = rng.random() < 0.2
+    sizes = _sizes(rng, in_time)
     options: dict[str, Any] = {}
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and not in_time:
         options["order"] = rng.choice(["contiguous", "zigzag"])
     if rng.random() < 0.3:
         options["capacity"] = "local"
     if rng.random() < 0.3:
         options["ring"] = "gather"
-    if "tp" in sizes and rng.random() < 0.5:
+    if "tp" in sizes and rng.random() < 0.5 and not in_time:
         options["tp_sequence"] = True
     if rng.random() < 0.2:
         options["length"] = rng.randint(5, 40)

@@ -59,6 +59,8 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "pp=2,ring=2,tp=2": ("gpt-tiny", "mixtral-tiny"),
     "ring=2,ep=2": ("moe-4l-tiny", "mixtral-tiny"),
     "pp=2,ring=4,tp=2": ("bert-tiny", "Phi3"),
+    "pp=2,time=3": ("Phi3", "moe-4l-tiny"),
+    "time=4,tp=2": ("llama-tiny", "bert-tiny"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "ring=2,tp=2": {"tp_sequence": True},
@@ -220,7 +222,7 @@ def test_smollm2() -> None:
 # -- refusals ------------------------------------------------------------------------------------
 
 REFUSALS = {
-    "xp=2": "error: unknown mesh axis 'xp'\n  hint: axes are: ring, ulysses, tp, ep, pp, dp",
+    "xp=2": "error: unknown mesh axis 'xp'\n  hint: axes are: ring, ulysses, tp, ep, pp, dp, time",
     "tp=2,tp=2": "error: mesh axis 'tp' is given twice",
     "tp=0": "error: mesh axis 'tp' has size 0; it must be at least 1",
     "tp": "error: cannot read 'tp' in the parallel spec 'tp'\n"

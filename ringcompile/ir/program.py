@@ -152,9 +152,10 @@ class Program:
                 )
             for size, dim in zip(tensor.shape, spec.type.shape, strict=True):
                 _match(spec.name, size, dim, lengths, list(tensor.shape), expected)
-        return self._checked(lengths)
+        return self.checked(lengths)
 
-    def _checked(self, lengths: dict[str, int]) -> dict[str, int]:
+    def checked(self, lengths: dict[str, int]) -> dict[str, int]:
+        """The lengths, and those of a rank's share; raises RingCompileError for what cannot be."""
         low, high = self.length_range
         length = lengths.get(SEQUENCE)
         if length is not None and (length < low or (high is not None and length > high)):

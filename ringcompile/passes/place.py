@@ -23,7 +23,7 @@ from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
-from ringcompile.mesh import Mesh
+from ringcompile.mesh import TIME, Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import (
     Rows,
@@ -42,7 +42,9 @@ _ATTENTION = op("attention")
 ORDERS = ("contiguous", "zigzag")
 RINGS = ("rotate", "gather")
 # The axes that divide the sequence, outermost first; `tp` does on request only.
-_SEQUENCE = ("ring", "ep", "ulysses", "tp")
+_SEQUENCE = (TIME, "ring", "ep", "ulysses", "tp")
+# The axes along which keys and values may go from place to place.
+_ROTATING = (TIME, "ring")
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,24 @@ class Place(Pass):
         )
         if not axes:
             return SequenceSplit((), "contiguous", symbol(SEQUENCE))
+        if axes[0][0] == TIME:
+            self._check_time(axes)
         order = self._order(program) if axes[0][0] in ("ring", "ep") else "contiguous"
         return SequenceSplit(axes, order, _sequence_length(program))
+
+    def _check_time(self, axes: Sequence[tuple[str, int]]) -> None:
+        others = [f"{name}={size}" for name, size in axes[1:]]
+        if others:
+            raise RingCompileError(
+                f"{TIME}={axes[0][1]} cuts the sequence, and so does {' and '.join(others)}: not "
+                "both",
+                hint=f"{TIME} goes with pp, dp and tp (without --tp-sequence)",
+            )
+        if self.order == "zigzag":
+            raise RingCompileError(
+                f"zigzag balances ranks, and along {TIME} there is only one",
+                hint="leave --order out",
+            )
 
     def _regions(self, program: Program, sequence: SequenceSplit) -> list[Region]:
         """What each rank runs on its own tokens; by rules alone the model is placed first."""
@@ -282,7 +300,9 @@ class _Placer(Requests):
 
     def _over_split_keys(self, node: fx.Node, rows: Rows) -> Rows:
         """The row for queries, keys and values that are all split along the sequence."""
-        rotating = ("ring",) if "ring" in self.names and self.options.ring != "gather" else ()
+        rotating = tuple(name for name in self.names if name in _ROTATING)
+        if self.options.ring == "gather":
+            rotating = tuple(name for name in rotating if name == TIME)
         rows = replace(rows, keys=self._rows(rotating))
         if "ulysses" not in self.names:
             return rows

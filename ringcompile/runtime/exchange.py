@@ -219,17 +219,17 @@ _COLLECTIVES: dict[str, Callable[[Collective, dist.ProcessGroup], Any]] = {
 
 def _axis_groups(mesh: Mesh, joined: Iterable[str]) -> dict[str, dist.ProcessGroup | None]:
     """A group along each axis that has peers, and along each of these combinations."""
-    axes = [axis for axis, size in mesh.axes if size > 1]
+    axes = [axis for axis, size in mesh.across if size > 1]
     if not axes:
         return {}
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sizes = tuple(size for _, size in mesh.axes)
-    devices = init_device_mesh(device, sizes, mesh_dim_names=tuple(mesh.names))
+    names, sizes = zip(*mesh.across, strict=True)
+    devices = init_device_mesh(device, sizes, mesh_dim_names=names)
     groups: dict[str, dist.ProcessGroup | None] = {
         axis: devices.get_group(axis) for axis in axes
     }
     for text in sorted(joined):
-        names = tuple(sorted(text.split(","), key=mesh.names.index))  # as torch wants them
-        if len(names) > 1 and mesh.size(text) > 1:
-            groups[text] = devices[names]._flatten().get_group()
+        along = tuple(sorted(text.split(","), key=mesh.names.index))  # as torch wants them
+        if len(along) > 1 and mesh.size(text) > 1:
+            groups[text] = devices[along]._flatten().get_group()
     return groups

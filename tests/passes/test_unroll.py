@@ -1,0 +1,148 @@
+"""Chunks in time: what a rank's program computes in which order, sends, and refuses."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from ringcompile.capture.export import capture
+from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.communication import SHIFT, WAIT, bytes_sent
+from ringcompile.ir.expr import bind
+from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
+from ringcompile.models import zoo
+from tests.support import TOLERANCE, difference, run
+
+LENGTH = 37
+
+
+@cache
+def captured(name: str) -> Program:
+    return capture(*zoo.build(name, sequence=24))
+
+
+def made(name: str, spec: str, **options: object) -> ParallelProgram:
+    return transform(captured(name), spec, **options)  # type: ignore[arg-type]
+
+
+def targets(program: Program) -> list[str]:
+    return [str(node.target).split(".")[1] for node in program.graph.nodes
+            if node.op == "call_function"]
+
+
+def test_time_has_no_ranks() -> None:
+    mesh = Mesh.parse("pp=2,time=4,tp=2")
+    assert mesh.world_size == 4
+    assert mesh.coordinates(3) == {"pp": 1, "tp": 1}
+    assert mesh.rank({"pp": 1, "tp": 0}) == 2
+    assert list(mesh.groups("tp")) == [[0, 1], [2, 3]]
+    assert str(mesh) == "pp=2,time=4,tp=2"
+
+
+def test_a_stage_sends_each_chunk_before_it_takes_up_the_next() -> None:
+    first, second = made("dense-4l-tiny", "pp=2,time=4").ranks()
+    found = targets(first)
+    sends = [i for i, target in enumerate(found) if target == "shift_start"]
+    assert len(sends) == 4
+    products = [i for i, target in enumerate(found) if target == "linear"]
+    each = len(products) // 4
+    for chunk, send in enumerate(sends):  # the products of its chunk, and no others
+        assert sum(place < send for place in products) == each * (chunk + 1)
+    # The next stage asks for a chunk while it works on the one before, and sends nothing.
+    found = targets(second)
+    starts = [i for i, target in enumerate(found) if target == "shift_start"]
+    waits = [i for i, target in enumerate(found) if target == "wait"]
+    assert len(starts) == len(waits) == 4
+    assert all(start < wait for start, wait in zip(starts[1:], waits, strict=False))
+
+
+def test_that_a_chunk_was_sent_is_waited_for_when_the_next_is_sent() -> None:
+    first = made("dense-4l-tiny", "pp=2,time=3").rank(0)
+    exchanges = [str(n.target) for n in first.graph.nodes if str(n.target) in (SHIFT, WAIT)]
+    assert exchanges == [SHIFT, WAIT, SHIFT, WAIT, SHIFT, WAIT]
+    assert targets(first).index("wait") > targets(first).index("shift_start") + 10
+
+
+def test_as_many_bytes_as_a_sequence_in_one_piece() -> None:
+    at = {"s": 48, "n": 12}
+    chunks = made("dense-4l-tiny", "pp=2,time=4").rank(0)
+    whole = made("dense-4l-tiny", "pp=2").rank(0)
+    assert bind(bytes_sent(chunks), at) == bind(bytes_sent(whole), at) == 48 * 64 * 4
+
+
+def test_only_what_the_chunks_before_hold_is_attended_to() -> None:
+    blocks = [node for node in made("dense-4l-tiny", "time=4").rank(0).graph.nodes
+              if "queries" in node.kwargs]
+    seen = {(*node.kwargs["queries"], *node.kwargs["keys"]) for node in blocks}
+    assert seen == {(0, 0), (1, 1), (1, 0), (2, 2), (2, 0, 1), (3, 3), (3, 0, 1, 2)}
+
+
+class Window(nn.Module):
+    """A query sees its own position and the nine before it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place, x = torch.arange(x.shape[1]), x.unflatten(-1, (2, 8)).transpose(1, 2)
+        apart = place[:, None] - place
+        seen = (apart >= 0) & (apart < 10)
+        return nn.functional.scaled_dot_product_attention(x, x, x, seen).transpose(1, 2).flatten(2)
+
+
+def test_chunks_out_of_a_windows_reach_are_left_out() -> None:
+    program = capture(Window(), (torch.randn(1, 24, 16),))
+    parallel = transform(program, "time=6", length=48)
+    blocks = [n for n in parallel.rank(0).graph.nodes if "queries" in n.kwargs]
+    reach = [max(n.kwargs["queries"]) - min(n.kwargs["keys"]) for n in blocks]
+    assert max(reach) == 2  # the first query of a chunk sees 9 tokens back, over 8 of the last
+    given = torch.randn(1, 48, 16)
+    assert difference(run(parallel, (given,)).outputs, Window()(given)) <= TOLERANCE
+
+
+def test_what_does_not_depend_on_time_is_computed_once() -> None:
+    """A table that is learned, say: its product with a weight of its own."""
+    found = targets(made("dense-4l-tiny", "time=4").rank(0))
+    alone = targets(made("dense-4l-tiny", "tp=1").rank(0))
+    assert found.count("linear") == 4 * alone.count("linear")
+
+
+class Rows(nn.Module):
+    """Rows that see each other both ways, a mean over all, and a running sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return out + x.mean(1, keepdim=True) + x.cumsum(1) + x[:, -1:]
+
+
+@pytest.mark.parametrize("length", [36, 37, 3])
+def test_chunks_that_need_later_ones_wait_for_them(length: int) -> None:
+    torch.manual_seed(0)
+    module = Rows().eval()
+    parallel = transform(capture(module, (torch.randn(1, 24, 16),)), "time=5")
+    given = torch.randn(1, length, 16)
+    found = run(parallel, (given,)).outputs
+    with torch.no_grad():
+        assert difference(found, module(given)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("ring=2,time=4", {}, "time=4 cuts the sequence, and so does ring=2: not both"),
+        ("time=2,ulysses=2", {}, "time=2 cuts the sequence, and so does ulysses=2: not both"),
+        ("time=2,tp=2", {"tp_sequence": True}, "time=2 cuts the sequence, and so does tp=2"),
+        ("pp=2,time=2", {"order": "zigzag"}, "zigzag balances ranks, and along time there is only"),
+    ],
+)
+def test_what_is_refused(spec: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(RingCompileError, match=message) as caught:
+        made("dense-4l-tiny", spec, **options)
+    assert caught.value.hint
