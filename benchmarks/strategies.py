@@ -1,4 +1,4 @@
-"""Strategies: SmolLM2 on two processes by ring, tp and pp, and how long transforming takes.
+"""Strategies: SmolLM2 on two processes by ring, tp, pp and time; how long transforming takes.
 
     python -m benchmarks.strategies [--rounds N] [--layers 32 --layers 80]
 
@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,13 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
 )
 
-SPECS = ("ring=2", "tp=2", "pp=2")
-# Four sequences: a pipeline works on one while its other stage works on the next.
-NUM_SEQUENCES, NUM_TOKENS = 4, 256
+# Four sequences: a pipeline works on one while its other stage works on the next. One long prompt:
+# it does so chunk by chunk.
+BATCH, PROMPT = (4, 256), (1, 1024)
+CASES = (
+    ("ring=2", BATCH), ("tp=2", BATCH), ("pp=2", BATCH),
+    ("ring=2", PROMPT), ("tp=2", PROMPT), ("pp=2", PROMPT), ("pp=2,time=4", PROMPT),
+)
 STRIDE = 64  # logits are compared on every 64th token
 MAX_DIFFERENCE = 2e-5
 PAUSE_SECONDS = 0.05
@@ -44,15 +49,21 @@ TRANSFORMED = ("ring=16", "tp=8,pp=2", "ring=4,ulysses=4", "pp=2,ring=4,tp=2")
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, and the parallel spec; none for the model itself."""
+    """A checkpoint, what it runs on, and the parallel spec; none for the model itself."""
 
     checkpoint: str
+    shape: tuple[int, int]
     spec: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`ring=2 4x256`."""
+        return f"{self.spec or 'alone'} {self.shape[0]}x{self.shape[1]}"
 
     def tokens(self) -> torch.Tensor:
         """Token ids [sequences, tokens]."""
         tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
-        return english_text(NUM_SEQUENCES * NUM_TOKENS, tokenizer).view(NUM_SEQUENCES, NUM_TOKENS)
+        return english_text(prod(self.shape), tokenizer).view(self.shape)
 
 
 def setup(rank: int, world: int, case: Case) -> Step:
@@ -62,7 +73,7 @@ def setup(rank: int, world: int, case: Case) -> Step:
     if case.spec is None:
         return lambda: model(ids, use_cache=False).logits[:, ::STRIDE]
     # A pipeline is compiled for one sequence, and gets the others as microbatches.
-    batch = 1 if "pp" in case.spec else NUM_SEQUENCES
+    batch = 1 if "pp" in case.spec else len(ids)
     program = rc.capture(model, (ids[:batch, :24],))
     session = Session(rc.transform(program, case.spec), Rank(rank, world, torch.device("cpu")))
     checked: list[torch.Tensor] = []
@@ -79,43 +90,47 @@ def setup(rank: int, world: int, case: Case) -> Step:
 
 
 def measure(num_rounds: int) -> list[dict[str, Any]]:
-    """Every spec against one process; one JSON-able row each."""
+    """Every case against one process on the same tokens; one JSON-able row each."""
     checkpoint = str(smollm2_checkpoint(ROOT / "build"))
+    cases = [Case(checkpoint, shape, spec) for spec, shape in CASES]
+    bases = [Case(checkpoint, shape) for shape in dict.fromkeys(case.shape for case in cases)]
     with ExitStack() as stack:
         alone, pair = (stack.enter_context(Pool(n, 2 // n)) for n in (1, 2))
-        alone.load("alone", setup, Case(checkpoint))
-        (expected,) = alone.output("alone")
+        expected = {}
+        for base in bases:
+            alone.load(base.name, setup, base)
+            (expected[base.shape],) = alone.output(base.name)
         differences = {}
-        for spec in SPECS:
-            pair.load(spec, setup, Case(checkpoint, spec))
-            found = pair.output(spec)[0]
-            difference = ((found - expected).abs().max() / expected.abs().max()).item()
-            assert difference < MAX_DIFFERENCE, f"{spec}: {difference}"
-            differences[spec] = difference
-        base: list[Timing] = []
-        timings: dict[str, list[Timing]] = {spec: [] for spec in SPECS}
+        for case in cases:
+            pair.load(case.name, setup, case)
+            found, wanted = pair.output(case.name)[0], expected[case.shape]
+            difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+            assert difference < MAX_DIFFERENCE, f"{case.name}: {difference}"
+            differences[case] = difference
+        timings: dict[Case, list[Timing]] = {case: [] for case in (*bases, *cases)}
         for _ in range(num_rounds):
-            time.sleep(PAUSE_SECONDS)
-            base.append(alone.time("alone"))
-            for spec in SPECS:
+            for case, taken in timings.items():
                 time.sleep(PAUSE_SECONDS)
-                timings[spec].append(pair.time(spec))
+                taken.append((pair if case.spec else alone).time(case.name))
+    base_of = {base.shape: timings[base] for base in bases}
     return [
         {
-            "spec": spec,
-            "sequences": NUM_SEQUENCES,
-            "num_tokens": NUM_TOKENS,
+            "spec": case.spec,
+            "sequences": case.shape[0],
+            "num_tokens": case.shape[1],
             "num_rounds": num_rounds,
-            "wall_ratio": statistics.median(
-                t.seconds / b.seconds for t, b in zip(taken, base, strict=True)
-            ),
-            "cpu_ratio": statistics.median(
-                t.cpu_seconds / b.cpu_seconds for t, b in zip(taken, base, strict=True)
-            ),
-            "max_difference": differences[spec],
+            "wall_ratio": _ratio(timings[case], base_of[case.shape], "seconds"),
+            "cpu_ratio": _ratio(timings[case], base_of[case.shape], "cpu_seconds"),
+            "max_difference": differences[case],
         }
-        for spec, taken in timings.items()
+        for case in cases
     ]
+
+
+def _ratio(taken: list[Timing], base: list[Timing], name: str) -> float:
+    """The median over rounds."""
+    pairs = zip(taken, base, strict=True)
+    return statistics.median(getattr(t, name) / getattr(b, name) for t, b in pairs)
 
 
 def transform_times(layers: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -153,14 +168,14 @@ def transform_times(layers: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def run(num_rounds: int = 5, layers: tuple[int, ...] = (32, 80)) -> dict[str, Any]:
     """Both benchmarks, printed as they come."""
-    click.echo(
-        f"SmolLM2-135M, {NUM_SEQUENCES} x {NUM_TOKENS} tokens, 2 ranks x 1 thread; ratios to one "
-        "process x 2 threads"
-    )
+    click.echo("SmolLM2-135M, 2 ranks x 1 thread; ratios to one process x 2 threads")
     measured = measure(num_rounds)
     for row in measured:
-        click.echo(f"{row['spec']:8} wall {row['wall_ratio']:.3f}  CPU {row['cpu_ratio']:.3f}  "
-                   f"difference {row['max_difference']:.1e}")
+        click.echo(
+            f"{row['spec']:12} {row['sequences']} x {row['num_tokens']:5} tokens  "
+            f"wall {row['wall_ratio']:.3f}  CPU {row['cpu_ratio']:.3f}  "
+            f"difference {row['max_difference']:.1e}"
+        )
     click.echo("transforming Llama-3 sizes for 16 ranks, CPU seconds of one thread")
     return {"strategies": measured, "transform": transform_times(layers)}
 

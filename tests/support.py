@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -12,8 +16,20 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import ParallelProgram, transform
 from ringcompile.runtime.inprocess import Result, run_lockstep
 
+# Programs whose ranks fit together, so that another run of them need not check that again.
+_VERIFIED: weakref.WeakValueDictionary[int, ParallelProgram] = weakref.WeakValueDictionary()
 # The largest difference that float32 results may show, of the largest output.
 TOLERANCE = 2e-5
+
+
+def some_fast(
+    *values: Iterable[Any], fast: Callable[..., bool]
+) -> list[Any]:
+    """Every combination of values as parameters of a test; all but the fast ones are slow."""
+    return [
+        pytest.param(*case, marks=() if fast(*case) else pytest.mark.slow)
+        for case in product(*values)
+    ]
 
 
 def compiled(
@@ -26,7 +42,9 @@ def compiled(
 
 def run(parallel: ParallelProgram, inputs: Any) -> Result:
     """All ranks in lock-step, values held against their types, ranks checked against each other."""
-    parallel.verify()
+    if _VERIFIED.get(id(parallel)) is not parallel:
+        parallel.verify()
+        _VERIFIED[id(parallel)] = parallel
     return run_lockstep(
         parallel.ranks(), parallel.mesh, parallel.source, inputs, check_types=True
     )

@@ -14,7 +14,7 @@ from ringcompile.models.config import TransformerConfig
 from ringcompile.models.moe import MoE
 from ringcompile.passes import regions, token_wise
 from tests.moe_styles import STYLES, Style
-from tests.support import TOLERANCE, compiled, counts, difference, run
+from tests.support import TOLERANCE, compiled, counts, difference, run, some_fast
 
 SIZE, CAPTURED = 16, 12
 # What runs on each rank's own tokens, and what it then still sends for each mixture.
@@ -28,6 +28,7 @@ ON_OWN_TOKENS = {
 }
 BY_RULE = ("dense, one-hot weights", "loop, dense", "loop, dense in place", "gathered weights",
            "scattered gates", "shared expert", "sigmoid, groups of experts")
+ORDERS = ("contiguous", "zigzag")
 ANY_LENGTH = [name for name, style in STYLES.items() if style.captured and style.any_length]
 
 
@@ -47,8 +48,10 @@ def alike(x: torch.Tensor) -> torch.Tensor:
     return x + torch.linspace(-2, 2, x.shape[-1])
 
 
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("name", ANY_LENGTH)
+@pytest.mark.parametrize(
+    ("name", "order"),
+    some_fast(ANY_LENGTH, ORDERS, fast=lambda name, order: order == ORDERS[len(name) % 2]),
+)
 def test_every_style(name: str, order: str) -> None:
     """The single device's numbers, whatever ops the mixture is written in, at several lengths."""
     style, module = made(name)
@@ -91,8 +94,10 @@ def test_looking_at_the_data_is_refused_with_the_line(name: str) -> None:
     assert "moe_styles.py" in str(error.value)
 
 
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("ring", [2, 4, 16])
+@pytest.mark.parametrize(
+    ("ring", "order"),
+    some_fast([2, 4, 16], ORDERS, fast=lambda ring, order: order == ORDERS[ring != 2]),
+)
 def test_exact_capacity_drops_what_one_device_drops(ring: int, order: str) -> None:
     """moe-4l-tiny at several lengths, some shorter than the ring."""
     loaded = load_model("moe-4l-tiny", batch=2)

@@ -20,8 +20,7 @@ from tests.families.sweep import sweep
 from tests.families.trial import CRASHED, MATCHED, REFUSED, WRONG, Outcome, Trial, try_family
 
 # One of each kind, quick to compile.
-FAST = ["llama", "gemma2", "gpt2", "cohere2", "gpt_oss", "olmoe", "bert", "modernbert", "layoutlm",
-        "vit", "clip-text", "bart"]
+FAST = ["gemma2", "gpt2", "gpt_oss", "bert", "layoutlm", "vit", "bart"]
 LEAST_MATCHED = 0.9
 
 

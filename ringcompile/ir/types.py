@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -231,6 +232,7 @@ def local_size(atom: Atom, mesh: Mesh | None, sequence: SequenceSplit | None) ->
     return divide(atom.size, product(mesh.size(axis) for axis in atom.axes))
 
 
+@lru_cache(maxsize=65536)  # types repeat from layer to layer, and from rank to rank
 def local_shape(
     type_: TensorType, mesh: Mesh | None, sequence: SequenceSplit | None
 ) -> tuple[Size, ...]:

@@ -137,10 +137,13 @@ def test_a_tensor_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 SCRIPT = """
     # No `if __name__ == "__main__"`: the ranks do not run this file.
+    import signal
+
     from ringcompile.runtime.launcher import launch
     from ringcompile.runtime.processes import Processes
     from tests.runtime import rank_functions
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's `&`
     launch(rank_functions.scaled, 2, ({"x": 1, "none": None},))
     with Processes(2) as ranks:
         print([pid for _, pid in ranks.call(rank_functions.remember, 0)], flush=True)
