@@ -319,11 +319,17 @@ def _rows_taken(work: Work) -> list[Kernel]:
 
 
 def _running_sum(work: Work) -> list[Kernel]:
-    """Along the last dim a block of threads shares a row; along others each goes on its own."""
+    """Along the last dim a block of threads shares a row; along others each goes on its own.
+
+    Whole numbers are laid out for the former; see `ops/bodies.py`.
+    """
     (x, *_), out = work.operands, work.results[0]
-    dim = work["dim"] % max(x.dim(), 1)
-    steps = x.shape[dim] if dim < x.dim() - 1 else 0
-    return [replace(_kernel("scan", [x], [out]), rows=steps)]
+    along_memory = work["dim"] % max(x.dim(), 1) >= x.dim() - 1
+    if along_memory or x.is_floating_point():
+        steps = 0 if along_memory else x.shape[work["dim"]]
+        return [replace(_kernel("scan", [x], [out]), rows=steps)]
+    return [_kernel("strided", [x], [x]), _kernel("scan", [x], [out]),
+            _kernel("strided", [out], [out])]
 
 
 def _sorted(work: Work) -> list[Kernel]:

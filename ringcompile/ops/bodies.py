@@ -22,6 +22,26 @@ def _tokenwise(x: torch.Tensor, *, region: int, leaves: bool) -> torch.Tensor:
     return x
 
 
+def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A running sum of whole numbers on a GPU goes along memory.
+
+    Along another dim torch gives a thread to each column, which walks down it step by step: for
+    slots of experts, as many threads as experts and as many steps as tokens. Sums of whole numbers
+    are the same in any order; those of others are left as they are.
+    """
+    if x.is_cuda and not x.is_floating_point() and not x.is_complex():
+        return cumsum_along_memory(x, dim, dtype)
+    return torch.ops.aten.cumsum.default(x, dim, dtype=dtype)
+
+
+def cumsum_along_memory(x: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
+    """`cumsum` of x [...] along a dim, with that dim brought innermost for it."""
+    return x.movedim(dim, -1).contiguous().cumsum(-1, dtype=dtype).movedim(-1, dim).contiguous()
+
+
+# Of torch's operators, what is run in another way.
+_FOR_TORCH: dict[str, Callable[..., Any]] = {"aten.cumsum.default": _cumsum}
+
 BODIES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "expert_linear": expert_linear,
@@ -45,4 +65,4 @@ CREATION = frozenset(
 def body_of(target: Any) -> Callable[..., Any]:
     """What runs an op that does not communicate: our body, or torch's operator itself."""
     name = schemas.name_of(target)
-    return BODIES[name] if name is not None else target
+    return BODIES[name] if name is not None else _FOR_TORCH.get(str(target), target)

@@ -289,6 +289,13 @@ def test_a_running_sum_goes_step_by_step() -> None:
     assert time_of(down, cluster().device).bound == "launch"  # a table that says nothing of it
 
 
+def test_a_running_sum_of_whole_numbers_is_laid_out_along_memory() -> None:
+    there, total, back = kernels_for(
+        aten.cumsum.default, [(4096, 8)], (4096, 8), 0, dtype=torch.int64)
+    assert (there.kind, total.kind, back.kind) == ("strided", "scan", "strided")
+    assert total.rows == 0
+
+
 @pytest.mark.parametrize(("dtype", "head_dim", "free"), [
     (torch.float16, 512, True), (torch.bfloat16, 300, True), (torch.float16, 128, False),
     (F32, 512, False),
