@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.support import some_fast
 
 SECONDS, BYTES = 60, 2e9
 VERIFIED = 5  # seconds for 16 ranks of 3,000 nodes
@@ -31,15 +34,23 @@ LLAMA_70B = {
 # What one process does from the model's name to the checked programs of all ranks.
 SCRIPT = """
 import json, re, sys, time
+from math import prod
 from pathlib import Path
 import ringcompile as rc
 from ringcompile.capture.loaders import load_model
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.types import local_shape
+
+def held(rank):
+    nodes = [node for node in rank.graph.nodes if node.name in rank.weights]
+    shapes = [local_shape(type_of(node), rank.mesh, rank.sequence) for node in nodes]
+    return sum(prod(s) * type_of(n).dtype.itemsize for s, n in zip(shapes, nodes, strict=True))
 
 start = time.process_time()
 loaded = load_model(sys.argv[1], weights=False)
 program = rc.capture(loaded.module, loaded.args, loaded.kwargs)
 captured = time.process_time() - start
-parallel = rc.transform(program, "ring=16")
+parallel = rc.transform(program, sys.argv[2])
 ranks = parallel.ranks()
 made = time.process_time() - start
 parallel.verify()
@@ -50,35 +61,52 @@ print(json.dumps({
     # Not getrusage: its maximum is inherited from the process that started this one.
     "bytes": int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024,
     "nodes": len(ranks[5].graph.nodes),
+    "held": [held(rank) for rank in ranks],
     "weights": sum(weight.num_bytes for weight in program.weights.values()),
 }))
 """
 
 
-def measured(model: str) -> dict[str, float]:
+def measured(model: str, spec: str = "ring=16") -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, model], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", SCRIPT, model, spec], capture_output=True, text=True, check=False,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(model, found)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(model, spec, {key: value for key, value in found.items() if key != "held"})
     assert found["verified"] < VERIFIED * max(found["nodes"] / 3000, 1)
     return found
 
 
-def test_dense_4l() -> None:
-    found = measured("dense-4l")
-    assert found["weights"] == pytest.approx(6.44e9, rel=0.01)
-    assert found["bytes"] < BYTES
-    assert found["seconds"] < SECONDS
+# Numbers of one layer of the reference models: D = 8192, four projections of attention, an MLP of
+# 4 D, or 8 experts like it and their router; two norms. Outside: a norm, and angles in float32.
+D, LAYERS, EXPERTS = 8192, 4, 8
+NORMS, LAST, ANGLES = 2 * D * 2, D * 2, 256 * 4
+SPLIT = {"dense-4l": 12 * D * D * 2, "moe-4l": (4 + 8 * EXPERTS) * D * D * 2}
+WHOLE = {"dense-4l": NORMS, "moe-4l": NORMS + EXPERTS * D * 2}
 
 
-@pytest.mark.slow
-def test_moe_4l() -> None:
-    """The check that its experts are token-wise included: large weights are checked as rank one."""
-    found = measured("moe-4l")
-    assert found["weights"] == pytest.approx(36.5e9, rel=0.01)
+def shares(model: str, spec: str) -> list[int]:
+    """Bytes of weights that each of the 16 ranks has to hold."""
+    if "tp=8,pp=2" not in spec:  # a rank of a ring, or of heads, holds all
+        return [LAYERS * (SPLIT[model] + WHOLE[model]) + LAST + ANGLES] * 16
+    stage = LAYERS // 2 * (SPLIT[model] // 8 + WHOLE[model]) + ANGLES
+    return [stage, stage + LAST] * 8  # neighbouring ranks are of different stages
+
+
+@pytest.mark.parametrize(
+    ("model", "spec"),
+    some_fast(
+        SPLIT, ["ring=16", "tp=8,pp=2", "ring=4,ulysses=4"],
+        fast=lambda model, spec: (model, spec) == ("dense-4l", "tp=8,pp=2"),
+    ),
+)
+def test_reference_models(model: str, spec: str) -> None:
+    """The check that experts are token-wise included: large weights are checked as rank one."""
+    found = measured(model, spec)
+    assert found["weights"] == LAYERS * (SPLIT[model] + WHOLE[model]) + LAST + ANGLES
+    assert found["held"] == shares(model, spec)
     assert found["bytes"] < BYTES
     assert found["seconds"] < SECONDS
 
