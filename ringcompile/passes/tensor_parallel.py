@@ -25,13 +25,12 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import equal, simplify
+from ringcompile.ir.expr import simplify
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
-from ringcompile.ir.plan import model_plan
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
-from ringcompile.ir.types import TensorType, local_shape, local_size
+from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.mesh import Mesh, base_axis
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import (
@@ -41,14 +40,13 @@ from ringcompile.passes.attention_rows import (
     repeat_heads,
     repeats,
 )
-from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.base import Pass
 from ringcompile.passes.linear_ops import passes_partial
-from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
+from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
+from ringcompile.passes.tensor_requests import TP, TensorRequests, has_tp
 
 aten = torch.ops.aten
 _ATTENTION, _EXPERTS = op("attention"), op("expert_linear")
-_TP = "tp"
-
 
 @dataclass(frozen=True)
 class TensorParallel(Pass):
@@ -69,22 +67,16 @@ class TensorParallel(Pass):
 
     def run(self, program: Program) -> Program:
         """Write the program anew, with `tp` added to its layouts."""
-        if self.mesh.size(_TP) == 1:
+        if self.mesh.size(TP) == 1:
             return program
         return _Splitter(program, self.mesh, self.told).run()
 
 
-class _Splitter(Requests):
+class _Splitter(TensorRequests):
     def __init__(self, program: Program, mesh: Mesh, told: Mapping[str, int | None]) -> None:
-        super().__init__(Builder(), dict(mesh.axes))
-        assert program.sequence is not None
-        self.program, self.mesh, self.sequence = program, mesh, program.sequence
-        self.size = mesh.size(_TP)
-        self.weights = dict(program.weights)
-        self.told, self.allowed = told, {**model_plan(program), **told}
-        self.why = ""
+        super().__init__(program, mesh, told)
+        self.size = mesh.size(TP)
         self.notes: list[str] = []
-        self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -96,7 +88,7 @@ class _Splitter(Requests):
             elif node.op == "call_function":
                 self.builder.env[node] = self._call(node)
             else:
-                self.builder.output(tuple(self._summed(self.builder.env[n]) for n in node.args[0]))
+                self.builder.output(tuple(self.summed(self.builder.env[n]) for n in node.args[0]))
         return self.program.with_graph(
             placeholders_first(self.builder.graph),
             placeholders=self.placeholders,
@@ -129,11 +121,11 @@ class _Splitter(Requests):
         shared = old[0].dims[1][0].axes if old[0].dims[1] else ()
         ways = self.size * self.mesh.size(",".join(shared)) if shared else self.size
         queries, keys = head_counts(call)
-        operands = list(map(self._summed, operands))
+        operands = list(map(self.summed, operands))
         if queries % ways:
             self._note(node, f"{queries} heads do not divide over {self._text(shared)}: attention "
                              "is computed whole on each of its ranks")
-            wanted = [layout.without(_TP) for layout in old]
+            wanted = [layout.without(TP) for layout in old]
             return self.emit(
                 node, [self.request(*pair) for pair in zip(operands, wanted, strict=True)],
                 layout_of(node),
@@ -143,13 +135,13 @@ class _Splitter(Requests):
             whole = [self.request(x, o) for x, o in zip(operands[1:3], old[1:3], strict=True)]
             operands[1:3] = [repeat_heads(self.builder, x, times) for x in whole]
         self.why = f"heads of {location_of(node).layer or 'attention'}"
-        rows = Rows(old[0].dims[0], (_TP, *shared), old[0].dims[2], old[1].dims[2])
+        rows = Rows(old[0].dims[0], (TP, *shared), old[0].dims[2], old[1].dims[2])
         placement = rows.placement(given_operands(call, operands))
         new = [self.obtain(n, w) for n, w in zip(operands, placement.operands, strict=True)]
         return self.emit(node, new, placement.output)
 
     def _text(self, shared: Sequence[str]) -> str:
-        return " x ".join(f"{axis}={self.mesh.size(axis)}" for axis in (_TP, *shared))
+        return " x ".join(f"{axis}={self.mesh.size(axis)}" for axis in (TP, *shared))
 
     def _summing(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
         """A product over features that are split, or can be for nothing; a partial sum."""
@@ -171,7 +163,7 @@ class _Splitter(Requests):
             if bias is not None:
                 return self._with_bias(node, call, operands, wanted, bias)
             new = [self.obtain(n, w) for n, w in zip(operands, wanted, strict=True)]
-            return self.emit(node, new, replace(layout_of(node), partial=(_TP,)))
+            return self.emit(node, new, replace(layout_of(node), partial=(TP,)))
         return None
 
     def _is_product(self, call: Call, rule: FactorRule, factors: Sequence[int]) -> bool:
@@ -192,13 +184,13 @@ class _Splitter(Requests):
         """How a summed factor is split, if one operand's is or can be by splitting its making."""
         for i, dim in where:
             have = layout_of(operands[i]).dims[dim]
-            if any(base_axis(axis) == _TP for atom in have for axis in atom.axes) and not any(
+            if any(base_axis(axis) == TP for atom in have for axis in atom.axes) and not any(
                 atom.sequence for atom in have
             ):
                 return have
         size = type_of(call.operands[where[0][0]]).shape[where[0][1]]
-        split = (Atom(size, (_TP,)),)
-        if not self._divides(split):
+        split = (Atom(size, (TP,)),)
+        if not self.divides(split):
             return None
         if any(self._told(call.operands[i]) == dim for i, dim in where):
             return split
@@ -217,11 +209,11 @@ class _Splitter(Requests):
             self.obtain(x, w)
             for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
         ]
-        type_ = type_of(node).with_layout(replace(layout_of(node), partial=(_TP,)))
+        type_ = type_of(node).with_layout(replace(layout_of(node), partial=(TP,)))
         target, how = _WITHOUT_BIAS[str(node.target)], {}
         if target is _EXPERTS:
             how = {"transposed": call["transposed"]}
-        total = self._summed(self.builder.call(target, tuple(new), type_, **how))
+        total = self.summed(self.builder.call(target, tuple(new), type_, **how))
         added = operands[place]
         if target is _EXPERTS:
             expert = self.request(operands[1], Layout(layout_of(total).dims[:-1]))
@@ -252,14 +244,14 @@ class _Splitter(Requests):
             place, other, splits = 1, 0, self._is_head(node)
         else:
             return None
-        if not splits or not self._is_weight(operands[place]):
+        if not splits or not self.is_weight(operands[place]):
             return None
         table = self._rows_of_weight(operands[place])
         if table is None:
             return None
-        x = self.request(self._summed(operands[other]), layout_of(call.operands[other]))
+        x = self.request(self.summed(operands[other]), layout_of(call.operands[other]))
         if place == 0:
-            return self.emit(node, [table, x], replace(layout_of(node), partial=(_TP,)))
+            return self.emit(node, [table, x], replace(layout_of(node), partial=(TP,)))
         return self.emit(node, [x, table], layout_of(node).with_dim(-1, layout_of(table).dims[0]))
 
     def _as_told(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
@@ -273,12 +265,12 @@ class _Splitter(Requests):
             factor = None if dim is None else names.operands[i][dim]
             if factor is None or factor not in names.output:
                 continue
-            split = (Atom(type_of(x).shape[dim], (_TP,)),)  # type: ignore[index]
+            split = (Atom(type_of(x).shape[dim], (TP,)),)  # type: ignore[index]
             wanted = [layout_of(n) for n in call.operands]
             for j, dims in enumerate(names.operands):
                 if factor in dims:
                     wanted[j] = wanted[j].with_dim(dims.index(factor), split)
-            new = [self.obtain(self._summed(n), w) for n, w in zip(operands, wanted, strict=True)]
+            new = [self.obtain(self.summed(n), w) for n, w in zip(operands, wanted, strict=True)]
             output = layout_of(node).with_dim(names.output.index(factor), split)
             return self.emit(node, new, output)
         return None
@@ -290,11 +282,11 @@ class _Splitter(Requests):
 
     def _rows_of_weight(self, weight: fx.Node) -> fx.Node | None:
         size = type_of(weight).shape[0]
-        split = (Atom(size, (_TP,)),)
-        if not self._may_split(weight, layout_of(weight).with_dim(0, split)):
+        split = (Atom(size, (TP,)),)
+        if not self.may_split(weight, layout_of(weight).with_dim(0, split)):
             return None
         self.why = "rows of the vocabulary"
-        if not self._divides(split):
+        if not self.divides(split):
             self.notes.append(
                 f"{self._weight_name(weight)}: {size} rows do not divide over tp={self.size}: "
                 "whole on each of its ranks"
@@ -315,7 +307,7 @@ class _Splitter(Requests):
 
     def _is_head(self, node: fx.Node) -> bool:
         """Whether a split of the last dim would stay up to the outputs, at no cost."""
-        split = layout_of(node).with_dim(-1, (Atom(type_of(node).shape[-1], (_TP,)),))
+        split = layout_of(node).with_dim(-1, (Atom(type_of(node).shape[-1], (TP,)),))
         return all(self._leads_out(user, node, split) for user in node.users)
 
     def _leads_out(self, user: fx.Node, operand: fx.Node, layout: Layout) -> bool:
@@ -325,7 +317,7 @@ class _Splitter(Requests):
         if rule is None or not rule.cheap or len(user.all_input_nodes) > 1:
             return False
         placement = self._forward(user, rule, [layout])
-        kept = placement is not None and _TP in placement.output.axes
+        kept = placement is not None and TP in placement.output.axes
         return kept and all(
             self._leads_out(after, user, placement.output)  # type: ignore[union-attr]
             for after in user.users
@@ -335,7 +327,7 @@ class _Splitter(Requests):
 
     def _redistribute(self, node: fx.Node, x: fx.Node) -> fx.Node:
         """A move along the sequence, with what is split over tp left so."""
-        x = self._summed(x)
+        x = self.summed(x)
         wanted = self._moved(node, layout_of(x))
         if wanted is None:
             x = self.request(x, layout_of(node.args[0]))  # type: ignore[arg-type]
@@ -349,8 +341,8 @@ class _Splitter(Requests):
         for before, now, then in zip(source.dims, have.dims, target.dims, strict=True):
             if now == before or any(atom.sequence for atom in now):
                 dims.append(then)
-            elif len(now) == 1 and len(then) <= 1 and now[0].axes[0] == _TP:
-                axes = (_TP, *(then[0].axes if then else ()))
+            elif len(now) == 1 and len(then) <= 1 and now[0].axes[0] == TP:
+                axes = (TP, *(then[0].axes if then else ()))
                 dims.append((replace(now[0], axes=axes),))
             else:
                 return None
@@ -360,26 +352,26 @@ class _Splitter(Requests):
         """An op behind split operands: its rule says what becomes of the split."""
         # What several ops read is summed once, for all of them.
         operands = [
-            self._summed(new) if len(old.users) > 1 else new
+            self.summed(new) if len(old.users) > 1 else new
             for old, new in zip(call.operands, operands, strict=True)
         ]
         partial = passes_partial(call, [layout_of(n).partial for n in operands])
         if not partial:
-            operands = list(map(self._summed, operands))
+            operands = list(map(self.summed, operands))
         layouts = [replace(layout_of(n), partial=()) for n in operands]
         rule = find_rule(node.target)
         placement = None
-        if any(map(_has_tp, layouts)):
+        if any(map(has_tp, layouts)):
             placement = self._forward(node, rule, layouts)
         if placement is None:
             wanted = [layout_of(n) for n in call.operands]
             placement = Placement(tuple(wanted), layout_of(node))
         output = replace(placement.output, partial=partial)
         if output.has_conflict:
-            return self._carried(node, call, list(map(self._summed, operands)))
+            return self._carried(node, call, list(map(self.summed, operands)))
         new = [
             n if layout_of(n).partial and layout_of(n).dims == want.dims
-            else self.obtain(self._summed(n), want)
+            else self.obtain(self.summed(n), want)
             for n, want in zip(operands, placement.operands, strict=True)
         ]
         if partial and not any(layout_of(n).partial for n in new):
@@ -396,161 +388,17 @@ class _Splitter(Requests):
             placement = rule.forward(Call(node), layouts, self.axis_sizes)
         except ConflictError:
             return None
-        same = placement.output.without(_TP) == layout_of(node)
+        same = placement.output.without(TP) == layout_of(node)
         layouts = (*placement.operands, placement.output)
-        even = all(self._divides(dim) for layout in layouts for dim in layout.dims)
+        even = all(self.divides(dim) for layout in layouts for dim in layout.dims)
         return placement if same and even else None
-
-    # -- requests ----------------------------------------------------------------------------------
-
-    def _summed(self, node: fx.Node) -> fx.Node:
-        """A value that is no partial sum: summed over the ranks, and with tp_sequence split."""
-        if not isinstance(node.meta["type"], TensorType) or not layout_of(node).partial:
-            return node
-        layout = replace(layout_of(node), partial=())
-        return self.request(node, self._over_tp(type_of(node), layout))
-
-    def _over_tp(self, type_: TensorType, layout: Layout) -> Layout:
-        """The layout with the sequence split over tp as well, where that is asked for."""
-        if _TP not in self.sequence.names:
-            return layout
-        full = (Atom(self.sequence.length, self.sequence.names, sequence=True),)
-        above = self.sequence.names[:-1]
-        for dim, (size, have) in enumerate(zip(type_.shape, layout.dims, strict=True)):
-            is_sequence = have == (replace(full[0], axes=above),) if above else (
-                not have and dim < len(type_.shape) - 1 and equal(size, self.sequence.length)
-            )
-            if is_sequence:
-                return layout.with_dim(dim, full)
-        return layout
-
-    def obtain(self, node: fx.Node, wanted: Layout) -> fx.Node:
-        """`node` in the wanted layout; what splits a product on the way is computed again so."""
-        if layout_of(node) == wanted:
-            return node
-        if layout_of(node).partial:
-            return self.obtain(self._summed(node), wanted)
-        key = (node, wanted)
-        if self.known.get(key) is None and self.gains(node, wanted):
-            wants = self._wants(node, wanted)
-            assert wants is not None
-            self.known[key] = self.emit(
-                node, [self.obtain(*pair) for pair in zip(_operands(node), wants, strict=True)],
-                wanted,
-            )
-        found = self.known.get(key)
-        return found if found is not None else self.request(node, wanted)
-
-    def gains(self, node: fx.Node, wanted: Layout) -> bool:
-        """Whether a layout is had by splitting a product on its way, rather than by cutting."""
-        key = (node, wanted)
-        if key not in self.gaining:
-            self.gaining[key] = False  # while it is found out
-            self.gaining[key] = self._gains(node, wanted)
-        return self.gaining[key]
-
-    def _gains(self, node: fx.Node, wanted: Layout) -> bool:
-        if layout_of(node) == wanted or node.op == "placeholder" or not _has_tp(wanted):
-            return False
-        wants = self._wants(node, wanted)
-        if wants is None:
-            return False
-        rule = find_rule(node.target)
-        heavy = rule is not None and not rule.cheap
-        return any(
-            _has_tp(want) and ((heavy and self._is_weight(operand)) or self.gains(operand, want))
-            for operand, want in zip(_operands(node), wants, strict=True)
-        )
-
-    def _wants(self, node: fx.Node, wanted: Layout) -> tuple[Layout, ...] | None:
-        """What a node's operands have to be for it to be computed in that layout."""
-        if not isinstance(node.meta["type"], TensorType):
-            return None
-        if node.target is REDISTRIBUTE:
-            return self._source_of(node, wanted)
-        rule = find_rule(node.target)
-        if rule is None or node.target is _ATTENTION or layout_of(node).partial:
-            return None
-        wants = rule.backward(Call(node), wanted, self.axis_sizes)
-        if wants is None or not all(self._divides(dim) for want in wants for dim in want.dims):
-            return None
-        return wants
-
-    def _source_of(self, node: fx.Node, wanted: Layout) -> tuple[Layout, ...] | None:
-        """What a redistribution has to start from, for its result to be split over tp too."""
-        source: Layout = layout_of(node.args[0])  # type: ignore[arg-type]
-        if source.partial:
-            return None
-        dims = []
-        for dim, (before, now, then) in enumerate(
-            zip(source.dims, layout_of(node).dims, wanted.dims, strict=True)
-        ):
-            if then == now:
-                dims.append(before)
-            elif len(then) == 1 and then[0].axes[0] == _TP and len(before) <= 1:
-                size = type_of(node).shape[dim]
-                dims.append((Atom(size, (_TP, *(before[0].axes if before else ()))),))
-            else:
-                return None
-        return (Layout(tuple(dims)),)
-
-    def _may_split(self, node: fx.Node, wanted: Layout) -> bool:
-        """Whether a value is a weight that nobody wants split otherwise, or whole."""
-        if node.op != "placeholder":
-            return self._is_weight(node)
-        name = self.weights[node.name].name if node.name in self.weights else None
-        if name is None or name not in self.allowed:
-            return name is not None
-        dims = [i for i, dim in enumerate(wanted.dims) for a in dim for x in a.axes
-                if base_axis(x) == _TP]
-        return dims == [self.allowed[name]]
-
-    def _is_weight(self, node: fx.Node) -> bool:
-        """Whether a value is a weight, seen through views of it."""
-        if node.op == "placeholder":
-            return node.name in self.weights
-        rule = find_rule(node.target)
-        return rule is not None and rule.cheap and len(_operands(node)) == 1 and self._is_weight(
-            _operands(node)[0]
-        )
-
-    def input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
-        """A weight by its share; each rank reads nothing else of it."""
-        if node.name not in self.weights:
-            return super().input_again(node, wanted)
-        if not all(map(self._divides, wanted.dims)) or not self._may_split(node, wanted):
-            return None
-        again = self.builder.placeholder(
-            f"{node.name}_share", type_of(node).with_layout(wanted)
-        )
-        name = self.weights[node.name].name
-        again.meta["why"] = "plan" if name in self.told else self.why
-        self.weights[again.name] = self.weights[node.name]
-        return again
-
-    def may_recompute(self, node: fx.Node, wanted: Layout) -> bool:
-        """Only cheap ops: products are split by `obtain`, where that gains something."""
-        rule = find_rule(node.target)
-        even = all(map(self._divides, wanted.dims))
-        return rule is not None and rule.cheap and even and not layout_of(node).partial
-
-    def _divides(self, dim: DimLayout) -> bool:
-        return all(local_size(atom, self.mesh, self.sequence) is not None for atom in dim)
 
     def _note(self, node: fx.Node, text: str) -> None:
         self.notes.append(f"{location_of(node).short}: {text}".lstrip(": "))
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
-    return Call(node).operands
-
-
 def _is_float(node: fx.Node) -> bool:
     return type_of(node).dtype.is_floating_point or type_of(node).dtype.is_complex
-
-
-def _has_tp(layout: Layout) -> bool:
-    return any(base_axis(axis) == _TP for axis in layout.axes)
 
 
 _WITHOUT_BIAS: dict[str, Any] = {

@@ -1,0 +1,192 @@
+"""What a value costs in another layout under tensor parallelism, and how it is had.
+
+A request for heads or features runs backwards by the op rules. It gains something where it ends
+at a weight, through a product: then the product is computed on each rank's part, from its share of
+the weight. Otherwise what is whole is cut, and what is split stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import fx
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import equal
+from ringcompile.ir.layout import Atom, DimLayout, Layout
+from ringcompile.ir.nodes import layout_of, type_of
+from ringcompile.ir.plan import model_plan
+from ringcompile.ir.program import Program
+from ringcompile.ir.rules import find_rule
+from ringcompile.ir.types import TensorType, local_size
+from ringcompile.mesh import Mesh, base_axis
+from ringcompile.ops.schemas import op
+from ringcompile.passes.base import Builder
+from ringcompile.passes.requests import REDISTRIBUTE, Requests
+
+TP = "tp"
+
+
+class TensorRequests(Requests):
+    """Requests that may split products and read shares of weights.
+
+    Args:
+        program: placed, without `tp`.
+        mesh: the parallel plan.
+        told: for weights of which the user says so, the dim that is split; None for whole.
+    """
+
+    def __init__(self, program: Program, mesh: Mesh, told: Mapping[str, int | None]) -> None:
+        super().__init__(Builder(), dict(mesh.axes))
+        assert program.sequence is not None
+        self.program, self.mesh, self.sequence = program, mesh, program.sequence
+        self.weights = dict(program.weights)
+        self.told, self.allowed = told, {**model_plan(program), **told}
+        self.why = ""  # what asked for the shares of weights that are read now
+        self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
+
+    def summed(self, node: fx.Node) -> fx.Node:
+        """A value that is no partial sum: summed over the ranks, and with tp_sequence split."""
+        if not isinstance(node.meta["type"], TensorType) or not layout_of(node).partial:
+            return node
+        layout = replace(layout_of(node), partial=())
+        return self.request(node, self._over_tp(type_of(node), layout))
+
+    def _over_tp(self, type_: TensorType, layout: Layout) -> Layout:
+        """The layout with the sequence split over tp as well, where that is asked for."""
+        if TP not in self.sequence.names:
+            return layout
+        full = (Atom(self.sequence.length, self.sequence.names, sequence=True),)
+        above = self.sequence.names[:-1]
+        for dim, (size, have) in enumerate(zip(type_.shape, layout.dims, strict=True)):
+            is_sequence = have == (replace(full[0], axes=above),) if above else (
+                not have and dim < len(type_.shape) - 1 and equal(size, self.sequence.length)
+            )
+            if is_sequence:
+                return layout.with_dim(dim, full)
+        return layout
+
+    def obtain(self, node: fx.Node, wanted: Layout) -> fx.Node:
+        """`node` in the wanted layout; what splits a product on the way is computed again so."""
+        if layout_of(node) == wanted:
+            return node
+        if layout_of(node).partial:
+            return self.obtain(self.summed(node), wanted)
+        key = (node, wanted)
+        if self.known.get(key) is None and self.gains(node, wanted):
+            wants = self._wants(node, wanted)
+            assert wants is not None
+            self.known[key] = self.emit(
+                node, [self.obtain(*pair) for pair in zip(operands_of(node), wants, strict=True)],
+                wanted,
+            )
+        found = self.known.get(key)
+        return found if found is not None else self.request(node, wanted)
+
+    def gains(self, node: fx.Node, wanted: Layout) -> bool:
+        """Whether a layout is had by splitting a product on its way, rather than by cutting."""
+        key = (node, wanted)
+        if key not in self.gaining:
+            self.gaining[key] = False  # while it is found out
+            self.gaining[key] = self._gains(node, wanted)
+        return self.gaining[key]
+
+    def _gains(self, node: fx.Node, wanted: Layout) -> bool:
+        if layout_of(node) == wanted or node.op == "placeholder" or not has_tp(wanted):
+            return False
+        wants = self._wants(node, wanted)
+        if wants is None:
+            return False
+        rule = find_rule(node.target)
+        heavy = rule is not None and not rule.cheap
+        return any(
+            has_tp(want) and ((heavy and self.is_weight(operand)) or self.gains(operand, want))
+            for operand, want in zip(operands_of(node), wants, strict=True)
+        )
+
+    def _wants(self, node: fx.Node, wanted: Layout) -> tuple[Layout, ...] | None:
+        """What a node's operands have to be for it to be computed in that layout."""
+        if not isinstance(node.meta["type"], TensorType):
+            return None
+        if node.target is REDISTRIBUTE:
+            return self._source_of(node, wanted)
+        rule = find_rule(node.target)
+        if rule is None or node.target is op("attention") or layout_of(node).partial:
+            return None
+        wants = rule.backward(Call(node), wanted, self.axis_sizes)
+        if wants is None or not all(self.divides(dim) for want in wants for dim in want.dims):
+            return None
+        return wants
+
+    def _source_of(self, node: fx.Node, wanted: Layout) -> tuple[Layout, ...] | None:
+        """What a redistribution has to start from, for its result to be split over tp too."""
+        source: Layout = layout_of(node.args[0])  # type: ignore[arg-type]
+        if source.partial:
+            return None
+        dims = []
+        for dim, (before, now, then) in enumerate(
+            zip(source.dims, layout_of(node).dims, wanted.dims, strict=True)
+        ):
+            if then == now:
+                dims.append(before)
+            elif len(then) == 1 and then[0].axes[0] == TP and len(before) <= 1:
+                size = type_of(node).shape[dim]
+                dims.append((Atom(size, (TP, *(before[0].axes if before else ()))),))
+            else:
+                return None
+        return (Layout(tuple(dims)),)
+
+    def may_split(self, node: fx.Node, wanted: Layout) -> bool:
+        """Whether a value is a weight that nobody wants split otherwise, or whole."""
+        if node.op != "placeholder":
+            return self.is_weight(node)
+        name = self.weights[node.name].name if node.name in self.weights else None
+        if name is None or name not in self.allowed:
+            return name is not None
+        dims = [i for i, dim in enumerate(wanted.dims) for a in dim for x in a.axes
+                if base_axis(x) == TP]
+        return dims == [self.allowed[name]]
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether a value is a weight, seen through views of it."""
+        if node.op == "placeholder":
+            return node.name in self.weights
+        rule = find_rule(node.target)
+        return rule is not None and rule.cheap and len(operands_of(node)) == 1 and self.is_weight(
+            operands_of(node)[0]
+        )
+
+    def input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        """A weight by its share; each rank reads nothing else of it."""
+        if node.name not in self.weights:
+            return super().input_again(node, wanted)
+        if not all(map(self.divides, wanted.dims)) or not self.may_split(node, wanted):
+            return None
+        again = self.builder.placeholder(
+            f"{node.name}_share", type_of(node).with_layout(wanted)
+        )
+        name = self.weights[node.name].name
+        again.meta["why"] = "plan" if name in self.told else self.why
+        self.weights[again.name] = self.weights[node.name]
+        return again
+
+    def may_recompute(self, node: fx.Node, wanted: Layout) -> bool:
+        """Only cheap ops: products are split by `obtain`, where that gains something."""
+        rule = find_rule(node.target)
+        even = all(map(self.divides, wanted.dims))
+        return rule is not None and rule.cheap and even and not layout_of(node).partial
+
+    def divides(self, dim: DimLayout) -> bool:
+        """Whether every rank gets an equal part of each atom of a dim."""
+        return all(local_size(atom, self.mesh, self.sequence) is not None for atom in dim)
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The operands of a call, in order."""
+    return Call(node).operands
+
+
+def has_tp(layout: Layout) -> bool:
+    """Whether `tp`, or a part of it, splits some dim."""
+    return any(base_axis(axis) == TP for axis in layout.axes)
