@@ -117,6 +117,11 @@ class Case:
     gather_unknown: bool
 
     @property
+    def axis(self) -> str:
+        """What divides the sequence: ranks, or, in every fifth case, one rank in time."""
+        return "time" if self.seed % 5 == 4 else "ring"
+
+    @property
     def hides_rows(self) -> bool:
         """Whether a padding query may see no key at all: what it gives then is nobody's concern."""
         if self.padding == "none":
@@ -484,7 +489,8 @@ def compiled(model: RandomModel) -> ParallelProgram:
     example = inputs_of(case, case.capture_length)
     first = example.pop("inputs")
     parallel = transform(
-        capture(model, (first,), example), f"ring={case.ranks}", order=case.order,
+        capture(model, (first,), example), f"{case.axis}={case.ranks}",
+        order="contiguous" if case.axis == "time" else case.order,
         length=case.lengths[0] if case.fixed else None, gather_unknown=case.gather_unknown)
     parallel.ranks()
     return parallel
