@@ -74,7 +74,7 @@ def front_passes(
 def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list[Pass]:
     """From the program for all ranks to that of one."""
     take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
-    time = [Unroll(), CleanUp()] if mesh.size(TIME) > 1 else []
+    time = [Unroll()] if mesh.size(TIME) > 1 else []
     last = [schedule] if schedule is not None else []
     return [Specialize(rank), *take, *time, LowerRing(), FuseMerge(), *last]
 

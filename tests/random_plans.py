@@ -76,7 +76,7 @@ def plan_of(seed: int) -> Plan:
     options: dict[str, Any] = {}
     if rng.random() < 0.5 and not in_time:
         options["order"] = rng.choice(["contiguous", "zigzag"])
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and not in_time:
         options["capacity"] = "local"
     if rng.random() < 0.3:
         options["ring"] = "gather"

@@ -123,7 +123,7 @@ def _check(program: Program) -> None:
     if len(program.outputs) != (0 if passes_on else _num_tensors(program.output_structure)):
         raise RingCompileError("the outputs do not fit their structure")
     if program.coordinates is not None:
-        sizes = dict(program.mesh.axes) if program.mesh is not None else {}
+        sizes = dict(program.mesh.across) if program.mesh is not None else {}
         if program.coordinates.keys() != sizes.keys() or any(
             program.coordinates[axis] >= size for axis, size in sizes.items()
         ):

@@ -118,7 +118,8 @@ class _View:
         if name == expr.LOCAL and sequence is not None:
             chunk = f"-(-{expr.SEQUENCE} // {sequence.num_chunks})"
             times = f" * {sequence.chunks_per_rank}" if sequence.chunks_per_rank > 1 else ""
-            return f"{name} = {chunk}{times}", "tokens that this rank holds"
+            what = "tokens of a chunk" if sequence.in_time else "tokens that this rank holds"
+            return f"{name} = {chunk}{times}", what
         if mesh is not None and name in mesh.names:
             return f'{name} = comm.coordinate("{name}")', "of this rank"
         return f'{name} = comm.length("{name}")', ""

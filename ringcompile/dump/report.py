@@ -11,6 +11,7 @@ from torch import fx
 from ringcompile.ir.calls import Call
 from ringcompile.ir.nodes import location_of, type_of
 from ringcompile.ir.program import Program
+from ringcompile.mesh import TIME
 from ringcompile.ops.blocks import Band
 
 _FORMS = {
@@ -65,7 +66,7 @@ def attention_of(program: Program) -> tuple[AttentionReport, ...]:
         AttentionReport(
             location_of(node).layer,
             location_of(node).short,
-            _FORMS[str(node.target)],
+            _form(node),
             describe_mask(node),
         )
         for node in program.graph.nodes
@@ -73,12 +74,18 @@ def attention_of(program: Program) -> tuple[AttentionReport, ...]:
     )
 
 
+def _form(node: fx.Node) -> str:
+    if node.kwargs.get("axis") == TIME:
+        return "in time: keys and values of other chunks are there"
+    return _FORMS[str(node.target)]
+
+
 def gathers_of(program: Program) -> tuple[str, ...]:
     """Every tensor that is gathered whole, with its type and line."""
     return tuple(
         f"{location_of(node).short}: {location_of(node).layer or 'the model'}: {type_of(node)}"
         for node in program.graph.nodes
-        if str(node.target) == "ringcompile.gather.default"
+        if str(node.target) == "ringcompile.gather.default" and node.kwargs["axis"] != TIME
     )
 
 

@@ -25,7 +25,8 @@ from ringcompile.ir.call_text import (
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
-from ringcompile.ir.types import TensorType, ValueType, bind_type, state_type
+from ringcompile.ir.types import SequenceSplit, TensorType, ValueType, bind_type, state_type
+from ringcompile.mesh import TIME
 
 if TYPE_CHECKING:
     from ringcompile.ir.program import Program
@@ -88,9 +89,12 @@ def _lengths(program: Program) -> _Entries:
         )
     if program.sequence is not None and (expr.LOCAL in used or any(_split_atoms(program))):
         sequence = program.sequence
+        held, over = ("that a rank holds", "ranks")
+        if sequence.in_time:
+            held, over = ("of a chunk", "chunks, which a rank takes one after another")
         yield _term(program, expr.LOCAL), (
-            f"tokens that a rank holds: s, padded to a multiple of {sequence.num_chunks}, over "
-            f"{sequence.num_ranks} ranks"
+            f"tokens {held}: s, padded to a multiple of {sequence.num_chunks}, over "
+            f"{sequence.num_ranks} {over}"
         )
 
 
@@ -125,7 +129,9 @@ def _axes(program: Program) -> _Entries:
     for axis in mesh.names if mesh is not None else ():
         if axis in used:
             last = mesh.size(axis) - 1  # type: ignore[union-attr]
-            yield axis, f"this rank's coordinate on mesh axis {axis}, 0 to {last}"
+            what = "which chunk of the sequence" if axis == TIME else (
+                f"this rank's coordinate on mesh axis {axis}")
+            yield axis, f"{what}, 0 to {last}"
         if any(op_name(node).startswith(f"{axis}.") for node in _calls(program)):
             yield f"{axis}.op", f"an op that communicates along mesh axis {axis}"
 
@@ -134,13 +140,18 @@ def _chunks(program: Program) -> _Entries:
     sequence = program.sequence
     if sequence is None or not _takes(program, {"chunks", "queries"}):
         return
-    own = sequence.own_chunks(program.coordinates)
-    held = " and ".join(str(chunk).replace(" ", _NO_BREAK) for chunk in own)
     chunk = expr.bind(sequence.chunk, program.lengths)
     yield "chunks", (
         f"the padded sequence is cut into chunks 0 to {sequence.num_chunks - 1} of {chunk} tokens; "
-        f"this rank holds {held}; no query sees a key of the padding"
+        f"this rank {_held(program, sequence)}; no query sees a key of the padding"
     )
+
+
+def _held(program: Program, sequence: SequenceSplit) -> str:
+    if sequence.in_time:
+        return "has one after another"
+    own = sequence.own_chunks(program.coordinates)
+    return "holds " + " and ".join(str(chunk).replace(" ", _NO_BREAK) for chunk in own)
 
 
 def _attention(program: Program) -> _Entries:
@@ -274,6 +285,8 @@ def _rings(program: Program, nodes: list[fx.Node]) -> str:
     """Not lowered yet: how far keys and values travel depends on who sees them."""
     operands = [operand for node in nodes for operand in node.args[1:3]]
     assert program.mesh is not None
+    if str(nodes[0].kwargs["axis"]) == TIME:
+        return f"has {_count(nodes, 'block')} of keys and values of every chunk, sends nothing"
     times = program.mesh.size(str(nodes[0].kwargs["axis"])) - 1
     return (
         f"passes on {_count(nodes, 'block')} of keys and values, {_total(program, operands)} "

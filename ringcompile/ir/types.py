@@ -24,7 +24,7 @@ from ringcompile.ir.expr import (
     symbol,
 )
 from ringcompile.ir.layout import Atom, Layout, format_dim
-from ringcompile.mesh import Mesh
+from ringcompile.mesh import TIME, Mesh
 
 DTYPE_NAMES = {
     torch.float16: "f16",
@@ -124,6 +124,11 @@ class SequenceSplit:
         return ",".join(self.names)
 
     @property
+    def in_time(self) -> bool:
+        """Whether every rank has all of the sequence, a share (`n`, one chunk) at a time."""
+        return TIME in self.names
+
+    @property
     def num_ranks(self) -> int:
         """The number of shares."""
         return prod(size for _, size in self.axes)
@@ -211,6 +216,8 @@ class SequenceSplit:
         total, chunk = bind(split.length, lengths), bind(split.chunk, lengths)
         assert isinstance(total, int)
         assert isinstance(chunk, int)
+        if self.in_time:
+            return total
         held = (bind(index, {}) for index in split.own_chunks(coordinates))
         return sum(min(max(total - index * chunk, 0), chunk) for index in held)
 

@@ -109,6 +109,11 @@ class Place(Pass):
                 "both",
                 hint=f"{TIME} goes with pp, dp and tp (without --tp-sequence)",
             )
+        if self.capacity == "local":
+            raise RingCompileError(
+                f"a capacity counted by each rank alone counts all tokens along {TIME}",
+                hint="leave --capacity out",
+            )
         if self.order == "zigzag":
             raise RingCompileError(
                 f"zigzag balances ranks, and along {TIME} there is only one",

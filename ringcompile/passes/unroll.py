@@ -23,7 +23,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, map_values
-from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, short_name
+from ringcompile.ir.communication import COLLECTIVES, GATHER, SHIFT, WAIT, short_name
 from ringcompile.ir.expr import OWN, Size, bind, coordinate, is_symbolic, product, simplify, symbol
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout, normalise
 from ringcompile.ir.nodes import type_of
@@ -33,6 +33,7 @@ from ringcompile.mesh import TIME
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass, refuse
+from ringcompile.passes.cleanup import CleanUp
 
 aten = torch.ops.aten
 _TIMED = frozenset({coordinate(TIME), symbol(OWN)})
@@ -58,7 +59,7 @@ class Unroll(Pass):
         """
         if program.mesh is None or program.mesh.size(TIME) == 1:
             return program
-        return _Unroller(program, program.mesh.size(TIME)).run()
+        return CleanUp().run(_Unroller(program, program.mesh.size(TIME)).run())
 
 
 class _Unroller:
@@ -72,6 +73,9 @@ class _Unroller:
         self.env: list[dict[fx.Node, fx.Node]] = [{} for _ in range(count)]
         self.shared: dict[fx.Node, fx.Node] = {}
         self.unsent: dict[fx.Node, Callable[[], fx.Node]] = {}
+        starts = [node for node in self.calls if str(node.target) == SHIFT]
+        self.sends = [node for node in starts if node.kwargs["source"] is None]
+        self.receives = [node for node in starts if node.kwargs["source"] is not None]
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -90,7 +94,7 @@ class _Unroller:
         for finish in self.unsent.values():
             finish()
         self.builder.output(tuple(map(self._whole, self.program.outputs)))
-        return self.program.with_graph(self.builder.graph, sequence=self.sequence.level(()))
+        return self.program.with_graph(self.builder.graph)
 
     def _ordered(self) -> list[fx.Node]:
         """The calls, and inputs of which a chunk takes a part, each before what reads it."""
@@ -103,9 +107,16 @@ class _Unroller:
             return all(node.args[0] in env for env in self.env)
         if node.target is op("ring_attention"):
             others = self._seen(node, chunk)
-            return all(Call(node)[name] in self.env[i] for i in others for name in ("k", "v"))
-        return all(operand in self.shared or operand in self.env[chunk]
-                   for operand in node.all_input_nodes)
+            if not all(Call(node)[name] in self.env[i] for i in others for name in ("k", "v")):
+                return False
+        if node in self.sends and chunk and not all(
+            self._is_there(send, chunk - 1) for send in self.sends
+        ):
+            return False  # the next stage takes chunks in order
+        return all(self._is_there(operand, chunk) for operand in node.all_input_nodes)
+
+    def _is_there(self, node: fx.Node, chunk: int) -> bool:
+        return node in self.shared or node in self.env[chunk]
 
     def _emit(self, node: fx.Node, chunk: int) -> None:
         self.builder.at(node)
@@ -113,7 +124,7 @@ class _Unroller:
             if node.op == "placeholder":
                 self.env[chunk][node] = self._part(node, chunk)
             elif _over_time(node):
-                self._meet(node, chunk)
+                self.shared[node] = self._gather(node)
             elif node.target is op("ring_attention"):
                 self.env[chunk][node] = self._attention(node, chunk)
             elif str(node.target) in (SHIFT, WAIT):
@@ -165,75 +176,51 @@ class _Unroller:
     def _transfer(self, node: fx.Node, chunk: int) -> None:
         """A chunk on its way between stages.
 
-        What comes is asked for one chunk ahead. That a chunk was sent is waited for when the next
-        one is sent: until then the rank computes.
+        What comes is asked for one chunk ahead, all values of a chunk in the order in which they
+        are sent. That a chunk was sent is waited for when the next one is sent: until then the rank
+        computes.
         """
-        if str(node.target) == SHIFT:
-            if node in self.env[chunk] or node in self.shared:
-                return  # asked for ahead
+        if node in self.sends:
             if node in self.unsent:
                 self.unsent.pop(node)()
             self._start(node, chunk)
+        elif node in self.receives:
+            self._ask(chunk)
         elif node.users:
-            for start in self._receives():
-                if chunk + 1 < self.count and start not in self.env[chunk + 1]:
-                    self._start(start, chunk + 1)
+            self._ask(chunk + 1)
             self._copy(node, chunk)
         else:
             (started,) = node.all_input_nodes
             self.unsent[started] = partial(self._copy, node, chunk)
 
+    def _ask(self, chunk: int) -> None:
+        """For all that comes for a chunk, unless that is done."""
+        if chunk < self.count:
+            for start in self.receives:
+                if not self._is_there(start, chunk):
+                    self._start(start, chunk)
+
     def _start(self, node: fx.Node, chunk: int) -> None:
         named = f"{node.kwargs['of']}_t{chunk}" if node in self.varying else node.kwargs["of"]
         self._copy(node, chunk, of=named)
 
-    def _receives(self) -> list[fx.Node]:
-        return [node for node in self.calls if str(node.target) == SHIFT
-                and node in self.varying and node.kwargs["source"] is not None]
+    # -- what all chunks have, and other chunks' parts -------------------------------------------
 
-    # -- what ranks of a ring would do together ---------------------------------------------------
-
-    def _meet(self, node: fx.Node, chunk: int) -> None:
-        """A collective along `time`: the chunks of its operand are all here."""
-        if node in self.shared:
-            return
-        brought = [env[node.args[0]] for env in self.env]  # type: ignore[index]
-        write = _MEETINGS.get(str(node.target))
-        if write is None:
+    def _gather(self, node: fx.Node) -> fx.Node:
+        """What a collective along `time` brings: the chunks of its operand are all here."""
+        if str(node.target) != GATHER:
             raise RingCompileError(
                 f"{short_name(node)} along {TIME} is not known",
                 hint=f"split the sequence over ring instead of {TIME}",
             )
-        made = write(self, node, brought, chunk)
-        (self.env[chunk] if node in self.varying else self.shared)[node] = made
-
-    def _gather(self, node: fx.Node, brought: list[fx.Node], chunk: int) -> fx.Node:
         dim, limit = node.kwargs["dim"], node.kwargs["limit"]
         assert isinstance(dim, int)
-        joined = self._joined(brought, dim)
+        joined = self._joined([env[node.args[0]] for env in self.env], dim)  # type: ignore[index]
         if limit is None:
             return joined
         return self.builder.call(
-            aten.slice.Tensor, (joined, dim, 0, limit), self._inside(type_of(node), chunk),
+            aten.slice.Tensor, (joined, dim, 0, limit), self._inside(type_of(node), 0),
             why="without padding",
-        )
-
-    def _summed(self, node: fx.Node, brought: list[fx.Node], chunk: int) -> fx.Node:
-        total = brought[0]
-        for term in brought[1:]:
-            total = self.builder.call(
-                aten.add.Tensor, (total, term), type_of(total), why="over all chunks"
-            )
-        return total
-
-    def _own_sum(self, node: fx.Node, brought: list[fx.Node], chunk: int) -> fx.Node:
-        total, type_ = self._summed(node, brought, chunk), self._inside(type_of(node), chunk)
-        dim = node.kwargs["dim"]
-        assert isinstance(dim, int)
-        width = type_.shape[dim]
-        return self.builder.call(
-            aten.slice.Tensor,
-            (total, dim, simplify(chunk * width), simplify((chunk + 1) * width)), type_,
         )
 
     def _joined(self, parts: Sequence[fx.Node], dim: int) -> fx.Node:
@@ -377,13 +364,6 @@ class _Unroller:
         return [product(pieces) for pieces in sizes]
 
 
-_MEETINGS: dict[str, Callable[[_Unroller, fx.Node, list[fx.Node], int], fx.Node]] = {
-    "ringcompile.gather.default": _Unroller._gather,
-    "ringcompile.all_reduce.default": _Unroller._summed,
-    "ringcompile.reduce_scatter.default": _Unroller._own_sum,
-}
-
-
 def _over_time(node: fx.Node) -> bool:
     return str(node.target) in COLLECTIVES and node.kwargs["axis"] == TIME
 
@@ -392,7 +372,7 @@ def _varying(program: Program) -> dict[fx.Node, None]:
     """What is another value for every chunk, in order."""
     varying: dict[fx.Node, None] = {}
     for node in program.graph.nodes:
-        if _over_time(node) and str(node.target) != "ringcompile.reduce_scatter.default":
+        if _over_time(node):
             continue  # all get the same
         reads = node.op == "call_function" and any(n in varying for n in node.all_input_nodes)
         if reads or _holds_time(node) or _is_timed(node.meta.get("type", ())):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ringcompile import artifact
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import ParallelProgram, check, load, transform
+from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT, WAIT, bytes_sent
 from ringcompile.ir.expr import bind
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
+from ringcompile.runtime.launcher import LocalRanks
 from tests.support import TOLERANCE, difference, run
 
 LENGTH = 37
@@ -112,13 +116,18 @@ def test_what_does_not_depend_on_time_is_computed_once() -> None:
 class Rows(nn.Module):
     """Rows that see each other both ways, a mean over all, and a running sum."""
 
+    causal = False
+
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = out.transpose(1, 2).flatten(2)
+        if self.causal:
+            return out + x
         return out + x.mean(1, keepdim=True) + x.cumsum(1) + x[:, -1:]
 
 
@@ -139,6 +148,7 @@ def test_chunks_that_need_later_ones_wait_for_them(length: int) -> None:
         ("ring=2,time=4", {}, "time=4 cuts the sequence, and so does ring=2: not both"),
         ("time=2,ulysses=2", {}, "time=2 cuts the sequence, and so does ulysses=2: not both"),
         ("time=2,tp=2", {"tp_sequence": True}, "time=2 cuts the sequence, and so does tp=2"),
+        ("time=2", {"capacity": "local"}, "a capacity counted by each rank alone counts all"),
         ("pp=2,time=2", {"order": "zigzag"}, "zigzag balances ranks, and along time there is only"),
     ],
 )
@@ -146,3 +156,84 @@ def test_what_is_refused(spec: str, options: dict[str, object], message: str) ->
     with pytest.raises(RingCompileError, match=message) as caught:
         made("dense-4l-tiny", spec, **options)
     assert caught.value.hint
+
+
+class Crossing(nn.Module):
+    """Two layers; a mean over all tokens and a second tensor cross to the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Rows() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side, whole = torch.tanh(x), x.mean(1, keepdim=True)
+        for layer in self.layers:
+            x = layer(x)
+        return x + side + whole
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_several_values_cross_in_order(count: int, causal: bool) -> None:
+    """Also where chunks wait for each other on their way, so that some might overtake."""
+    torch.manual_seed(0)
+    module = Crossing().eval()
+    for layer in module.layers:
+        layer.causal = causal
+    parallel = transform(capture(module, (torch.randn(1, 24, 16),)), f"pp=2,time={count}")
+    given = torch.randn(1, 37, 16)
+    with torch.no_grad():
+        assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
+
+
+class Masked(nn.Module):
+    """What a later chunk attends with is made behind what an earlier one waits for."""
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        q = x.unsqueeze(1)
+        mean = x.mean(1, keepdim=True)
+        out = nn.functional.scaled_dot_product_attention(q, q, q, keep[:, None, None, :].bool())
+        return out.squeeze(1) + mean
+
+
+def test_masks_behind_what_is_waited_for() -> None:
+    x, keep = torch.randn(1, 24, 16), torch.ones(1, 24, dtype=torch.int64)
+    keep[:, 20:] = 0
+    parallel = transform(capture(Masked(), (x, keep)), "time=3")
+    assert difference(run(parallel, (x, keep)).outputs, Masked()(x, keep)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["dense-4l-tiny", "moe-4l-tiny"])
+def test_an_artifact_computes_the_same_chunks(name: str, tmp_path: Path) -> None:
+    made(name, "pp=2,time=4").save(tmp_path / "program")
+    read = load(tmp_path / "program")
+    module, inputs = zoo.build(name, sequence=LENGTH)
+    found = run(read, inputs)
+    with torch.no_grad():
+        assert difference(found.outputs, module(*inputs)) <= TOLERANCE
+    lengths = read.rank(0).bindings(dict(zip(["inputs"], inputs, strict=True)))
+    assert lengths["n"] == 10  # 37 tokens in 4 chunks
+    assert [str(p) for p in read.ranks()] == [str(p) for p in made(name, "pp=2,time=4").ranks()]
+
+
+@torch.no_grad()
+def test_processes(tmp_path: Path) -> None:
+    made("dense-4l-tiny", "pp=2,time=4").save(tmp_path / "program")
+    module, inputs = zoo.build("dense-4l-tiny", sequence=LENGTH)
+    options = {"backend": "gloo", "threads": 1}
+    with LocalRanks(artifact.load, (str(tmp_path / "program"),), **options) as ranks:
+        found = ranks.run(inputs)
+    assert difference(found.outputs, module(*inputs)) <= TOLERANCE
+
+
+def test_a_dump_says_what_n_is() -> None:
+    parallel = made("dense-4l-tiny", "pp=2,time=4")
+    text = " ".join(str(parallel.rank(0)).replace("//", "").split())
+    assert "tokens of a chunk: s, padded to a multiple of 4, over 4 chunks" in text
+    assert "this rank has one after another" in text
+    assert "n = -(-s // 4)" in python_view(parallel.rank(0))
+    report = check(captured("dense-4l-tiny"), "time=4")
+    assert report.supported
+    assert report.gathers == ()
+    assert {row.form for row in report.attention} == {
+        "in time: keys and values of other chunks are there"}
