@@ -278,6 +278,28 @@ def test_a_batch_that_is_refused(spec: str, batch: int) -> None:
     assert str(caught.value) == f"error: {BATCHES[spec, batch]}"
 
 
+class Summing(nn.Module):
+    """An MLP whose hidden features are added up one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.softplus(self.up(x)).cumsum(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["tp=2", "ring=2,tp=2", "time=2,tp=2"])
+@pytest.mark.parametrize("length", [24, 37])  # 24: a rank's tokens are as many as its features
+def test_a_running_sum_of_features_is_not_split(spec: str, length: int) -> None:
+    torch.manual_seed(0)
+    module = Summing().eval()
+    parallel = transform(capture(module, (torch.randn(1, 12, 16),)), spec)
+    given = torch.randn(1, length, 16)
+    assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
+
+
 NOTES = {
     ("llama-tiny", "tp=4"): "6 heads",
     ("llama-tiny", "ulysses=4"): "6 heads do not divide over ulysses=4",

@@ -103,6 +103,7 @@ class _Partitioner:
         dim = call["dim"] % len(type_.shape)
         if not type_.layout.dims[dim]:
             return self.builder.copy(node)
+        assert any(atom.sequence for atom in type_.layout.dims[dim]), f"%{node.name} sums features"
         return Scan(self.builder, self.sequence, self._shape).write(
             self.builder.env[call["self"]], dim, type_
         )

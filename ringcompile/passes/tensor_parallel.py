@@ -43,7 +43,7 @@ from ringcompile.passes.attention_rows import (
 from ringcompile.passes.base import Pass
 from ringcompile.passes.linear_ops import passes_partial
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
-from ringcompile.passes.tensor_requests import TP, TensorRequests, has_tp
+from ringcompile.passes.tensor_requests import TP, TensorRequests, cuts_running_sum, has_tp
 
 aten = torch.ops.aten
 _ATTENTION, _EXPERTS = op("attention"), op("expert_linear")
@@ -391,7 +391,8 @@ class _Splitter(TensorRequests):
         same = placement.output.without(TP) == layout_of(node)
         layouts = (*placement.operands, placement.output)
         even = all(self.divides(dim) for layout in layouts for dim in layout.dims)
-        return placement if same and even else None
+        whole = not cuts_running_sum(node, placement.output)
+        return placement if same and even and whole else None
 
     def _note(self, node: fx.Node, text: str) -> None:
         self.notes.append(f"{location_of(node).short}: {text}".lstrip(": "))

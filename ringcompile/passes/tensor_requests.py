@@ -114,6 +114,8 @@ class TensorRequests(Requests):
         rule = find_rule(node.target)
         if rule is None or node.target is op("attention") or layout_of(node).partial:
             return None
+        if cuts_running_sum(node, wanted):
+            return None
         wants = rule.backward(Call(node), wanted, self.axis_sizes)
         if wants is None or not all(self.divides(dim) for want in wants for dim in want.dims):
             return None
@@ -185,6 +187,14 @@ class TensorRequests(Requests):
 def operands_of(node: fx.Node) -> list[fx.Node]:
     """The operands of a call, in order."""
     return Call(node).operands
+
+
+def cuts_running_sum(node: fx.Node, layout: Layout) -> bool:
+    """Whether a layout would split features that are added up one after another."""
+    if str(node.target) != "aten.cumsum.default":
+        return False
+    atoms = layout.dims[Call(node)["dim"]]
+    return any(base_axis(axis) == TP and not atom.sequence for atom in atoms for axis in atom.axes)
 
 
 def has_tp(layout: Layout) -> bool:
