@@ -22,11 +22,12 @@ from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import TIME, Mesh
 from ringcompile.passes.base import Pass, Pipeline
+from ringcompile.passes.batch_rows import CheckBatch, mixed, routing
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
-from ringcompile.passes.halves import Halves, check_rows_apart
+from ringcompile.passes.halves import Halves
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
@@ -61,6 +62,7 @@ def front_passes(
         RecognizeMasks(),
         CleanUp(),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
+        *([CheckBatch(mesh, known)] if mesh.size("dp") * mesh.size("pp") > 1 else []),
         Place(mesh, order, gather_unknown, capacity, ring, tp_sequence, known),
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
@@ -182,19 +184,28 @@ def prepare(program: Program) -> Program:
 _NUM_COMMON = [step.name for step in front_passes(Mesh(()))].index(Place.name)
 
 
-def in_halves(whole: Program | None, half: Program) -> Program:
+def in_halves(whole: Program | None, half: Program, capacity: str = "exact") -> Program:
     """A program that computes the halves of a batch apart, for schedules that overlap them.
 
     Args:
         whole: the model captured with the whole batch, to check that this gives the same; None
-            where the user wants each half counted alone.
+            where only costs are of interest.
         half: the model captured with half of it.
+        capacity: "local" where each half may count a capacity of experts alone.
 
     Raises:
         RingCompileError: at the op that mixes the sequences of a batch.
     """
     if whole is not None:
-        check_rows_apart(prepare(whole))
+        prepared = prepare(whole)
+        error = mixed(prepared, routing(prepared, {}) if capacity == "local" else [])
+        if error is not None:
+            raise RingCompileError(
+                f"{error.message}, so that halves of it cannot be computed apart",
+                hint="leave out --overlap halves; with a capacity of experts, --capacity local "
+                "counts it by each half alone",
+                location=error.location, node=error.node,
+            )
     return Pipeline([Halves()]).run(prepare(half))
 
 

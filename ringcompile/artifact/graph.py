@@ -82,6 +82,7 @@ def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
         passes=texts(data, "passes"),
         notes=texts(data, "notes"),
         lengths=numbers(data, "lengths"),
+        fixed_batch=member(data, "fixed_batch", bool),
     )
     _check(program)
     return program

@@ -52,7 +52,7 @@ def halved(whole: Program, capture_at: Callable[[int], Program], batch: int, how
         whole: the model captured with the whole batch.
         capture_at: captures it with another one.
         batch: the whole batch.
-        how: the capacity mode: counted by each half alone, halves need not be checked.
+        how: the capacity mode; "local" lets each half count alone.
 
     Raises:
         RingCompileError: the batch has no halves, or its sequences are mixed in the model.
@@ -62,4 +62,4 @@ def halved(whole: Program, capture_at: Callable[[int], Program], batch: int, how
             f"a batch of {batch} has no two halves", hint="pass an even --batch with --overlap "
             "halves"
         )
-    return compiler.in_halves(None if how == "local" else whole, capture_at(batch // 2))
+    return compiler.in_halves(whole, capture_at(batch // 2), how)

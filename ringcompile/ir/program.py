@@ -95,6 +95,8 @@ class Program:
         without_rule: of these, what has no rule and is computed whole on every rank, on request.
         lengths: symbols whose value is fixed.
         tp_plan: what the model says of how its layers split, by pattern of layer names.
+        fixed_batch: sequences of a batch change each other's results, so that none other than the
+            captured one can be dealt out.
     """
 
     graph: fx.Graph
@@ -113,6 +115,7 @@ class Program:
     without_rule: tuple[str, ...] = ()
     lengths: dict[str, int] = field(default_factory=dict)
     tp_plan: dict[str, str] = field(default_factory=dict)
+    fixed_batch: bool = False
 
     def __str__(self) -> str:
         return print_program(self)
@@ -120,6 +123,13 @@ class Program:
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         """The same program over another graph."""
         return replace(self, graph=graph, **changes)
+
+    @property
+    def batch(self) -> int:
+        """The sequences of the captured batch: the first dim of what the caller passes."""
+        shapes = (spec.type.shape for spec in self.inputs)
+        sizes = [shape[0] for shape in shapes if len(shape) > 1 and isinstance(shape[0], int)]
+        return max(sizes, default=1)
 
     @property
     def output_node(self) -> fx.Node:

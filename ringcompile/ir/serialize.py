@@ -103,6 +103,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "coordinates": program.coordinates,
         "length_range": list(program.length_range),
         "lengths": dict(program.lengths),
+        "fixed_batch": program.fixed_batch,
         "inputs": inputs_to_json(program),
         "placeholders": dict(program.placeholders),
         "weights": {

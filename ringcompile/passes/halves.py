@@ -6,7 +6,6 @@ the weights, and what does not depend on the batch is computed once.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,11 +13,8 @@ import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call
-from ringcompile.ir.layout import Layout
-from ringcompile.ir.nodes import error_at, results_of, type_of
+from ringcompile.ir.nodes import results_of
 from ringcompile.ir.program import Input, Program
-from ringcompile.ir.rules import ConflictError, find_rule
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder, Pass
 
@@ -102,62 +98,3 @@ def _batch(program: Program) -> int:
 def _doubled(type_: TensorType) -> TensorType:
     size, *rest = type_.shape
     return replace(type_, shape=(size * 2, *rest))
-
-
-def check_rows_apart(program: Program) -> None:
-    """Check that no sequence of a batch changes another one's result, by the rules of the ops.
-
-    Args:
-        program: for two or more sequences, prepared.
-
-    Raises:
-        RingCompileError: at the op that mixes them, such as one that counts tokens of all of them
-            for an expert's capacity.
-    """
-    layouts: dict[fx.Node, Layout] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            shape = type_of(node).shape
-            split = node.name in program.placeholders and len(shape) > 1
-            layouts[node] = (
-                Layout.split(len(shape), 0, shape[0], (_AXIS,)) if split
-                else Layout.whole(len(shape))
-            )
-        elif node.op == "call_function" and "type" in node.meta:
-            layouts[node] = _carried(node, layouts)
-
-
-_AXIS = "dp"
-
-
-def _carried(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
-    """The layout of a node's result, if it needs no more of its operands than a row has."""
-    if node.target is operator.getitem:
-        return layouts[node.args[0]]  # type: ignore[index]
-    call = Call(node)
-    given = [layouts[operand] for operand in call.operands]
-    if all(layout.is_whole for layout in given):
-        return Layout.whole(len(results_of(node)[0].shape))
-    rule = find_rule(node.target)
-    if rule is None or (str(node.target) in _RUNNING and given[0].dims[call["dim"]]):
-        raise _mixes(node)
-    try:
-        placed = rule.forward(call, given, {_AXIS: 2})
-    except ConflictError:
-        raise _mixes(node) from None
-    for have, need in zip(given, placed.operands, strict=True):
-        if not have.is_whole and have != need:
-            raise _mixes(node)
-    return placed.output
-
-
-# Running sums go from rank to rank, and so from row to row.
-_RUNNING = frozenset({"aten.cumsum.default"})
-
-
-def _mixes(node: fx.Node) -> RingCompileError:
-    return error_at(
-        node, "sequences of a batch are mixed here, so that halves of it cannot be computed apart",
-        hint="leave out --overlap halves; with a capacity of experts, --capacity local counts it "
-        "by each half alone",
-    )

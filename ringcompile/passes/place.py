@@ -101,6 +101,10 @@ class Place(Pass):
         order = self._order(program) if axes[0][0] in ("ring", "ep") else "contiguous"
         return SequenceSplit(axes, order, _sequence_length(program))
 
+    def routing(self, program: Program) -> list[Region]:
+        """The regions of a program that is not placed yet; see regions.py."""
+        return self._regions(program, self._sequence(program))
+
     def _check_time(self, axes: Sequence[tuple[str, int]]) -> None:
         others = [f"{name}={size}" for name, size in axes[1:]]
         if others:

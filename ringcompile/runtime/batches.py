@@ -61,6 +61,7 @@ def deal(program: Program, inputs: Mapping[str, torch.Tensor]) -> Deal:
             "times the captured one"
         )
     count = counts.pop() if counts else 1
+    _check_dealt(program, inputs, count)
     if count % replicas:
         raise RingCompileError(
             f"a batch of {count} times the captured one does not divide over dp={replicas}",
@@ -73,6 +74,25 @@ def deal(program: Program, inputs: Mapping[str, torch.Tensor]) -> Deal:
     ]
     each = count // replicas
     return Deal(tuple(tuple(parts[i * each : (i + 1) * each]) for i in range(replicas)))
+
+
+def _check_dealt(program: Program, inputs: Mapping[str, torch.Tensor], count: int) -> None:
+    """Raise RingCompileError where rows would be paired with those of another sequence."""
+    if count > 1 and program.fixed_batch:
+        raise RingCompileError(
+            f"a batch of {count} times the captured one cannot be dealt out: the model's sequences "
+            "change each other's results",
+            hint=f"pass {program.batch} sequences, as captured",
+        )
+    for spec in program.inputs:
+        shape = spec.type.shape
+        rows = inputs[spec.name].shape[:1]
+        if len(shape) > 1 and shape[0] == program.batch > 1 and rows != (count * program.batch,):
+            raise RingCompileError(
+                f"input '{spec.name}' has shape {list(inputs[spec.name].shape)}, others have "
+                f"{count * program.batch} sequences",
+                hint="pass the same sequences in all inputs",
+            )
 
 
 def _times(program: Program, name: str, tensor: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import ParallelProgram, in_halves, prepare, transform
+from ringcompile.compiler import ParallelProgram, in_halves, transform
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.node_times import node_times
 from ringcompile.cost.rank import cost_of
@@ -19,7 +19,6 @@ from ringcompile.cost.simulate import simulate
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, bytes_sent
 from ringcompile.ir.program import Program
-from ringcompile.passes.halves import check_rows_apart
 from ringcompile.passes.schedule import Schedule
 from tests.support import TOLERANCE, difference, run
 
@@ -174,9 +173,16 @@ class Mean(nn.Module):
 )
 def test_a_batch_whose_sequences_are_mixed_has_no_halves(program: object, line: str) -> None:
     with pytest.raises(RingCompileError, match="sequences of a batch are mixed here") as error:
-        check_rows_apart(prepare(program()))  # type: ignore[operator]
+        in_halves(program(), captured("moe-4l-tiny", 1))  # type: ignore[operator]
     assert line in str(error.value)
     assert "--overlap halves" in str(error.value)
+
+
+def test_a_capacity_that_each_half_counts_alone_is_all_that_may_mix() -> None:
+    in_halves(captured("moe-4l-tiny", 2), captured("moe-4l-tiny", 1), "local")
+    whole = capture(Mean().eval(), (torch.randn(2, 8, 4),))
+    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+        in_halves(whole, captured("moe-4l-tiny", 1), "local")
 
 
 class Pooled(nn.Module):

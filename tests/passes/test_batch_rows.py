@@ -1,0 +1,135 @@
+"""Batches are dealt out only where their sequences know nothing of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+from ringcompile import artifact
+from ringcompile.capture.export import capture
+from ringcompile.compiler import load, prepare, transform
+from ringcompile.errors import RingCompileError
+from ringcompile.models import zoo
+from ringcompile.passes.batch_rows import mixed, routing
+from tests.support import TOLERANCE, difference, run
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.up(x).unsqueeze(1).squeeze(1)
+        heads = x.unsqueeze(1)
+        return F.scaled_dot_product_attention(heads, heads, heads).squeeze(1)
+
+
+class Centred(nn.Module):
+    """Every sequence less the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x - x.mean(0, keepdim=True)
+
+
+class Paired(nn.Module):
+    """Each sequence with the next one's mask."""
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        other = keep[torch.arange(x.shape[0]).flip(0)]
+        heads = x.unsqueeze(1)
+        seen = other[:, None, None].bool()
+        return F.scaled_dot_product_attention(heads, heads, heads, seen).squeeze(1)
+
+
+def centred() -> nn.Module:
+    torch.manual_seed(0)
+    return Centred().eval()
+
+
+def test_replicas_of_a_batch_that_is_mixed_are_refused() -> None:
+    program = capture(centred(), (torch.randn(2, 12, 8),))
+    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here") as caught:
+        transform(program, "dp=2,ring=2")
+    assert "x.mean(0, keepdim=True)" in str(caught.value)
+    assert caught.value.hint == "leave dp out"
+
+
+def test_a_pipeline_takes_such_a_batch_as_it_was_captured(tmp_path: Any) -> None:
+    module = centred()
+    transform(capture(module, (torch.randn(2, 12, 8),)), "pp=2").save(tmp_path / "program")
+    parallel, given = load(tmp_path / "program"), torch.randn(2, 9, 8)
+    with torch.no_grad():
+        assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
+    with pytest.raises(RingCompileError, match="cannot be dealt out") as caught:
+        run(parallel, (torch.randn(4, 9, 8),))
+    assert caught.value.hint == "pass 2 sequences, as captured"
+    assert artifact.load(tmp_path / "program").rank(0).fixed_batch
+
+
+def test_rows_of_another_sequence_are_mixing() -> None:
+    program = prepare(capture(Paired(), (torch.randn(2, 12, 8), torch.ones(2, 12).long())))
+    error = mixed(program, routing(program, {}))
+    assert error is not None
+    assert "flip" in str(error) or "index" in str(error)
+
+
+def test_one_sequence_tells_nothing() -> None:
+    notes = transform(capture(centred(), (torch.randn(1, 12, 8),)), "dp=2").program.notes
+    assert any("is taken for granted" in note for note in notes)
+    assert not transform(capture(centred(), (torch.randn(1, 12, 8),)), "ring=2").program.notes
+
+
+def test_a_capacity_is_noted() -> None:
+    program = capture(*zoo.build("moe-4l-tiny", sequence=24, batch=2))
+    notes = transform(program, "dp=2,pp=2").program.notes
+    said = "with dp=2,pp=2, the capacity of experts is counted for each batch of 2 alone"
+    assert any(said in note for note in notes)
+
+
+def padded(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(1, 61, (batch, 21), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, 21 - 3 * row :] = 0
+    return ids, mask
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["dp=2", "dp=2,pp=2"])
+def test_padded_sentences_are_dealt_with_their_masks(spec: str) -> None:
+    """A mask is looked up by the number of the sequence; that is no mixing."""
+    module, (ids, mask) = llama(), padded(2)
+    program = capture(module, (ids,), {"attention_mask": mask})
+    ids, mask = padded(4)
+    found = run(transform(program, spec), (ids, mask)).outputs["logits"]
+    expected = module(ids, attention_mask=mask).logits
+    assert difference(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
+
+
+def test_a_mask_of_fewer_sequences_is_refused() -> None:
+    ids, mask = padded(2)
+    program = capture(llama(), (ids,), {"attention_mask": mask})
+    with pytest.raises(RingCompileError, match=r"has shape \[2, 21\], others have 4 seq"):
+        run(transform(program, "dp=2"), (padded(4)[0], mask))
