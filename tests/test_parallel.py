@@ -300,6 +300,35 @@ def test_a_running_sum_of_features_is_not_split(spec: str, length: int) -> None:
     assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
 
 
+class Fixed(nn.Module):
+    """Its code fixes the length; with a head of its own, or without any attention."""
+
+    def __init__(self, attends: bool) -> None:
+        super().__init__()
+        self.attends = attends
+        self.table = nn.Parameter(torch.randn(12, 16))
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.table
+        if self.attends:
+            heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+            x = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+            x = x.transpose(1, 2).flatten(2)
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["ring=1", "tp=2", "dp=2"])
+@pytest.mark.parametrize("attends", [True, False])
+def test_a_length_that_is_fixed_and_not_split(attends: bool, spec: str) -> None:
+    module = Fixed(attends).eval()
+    given = torch.randn(1, 12, 16)
+    parallel = transform(capture(module, (given,)), spec)
+    batch = given.repeat(parallel.mesh.size("dp"), 1, 1)
+    assert difference(run(parallel, (batch,)).outputs, module(batch)) <= TOLERANCE
+
+
 NOTES = {
     ("llama-tiny", "tp=4"): "6 heads",
     ("llama-tiny", "ulysses=4"): "6 heads do not divide over ulysses=4",

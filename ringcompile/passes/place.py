@@ -94,12 +94,19 @@ class Place(Pass):
             for axis in _SEQUENCE
             if self.mesh.size(axis) > 1 and (axis != "tp" or self.tp_sequence)
         )
-        if not axes:
-            return SequenceSplit((), "contiguous", symbol(SEQUENCE))
+        length = _sequence_length(program)
+        if not axes:  # nothing divides it: any length will do where there is none
+            return SequenceSplit((), "contiguous", 1 if length is None else length)
+        if length is None:
+            raise RingCompileError(
+                "there is no sequence to split: the model has no attention that is understood, and "
+                "its code fixes the length",
+                hint="; ".join(program.notes) or None,
+            )
         if axes[0][0] == TIME:
             self._check_time(axes)
         order = self._order(program) if axes[0][0] in ("ring", "ep") else "contiguous"
-        return SequenceSplit(axes, order, _sequence_length(program))
+        return SequenceSplit(axes, order, length)
 
     def routing(self, program: Program) -> list[Region]:
         """The regions of a program that is not placed yet; see regions.py."""
@@ -143,10 +150,11 @@ class Place(Pass):
         return "zigzag" if causal else "contiguous"
 
 
-def _sequence_length(program: Program) -> Size:
+def _sequence_length(program: Program) -> Size | None:
     """The length that is split: the one that most self-attentions have, of those that may vary.
 
-    It is not a length of the inputs where the model adds prefix tokens, or cuts patches.
+    It is not a length of the inputs where the model adds prefix tokens, or cuts patches. None where
+    there is no attention, and the length is fixed.
     """
     lengths: Counter[Size] = Counter()
     for node in program.graph.nodes:
@@ -155,13 +163,8 @@ def _sequence_length(program: Program) -> Size:
             if equal(queries, keys):
                 lengths[queries] += 1
     if not lengths:
-        if not any(is_symbolic(size) for spec in program.inputs for size in spec.type.shape):
-            raise RingCompileError(
-                "there is no sequence to split: the model has no attention that is understood, and "
-                "its code fixes the length",
-                hint="; ".join(program.notes) or None,
-            )
-        return symbol(SEQUENCE)
+        fixed = not any(is_symbolic(size) for spec in program.inputs for size in spec.type.shape)
+        return None if fixed else symbol(SEQUENCE)
     return max(lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)))
 
 
