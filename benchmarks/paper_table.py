@@ -58,7 +58,8 @@ class Row:
     Attributes:
         form: the fastest of its forms.
         unhindered_tps: of the fastest form if the compute waited for nothing before it needs it,
-            which is as far as any runtime could go.
+            which is as far as any runtime could go; not known of the planner's plans.
+        exposed_ms: seconds of a step that compute stands still for transfers; likewise.
     """
 
     model: str
@@ -66,10 +67,10 @@ class Row:
     tokens: int
     form: str
     tps: float
-    unhindered_tps: float
+    unhindered_tps: float | None
     step_ms: float
     latency_ms: float
-    exposed_ms: float
+    exposed_ms: float | None
     bound: str
     memory_gb: float
 
@@ -103,7 +104,7 @@ def simulated(
     """One method's fastest form, all ranks; experts count their own tokens, as the paper's do."""
     rows = [_simulated(model, programs, spec, form, tokens, cluster) for form in FORMS[spec]]
     fastest = max(rows, key=lambda row: row.tps)
-    return replace(fastest, unhindered_tps=max(row.unhindered_tps for row in rows))
+    return replace(fastest, unhindered_tps=max(row.unhindered_tps or 0.0 for row in rows))
 
 
 def _simulated(
@@ -135,8 +136,8 @@ def kernel_limit(model: str, program: Program, tokens: int, cluster: Cluster) ->
     device = cluster.device
     return limits.kernel_limit(
         program, tokens, NUM_GPUS, top=2 if model == "moe-4l" else 0,
-        matmul=device.get("matmul", torch.float16)(rows=8192, width=8192),
-        attention=device.get("attention", torch.float16)(head_dim=512, length=float(tokens)),
+        matmul=device.get("matmul", torch.float16).highest(),
+        attention=device.get("attention", torch.float16).highest(head_dim=512),
     )
 
 
@@ -148,8 +149,8 @@ def best(model: str, tokens: int, cluster: Cluster, batch: int = 1) -> Row:
     assert plan.latency is not None
     method = f"{'best' if batch == 1 else SEVERAL}: {plan.variant}"
     return Row(
-        model, method, tokens * batch, "", plan.tps, plan.tps, plan.seconds * 1e3,
-        plan.latency * 1e3, 0.0, plan.bound or "", (plan.memory_bytes or 0) / 1e9,
+        model, method, tokens * batch, "", plan.tps, None, plan.seconds * 1e3,
+        plan.latency * 1e3, None, plan.bound or "", (plan.memory_bytes or 0) / 1e9,
     )
 
 
@@ -169,8 +170,7 @@ def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
                 rows.append({**asdict(row), "kernel_limit_tps": limit, "weight_bytes": weights})
                 click.echo(
                     f"{model:9} {tokens:7,} {row.method:12} {row.form:20} "
-                    f"{row.tps / 1e6:6.3f} M tokens/s ({row.unhindered_tps / 1e6:.3f})  "
-                    f"step {row.step_ms:7.2f} ms  exposed {row.exposed_ms:6.2f} ms  "
+                    f"{row.tps / 1e6:6.3f} M tokens/s  step {row.step_ms:7.2f} ms  "
                     f"limit {limit / 1e6:.2f} M"
                 )
         row = best(model, 1024, cluster, NUM_SEQUENCES)
@@ -265,11 +265,12 @@ def _reasons(rows: Rows, cluster: Cluster) -> list[str]:
     lines = []
     for model in MODELS:
         row = next(row for row in rows if row["model"] == model)
-        read = row["weight_bytes"] / bandwidth
+        read, claimed = row["weight_bytes"] / bandwidth * 1e3, CLAIMS[model, PAPER][1]
+        verdict = " Replicated weights forbid it." if read > claimed else ""
         lines.append(
             f"- {model}, 1,024 tokens in all: each rank of RA+SP has 64 of them and reads all "
-            f"weights, {row['weight_bytes'] / 1e9:.2f} GB in {read * 1e3:.2f} ms; the paper claims "
-            f"{CLAIMS[model, PAPER][1]:.2f} ms for the step. Replicated weights forbid it."
+            f"weights, {row['weight_bytes'] / 1e9:.2f} GB in {read:.2f} ms; the paper claims "
+            f"{claimed:.2f} ms for the step.{verdict}"
         )
     for model in MODELS:
         baseline, paper = (of(rows, model, m, 16384) for m in ("TP=8", "RA+SP"))
@@ -280,20 +281,22 @@ def _reasons(rows: Rows, cluster: Cluster) -> list[str]:
             "their result is read), the baseline would reach "
             f"{millions(baseline, 'unhindered_tps')}, RA+SP {millions(paper, 'unhindered_tps')}."
         )
-    beats = (
-        "- What beats both: stages of few layers, so that few weights are read, with a short ring "
-        "in each, whose transfers fit under its attention. Steps follow one another through them."
-    )
-    sums = (
-        "- moe-4l over TP: every rank counts the slots of all tokens, by a running sum that "
-        "torch's kernel goes through step by step; RA+SP and the plans divide it."
-    )
-    several = [
-        f"- {row['model']}: {SEVERAL} of 1,024 tokens, {row['tokens']:,} a step, need no "
-        f"transfers: `{row['method'].partition(': ')[2]}` reaches {millions(row)}."
-        for row in rows if row["method"].startswith(SEVERAL)
-    ]
-    return [*lines, beats, *several, sums]
+    best_rows = [row for row in rows if row["method"].startswith("best")]
+    piped = [row["tokens"] for row in best_rows if "pp=" in row["method"]]
+    if piped:
+        lines.append(
+            f"- What beats both up to {max(piped):,} tokens: stages of few layers, so that a rank "
+            "reads few weights and few ranks exchange keys. Steps follow one another through them."
+        )
+    for row in rows:
+        if row["method"].startswith(SEVERAL):
+            plan = row["method"].partition(": ")[2]
+            free = ", without transfers" if plan == f"dp={NUM_GPUS}" else ""
+            lines.append(
+                f"- {row['model']}: {SEVERAL} of 1,024 tokens, {row['tokens']:,} a step: `{plan}` "
+                f"reaches {millions(row)}{free}."
+            )
+    return lines
 
 
 def draw(rows: Rows, file: Path) -> None:

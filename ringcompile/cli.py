@@ -183,7 +183,8 @@ def transform(
         made = compiler.transform(
             program, mesh, order=order, length=seq, gather_unknown=gather_unknown,
             capacity=capacity, ring=ring, tp_sequence=tp_sequence, stages=starts, plan=told,
-            observe=observe, options=options, schedule=schedule_for(overlap, overlap_on, seq),
+            observe=observe, options=options,
+            schedule=schedule_for(overlap, overlap_on, program, mesh, seq),
         )
         if verify_each:
             made.verify()

@@ -41,8 +41,9 @@ _PERCENTILES = (10, 50, 90, 99)
 @click.option("--threads", type=click.IntRange(1), help="Threads of each rank.")
 @click.option("--backend", type=click.Choice(["auto", "gloo", "nccl"]), default="auto",
               show_default=True)
-@click.option("--cluster", default="cpu", show_default=True, metavar="NAME|FILE",
-              help="Tables for what was predicted; a file that `calibrate` wrote here is best.")
+@click.option("--cluster", metavar="NAME|FILE",
+              help="Tables for what was predicted; a file that `calibrate` wrote here is best. By "
+              "default those of a CPU, where they go far enough.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds.")
 @JSON
 def bench(
@@ -53,7 +54,7 @@ def bench(
     warm_up: int,
     threads: int | None,
     backend: str,
-    cluster: str,
+    cluster: str | None,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -64,14 +65,17 @@ def bench(
     """
     made = compiler.load(out)
     length = made.program.lengths.get(SEQUENCE, seq)
-    captured = _captured_batch(made)
-    batch = batch or captured
-    if batch % captured:
+    least = made.program.batch * made.mesh.size("dp")
+    batch = batch or least
+    if batch % least:
+        replicas = f" for each of {made.mesh.size('dp')} replicas" if made.mesh.has("dp") else ""
         raise RingCompileError(
-            f"a batch of {batch} is no multiple of the captured one, which is {captured}"
+            f"a batch of {batch} is no multiple of {least}: the captured one{replicas}"
         )
+    count = batch // least
+    predicted = _predicted(made, cluster, length, count, batch * length)
     inputs = {
-        name: torch.cat([tensor] * (batch // captured)) if tensor.dim() > 1 else tensor
+        name: torch.cat([tensor] * count) if tensor.dim() > 1 else tensor
         for name, tensor in random_inputs(made.program, length).items()
     }
     picked = pick_backend(backend, made.world_size)
@@ -85,19 +89,13 @@ def bench(
         "tokens": length * batch,
         "steps": steps,
         **_measured(runs, length * batch),
-        "predicted": _predicted(made, cluster, length, batch // captured, batch * length),
+        "predicted": predicted,
         "environment": environment(picked, threads),
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(facts)
-
-
-def _captured_batch(made: compiler.ParallelProgram) -> int:
-    shapes = (spec.type.shape for spec in made.program.inputs)
-    sizes = [shape[0] for shape in shapes if len(shape) > 1 and isinstance(shape[0], int)]
-    return sizes[0] if sizes else 1
 
 
 def _measured(runs: list[list[Stats]], tokens: int) -> dict[str, Any]:
@@ -130,19 +128,28 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def _predicted(
-    made: compiler.ParallelProgram, cluster: str, length: int, count: int, tokens: int
+    made: compiler.ParallelProgram, cluster: str | None, length: int, count: int, tokens: int
 ) -> dict[str, Any]:
-    """The same quantities by the cost model; each replica has its part of the microbatches."""
-    hardware = load_cluster(cluster).sized(made.world_size)
+    """The same quantities by the cost model, of so many microbatches; see `Stats` for the names.
+
+    Where no cluster is named, the table of a CPU is tried, and what it lacks is said.
+    """
     costs = [cost_of(program, length) for program in made.ranks()]
-    found = simulate(costs, hardware, How(max(count // made.mesh.size("dp"), 1)))
+    try:
+        hardware = load_cluster(cluster or "cpu").sized(made.world_size)
+        found = simulate(costs, hardware, How(count))
+    except RingCompileError as error:
+        if cluster is not None:
+            raise
+        return {"cluster": None, "why_not": error.message}
     return {
         "cluster": hardware.name,
         "tps": tokens / found.seconds,
         "tpot_ms": found.seconds * 1e3,
         "bound": found.bound,
-        "exposed_ms": found.exposed_seconds * 1e3,
-        "bytes_sent": [cost.bytes_sent for cost in costs],
+        # Measured is whatever a rank waits for, other stages included.
+        "exposed_ms": max(r.exposed_seconds + r.bubble_seconds for r in found.ranks) * 1e3,
+        "bytes_sent": [cost.bytes_sent * count for cost in costs],
         "memory_bytes": found.memory_bytes,
     }
 
@@ -165,16 +172,26 @@ def environment(backend: str, threads: int | None) -> dict[str, Any]:
 def _print(facts: dict[str, Any]) -> None:
     predicted, percentiles = facts["predicted"], facts["percentiles_ms"]
     rows = [
-        ["tokens a second", f"{facts['tps']:,.0f}", f"{predicted['tps']:,.0f}"],
-        ["TPOT", milliseconds(facts["tpot_ms"] / 1e3), milliseconds(predicted["tpot_ms"] / 1e3)],
-        *([name, milliseconds(value / 1e3), ""] for name, value in percentiles.items()),
-        ["exposed communication", milliseconds(max(r["exposed_ms"] for r in facts["ranks"]) / 1e3),
-         milliseconds(predicted["exposed_ms"] / 1e3)],
-        ["bytes sent, rank 0", f"{facts['ranks'][0]['bytes_sent']:,}",
-         f"{predicted['bytes_sent'][0]:,}"],
+        ["tokens a second", f"{facts['tps']:,.0f}"],
+        ["TPOT", milliseconds(facts["tpot_ms"] / 1e3)],
+        *([name, milliseconds(value / 1e3)] for name, value in percentiles.items()),
+        ["waiting for others", milliseconds(max(r["exposed_ms"] for r in facts["ranks"]) / 1e3)],
+        ["bytes sent, rank 0", f"{facts['ranks'][0]['bytes_sent']:,}"],
     ]
+    columns = ["", "measured"]
+    if predicted["cluster"] is not None:
+        columns.append(f"predicted by '{predicted['cluster']}'")
+        by_name = {
+            "tokens a second": f"{predicted['tps']:,.0f}",
+            "TPOT": milliseconds(predicted["tpot_ms"] / 1e3),
+            "waiting for others": milliseconds(predicted["exposed_ms"] / 1e3),
+            "bytes sent, rank 0": f"{predicted['bytes_sent'][0]:,}",
+        }
+        rows = [[*row, by_name.get(row[0], "")] for row in rows]
     title = f"{facts['model']}, {facts['parallel']}, {facts['tokens']} tokens a step"
-    print_table(title, ["", "measured", f"predicted by '{predicted['cluster']}'"], rows)
+    print_table(title, columns, rows)
+    if predicted["cluster"] is None:
+        click.echo(f"not predicted: {predicted['why_not']}")
     known = facts["environment"]
     click.echo(f"{facts['steps']} steps, {known['backend']}, torch {known['torch']}, "
                f"{known['cores']} cores, load {known['load']:.1f}")

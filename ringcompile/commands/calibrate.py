@@ -15,7 +15,8 @@ import click
 import torch
 
 from ringcompile.capture.loaders import DTYPES
-from ringcompile.cost.figures import Figure
+from ringcompile.cost.collectives import num_steps
+from ringcompile.cost.figures import UNITS, Figure
 from ringcompile.cost.hardware import FORMAT, Cluster, load_cluster, read_cluster
 from ringcompile.cost.measure import SIZES, measure_device
 from ringcompile.errors import RingCompileError
@@ -123,7 +124,7 @@ def _device_figures(work: _Work, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _slowest(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    worst = max if figures[0]["unit"] == "us" else min
+    worst = max if UNITS[figures[0]["unit"]][0] == "second" else min
     return {**figures[0], "value": _combined([figure["value"] for figure in figures], worst)}
 
 
@@ -156,7 +157,9 @@ def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[
     }
     for kind, times in sent.items():
         slowest = [max(entry[kind][i] for entry in found) for i in range(len(sizes.messages))]
-        rates = [times * n / max(seconds - startup, seconds / 10) / 1e9
+        # What is left of the time when it has begun, and gone from step to step.
+        begun = startup * (1 if kind == "shift" else 1 + num_steps(kind, ranks))
+        rates = [times * n / max(seconds - begun, seconds / 10) / 1e9
                  for n, seconds in zip(sizes.messages, slowest, strict=True)]
         figures["bandwidth" if kind == "shift" else kind] = {
             "value": [float(f"{rate:.4g}") for rate in rates], "unit": "GB/s",

@@ -12,6 +12,7 @@ from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.node_times import node_times
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
 from ringcompile.passes.schedule import Schedule
 
 NONE, SCHEDULE, HALVES = KINDS = ("none", "schedule", "halves")
@@ -33,16 +34,26 @@ def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return kind(where(command))
 
 
-def schedule_for(kind: str, cluster: str, length: int | None) -> Schedule | None:
+def schedule_for(
+    kind: str, cluster: str, program: Program, mesh: Mesh, length: int | None
+) -> Schedule | None:
     """The pass that orders ranks' programs; None where they stay as they are.
 
+    Args:
+        kind: of `KINDS`.
+        cluster: whose times count.
+        program: the model; a length that its code allows is taken where none is given.
+        mesh: the parallel plan.
+        length: the one that the program is made for.
+
     Raises:
-        RingCompileError: an unknown cluster, or a malformed file.
+        RingCompileError: an unknown cluster, one that is too small, or a malformed file.
     """
     if kind == NONE:
         return None
-    times = node_times(load_cluster(cluster), length or NOMINAL_LENGTH)
-    return Schedule(times)
+    low, high = program.length_range
+    taken = length or max(low, min(NOMINAL_LENGTH, high or NOMINAL_LENGTH))
+    return Schedule(node_times(load_cluster(cluster).sized(mesh.world_size), taken))
 
 
 def halved(whole: Program, capture_at: Callable[[int], Program], batch: int, how: str) -> Program:

@@ -26,6 +26,7 @@ from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.node_times import node_times
 from ringcompile.cost.planner import Plan, Planner
 from ringcompile.cost.specs import Variant
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.passes.schedule import Schedule
 
@@ -76,6 +77,11 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     """
     loaded = load_model(model, dtype=dtype, weights=":" in model)
     whole = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    if whole.batch != 1:
+        raise RingCompileError(
+            f"the example of '{model}' has {whole.batch} sequences, plans are made from one",
+            hint="return an example with one sequence; --batch says how many a step has",
+        )
     stack = find_stack(whole)
     prepared, checked = dict[tuple[int, bool], Program](), dict[Any, bool]()
 

@@ -63,7 +63,7 @@ def simulate(
         found = run(costs, hardware, How(microbatches, eager, deferred))
     if trace is not None:
         _write(trace, to_trace(found.timeline, f"{out.name}: {made.mesh}, {length} tokens"))
-    batch = int(made.options.get("batch", 1))
+    batch = made.program.batch * made.mesh.size("dp")  # of all replicas, in one microbatch
     facts = _facts(made, hardware, length, batch, found)
     if as_json:
         click.echo(json.dumps(facts, indent=2))

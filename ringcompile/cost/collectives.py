@@ -47,7 +47,7 @@ def collective_seconds(cluster: Cluster, exchange: Collective) -> float:
         away = share * inside * (num_nodes - 1)
         return max(
             _flat(kind, share * inside, inside, node),
-            between.value("startup") + _steps(kind, num_nodes) * between.value("latency")
+            between.value("startup") + num_steps(kind, num_nodes) * between.value("latency")
             + away / _rate(kind, away, between),
         )
     if kind == "gather":
@@ -65,7 +65,7 @@ def _flat(kind: str, brought: float, num_ranks: int, link: Link) -> float:
     share = (num_ranks - 1) / num_ranks
     whole = brought * num_ranks if kind == "gather" else brought
     sent = whole * share * (2 if kind == "all_reduce" else 1)
-    steps = _steps(kind, num_ranks)
+    steps = num_steps(kind, num_ranks)
     return link.value("startup") + steps * link.value("latency") + sent / _rate(kind, whole, link)
 
 
@@ -74,8 +74,13 @@ def _rate(kind: str, num_bytes: float, link: Link) -> float:
     return figure(bytes=num_bytes)
 
 
-def _steps(kind: str, num_ranks: int) -> int:
-    """Steps behind the first: of a tree, there and back for an all-reduce."""
+def num_steps(kind: str, num_ranks: int) -> int:
+    """Steps behind the first: of a tree, there and back for an all-reduce.
+
+    Args:
+        kind: the collective's name.
+        num_ranks: ranks of the group.
+    """
     depth = ceil(log2(num_ranks))
     return 2 * depth - 1 if kind == "all_reduce" else depth - 1
 

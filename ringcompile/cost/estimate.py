@@ -15,8 +15,8 @@ from typing import Protocol
 
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, repeat
-from ringcompile.cost.rank import RankCost, cost_of
-from ringcompile.cost.scaling import PIPELINE, busiest_stage, crossing_bytes, with_batch
+from ringcompile.cost.rank import PIPELINE, RankCost, cost_of
+from ringcompile.cost.scaling import busiest_stage, crossing_bytes, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     Variant,

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, TypeAlias
 
 from ringcompile.errors import RingCompileError
@@ -62,8 +62,13 @@ class Figure:
         return _at(self.value, self.axes, at) * UNITS[self.unit][1]
 
     def points(self, axis: str) -> tuple[float, ...]:
-        """The points of an axis; 0 where it is no axis of the figure."""
-        return dict(self.axes).get(axis, (0.0,))
+        """The points of an axis; none where it is no axis of the figure."""
+        return dict(self.axes).get(axis, ())
+
+    def highest(self, **at: float) -> float:
+        """The largest value in SI units, over all points of the axes that `at` does not fix."""
+        free = [[(name, x) for x in points] for name, points in self.axes if name not in at]
+        return max(self(**at, **dict(point)) for point in product(*free))
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a file."""
@@ -100,7 +105,8 @@ def read_figure(data: object, where: str, measures: str, axes: tuple[str, ...]) 
     if data["basis"] not in BASES:
         raise malformed(where, f"its basis is '{data['basis']}', not one of {', '.join(BASES)}")
     points = _read_axes(data.get("axes", {}), where, axes)
-    value = _read_grid(data["value"], [len(values) for _, values in points], where)
+    lengths = [len(values) for _, values in points]
+    value = _read_grid(data["value"], lengths, where, is_rate=measures.endswith("/s"))
     return Figure(value, data["unit"], data["basis"], data["source"], data["date"], points)
 
 
@@ -126,16 +132,17 @@ def _read_axes(
     return tuple((name, tuple(map(float, points))) for name, points in data.items())
 
 
-def _read_grid(data: object, lengths: list[int], where: str) -> Grid:
+def _read_grid(data: object, lengths: list[int], where: str, *, is_rate: bool) -> Grid:
     if not lengths:
         if not isinstance(data, int | float) or isinstance(data, bool) or not (
-            math.isfinite(data) and data >= 0
+            math.isfinite(data) and (data > 0 if is_rate else data >= 0)
         ):
-            raise malformed(where, f"value {data!r} is not a number of at least 0")
+            least = "above 0" if is_rate else "of at least 0"
+            raise malformed(where, f"value {data!r} is not a number {least}")
         return float(data)
     if not isinstance(data, list) or len(data) != lengths[0]:
         raise malformed(where, "value has to be a list with an entry for each point of its axis")
-    return tuple(_read_grid(entry, lengths[1:], where) for entry in data)
+    return tuple(_read_grid(entry, lengths[1:], where, is_rate=is_rate) for entry in data)
 
 
 def _is_size(value: object) -> bool:

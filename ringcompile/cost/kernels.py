@@ -108,8 +108,9 @@ def _attention(kernel: Kernel, device: Device) -> float:
     figure = device.get(kernel.kind, kernel.dtype)
     length = sqrt(kernel.rows * kernel.columns)
     rate = figure(head_dim=kernel.inner, length=length)
-    if device.asynchronous:
-        measured = max(length, figure.points("length")[0])
+    points = figure.points("length")
+    if device.asynchronous and points:
+        measured = max(length, points[0])
         rate *= min(kernel.rows * kernel.batch / _FULL, 1) / min(_HEADS * measured / _FULL, 1)
     return flops / rate
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from ringcompile.cost.rank import RankCost, Step, Wait
+from ringcompile.cost.rank import PIPELINE, RankCost, Shift, Step, Wait
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
@@ -100,7 +100,13 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
         times: how often each layer is there in the whole model.
     """
     steps: list[Step] = []
-    runs = groupby(cost.steps, key=lambda step: stack.index(step.layer) is not None)
+    between = {step.name for step in cost.steps if _crosses(step)}
+    between |= {step.name for step in cost.steps
+                if isinstance(step.communicates, Wait) and step.communicates.of in between}
+    runs = groupby(
+        cost.steps,
+        key=lambda step: stack.index(step.layer) is not None and step.name not in between,
+    )
     repeated = _joined([(inside, list(run)) for inside, run in runs])
     for inside, run in repeated:
         steps += [_renamed(step, i) for i in range(times) for step in run] if inside else run
@@ -108,6 +114,11 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
     more = [w for w in cost.weights if stack.index(w[0]) is not None] * (times - 1)
     return replace(cost, steps=tuple(steps), num_nodes=nodes, weights=(*cost.weights, *more),
                    peak_bytes=cost.peak_bytes + sum(num_bytes for _, num_bytes in more))
+
+
+def _crosses(step: Step) -> bool:
+    """Whether a step hands on to another stage, or takes: once, however many layers there are."""
+    return isinstance(step.communicates, Shift) and step.communicates.channel == PIPELINE
 
 
 def _joined(runs: list[tuple[bool, list[Step]]]) -> list[tuple[bool, list[Step]]]:

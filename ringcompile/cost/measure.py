@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -195,7 +195,23 @@ def _matmul(clock: Clock, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
             line.append(_rounded(2 * rows * width * width / seconds / 1e9))
         grid.append(line)
     axes = {"rows": list(sizes.rows), "width": list(sizes.widths)}
-    return {"value": grid, "unit": "GFLOP/s", "axes": axes}
+    return {"value": padded(sizes.rows, grid), "unit": "GFLOP/s", "axes": axes}
+
+
+def padded(rows: Sequence[int], grid: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Rates of products such that fewer rows never take longer than more: they could be padded.
+
+    A library may pick a poor kernel for one size, and a sample may catch something else.
+
+    Args:
+        rows: increasing.
+        grid: for each number of rows the rates at each width.
+    """
+    made = [list(grid[-1])]
+    for fewer, more, line in zip(rows[-2::-1], rows[:0:-1], grid[-2::-1], strict=True):
+        least = (rate * fewer / more for rate in made[0])
+        made.insert(0, [max(own, _rounded(other)) for own, other in zip(line, least, strict=True)])
+    return made
 
 
 def _product(x: torch.Tensor, weights: torch.Tensor) -> Callable[[int], object]:

@@ -26,6 +26,7 @@ from ringcompile.ir.communication import (
     REDUCE_SCATTER,
     SHIFT,
 )
+from ringcompile.ir.rules.contraction import einsum_terms
 from ringcompile.ops.blocks import Band
 
 
@@ -151,7 +152,7 @@ def _product(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype
 
 
 def _matmul(work: Work) -> list[Kernel]:
-    left, right = work.operands if len(work.operands) > 1 else work.operands * 2
+    left, right = work.operands[:2] if len(work.operands) > 1 else work.operands * 2
     rows = left.shape[-2] if left.dim() > 1 else 1
     columns = right.shape[-1] if right.dim() > 1 else 1
     batch = work.results[0].numel() // max(rows * columns, 1)
@@ -168,25 +169,31 @@ def _addmm(work: Work) -> list[Kernel]:
 
 
 def _einsum(work: Work) -> list[Kernel]:
-    """As one batched product: dims of both and the result, of either and the result, of both."""
-    inputs, _, output = str(work.call["equation"]).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2 or "." in inputs:
-        return [_outer_sizes(work)]
-    size: dict[str, int] = {}
-    for term, tensor in zip(terms, work.operands * (2 // len(work.operands)), strict=True):
-        size |= {c: max(n, size.get(c, 1)) for c, n in zip(term, tensor.shape, strict=True)}
-    left, right, out = map(set, (*terms, output))
-    groups = left & right & out, left & out - right, left & right - out, right & out - left
-    batch, rows, inner, columns = (prod(size[c] for c in group) for group in groups)
-    return [_product(batch, rows, inner, columns, work.operands[0].dtype)]
+    """From left to right, as torch does: each pair as one batched product."""
+    terms, output = einsum_terms(work.call)
+    tensors = work.operands if len(work.operands) == len(terms) else work.operands * len(terms)
+    size: dict[object, int] = {}
+    for term, tensor in zip(terms, tensors, strict=True):
+        size |= {f: max(n, size.get(f, 1)) for f, n in zip(term, tensor.shape, strict=True)}
+    left, made = set(terms[0]), list[Kernel]()
+    for i, term in enumerate(terms[1:], 1):
+        right = set(term)
+        out = (left | right) & set(output).union(*terms[i + 1 :])
+        groups = left & right & out, left & out - right, left & right - out, right & out - left
+        batch, rows, inner, columns = (prod(size[f] for f in group) for group in groups)
+        made.append(_product(batch, rows, inner, columns, work.results[0].dtype))
+        left = out
+    return made or [_kernel("reduction", work.operands, list(work.results))]
 
 
-def _outer_sizes(work: Work) -> Kernel:
-    """Operands that are no pair of matrices: all of the result for all that is not in it."""
-    out = work.results[0].numel()
-    inner = max((x.numel() for x in work.operands), default=1) // max(out, 1)
-    return _product(1, out, max(inner, 1), 1, work.results[0].dtype)
+def _grouped(work: Work) -> list[Kernel]:
+    """Rows in groups, each with a matrix of its own; a matrix without rows is not read."""
+    rows, weight = work.operands[:2]
+    if rows.dim() != 2 or weight.dim() != 3:
+        return _matmul(work)
+    used = max(min(weight.shape[0], rows.shape[0]), 1)
+    each = -(-rows.shape[0] // used)
+    return [_product(used, each, rows.shape[1], weight.shape[2], rows.dtype)]
 
 
 def _expert_linear(work: Work) -> list[Kernel]:
@@ -342,7 +349,8 @@ def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
     rows: dict[Callable[[Work], list[Kernel]], list[str]] = {
         _linear: ["aten.linear.default"],
         _matmul: ["aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.mv.default",
-                  "aten.dot.default", "aten._grouped_mm.default"],
+                  "aten.dot.default"],
+        _grouped: ["aten._grouped_mm.default"],
         _addmm: ["aten.addmm.default", "aten.baddbmm.default"],
         _einsum: ["aten.einsum.default"],
         _streamed: ["aten.outer.default", "aten.ger.default"],

@@ -13,7 +13,7 @@ from math import inf
 from typing import Any
 
 from ringcompile.cost.estimate import Ask, Compile, Estimate, Estimator, FarError, Model
-from ringcompile.cost.rank import cost_of
+from ringcompile.cost.rank import PIPELINE, cost_of
 from ringcompile.cost.specs import (
     AXES,
     Variant,
@@ -138,13 +138,15 @@ class Planner:
             return found
         if self._capacities is None:
             self._capacities = self._told_apart(found[0])
-        return [replace(v, capacity=capacity) for v in found for capacity in self._capacities]
+        capacities = self._capacities or ("local", "exact")
+        return [replace(v, capacity=capacity) for v in found for capacity in capacities]
 
-    def _told_apart(self, variant: Variant) -> tuple[str, ...]:
-        """The capacity modes that make a difference to this model."""
+    def _told_apart(self, variant: Variant) -> tuple[str, ...] | None:
+        """The capacity modes that make a difference to this model; None if that cannot be told."""
         plans = [self._quickly(replace(variant, capacity=c)) for c in ("local", "exact")]
-        same = plans[0].seconds == plans[1].seconds
-        return ("exact",) if same else ("local", "exact")
+        if plans[0].seconds is None:
+            return None
+        return ("exact",) if plans[0].seconds == plans[1].seconds else ("local", "exact")
 
     def _hopeless(self, seen: dict[Variant, Plan], variant: Variant) -> str | None:
         """Why a form of a mesh need not be looked at: another form of it is far from the best.
@@ -208,7 +210,12 @@ class Planner:
     def _quickly(self, variant: Variant) -> Plan:
         best = self._best[variant.capacity]
         try:
-            return self._judged(variant, self._estimator.quick(variant, _FAR * best), close=False)
+            found = self._estimator.quick(variant, _FAR * best)
+            # A stage of a pipeline stands for all, with what only the first and the last have.
+            too_large = found.memory_bytes > self.ask.room and variant.mesh.size(PIPELINE) > 1
+            if too_large and self._estimator.can_be_close(variant):
+                return self._closely(variant)
+            return self._judged(variant, found, close=False)
         except RingCompileError as error:
             return _rejected(variant, error.message)
         except FarError as error:

@@ -28,6 +28,8 @@ from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 
+PIPELINE = "pp"
+
 
 @dataclass(frozen=True)
 class Shift:

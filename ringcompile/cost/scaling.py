@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ringcompile.cost.kernels import Kernel
-from ringcompile.cost.rank import Collective, RankCost, Shift, Step, Wait
-
-PIPELINE = "pp"
+from ringcompile.cost.rank import PIPELINE, Collective, RankCost, Shift, Step, Wait
 
 
 def with_batch(cost: RankCost, batch: int) -> RankCost:

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ringcompile.cost.hardware import Cluster
-from ringcompile.cost.rank import Collective, RankCost, Shift
+from ringcompile.cost.rank import PIPELINE, RankCost
 from ringcompile.cost.timeline import COMPUTE, How, Timeline, timeline
-
-PIPELINE = "pp"
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,12 @@ def _path(found: Timeline) -> dict[str, float]:
 
 def _report(cost: RankCost, found: Timeline) -> RankReport:
     compute = exposed = bubble = now = 0.0
-    channels = {s.name: s.communicates.channel for s in cost.steps
-                if isinstance(s.communicates, Shift | Collective)}
     for number, event in enumerate(found.events):
         if event.rank != cost.rank or event.stream != COMPUTE:
             continue
         if event.kind == "wait":
             idle = found.ends[number] - now
-            if _awaited(found, number, channels) == PIPELINE:
+            if _awaited(found, number) == PIPELINE:
                 bubble += idle
             else:
                 exposed += idle
@@ -139,7 +135,7 @@ def _report(cost: RankCost, found: Timeline) -> RankReport:
     )
 
 
-def _awaited(found: Timeline, number: int, channels: Mapping[str, str]) -> str:
+def _awaited(found: Timeline, number: int) -> str:
     """The axis of the transfer that a wait came right behind."""
     before = found.last[number]
     return "" if before is None else found.events[before].stream

@@ -66,7 +66,7 @@ def grouped_mm(call: Call) -> Factors:
 
 def einsum(call: Call) -> Factors:
     """The equation itself; a letter that stands twice in one operand (a diagonal) is whole."""
-    operands, output = _terms(call)
+    operands, output = einsum_terms(call)
     diagonal = {f for names in operands for f in names if names.count(f) > 1}
     sizes: dict[object, set[object]] = {}
     for names, shape in zip(operands, shapes(call), strict=True):
@@ -85,7 +85,7 @@ def einsum(call: Call) -> Factors:
     )
 
 
-def _terms(call: Call) -> tuple[list[Names], Names]:
+def einsum_terms(call: Call) -> tuple[list[Names], Names]:
     """A factor for each dim; those that `...` stands for are counted from the right."""
     inputs, arrow, output = call["equation"].replace(" ", "").partition("->")
     given = [_letters(term) for term in inputs.split(",")]
