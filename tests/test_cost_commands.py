@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 from ringcompile.cli import cli
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.errors import RingCompileError
+from ringcompile.models import zoo
 from tests.cost.clusters import figure, table
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +82,25 @@ def test_an_eager_host_takes_longer(ring: str) -> None:
     assert eager > 1.5 * graphs
 
 
+def test_replicas_and_microbatches_are_counted(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert invoke("transform", "dense-4l-tiny", "-o", out, "--parallel", "dp=2,pp=2",
+                  "--batch", "3").exit_code == 0
+    found = told("simulate", out, "--cluster", "h100x16", "--seq", "128")
+    assert found["tokens"] == 128 * 3 * 2
+    done = run("bench", out, "--seq", "16", "--batch", "12", "--steps", "1", "--warm-up", "0",
+               "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 16 * 12
+    hidden = 16 * 64 * 4  # bytes of a sequence between stages; each replica has 6 of them
+    assert [row["bytes_sent"] for row in found["ranks"]] == [6 * hidden, 0] * 2
+    assert found["predicted"] == {
+        "cluster": None, "why_not": "cluster 'cpu' has 1 x 2 devices, 4 are asked for"}
+    message = refused("bench", out, "--batch", "4")
+    assert "a batch of 4 is no multiple of 6: the captured one for each of 2 replicas" in message
+
+
 def test_simulate_refuses(ring: str, tmp_path: Path) -> None:
     assert "unknown cluster 'h999'" in refused("simulate", ring, "--cluster", "h999")
     assert "sequence length 1 is outside" in refused(
@@ -109,7 +131,15 @@ def test_plan_prints_the_best_and_the_rejected() -> None:
     assert "rejected 1: a batch of 1 does not divide over dp=2" in result.stdout
 
 
+def pair() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    """A model whose example has two sequences."""
+    module, inputs = zoo.build("dense-4l-tiny", sequence=24, batch=2)
+    return module, inputs
+
+
 def test_plan_refuses(tmp_path: Path) -> None:
+    message = refused("plan", "tests.test_cost_commands:pair", "--gpus", "2", "--cluster", "cpu")
+    assert "has 2 sequences, plans are made from one" in message
     assert "unknown cluster" in refused("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "x")
     assert "2 x 8 devices, 12 are asked for" in refused(
         "plan", "dense-4l-tiny", "--gpus", "12", "--cluster", "h100x8x2")
@@ -137,6 +167,8 @@ def test_halves_of_a_batch_are_compiled_and_verified(tmp_path: Path) -> None:
     [
         (["--batch", "3", "--overlap", "halves"], "a batch of 3 has no two halves"),
         (["--overlap", "schedule", "--overlap-on", "x"], "unknown cluster 'x'"),
+        (["--parallel", "ring=4", "--overlap", "schedule", "--overlap-on", "cpu"],
+         "cluster 'cpu' has 1 x 2 devices, 4 are asked for"),
     ],
 )
 def test_overlap_refuses(args: list[str], message: str, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 import torch
@@ -26,6 +26,7 @@ from ringcompile.runtime.processes import Processes
 from ringcompile.runtime.speed import LinkSizes, link_seconds, node_seconds
 
 _DEVICES = ("auto", "cpu", "cuda")
+_Pick: TypeAlias = Callable[[list[float]], float]
 
 
 @click.command()
@@ -39,6 +40,9 @@ _DEVICES = ("auto", "cpu", "cuda")
               help="Threads of a rank, on a CPU.")
 @click.option("--ranks", type=click.IntRange(1),
               help="Ranks to measure links between: by default 2, or the number of GPUs.")
+@click.option("--passes", type=click.IntRange(1),
+              help="How often all is measured, the best counts: by default 3 times on a CPU, of "
+              "which others may take a share at any moment, and once on a GPU.")
 @click.option("--quick", is_flag=True, help="A dry run on small sizes; the numbers are no good.")
 def calibrate(
     out: Path | None,
@@ -47,6 +51,7 @@ def calibrate(
     base: str | None,
     threads: int,
     ranks: int | None,
+    passes: int | None,
     quick: bool,
 ) -> None:
     """Measure kernels, copies, launches and links of this machine; write a hardware table.
@@ -57,7 +62,8 @@ def calibrate(
     place = _place(device)
     name = dtype or ("float16" if place.type == "cuda" else "float32")
     ranks = ranks or (torch.cuda.device_count() if place.type == "cuda" else 2)
-    work = _Work(place, getattr(torch, name), "quick" if quick else place.type)
+    passes = passes or (1 if quick or place.type == "cuda" else 3)
+    work = _Work(place, getattr(torch, name), "quick" if quick else place.type, passes)
     figures, links = _measure(work, ranks, threads)
     title = _title(place)
     if place.type != "cuda":
@@ -86,21 +92,24 @@ def _place(device: str) -> torch.device:
 
 @dataclass(frozen=True)
 class _Work:
-    """What to measure: where, of which dtype, and a key of `SIZES`."""
+    """What to measure: where, of which dtype, a key of `SIZES`, and how often."""
 
     place: torch.device
     dtype: torch.dtype
     sizes: str
+    passes: int
 
 
 def _measure(work: _Work, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a device and of the links; on a CPU all ranks compute at once, as they will."""
     if work.place.type == "cuda":
-        figures = _device_figures(work)
+        figures = _best([_device_figures(work) for _ in range(work.passes)])
         return figures, _link_figures(work, ranks, None) if ranks > 1 else {}
     with Processes(ranks, backend="gloo", threads=threads) as processes:
-        found = processes.call(_rank_figures, work)
-        figures = {key: _slowest([one[key] for one in found]) for key in found[0]}
+        found = zip(
+            *(processes.call(_rank_figures, work) for _ in range(work.passes)), strict=True
+        )
+        figures = _worst(map(_best, found))
         return figures, _link_figures(work, ranks, processes) if ranks > 1 else {}
 
 
@@ -123,12 +132,28 @@ def _device_figures(work: _Work, *, quiet: bool = False) -> dict[str, Any]:
     return figures
 
 
-def _slowest(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    worst = max if UNITS[figures[0]["unit"]][0] == "second" else min
-    return {**figures[0], "value": _combined([figure["value"] for figure in figures], worst)}
+def _best(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Each figure as the fastest of several measurements has it."""
+    return _picked(list(found), min, max)
 
 
-def _combined(values: list[Any], pick: Callable[[list[float]], float]) -> Any:
+def _worst(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Each figure as the slowest of all ranks has it."""
+    return _picked(list(found), max, min)
+
+
+def _picked(found: list[dict[str, Any]], of_seconds: _Pick, of_rates: _Pick) -> dict[str, Any]:
+    made = {}
+    for key, first in found[0].items():
+        if not all(key in one for one in found):
+            continue  # could not be measured once
+        measures = UNITS[first["unit"]][0]
+        pick = of_seconds if measures in ("second", "fraction") else of_rates
+        made[key] = {**first, "value": _combined([one[key]["value"] for one in found], pick)}
+    return made
+
+
+def _combined(values: list[Any], pick: _Pick) -> Any:
     if isinstance(values[0], list):
         return [_combined(list(entries), pick) for entries in zip(*values, strict=True)]
     return pick(values)
@@ -144,10 +169,10 @@ def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[
     sizes = LinkSizes((4096, 65536), 2) if work.sizes == "quick" else LinkSizes()
     click.echo(f"  links between {ranks} ranks", err=True)
     if processes is not None:
-        found = processes.call(link_seconds, sizes)
+        found = _fastest_links([processes.call(link_seconds, sizes) for _ in range(work.passes)])
     else:
         with Processes(ranks, backend="nccl") as made:
-            found = made.call(link_seconds, sizes)
+            found = _fastest_links([made.call(link_seconds, sizes) for _ in range(work.passes)])
     startup = max(entry["startup"] for entry in found)
     share = (ranks - 1) / ranks
     # What a ring algorithm would send a rank, as a multiple of the tensor.
@@ -168,6 +193,14 @@ def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[
     worst = max(entry["interference"] for entry in found)
     figures["interference"] = {"value": round(worst, 4), "unit": "1"}
     return figures
+
+
+def _fastest_links(passes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each rank's seconds as the fastest pass has them."""
+    return [
+        {key: _combined([one[key] for one in of_rank], min) for key in of_rank[0]}
+        for of_rank in zip(*passes, strict=True)
+    ]
 
 
 def _table(

@@ -108,12 +108,12 @@ class Exchange:
         where axes are named in another order than the mesh has them.
         """
         if "," not in asked.axis:
-            return _COLLECTIVES[asked.kind](asked, group)
+            return BY_KIND[asked.kind](asked, group)
         ranks = self.mesh.group_of(self.rank.index, asked.axis)
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
         if asked.kind in ("reduce_scatter", "all_to_all"):
             asked = replace(asked, tensor=asked.tensor[order])
-        answer = _COLLECTIVES[asked.kind](asked, group)
+        answer = BY_KIND[asked.kind](asked, group)
         back = sorted(range(len(order)), key=order.__getitem__)
         if asked.kind == "gather":
             return [answer[place] for place in back]
@@ -207,7 +207,8 @@ def _rows(asked: Collective, group: dist.ProcessGroup) -> torch.Tensor:
     return funcol.wait_tensor(funcol.all_to_all_single(asked.tensor, takes, sends, group))
 
 
-_COLLECTIVES: dict[str, Callable[[Collective, dist.ProcessGroup], Any]] = {
+# What asks torch for a collective, by its kind.
+BY_KIND: dict[str, Callable[[Collective, dist.ProcessGroup], Any]] = {
     "gather": _gather,
     "all_reduce": _all_reduce,
     "reduce_scatter": _reduce_scatter,

@@ -6,8 +6,9 @@ The functions of a rank are called in all ranks of a job together; each returns 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import fx
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.program import Program, Structure
 from ringcompile.ir.types import TensorType
+from ringcompile.runtime.collectives import Collective
+from ringcompile.runtime.exchange import BY_KIND
 from ringcompile.runtime.executor import Executor, run_alone
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory
@@ -53,11 +56,11 @@ def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
 
 
 def _shift(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    sent = torch.zeros(num_bytes, dtype=torch.uint8, device=rank.device)
-    taken = torch.empty_like(sent)
+    tensors = _in_turn(rank, (num_bytes,), torch.uint8)
 
     def call() -> None:
-        for work in _start(rank, sent, taken):
+        sent = next(tensors)
+        for work in _start(rank, sent, torch.empty_like(sent)):
             work.wait()
 
     return call
@@ -70,23 +73,35 @@ def _start(rank: Rank, sent: torch.Tensor, taken: torch.Tensor) -> list[dist.Wor
     )
 
 
+def _collective(
+    kind: str, rank: Rank, shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[], object]:
+    """As programs ask for it: results are new tensors, and operands have just been written."""
+    group = dist.group.WORLD
+    assert group is not None
+    tensors = _in_turn(rank, shape, dtype)
+    return lambda: BY_KIND[kind](Collective("", kind, "", next(tensors)), group)
+
+
+def _in_turn(rank: Rank, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Tensors of a shape, several of them in turn."""
+    return cycle([torch.zeros(shape, dtype=dtype, device=rank.device) for _ in range(_IN_TURN)])
+
+
 def _all_reduce(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    tensor = torch.zeros(num_bytes // 4, device=rank.device)
-    return lambda: dist.all_reduce(tensor)
+    return _collective("all_reduce", rank, (num_bytes // 4,), torch.float32)
 
 
 def _all_gather(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    share = torch.zeros(num_bytes // rank.world_size, dtype=torch.uint8, device=rank.device)
-    pieces = [torch.empty_like(share) for _ in range(rank.world_size)]
-    return lambda: dist.all_gather(pieces, share)
+    return _collective("gather", rank, (num_bytes // rank.world_size,), torch.uint8)
 
 
 def _all_to_all(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    sent = torch.zeros(num_bytes, dtype=torch.uint8, device=rank.device)
-    taken = torch.empty_like(sent)
-    return lambda: dist.all_to_all_single(taken, sent)
+    each = num_bytes // rank.world_size
+    return _collective("all_to_all", rank, (rank.world_size, each), torch.uint8)
 
 
+_IN_TURN = 4
 _KINDS = {"shift": _shift, "all_reduce": _all_reduce, "all_gather": _all_gather,
           "all_to_all": _all_to_all}
 

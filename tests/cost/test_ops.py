@@ -96,22 +96,48 @@ def test_products(
         ("bsd,df->bsf", [(2, 3, 8), (8, 5)], (2, 3, 5), (1, 6, 8, 5)),
         ("ecd,edf->ecf", [(4, 3, 8), (4, 8, 5)], (4, 3, 5), (4, 3, 8, 5)),
         ("bhqd,bhkd->bhqk", [(2, 3, 7, 8), (2, 3, 9, 8)], (2, 3, 7, 9), (6, 7, 8, 9)),
+        ("...d,df->...f", [(2, 3, 8), (8, 5)], (2, 3, 5), (1, 6, 8, 5)),
+        ("bsd,df", [(2, 3, 8), (8, 5)], (2, 5, 3), (1, 6, 8, 5)),
     ],
 )
 def test_einsum_is_a_batched_product(
     equation: str, operands: list[tuple[int, ...]], out: tuple[int, ...],
     sizes: tuple[int, int, int, int],
 ) -> None:
+    (kernel,) = einsum_kernels(equation, operands, out)
+    assert (kernel.batch, kernel.rows, kernel.inner, kernel.columns) == sizes
+
+
+def test_einsum_of_three_goes_from_left_to_right() -> None:
+    found = einsum_kernels("ab,bc,cd->ad", [(2, 3), (3, 5), (5, 7)], (2, 7))
+    assert [(k.rows, k.inner, k.columns) for k in found] == [(2, 3, 5), (2, 5, 7)]
+
+
+def einsum_kernels(
+    equation: str, operands: list[tuple[int, ...]], out: tuple[int, ...]
+) -> list[Kernel]:
     graph = fx.Graph()
-    nodes = [graph.placeholder(f"x{i}") for i in range(2)]
+    nodes = [graph.placeholder(f"x{i}") for i in range(len(operands))]
     for node, shape in zip(nodes, operands, strict=True):
         node.meta["type"] = TensorType.whole(F32, shape)
     call = graph.call_function(aten.einsum.default, (equation, nodes))
     call.meta["type"] = TensorType.whole(F32, out)
     graph.output((call,))
-    program = Program(graph, (), {"x0": "a", "x1": "b"}, {}, Structure("tensor"))
-    (kernel,) = kernels_of(Values(program, {}), call)
-    assert (kernel.batch, kernel.rows, kernel.inner, kernel.columns) == sizes
+    program = Program(graph, (), {n.name: n.name for n in nodes}, {}, Structure("tensor"))
+    return kernels_of(Values(program, {}), call)
+
+
+def test_products_of_groups_are_those_of_experts_with_rows() -> None:
+    (kernel,) = kernels_for(aten._grouped_mm.default, [(12, 8), (4, 8, 5), (4,)], (12, 5))
+    assert (kernel.batch, kernel.rows, kernel.inner, kernel.columns) == (4, 3, 8, 5)
+    (kernel,) = kernels_for(aten._grouped_mm.default, [(4, 3, 8), (4, 8, 5)], (4, 3, 5))
+    assert (kernel.batch, kernel.rows, kernel.inner, kernel.columns) == (4, 3, 8, 5)
+
+
+def test_attention_at_one_rate_never_goes_beyond_it() -> None:
+    on = cluster(device=device(figures={"attention.float32": figure(10.0, "TFLOP/s")})).device
+    small = Kernel("attention", F32, 0, 10**12, 64, 64, 64, batch=128)
+    assert time_of(small, on).seconds == pytest.approx(0.1)
 
 
 def test_rows_of_experts_are_sorted_and_each_expert_has_a_product() -> None:

@@ -19,6 +19,8 @@ from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.planner import Plan
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     AXES,
     Variant,
@@ -29,6 +31,7 @@ from ringcompile.cost.specs import (
     slowest_place,
     variants,
 )
+from ringcompile.cost.timeline import How
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
@@ -167,6 +170,18 @@ def test_quick_estimates_hold_against_close_ones(spec: str) -> None:
         quick, close = estimator.quick(variant, float("inf")), estimator.close(variant)
         assert quick.seconds == pytest.approx(close.seconds, rel=0.12), str(variant)
         assert quick.memory_bytes == pytest.approx(close.memory_bytes, rel=0.15), str(variant)
+
+
+@pytest.mark.parametrize("spec", ["pp=2", "pp=2,tp=2", "pp=2,ring=2"])
+def test_what_crosses_crosses_once(spec: str) -> None:
+    """A stage of two layers, from one: its step takes as long as that of the whole program."""
+    estimator, _ = estimators()
+    variant = next(variants(Mesh.parse(spec), 1))
+    close = estimator.close(variant)
+    whole = transform(prepare(captured()), variant.mesh, order=variant.order, length=4096)
+    costs = [cost_of(rank, 4096) for rank in whole.ranks()]
+    found = simulate(costs, small_cluster(16), How(merged=True))
+    assert close.latency == pytest.approx(found.seconds, rel=0.02)
 
 
 def test_a_long_ring_from_short_ones() -> None:
