@@ -28,7 +28,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.run import RESULTS, environment
+from benchmarks.machine import RESULTS, environment
 from benchmarks.speed import product_seconds
 from ringcompile import artifact, compiler
 from ringcompile.capture.export import capture

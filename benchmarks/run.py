@@ -2,41 +2,16 @@
 
 import datetime
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 
 import click
-import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 from benchmarks import attention, model, strategies  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def environment() -> dict[str, object]:
-    """What a reader needs to judge a number by."""
-    cpu = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if "model n" in line),
-        platform.processor(),
-    )
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _lines(file: str) -> list[str]:
-    path = Path(file)
-    return path.read_text().splitlines() if path.exists() else []
+from benchmarks.machine import RESULTS, environment  # noqa: E402
 
 
 @click.command()

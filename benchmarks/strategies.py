@@ -1,12 +1,15 @@
 """Strategies: SmolLM2 on two processes by ring, tp, pp and time; how long transforming takes.
 
-    python -m benchmarks.strategies [--rounds N] [--layers 32 --layers 80]
+    python -m benchmarks.strategies [--rounds N] [--layers 32 --layers 80] [--save]
 
 Sides take turns; ratios are of 2 ranks x 1 thread to one process x 2 threads, within a round.
 """
 
+import datetime
+import json
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,10 +19,11 @@ from typing import Any
 
 import click
 import torch
-from torch._subclasses import FakeTensorMode
 
 import ringcompile as rc
+from benchmarks.machine import RESULTS, environment
 from benchmarks.pool import Pool, Step, Timing
+from ringcompile.capture.loaders import load_model
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.join import Rank
 
@@ -31,7 +35,6 @@ from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
 )
 
 # Four sequences: a pipeline works on one while its other stage works on the next. One long prompt:
@@ -138,14 +141,16 @@ def transform_times(layers: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = []
     for num_layers in layers:
         config = LlamaConfig(
+            architectures=["LlamaForCausalLM"], dtype="float16",
             vocab_size=128256, hidden_size=8192, intermediate_size=28672,
             num_hidden_layers=num_layers, num_attention_heads=64, num_key_value_heads=8,
             use_cache=False,
         )
-        start = time.process_time()
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = LlamaForCausalLM(config).half().eval()
-            program = rc.capture(model, (torch.zeros(1, 24, dtype=torch.int64),))
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            start = time.process_time()
+            loaded = load_model(folder, weights=False)
+        program = rc.capture(loaded.module, loaded.args, loaded.kwargs)
         captured = time.process_time() - start
         for spec in TRANSFORMED:
             start = time.process_time()
@@ -183,9 +188,14 @@ def run(num_rounds: int = 5, layers: tuple[int, ...] = (32, 80)) -> dict[str, An
 @click.command()
 @click.option("--rounds", default=5, show_default=True, help="Steps of each side.")
 @click.option("--layers", multiple=True, type=int, default=(32, 80), show_default=True)
-def main(rounds: int, layers: tuple[int, ...]) -> None:
+@click.option("--save/--no-save", default=False, help="Write benchmarks/results/.")
+def main(rounds: int, layers: tuple[int, ...], save: bool) -> None:
     """Benchmark the strategies."""
-    run(rounds, layers)
+    known = {"environment": environment(), **run(rounds, layers)}
+    if save:
+        file = RESULTS / f"strategies-{datetime.date.today().isoformat()}.json"
+        file.write_text(json.dumps(known, indent=1) + "\n")
+        click.echo(f"wrote {file.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ringcompile import artifact
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.runtime.launcher import LocalRanks
@@ -276,6 +277,17 @@ def test_a_batch_that_is_refused(spec: str, batch: int) -> None:
     with pytest.raises(RingCompileError) as caught:
         run(parallel, inputs("dense-4l-tiny", LENGTH, batch))
     assert str(caught.value) == f"error: {BATCHES[spec, batch]}"
+
+
+def test_a_residual_stream_is_not_split() -> None:
+    """9 heads over 2 ranks: attention is whole, and the pair of each MLP is found all the same."""
+    config = transformers.LlamaConfig(**{
+        **SIZES, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3})
+    module = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, VOCABULARY, (1, CAPTURED))
+    rank = transform(capture(module, (ids,)), "tp=2").rank(0)
+    sums = [node for node in rank.graph.nodes if "all_reduce" in str(node.target)]
+    assert [type_of(node).shape[-1] for node in sums] == [72] * 2  # behind each MLP, nowhere else
 
 
 class Summing(nn.Module):

@@ -45,6 +45,7 @@ class TensorRequests(Requests):
         self.told, self.allowed = told, {**model_plan(program), **told}
         self.why = ""  # what asked for the shares of weights that are read now
         self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
+        self.products: dict[fx.Node, frozenset[fx.Node]] = {}
 
     def summed(self, node: fx.Node) -> fx.Node:
         """A value that is no partial sum: summed over the ranks, and with tp_sequence split."""
@@ -95,6 +96,8 @@ class TensorRequests(Requests):
     def _gains(self, node: fx.Node, wanted: Layout) -> bool:
         if layout_of(node) == wanted or node.op == "placeholder" or not has_tp(wanted):
             return False
+        if self._is_residual(node):
+            return False
         wants = self._wants(node, wanted)
         if wants is None:
             return False
@@ -104,6 +107,27 @@ class TensorRequests(Requests):
             has_tp(want) and ((heavy and self.is_weight(operand)) or self.gains(operand, want))
             for operand, want in zip(operands_of(node), wants, strict=True)
         )
+
+    def _is_residual(self, node: fx.Node) -> bool:
+        """Whether something is added to what others read as well, from other products.
+
+        Split there, the residual stream would be split everywhere, and every product would sum.
+        """
+        if str(node.target) != "aten.add.Tensor":
+            return False
+        terms = [n for n in node.all_input_nodes if not self.is_weight(n)]
+        return len(terms) == 2 and any(len(n.users) > 1 for n in terms) and (
+            self._products(terms[0]) != self._products(terms[1])
+        )
+
+    def _products(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The products that a value comes from by cheap ops, itself if it is one."""
+        if node not in self.products:
+            rule = find_rule(node.target) if node.op == "call_function" else None
+            cheap = rule is not None and rule.cheap
+            of = map(self._products, node.all_input_nodes) if cheap else [{node}]
+            self.products[node] = frozenset().union(*of)
+        return self.products[node]
 
     def _wants(self, node: fx.Node, wanted: Layout) -> tuple[Layout, ...] | None:
         """What a node's operands have to be for it to be computed in that layout."""
