@@ -52,7 +52,7 @@ def front_passes(
     tp_sequence: bool = False,
     stages: tuple[str, ...] = (),
     told: Mapping[str, int | None] | None = None,
-    checked: dict[Any, bool] | None = None,
+    checked: dict[Any, Any] | None = None,
 ) -> list[Pass]:
     """From a captured program to one program for all ranks."""
     known = {} if checked is None else checked
@@ -224,7 +224,7 @@ def transform(
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
     check: bool = True,
-    checked: dict[Any, bool] | None = None,
+    checked: dict[Any, Any] | None = None,
     schedule: Schedule | None = None,
 ) -> ParallelProgram:
     """Compile a captured program for a mesh.

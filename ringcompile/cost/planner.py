@@ -30,7 +30,7 @@ _SPLIT_WEIGHTS = ("pp", "ep", "tp")
 # What takes so many times the best plan's time is not looked at more closely.
 _FAR, _FAR_FROM_GATHER = 1.05, 1.5
 # So many of the best are estimated closely.
-_CLOSE = 4
+_CLOSE = 3
 # So many of these are tried with more overlap.
 _OVERLAPPED = 1
 

@@ -69,8 +69,11 @@ def with_argument(node: fx.Node, args: Any, kwargs: Any, name: str, value: Any) 
 
 def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
     """Apply `change` to every leaf of nested args; nodes are leaves too."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, _SEQUENCES):
         return type(value)([map_values(v, change) for v in value])
     if isinstance(value, dict):
         return {key: map_values(v, change) for key, v in value.items()}
     return change(value)
+
+
+_SEQUENCES = (list, tuple)  # `list | tuple` would be made anew at every call

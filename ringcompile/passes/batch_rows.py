@@ -46,7 +46,7 @@ class CheckBatch(Pass):
 
     name: ClassVar[str] = "check-batch"
     mesh: Mesh
-    checked: dict[Any, bool] = field(default_factory=dict, repr=False, compare=False)
+    checked: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def run(self, program: Program) -> Program:
         """The same program, with a note where a capacity is counted by each part.
@@ -70,7 +70,7 @@ class CheckBatch(Pass):
         return program.with_graph(program.graph, fixed_batch=True)
 
 
-def routing(program: Program, checked: dict[Any, bool]) -> list[Region]:
+def routing(program: Program, checked: dict[Any, Any]) -> list[Region]:
     """The regions that route tokens to experts."""
     return Place(Mesh((("ring", 2),)), capacity="local", checked=checked).routing(program)
 

@@ -61,7 +61,7 @@ class Place(Pass):
         ring: how keys and values reach the ranks along `ring`: they "rotate", or are gathered all
             at once ("gather"), which is faster for short sequences.
         tp_sequence: between the layers that `tp` splits, it divides the sequence.
-        checked: which regions hold, as known from placing the same model before; added to.
+        checked: what is known of regions from placing the same model before; added to.
     """
 
     name: ClassVar[str] = "place"
@@ -71,7 +71,7 @@ class Place(Pass):
     capacity: str = "exact"
     ring: str = "rotate"
     tp_sequence: bool = False
-    checked: dict[Any, bool] = field(default_factory=dict, repr=False, compare=False)
+    checked: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
@@ -136,11 +136,15 @@ class Place(Pass):
         prefix = simplify(sequence.length - symbol(SEQUENCE))
         if not sequence.axes or not isinstance(prefix, int) or not may_route(program):
             return []
-        scout = _Placer(program, sequence, self, gather_unknown=True, regions=[])
-        scout.run()
-        layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
-        finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity, prefix)
-        return list(filter(TokenWise(program, self.checked).holds, finder.find()))
+        known = ("regions", program.graph, sequence, self.capacity, self.ring)
+        if known not in self.checked:
+            scout = _Placer(program, sequence, self, gather_unknown=True, regions=[])
+            scout.run()
+            layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
+            finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity, prefix)
+            holds = TokenWise(program, self.checked).holds
+            self.checked[known] = list(filter(holds, finder.find()))
+        return self.checked[known]
 
     def _order(self, program: Program) -> str:
         if self.order in ORDERS:

@@ -52,7 +52,7 @@ class TokenWise:
     """Checks regions of a program; layers that are alike are checked once."""
 
     program: Program
-    known: dict[Any, bool] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
 
     def holds(self, region: Region) -> bool:
         """Whether tokens do not change each other, or only by the slots that they take.
