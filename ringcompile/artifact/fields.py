@@ -13,7 +13,9 @@ from ringcompile.mesh import Mesh
 
 T = TypeVar("T")
 
-_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+_KINDS = {
+    dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false",
+}
 
 
 def expect(value: Any, kind: type[T], what: str) -> T:

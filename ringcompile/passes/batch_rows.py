@@ -126,7 +126,7 @@ class _Reader:
             return self._looked_up(node, call)
         if str(node.target) in _RUNNING and given[0].dims[call["dim"]]:
             return None
-        placed = _forward(node, call, given)
+        placed = self._forward(node, call, given)
         if placed is None or any(
             not have.is_whole and have != need
             for have, need in zip(given, placed.operands, strict=True)
@@ -142,9 +142,16 @@ class _Reader:
             if whole:
                 self.numbers[node] = _rows(node)
         elif len(operands) == 1 and operands[0] in self.numbers and str(node.target) in _VIEWS:
-            placed = _forward(node, call, [self.numbers[operands[0]]])
+            placed = self._forward(node, call, [self.numbers[operands[0]]])
             if placed is not None:
                 self.numbers[node] = placed.output
+
+    def _forward(self, node: fx.Node, call: Call, given: Sequence[Layout]) -> Placement | None:
+        rule, ways = find_rule(node.target), {_AXIS: self.program.batch}
+        try:
+            return None if rule is None else rule.forward(call, given, ways)
+        except ConflictError:
+            return None
 
     def _looked_up(self, node: fx.Node, call: Call) -> Layout | None:
         """Of a table of each sequence, entries of that very sequence."""
@@ -162,14 +169,6 @@ class _Reader:
 _VIEWS = frozenset({
     "aten.reshape.default", "aten.expand.default", "aten.to.dtype", "aten.permute.default",
 })
-
-
-def _forward(node: fx.Node, call: Call, given: Sequence[Layout]) -> Placement | None:
-    rule = find_rule(node.target)
-    try:
-        return None if rule is None else rule.forward(call, given, {_AXIS: 2})
-    except ConflictError:
-        return None
 
 
 def _rows(node: fx.Node) -> Layout:

@@ -19,19 +19,6 @@ from tests.cost.clusters import cluster, device, figure, link, table
 
 
 @pytest.mark.parametrize("name", ["cpu", "h100x16", "h100x8x2", "h200x16"])
-@pytest.mark.parametrize(("field", "value"), [("bandwidth", 0.0), ("launch", 0.0)])
-def test_a_rate_is_above_zero(field: str, value: float) -> None:
-    """Seconds may be 0: a launch that costs nothing; a rate of 0 would take for ever."""
-    unit = {"bandwidth": "GB/s", "launch": "us"}[field]
-    data = table()
-    data["device"] = device(figures={field: figure(value, unit)})
-    if field == "launch":
-        read_cluster(data, "mine.json")
-        return
-    with pytest.raises(RingCompileError, match=r"bandwidth: value 0.0 is not a number above 0"):
-        read_cluster(data, "mine.json")
-
-
 def test_shipped_clusters_load(name: str) -> None:
     assert name in cluster_names()
     found = load_cluster(name)
@@ -188,3 +175,16 @@ def test_fewer_rows_take_no_longer_than_more() -> None:
     """Of 1, 2 and 4 rows the second was caught by something: it could have been padded to 4."""
     assert padded([1, 2, 4], [[1.0, 9.0], [0.1, 9.0], [8.0, 9.0]]) == [
         [2.0, 9.0], [4.0, 9.0], [8.0, 9.0]]
+
+
+@pytest.mark.parametrize(("field", "value"), [("bandwidth", 0.0), ("launch", 0.0)])
+def test_a_rate_is_above_zero(field: str, value: float) -> None:
+    """Seconds may be 0: a launch that costs nothing; a rate of 0 would take for ever."""
+    unit = {"bandwidth": "GB/s", "launch": "us"}[field]
+    data = table()
+    data["device"] = device(figures={field: figure(value, unit)})
+    if field == "launch":
+        read_cluster(data, "mine.json")
+        return
+    with pytest.raises(RingCompileError, match=r"bandwidth: value 0.0 is not a number above 0"):
+        read_cluster(data, "mine.json")

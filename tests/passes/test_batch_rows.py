@@ -66,6 +66,11 @@ def test_replicas_of_a_batch_that_is_mixed_are_refused() -> None:
     assert caught.value.hint == "leave dp out"
 
 
+def test_any_number_of_sequences() -> None:
+    program = capture(*zoo.build("dense-4l-tiny", sequence=24, batch=3))
+    transform(program, "dp=2,pp=2")
+
+
 def test_a_pipeline_takes_such_a_batch_as_it_was_captured(tmp_path: Any) -> None:
     module = centred()
     transform(capture(module, (torch.randn(2, 12, 8),)), "pp=2").save(tmp_path / "program")
