@@ -130,7 +130,7 @@ def _percentile(values: list[float], percent: int) -> float:
 def _predicted(
     made: compiler.ParallelProgram, cluster: str | None, length: int, count: int, tokens: int
 ) -> dict[str, Any]:
-    """The same quantities by the cost model, of so many microbatches; see `Stats` for the names.
+    """The same quantities by the cost model, of so many microbatches.
 
     Where no cluster is named, the table of a CPU is tried, and what it lacks is said.
     """
