@@ -16,17 +16,18 @@ from typing import Protocol
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, repeat
 from ringcompile.cost.rank import PIPELINE, RankCost, cost_of
-from ringcompile.cost.scaling import busiest_stage, crossing_bytes, with_batch
+from ringcompile.cost.scaling import busiest_stage, crossing_bytes, held, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     Variant,
+    one_stage,
     ranks_of,
     short_rings,
     slowest_place,
     with_ring,
-    without_pipeline,
 )
 from ringcompile.cost.timeline import How
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 
@@ -59,6 +60,12 @@ class Model:
     stack: Stack | None
     weight_bytes: int
     length_range: tuple[int, int | None] = (2, None)
+
+    @property
+    def outer_bytes(self) -> int:
+        """Of the weights that are in no layer of the stack: those of embeddings, mostly."""
+        stack = self.stack
+        return self.weight_bytes - (stack.layer_bytes * stack.count if stack else 0)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,18 @@ class FarError(Exception):
     """A part of the work alone takes longer than asked about."""
 
 
+class TooLargeError(Exception):
+    """A rank holds more than there is room for.
+
+    Attributes:
+        memory_bytes: what it holds.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
+        super().__init__(f"a rank holds {memory_bytes} bytes")
+        self.memory_bytes = memory_bytes
+
+
 @dataclass
 class Estimator:
     """Estimates variants of one model for one ask.
@@ -144,6 +163,9 @@ class Estimator:
     ask: Ask
     compile_: Compile
     _hidden: int | None = field(default=None, init=False)
+    _stages: dict[tuple[Variant, int], RankCost | RingCompileError] = field(
+        default_factory=dict, init=False
+    )
 
     def quick(self, variant: Variant, limit: float) -> Estimate:
         """An estimate within some percent.
@@ -154,6 +176,7 @@ class Estimator:
 
         Raises:
             RingCompileError: the compiler refuses it.
+            TooLargeError: there is no room for it.
             FarError: it takes longer than the limit.
         """
         ring, length = variant.mesh.size("ring"), self.ask.length
@@ -182,6 +205,7 @@ class Estimator:
 
         Raises:
             RingCompileError: the compiler refuses it.
+            TooLargeError: there is no room for it.
         """
         made = self.compile_(variant, self.ask.length)
         places_of_ring = range(variant.mesh.size("ring"))
@@ -193,11 +217,24 @@ class Estimator:
         """One rank, of one stage."""
         if self.model.stack is None:  # stages are then not alike
             return self.close(variant)
-        flat = without_pipeline(variant)
-        made = self.compile_(flat, length)
-        (rank,) = ranks_of(flat.mesh, [slowest_place(variant, self.ask.cluster)], [0])
-        cost = cost_of(made.rank(rank), length)
+        cost = self._stage(one_stage(variant), length)
         return self._with_layers(variant, partial(self._staged, variant, cost), self._run_stage)
+
+    def _stage(self, variant: Variant, length: int) -> RankCost:
+        """Of the slowest rank of a stage by itself; it is the same in many meshes."""
+        if (variant, length) not in self._stages:
+            self._stages[variant, length] = self._compiled(variant, length)
+        found = self._stages[variant, length]
+        if isinstance(found, RingCompileError):
+            raise found
+        return found
+
+    def _compiled(self, variant: Variant, length: int) -> RankCost | RingCompileError:
+        (rank,) = ranks_of(variant.mesh, [slowest_place(variant, self.ask.cluster)], [0])
+        try:
+            return cost_of(self.compile_(variant, length).rank(rank), length)
+        except RingCompileError as error:
+            return error
 
     def _staged(self, variant: Variant, cost: RankCost, layers: int) -> list[RankCost]:
         """The busiest stage of a pipeline; all of the model where there is none."""
@@ -227,28 +264,37 @@ class Estimator:
         programs: Callable[[int], list[RankCost]],
         run: Callable[[Variant, list[RankCost]], Estimate],
     ) -> Estimate:
-        """All layers of a stage where they are few; else from two and from three."""
-        stack = self.model.stack
+        """All layers of a stage where they are few; else from two and from three.
+
+        What there is no room for is not run.
+        """
+        stack, batch = self.model.stack, self._batch(variant)
         layers = 1 if stack is None else -(-stack.count // variant.mesh.size(PIPELINE))
-        if layers <= 4:
-            return run(variant, programs(layers))
-        return on_line(run(variant, programs(2)), run(variant, programs(3)), layers - 2)
+        made = [programs(count) for count in ([layers] if layers <= 4 else [2, 3])]
+        few, *more = [max(held(cost, batch) for cost in costs) for costs in made]
+        memory = few + sum((layers - 2) * (other - few) for other in more)
+        if memory > self.ask.room:
+            raise TooLargeError(memory)
+        found, *longer = [
+            run(variant, [with_batch(cost, batch) for cost in costs]) for costs in made
+        ]
+        return on_line(found, longer[0], layers - 2) if longer else found
+
+    def _batch(self, variant: Variant) -> int:
+        """The sequences that a program has at once."""
+        runs = variant.microbatches * variant.mesh.size("dp") * variant.sequences
+        return self.ask.batch // runs
 
     def _run_stage(self, variant: Variant, costs: list[RankCost]) -> Estimate:
         """A pipeline goes at the pace of its stages, and a step goes through all of them."""
-        found = simulate(self._with_batch(variant, costs), self.ask.cluster, How(merged=True))
+        found = simulate(costs, self.ask.cluster, How(merged=True))
         count, stages = variant.microbatches, variant.mesh.size(PIPELINE)
         latency = found.seconds * (count + stages - 1)
         return Estimate(found.seconds * count, latency, found.path, found.memory_bytes)
 
-    def _with_batch(self, variant: Variant, costs: list[RankCost]) -> list[RankCost]:
-        runs = variant.microbatches * variant.mesh.size("dp") * variant.sequences
-        return [with_batch(cost, self.ask.batch // runs) for cost in costs]
-
     def _run(self, variant: Variant, costs: list[RankCost]) -> Estimate:
         """One step for its latency, several for a full pipeline."""
         mesh, count = variant.mesh, variant.microbatches
-        costs = self._with_batch(variant, costs)
         one = simulate(costs, self.ask.cluster, How(count, merged=True))
         seconds = one.seconds
         if mesh.size(PIPELINE) > 1:

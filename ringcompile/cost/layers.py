@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from ringcompile.cost.rank import PIPELINE, RankCost, Shift, Step, Wait
-from ringcompile.ir.calls import map_values
+from ringcompile.ir.calls import append, map_values
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import format_type
@@ -81,7 +81,7 @@ def cut(program: Program, stack: Stack, count: int) -> Program:
             (node.args, dict(node.kwargs)),
             lambda v: env[stands_in.get(v, v)] if isinstance(v, fx.Node) else v,
         )
-        env[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+        env[node] = append(graph, node.op, node.target, args, kwargs, node.name)
         env[node].meta.update(node.meta)
     names = {node.name for node in graph.nodes if node.op == "placeholder"}
     return program.with_graph(

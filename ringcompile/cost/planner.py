@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from ringcompile.cost.estimate import Ask, Compile, Estimate, Estimator, FarError, Model
+from ringcompile.cost.estimate import (
+    Ask,
+    Compile,
+    Estimate,
+    Estimator,
+    FarError,
+    Model,
+    TooLargeError,
+)
 from ringcompile.cost.rank import PIPELINE, cost_of
 from ringcompile.cost.specs import (
     AXES,
@@ -28,7 +36,7 @@ from ringcompile.mesh import Mesh
 # Axes that are there to have fewer weights on each rank.
 _SPLIT_WEIGHTS = ("pp", "ep", "tp")
 # What takes so many times the best plan's time is not looked at more closely.
-_FAR, _FAR_FROM_GATHER = 1.05, 1.5
+_FAR = 1.05
 # So many of the best are estimated closely.
 _CLOSE = 3
 # So many of these are tried with more overlap.
@@ -49,6 +57,7 @@ class Plan:
         fits: whether it can be run.
         why: what the time goes to, or why it was rejected.
         close: whether all ranks that differ were looked at.
+        rest: the share of the longest path that is neither attention nor communication.
     """
 
     variant: Variant
@@ -60,6 +69,7 @@ class Plan:
     fits: bool
     why: str
     close: bool = False
+    rest: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
@@ -104,7 +114,7 @@ class Planner:
         Raises:
             RingCompileError: nothing fits.
         """
-        plans = _sorted([plan for mesh in self._meshes() for plan in self._plans(mesh)])
+        plans = _sorted(self._all_plans())
         while (rough := self._rough(plans)) is not None:
             plans[rough] = self._closely(plans[rough].variant)
             plans = _sorted(plans)
@@ -117,16 +127,27 @@ class Planner:
         """Even ones first: they are mostly among the best, which spares others a closer look."""
         meshes = list(factorisations(self.ask.num_gpus))
         if self.ask.cluster.num_nodes > 1:
-            meshes = [other for mesh in meshes for other in reordered(mesh)]
+            meshes = [other for mesh in meshes for other in reordered(mesh, self.ask.cluster.per_node)]
         return sorted(meshes, key=lambda mesh: max(size for _, size in mesh.axes))
 
-    def _plans(self, mesh: Mesh) -> Iterator[Plan]:
-        reason = self._impossible(mesh)
-        if reason:
-            yield _rejected(Variant(mesh), reason)
-            return
-        seen: dict[Variant, Plan] = {}
-        for variant in self._variants(mesh):
+    def _all_plans(self) -> list[Plan]:
+        """The first form of every mesh, and then the others of each, from the fastest mesh on."""
+        plans: list[Plan] = []
+        others: list[tuple[Plan, list[Variant]]] = []
+        for mesh in self._meshes():
+            reason = self._impossible(mesh)
+            if reason:
+                plans.append(_rejected(Variant(mesh), reason))
+                continue
+            first, *rest = self._variants(mesh)
+            plans.append(self._quickly(first))
+            others.append((plans[-1], rest))
+        others.sort(key=lambda entry: entry[0].seconds or inf)
+        return plans + [plan for first, rest in others for plan in self._others(first, rest)]
+
+    def _others(self, first: Plan, rest: list[Variant]) -> Iterator[Plan]:
+        seen = {first.variant: first}
+        for variant in rest:
             hopeless = self._hopeless(seen, variant)
             seen[variant] = _rejected(variant, hopeless) if hopeless else self._quickly(variant)
             yield seen[variant]
@@ -152,20 +173,20 @@ class Planner:
         """Why a form of a mesh need not be looked at: another form of it is far from the best.
 
         That is the first form of the mesh; for one with exact capacity, the same with local
-        capacity. A ring that gathers may be much faster than one that rotates.
+        capacity. A ring that gathers may spare all of the transfers, and attends in fewer kernels.
         """
         local = replace(variant, capacity="local")
-        other = seen.get(local) or next(iter(seen.values()), None)
-        if other is None:
-            return None
+        other = seen.get(local) or next(iter(seen.values()))
         if other.seconds is None:
             return f"{other.variant} is no better: {other.why}" if local in seen else None
         best = self._best[other.variant.capacity]
-        gathers = variant.ring == "gather" and local not in seen
-        if other.seconds <= (_FAR_FROM_GATHER if gathers else _FAR) * best:
+        takes, without = other.seconds, ""
+        if variant.ring == "gather" and local not in seen:
+            takes, without = other.seconds * other.rest, " without attention and transfers"
+        if takes <= _FAR * best:
             return None
-        return (f"{other.variant} already takes {other.seconds * 1e3:.4g} ms a step, the best plan "
-                f"{best * 1e3:.4g} ms")
+        return (f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}, the best "
+                f"plan {best * 1e3:.4g} ms")
 
     def _impossible(self, mesh: Mesh) -> str | None:
         """Why a mesh cannot be, from its sizes alone or from one of its axes by itself."""
@@ -184,7 +205,7 @@ class Planner:
 
     def _refusal(self, axis: str, size: int) -> str | None:
         """Why an axis of that size cannot be, on its own; asked of the compiler once."""
-        if size == 1 or axis in ("ring", "dp"):
+        if size == 1 or axis == "ring":
             return None
         if (axis, size) not in self._refused:
             self._refused[axis, size] = self._probed(axis, size)
@@ -210,14 +231,16 @@ class Planner:
     def _quickly(self, variant: Variant) -> Plan:
         best = self._best[variant.capacity]
         try:
-            found = self._estimator.quick(variant, _FAR * best)
-            # A stage of a pipeline stands for all, with what only the first and the last have.
-            too_large = found.memory_bytes > self.ask.room and variant.mesh.size(PIPELINE) > 1
-            if too_large and self._estimator.can_be_close(variant):
-                return self._closely(variant)
-            return self._judged(variant, found, close=False)
+            return self._judged(variant, self._estimator.quick(variant, _FAR * best), close=False)
         except RingCompileError as error:
             return _rejected(variant, error.message)
+        except TooLargeError as error:
+            # A stage of a pipeline stands for all, with what only the first and the last have.
+            least = error.memory_bytes - self.model.outer_bytes
+            if (variant.mesh.size(PIPELINE) > 1 and least <= self.ask.room
+                    and self._estimator.can_be_close(variant)):
+                return self._closely(variant)
+            return self._too_large(variant, error)
         except FarError as error:
             return _rejected(variant, f"{error}, the best plan {best * 1e3:.4g} ms")
 
@@ -226,6 +249,8 @@ class Planner:
             return self._judged(variant, self._estimator.close(variant), close=True)
         except RingCompileError as error:
             return _rejected(variant, error.message)
+        except TooLargeError as error:
+            return self._too_large(variant, error)
 
     def _overlapping(self, plans: list[Plan]) -> list[Plan]:
         """The best plans of each capacity again, with more overlap."""
@@ -252,13 +277,14 @@ class Planner:
         return None
 
     def _judged(self, variant: Variant, found: Estimate, *, close: bool) -> Plan:
-        memory, room = found.memory_bytes, self.ask.room
-        if memory > room:
-            why = f"a rank holds {memory / 1e9:.4g} GB, there is room for {room / 1e9:.4g} GB"
-            return Plan(variant, None, None, None, None, memory, False, why)
         self._best[variant.capacity] = min(self._best[variant.capacity], found.seconds)
         return Plan(variant, self.ask.tokens / found.seconds, found.seconds, found.latency,
-                    found.bound, memory, True, _spent(found, variant), close)
+                    found.bound, found.memory_bytes, True, _spent(found, variant), close, _rest(found))
+
+    def _too_large(self, variant: Variant, error: TooLargeError) -> Plan:
+        memory, room = error.memory_bytes, self.ask.room
+        why = f"a rank holds {memory / 1e9:.4g} GB, there is room for {room / 1e9:.4g} GB"
+        return replace(_rejected(variant, why), memory_bytes=memory)
 
     def _nothing_fits(self, plans: list[Plan]) -> RingCompileError:
         needs = [plan.memory_bytes for plan in plans if plan.memory_bytes is not None]
@@ -281,6 +307,12 @@ def _sorted(plans: list[Plan]) -> list[Plan]:
 
 def _rejected(variant: Variant, reason: str) -> Plan:
     return Plan(variant, None, None, None, None, None, False, reason)
+
+
+def _rest(found: Estimate) -> float:
+    whole = sum(found.path.values())
+    other = sum(found.path.get(kind, 0.0) for kind in ("attention", "communication"))
+    return 1.0 - other / whole if whole else 1.0
 
 
 def _spent(found: Estimate, variant: Variant) -> str:

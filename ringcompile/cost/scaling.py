@@ -23,8 +23,12 @@ def with_batch(cost: RankCost, batch: int) -> RankCost:
                 communicates=_more(step.communicates, batch))
         for step in cost.steps
     )
-    values = cost.peak_bytes - cost.weight_bytes
-    return replace(cost, steps=steps, peak_bytes=cost.weight_bytes + batch * values)
+    return replace(cost, steps=steps, peak_bytes=held(cost, batch))
+
+
+def held(cost: RankCost, batch: int) -> int:
+    """The most bytes that a rank holds with so many sequences at once, weights included."""
+    return cost.weight_bytes + batch * (cost.peak_bytes - cost.weight_bytes)
 
 
 def _larger(kernel: Kernel, batch: int) -> Kernel:

@@ -70,15 +70,21 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
             yield from ((first, *rest) for rest in _factors(number // first, count - 1))
 
 
-def reordered(mesh: Mesh) -> Iterator[Mesh]:
+def reordered(mesh: Mesh, per_node: int) -> Iterator[Mesh]:
     """The mesh, and, where it divides the sequence over two axes, with these the other way round.
 
-    On several nodes it matters which of the two stays within a node.
+    Where both do not fit on one node it matters which of the two stays within it.
+
+    Args:
+        mesh: the parallel spec.
+        per_node: devices of a node.
     """
     yield mesh
     names = mesh.names
     if "ring" in names and "ulysses" in names:
         i, j = names.index("ring"), names.index("ulysses")
+        if prod(size for _, size in mesh.axes[i:]) <= per_node:
+            return
         axes = list(mesh.axes)
         axes[i], axes[j] = axes[j], axes[i]
         yield Mesh(tuple(axes))
@@ -146,10 +152,10 @@ def with_ring(variant: Variant, size: int) -> Variant:
     return replace(variant, mesh=Mesh(axes))
 
 
-def without_pipeline(variant: Variant) -> Variant:
-    """One stage of the variant by itself."""
-    axes = tuple((name, n) for name, n in variant.mesh.axes if name != "pp")
-    return replace(variant, mesh=Mesh(axes or (("ring", 1),)))
+def one_stage(variant: Variant) -> Variant:
+    """One stage of the variant by itself, of one replica, whatever its microbatches."""
+    axes = tuple((name, n) for name, n in variant.mesh.axes if name not in ("pp", "dp"))
+    return replace(variant, mesh=Mesh(axes or (("ring", 1),)), microbatches=1)
 
 
 def short_rings(mesh: Mesh, cluster: Cluster) -> tuple[int, int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_aggregate
 
 
 @lru_cache(maxsize=4096)
@@ -69,11 +70,26 @@ def with_argument(node: fx.Node, args: Any, kwargs: Any, name: str, value: Any) 
 
 def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
     """Apply `change` to every leaf of nested args; nodes are leaves too."""
-    if isinstance(value, _SEQUENCES):
-        return type(value)([map_values(v, change) for v in value])
-    if isinstance(value, dict):
-        return {key: map_values(v, change) for key, v in value.items()}
-    return change(value)
+    return map_aggregate(value, change)
 
 
-_SEQUENCES = (list, tuple)  # `list | tuple` would be made anew at every call
+def append(
+    graph: fx.Graph,
+    op: str,
+    target: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> fx.Node:
+    """Append a node to a graph.
+
+    `Graph.create_node` looks through all arguments for torch's SymInts, which takes three times as
+    long as all else; graphs of ours hold none, so the arguments are set after it.
+    """
+    node = graph.create_node(op, target, name=name)
+    # Past fx.Node.__setattr__, which enters the node into the graph's tables again.
+    if args:
+        object.__setattr__(node, "args", args)
+    if kwargs:
+        object.__setattr__(node, "kwargs", kwargs)
+    return node

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
-from ringcompile.ir.calls import map_values
+from ringcompile.ir.calls import append
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import ValueType
 from ringcompile.ir.verifier import verify_program
@@ -88,7 +88,7 @@ class Builder:
 
     def mapped(self, value: Any) -> Any:
         """Arguments of the old graph, in terms of the new one."""
-        return map_values(value, lambda v: self.env[v] if isinstance(v, fx.Node) else v)
+        return fx.map_arg(value, self.env.__getitem__)
 
     def call(
         self,
@@ -101,7 +101,7 @@ class Builder:
         **kwargs: Any,
     ) -> fx.Node:
         """Append a call with its type; the location is the one set by `at`."""
-        node = self.graph.create_node("call_function", target, args, kwargs, name)
+        node = append(self.graph, "call_function", target, args, kwargs, name)
         node.meta.update(type=type_, loc=self._location)
         if why:
             node.meta["why"] = why
@@ -116,7 +116,7 @@ class Builder:
     def copy(self, node: fx.Node) -> fx.Node:
         """Append a node as it was, over mapped operands."""
         args, kwargs = self.mapped((node.args, node.kwargs))
-        new = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+        new = append(self.graph, node.op, node.target, args, kwargs, node.name)
         new.meta.update({k: node.meta[k] for k in _CARRIED if k in node.meta})
         return new
 

@@ -72,7 +72,7 @@ def _widened(builder: Builder, node: fx.Node) -> fx.Node:
 def _attend_merge(builder: Builder, node: fx.Node) -> fx.Node:
     state, block = node.args
     assert isinstance(block, fx.Node)
-    given = builder.mapped(Call(block).arguments)
+    given = dict(builder.mapped(Call(block).arguments))
     operands = tuple(given.pop(name) for name in ("q", "kv", "key_mask", "mask"))
     given.pop("wide", None)
     return builder.call(

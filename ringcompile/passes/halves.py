@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import append
 from ringcompile.ir.nodes import results_of
 from ringcompile.ir.program import Input, Program
 from ringcompile.ir.types import TensorType
@@ -48,7 +49,7 @@ class Halves(Pass):
                     builder.env = env
                     args, kwargs = builder.mapped((node.args, node.kwargs))
                     name = f"{node.name}_half{half}"
-                    env[node] = builder.graph.create_node(node.op, node.target, args, kwargs, name)
+                    env[node] = append(builder.graph, node.op, node.target, args, kwargs, name)
                     env[node].meta.update(node.meta)
         made = [self._joined(builder, node, halves, batch) for node in program.outputs]
         builder.output(tuple(made))
