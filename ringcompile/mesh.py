@@ -121,12 +121,15 @@ class Mesh:
         others = [range(size) if name not in along else (0,) for name, size in self.across]
         for corner in product(*others):
             base = dict(zip([name for name, _ in self.across], corner, strict=True))
-            places = product(*(range(self.size(name)) for name in along))
-            yield [self.rank({**base, **dict(zip(along, place, strict=True))}) for place in places]
+            yield self._group(base, along)
 
     def group_of(self, rank: int, axis: str) -> list[int]:
         """The group of `groups` that a rank is in."""
-        return next(group for group in self.groups(axis) if rank in group)
+        return self._group(self.coordinates(rank), axis.split(","))
+
+    def _group(self, base: dict[str, int], along: list[str]) -> list[int]:
+        places = product(*(range(self.size(name)) for name in along))
+        return [self.rank({**base, **dict(zip(along, place, strict=True))}) for place in places]
 
     def has(self, axis: str) -> bool:
         """Whether all axes that the text names are axes of this mesh."""

@@ -31,6 +31,7 @@ from ringcompile.cost.planner import Plan, Planner
 from ringcompile.cost.specs import Variant
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
+from ringcompile.passes.place import order_of
 from ringcompile.passes.schedule import Schedule
 
 
@@ -101,24 +102,28 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     stack = find_stack(whole)
     prepared, checked = dict[tuple[int, bool], Program](), dict[Any, Any]()
 
-    def compile_(variant: Variant, length: int) -> Parallel:
-        layers = variant.mesh.size("pp") if stack is not None else 0
-        halves = variant.overlap == HALVES
+    def ready(layers: int, halves: bool = False) -> Program:
+        """The model with so many layers, if layers repeat, as far as all specs have in common."""
         if (layers, halves) not in prepared:
             program = cut(whole, stack, layers) if stack is not None else whole
             prepared[layers, halves] = (
                 compiler.in_halves(None, program) if halves else compiler.prepare(program)
             )
+        return prepared[layers, halves]
+
+    def compile_(variant: Variant, length: int) -> Parallel:
+        layers = variant.mesh.size("pp") if stack is not None else 1
         times = node_times(ask.cluster, length)
         schedule = Schedule(times) if variant.overlap != NONE else None
         return compiler.transform(
-            prepared[layers, halves], variant.mesh, order=variant.order, length=length,
-            capacity=variant.capacity, ring=variant.ring, tp_sequence=variant.tp_sequence,
-            check=False, checked=checked, schedule=schedule,
+            ready(layers, variant.overlap == HALVES), variant.mesh, order=variant.order,
+            length=length, capacity=variant.capacity, ring=variant.ring,
+            tp_sequence=variant.tp_sequence, check=False, checked=checked, schedule=schedule,
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())
-    return Planner(Model(stack, total, whole.length_range), ask, compile_).run()
+    known = Model(stack, total, whole.length_range, order_of(ready(1)))
+    return Planner(known, ask, compile_).run()
 
 
 def _print(title: str, plans: list[Plan], top: int) -> None:

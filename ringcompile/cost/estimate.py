@@ -16,7 +16,7 @@ from typing import Protocol
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, repeat
 from ringcompile.cost.rank import PIPELINE, RankCost, cost_of
-from ringcompile.cost.scaling import busiest_stage, crossing_bytes, held, with_batch
+from ringcompile.cost.scaling import busiest_stage, crossing_bytes, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     Variant,
@@ -55,11 +55,13 @@ class Model:
         stack: the layers that repeat, if they do.
         weight_bytes: of all weights.
         length_range: the smallest and largest length that its code is valid for.
+        order: of positions, under which its attention is the same work for all ranks.
     """
 
     stack: Stack | None
     weight_bytes: int
     length_range: tuple[int, int | None] = (2, None)
+    order: str = "zigzag"
 
     @property
     def outer_bytes(self) -> int:
@@ -134,7 +136,15 @@ def on_line(a: Estimate, b: Estimate, at: float) -> Estimate:
 
 
 class FarError(Exception):
-    """A part of the work alone takes longer than asked about."""
+    """A part of the work alone takes longer than asked about.
+
+    Attributes:
+        least: the estimate of that part.
+    """
+
+    def __init__(self, message: str, least: Estimate) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class TooLargeError(Exception):
@@ -190,7 +200,8 @@ class Estimator:
         if short.seconds > limit:
             raise FarError(
                 f"a ring of {sizes[0]} with as many tokens a rank already takes "
-                f"{short.seconds * 1e3:.4g} ms a step"
+                f"{short.seconds * 1e3:.4g} ms a step",
+                short,
             )
         longer = self._quick(with_ring(variant, sizes[1]), shorter[1])
         return on_line(short, longer, (ring - sizes[0]) / (sizes[1] - sizes[0]))
@@ -210,14 +221,14 @@ class Estimator:
         made = self.compile_(variant, self.ask.length)
         places_of_ring = range(variant.mesh.size("ring"))
         ranks = ranks_of(variant.mesh, places_of_ring, range(variant.mesh.size(PIPELINE)))
-        costs = [cost_of(made.rank(rank), self.ask.length) for rank in ranks]
+        costs = [self._batched(variant, cost_of(made.rank(r), self.ask.length)) for r in ranks]
         return self._with_layers(variant, partial(self._repeated, costs), self._run)
 
     def _quick(self, variant: Variant, length: int) -> Estimate:
         """One rank, of one stage."""
         if self.model.stack is None:  # stages are then not alike
             return self.close(variant)
-        cost = self._stage(one_stage(variant), length)
+        cost = self._batched(variant, self._stage(one_stage(variant), length))
         return self._with_layers(variant, partial(self._staged, variant, cost), self._run_stage)
 
     def _stage(self, variant: Variant, length: int) -> RankCost:
@@ -245,7 +256,8 @@ class Estimator:
         if variant.tp_sequence:
             shares *= variant.mesh.size("tp")
         apart = variant.mesh.world_size // pp
-        return [busiest_stage(one, pp, apart, self._hidden_bytes() // shares)]
+        crossing = self._hidden_bytes() // shares * self._batch(variant)
+        return [busiest_stage(one, pp, apart, crossing)]
 
     def _hidden_bytes(self) -> int:
         """What crosses between stages, of a whole sequence; read off a pipeline of two."""
@@ -268,22 +280,23 @@ class Estimator:
 
         What there is no room for is not run.
         """
-        stack, batch = self.model.stack, self._batch(variant)
+        stack = self.model.stack
         layers = 1 if stack is None else -(-stack.count // variant.mesh.size(PIPELINE))
         made = [programs(count) for count in ([layers] if layers <= 4 else [2, 3])]
-        few, *more = [max(held(cost, batch) for cost in costs) for costs in made]
+        few, *more = [max(cost.peak_bytes for cost in costs) for costs in made]
         memory = few + sum((layers - 2) * (other - few) for other in more)
         if memory > self.ask.room:
             raise TooLargeError(memory)
-        found, *longer = [
-            run(variant, [with_batch(cost, batch) for cost in costs]) for costs in made
-        ]
+        found, *longer = [run(variant, costs) for costs in made]
         return on_line(found, longer[0], layers - 2) if longer else found
 
     def _batch(self, variant: Variant) -> int:
-        """The sequences that a program has at once."""
+        """How many times the sequences of one run of its program a variant has at once."""
         runs = variant.microbatches * variant.mesh.size("dp") * variant.sequences
         return self.ask.batch // runs
+
+    def _batched(self, variant: Variant, cost: RankCost) -> RankCost:
+        return with_batch(cost, self._batch(variant))
 
     def _run_stage(self, variant: Variant, costs: list[RankCost]) -> Estimate:
         """A pipeline goes at the pace of its stages, and a step goes through all of them."""

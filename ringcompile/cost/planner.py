@@ -57,7 +57,8 @@ class Plan:
         fits: whether it can be run.
         why: what the time goes to, or why it was rejected.
         close: whether all ranks that differ were looked at.
-        rest: the share of the longest path that is neither attention nor communication.
+        least: seconds that a step takes at least; None where that is not known.
+        rest: the share of them that is neither attention nor communication.
     """
 
     variant: Variant
@@ -69,6 +70,7 @@ class Plan:
     fits: bool
     why: str
     close: bool = False
+    least: float | None = None
     rest: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class Planner:
             first, *rest = self._variants(mesh)
             plans.append(self._quickly(first))
             others.append((plans[-1], rest))
-        others.sort(key=lambda entry: entry[0].seconds or inf)
+        others.sort(key=lambda entry: entry[0].least or inf)
         return plans + [plan for first, rest in others for plan in self._others(first, rest)]
 
     def _others(self, first: Plan, rest: list[Variant]) -> Iterator[Plan]:
@@ -154,7 +156,7 @@ class Planner:
 
     def _variants(self, mesh: Mesh) -> list[Variant]:
         """Those that count capacity by each rank first: they are never slower."""
-        found = list(variants(mesh, self.ask.batch))
+        found = list(variants(mesh, self.ask.batch, self.model.order))
         if not any(mesh.size(axis) > 1 for axis in ("ring", "ulysses", "ep")):
             return found
         if self._capacities is None:
@@ -177,12 +179,15 @@ class Planner:
         """
         local = replace(variant, capacity="local")
         other = seen.get(local) or next(iter(seen.values()))
-        if other.seconds is None:
-            return f"{other.variant} is no better: {other.why}" if local in seen else None
+        if other.least is None:
+            held = other.memory_bytes and variant.microbatches == other.variant.microbatches
+            # Nothing but dividing what lies between layers takes less memory.
+            hopeless = local in seen or (held and not variant.tp_sequence)
+            return f"{other.variant} is no better: {other.why}" if hopeless else None
         best = self._best[other.variant.capacity]
-        takes, without = other.seconds, ""
+        takes, without = other.least, ""
         if variant.ring == "gather" and local not in seen:
-            takes, without = other.seconds * other.rest, " without attention and transfers"
+            takes, without = other.least * other.rest, " without attention and transfers"
         if takes <= _FAR * best:
             return None
         return (f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}, the best "
@@ -242,7 +247,8 @@ class Planner:
                 return self._closely(variant)
             return self._too_large(variant, error)
         except FarError as error:
-            return _rejected(variant, f"{error}, the best plan {best * 1e3:.4g} ms")
+            why, found = f"{error}, the best plan {best * 1e3:.4g} ms", error.least
+            return replace(_rejected(variant, why), least=found.seconds, rest=_rest(found))
 
     def _closely(self, variant: Variant) -> Plan:
         try:
@@ -279,7 +285,8 @@ class Planner:
     def _judged(self, variant: Variant, found: Estimate, *, close: bool) -> Plan:
         self._best[variant.capacity] = min(self._best[variant.capacity], found.seconds)
         return Plan(variant, self.ask.tokens / found.seconds, found.seconds, found.latency,
-                    found.bound, found.memory_bytes, True, _spent(found, variant), close, _rest(found))
+                    found.bound, found.memory_bytes, True, _spent(found, variant), close,
+                    found.seconds, _rest(found))
 
     def _too_large(self, variant: Variant, error: TooLargeError) -> Plan:
         memory, room = error.memory_bytes, self.ask.room

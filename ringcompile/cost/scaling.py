@@ -23,12 +23,8 @@ def with_batch(cost: RankCost, batch: int) -> RankCost:
                 communicates=_more(step.communicates, batch))
         for step in cost.steps
     )
-    return replace(cost, steps=steps, peak_bytes=held(cost, batch))
-
-
-def held(cost: RankCost, batch: int) -> int:
-    """The most bytes that a rank holds with so many sequences at once, weights included."""
-    return cost.weight_bytes + batch * (cost.peak_bytes - cost.weight_bytes)
+    values = cost.peak_bytes - cost.weight_bytes
+    return replace(cost, steps=steps, peak_bytes=cost.weight_bytes + batch * values)
 
 
 def _larger(kernel: Kernel, batch: int) -> Kernel:
@@ -37,8 +33,8 @@ def _larger(kernel: Kernel, batch: int) -> Kernel:
         moved = rows * (kernel.inner + kernel.columns) + kernel.inner * kernel.columns
         return replace(kernel, rows=rows, flops=kernel.flops * batch,
                        num_bytes=kernel.batch * moved * item)
-    more = replace(kernel, num_bytes=kernel.num_bytes * batch, flops=kernel.flops * batch)
-    return replace(more, batch=kernel.batch * batch) if kernel.rows else more
+    return replace(kernel, num_bytes=kernel.num_bytes * batch, flops=kernel.flops * batch,
+                   batch=kernel.batch * batch if kernel.rows else kernel.batch)
 
 
 def _more(
@@ -64,7 +60,10 @@ def moved(cost: RankCost, by: int) -> RankCost:
                 return replace(exchange, group=tuple(rank + by for rank in group))
         return exchange
 
-    steps = tuple(replace(step, communicates=there(step.communicates)) for step in cost.steps)
+    steps = tuple(
+        replace(step, communicates=there(step.communicates)) if step.communicates else step
+        for step in cost.steps
+    )
     return replace(cost, rank=cost.rank + by, steps=steps)
 
 
@@ -76,23 +75,26 @@ def stages(costs: Sequence[RankCost], apart: int, hidden_bytes: int) -> list[Ran
         apart: the distance between a rank and the one with its place in the next stage.
         hidden_bytes: what a rank hands on.
     """
-    made = []
-    for stage, cost in enumerate(costs):
-        here = moved(cost, stage * apart)
-        before, after = here.rank - apart, here.rank + apart
-        steps = list(here.steps)
-        if stage:
-            steps[:0] = _crossing("received", Shift(PIPELINE, None, before, 0, hidden_bytes))
-        if stage < len(costs) - 1:
-            steps += _crossing("sent", Shift(PIPELINE, after, None, hidden_bytes, 0))
-        made.append(replace(here, steps=tuple(steps)))
-    return made
+    return [
+        _placed(cost, stage, stage == len(costs) - 1, apart, hidden_bytes)
+        for stage, cost in enumerate(costs)
+    ]
+
+
+def _placed(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: int) -> RankCost:
+    here = moved(cost, stage * apart)
+    before, after = here.rank - apart, here.rank + apart
+    steps = list(here.steps)
+    if stage:
+        steps[:0] = _crossing("received", Shift(PIPELINE, None, before, 0, hidden_bytes))
+    if not last:
+        steps += _crossing("sent", Shift(PIPELINE, after, None, hidden_bytes, 0))
+    return replace(here, steps=tuple(steps))
 
 
 def busiest_stage(cost: RankCost, num_stages: int, apart: int, hidden_bytes: int) -> RankCost:
     """A stage that hands on what it gets, by itself; of two stages the first. See `stages`."""
-    made = stages([cost] * min(num_stages, 3), apart, hidden_bytes)
-    return made[1 if num_stages > 2 else 0]
+    return _placed(cost, 1 if num_stages > 2 else 0, False, apart, hidden_bytes)
 
 
 def _crossing(name: str, shift: Shift) -> list[Step]:

@@ -90,12 +90,13 @@ def reordered(mesh: Mesh, per_node: int) -> Iterator[Mesh]:
         yield Mesh(tuple(axes))
 
 
-def variants(mesh: Mesh, batch: int) -> Iterator[Variant]:
+def variants(mesh: Mesh, batch: int, order: str = "zigzag") -> Iterator[Variant]:
     """The variants of a mesh; which capacities there are is for the caller to know.
 
     Args:
         mesh: the parallel spec.
         batch: sequences of a step.
+        order: the one that is tried first.
     """
     ring, tp, pp = (mesh.size(axis) for axis in ("ring", "tp", "pp"))
     share = batch // mesh.size("dp")
@@ -103,7 +104,7 @@ def variants(mesh: Mesh, batch: int) -> Iterator[Variant]:
     base = Variant(mesh)
     forms = [base]
     if ring > 1 or mesh.size("ep") > 1:
-        forms = [replace(base, order=order) for order in ("zigzag", "contiguous")]
+        forms = [replace(base, order=o) for o in dict.fromkeys((order, "zigzag", "contiguous"))]
         forms += [replace(base, order="contiguous", ring="gather")] * (ring > 1)
     if tp > 1:
         forms += [replace(forms[0], tp_sequence=True)]

@@ -65,9 +65,11 @@ class LowerRing(Pass):
         return program.with_graph(builder.graph)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Route:
     """Who sees what, and how far each chunk travels, from positions alone.
+
+    What it has found out is kept by the object, not by its many positions: see `route`.
 
     Attributes:
         queries: the chunks of queries, by index, of the rank at each place of the ring.
@@ -85,7 +87,7 @@ class Route:
         """Whether a query of the rank sees a key of the chunk that `block` holds in this slot."""
         return bool(self.rows(rank, block, (slot,)))
 
-    @lru_cache(maxsize=4096)  # noqa: B019  (a route is a small value, the same for all layers)
+    @lru_cache(maxsize=1 << 16)  # noqa: B019  (there are few routes)
     def rows(self, rank: int, block: int, slots: tuple[int, ...]) -> tuple[int, ...]:
         """Which slots of the rank's queries see some of these slots of the block's keys."""
         queries, keys = self.queries[rank], self.keys[block]
@@ -99,7 +101,7 @@ class Route:
         """How much of a chunk of keys a chunk of queries sees, by index."""
         return self.band.chunk_relation(query, key, self.chunk)
 
-    @lru_cache(maxsize=4096)  # noqa: B019  (as for `rows`)
+    @lru_cache(maxsize=1 << 16)  # noqa: B019  (as for `rows`)
     def hops(self, block: int, slot: int) -> dict[int, int]:
         """How many ranks down (1) and up (-1) the ring a chunk travels.
 
@@ -108,17 +110,19 @@ class Route:
         """
         ranks = len(self.keys)
         seen = [d for d in range(1, ranks) if self.sees((block + d) % ranks, block, slot)]
-        ways = []
-        for down in (0, *seen):
-            beyond = [d for d in seen if d > down]
-            ways.append((down + (ranks - beyond[0] if beyond else 0), -down))
-        total, down = min(ways)
+        total, down = min(
+            (down + ranks - beyond, -down)
+            for down, beyond in zip((0, *seen), (*seen, ranks), strict=True)
+        )
         return {1: -down, -1: total + down}
 
     def moving(self, block: int, direction: int, step: int) -> tuple[int, ...]:
         """The slots of a block that take another hop in this direction at this step."""
         slots = range(len(self.keys[block]))
         return tuple(slot for slot in slots if self.hops(block, slot)[direction] > step)
+
+
+route = lru_cache(maxsize=256)(Route)  # one for all layers and ranks
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class _Ring:
         self.unit, queries, keys = self._chunks()
         self.rows, self.slots = (tuple(range(len(x[self.rank]))) for x in (queries, keys))
         chunk = bind(self.unit, program.lengths)
-        self.route = Route(
+        self.route = route(
             queries,
             keys,
             Band(self.call["lower"], self.call["upper"]),

@@ -147,11 +147,18 @@ class Place(Pass):
         return self.checked[known]
 
     def _order(self, program: Program) -> str:
-        if self.order in ORDERS:
-            return self.order
-        calls = [Call(node) for node in program.graph.nodes if node.target is _ATTENTION]
-        causal = calls and all(c["lower"] == 0 and c["upper"] is None for c in calls)
-        return "zigzag" if causal else "contiguous"
+        return self.order if self.order in ORDERS else order_of(program)
+
+
+def order_of(program: Program) -> str:
+    """The order of positions under which ranks have the same work: zigzag if all is causal.
+
+    Args:
+        program: in which attention is recognized.
+    """
+    calls = [Call(node) for node in program.graph.nodes if node.target is _ATTENTION]
+    causal = calls and all(c["lower"] == 0 and c["upper"] is None for c in calls)
+    return "zigzag" if causal else "contiguous"
 
 
 def _sequence_length(program: Program) -> Size | None:
