@@ -1,13 +1,11 @@
 """Simulated against measured on this machine: one process, ring=2, tp=2 and pp=2 at three lengths.
 
-    python -m benchmarks.predict [--rounds N] [--model dense-4l-small] [--table FILE] [--save]
+    python -m benchmarks.predict [--turns N] [--model dense-4l-small] [--save]
 
-The machine's table is measured first, unless one is given. All contestants stay up and take turns,
-so that what else the machine does hits all alike; medians of rounds count.
-
-A shared machine is half as fast again at one moment as at the next. The table holds the best of
-several passes; so the ranks time a matrix product before and behind each step, and the step's
-seconds are taken at the speed of the fastest such product.
+A shared machine is half as fast again at one moment as at the next, and a core is slower while the
+other is at work. So all take turns: in each, the machine is measured with one rank at work and with
+two, as `ringcompile calibrate` does, and then all specs run some steps. The tables hold the
+medians of all turns, and so do the steps.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +26,11 @@ import click
 import torch
 
 from benchmarks.machine import RESULTS, environment
-from benchmarks.speed import product_seconds
 from ringcompile import artifact, compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.cost.hardware import Cluster, load_cluster
+from ringcompile.commands.calibrate import typical
+from ringcompile.cost.hardware import Cluster, read_cluster
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How
@@ -44,10 +41,9 @@ ROOT = Path(__file__).parents[1]
 SPECS = ("ring=1", "ring=2", "tp=2", "pp=2")
 LENGTHS = (512, 1024, 2048)
 MICROBATCHES = 4  # of a pipeline, so that both stages have work at the same time
-Times = dict[tuple[str, int], list[float]]
+ROUNDS = 4  # of all specs and lengths, in a turn
 # The bar: predictions within so much, and specs in the order that was measured.
 ALLOWED = 0.15
-
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,8 @@ class Row:
 
     Attributes:
         simulated: by the table.
-        measured: the median of all rounds, each at the machine's best speed.
-        fastest, slowest: of the rounds, likewise.
-        unscaled: the median of the seconds themselves.
+        measured: the median of all rounds.
+        fastest, slowest: of the rounds.
     """
 
     spec: str
@@ -68,7 +63,6 @@ class Row:
     measured: float
     fastest: float
     slowest: float
-    unscaled: float
 
     @property
     def error(self) -> float:
@@ -81,11 +75,26 @@ class Row:
         return self.simulated / self.tokens, self.measured / self.tokens
 
 
-def calibrated() -> Path:
-    """This machine's table, measured now."""
-    file = Path(tempfile.mkdtemp(prefix="ringcompile-")) / "cpu.json"
-    subprocess.run([sys.executable, "-m", "ringcompile", "calibrate", "-o", str(file)], check=True)
-    return file
+def calibrated(ranks: int) -> dict[str, Any]:
+    """This machine's table with so many ranks at work, measured now."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cpu.json"
+        subprocess.run(
+            [sys.executable, "-m", "ringcompile", "calibrate", "--ranks", str(ranks), "--passes",
+             "1", "-o", str(file)],
+            check=True, capture_output=True,
+        )
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+
+def cluster_of(tables: list[dict[str, Any]]) -> Cluster:
+    """The medians of tables."""
+    first = tables[0]
+    figures = typical([table["device"]["figures"] for table in tables])
+    links = {name: typical([table["links"][name] for table in tables]) for name in first["links"]}
+    device = {**first["device"], "figures": figures}
+    return read_cluster({**first, "device": device, "links": links}, "what was measured")
 
 
 def count_of(spec: str) -> int:
@@ -99,43 +108,42 @@ def predicted(made: compiler.ParallelProgram, length: int, spec: str, cluster: C
     return simulate(costs, cluster, How(count_of(spec))).seconds
 
 
-def run(model: str, rounds: int, cluster: Cluster) -> list[Row]:
+def run(model: str, turns: int) -> list[Row]:
     """All specs and lengths."""
     loaded = load_model(model)
     program = capture(loaded.module, loaded.args, loaded.kwargs, name=model)
     made = {spec: compiler.transform(program, spec) for spec in SPECS}
-    times: Times = {(s, n): [] for s in SPECS for n in LENGTHS}
-    products: Times = {key: [] for key in times}
+    times: dict[tuple[str, int], list[float]] = {(s, n): [] for s in SPECS for n in LENGTHS}
+    tables: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        ranks, best = {}, inf
+        ranks = {}
         for spec, parallel in made.items():
             parallel.save(Path(folder) / spec)
             opened = LocalRanks(artifact.load, (Path(folder) / spec,), threads=1)
             ranks[spec] = stack.enter_context(opened)
-        for turn in range(rounds + 1):  # the first is the warm-up
-            for (spec, length), found in times.items():
-                inputs = {
-                    name: torch.cat([tensor] * count_of(spec))
-                    for name, tensor in random_inputs(program, length).items()
-                }
-                before = ranks[spec].call(product_seconds)
-                stats = ranks[spec].run(inputs).stats
-                behind = ranks[spec].call(product_seconds)
-                if turn:
-                    found.append(max(one.seconds for one in stats))
-                    of_ranks = zip(before, behind, strict=True)  # a step ends with the slowest
-                    products[spec, length].append(max(map(statistics.mean, of_ranks)))
-                    best = min(best, *before, *behind)
-    scaled = {
-        key: [seconds * best / product for seconds, product in zip(t, products[key], strict=True)]
-        for key, t in times.items()
-    }
+
+        def step(spec: str, length: int) -> float:
+            inputs = {
+                name: torch.cat([tensor] * count_of(spec))
+                for name, tensor in random_inputs(program, length).items()
+            }
+            return max(one.seconds for one in ranks[spec].run(inputs).stats)
+
+        for key in times:
+            step(*key)  # the warm-up
+        for turn in range(turns):
+            click.echo(f"turn {turn + 1} of {turns}", err=True)
+            for count, found in tables.items():
+                found.append(calibrated(count))
+            for _ in range(ROUNDS):
+                for key, seconds in times.items():
+                    seconds.append(step(*key))
+    clusters = {count: cluster_of(found) for count, found in tables.items()}
     return [
         Row(spec, length, length * count_of(spec),
-            predicted(made[spec], length, spec, cluster.sized(made[spec].world_size)),
-            statistics.median(found), min(found), max(found),
-            statistics.median(times[spec, length]))
-        for (spec, length), found in scaled.items()
+            predicted(made[spec], length, spec, clusters[made[spec].world_size]),
+            statistics.median(found), min(found), max(found))
+        for (spec, length), found in times.items()
     ]
 
 
@@ -151,20 +159,19 @@ def misordered(rows: list[Row]) -> list[str]:
 
 
 @click.command()
-@click.option("--rounds", default=15, show_default=True)
+@click.option("--turns", default=8, show_default=True)
 @click.option("--model", default="dense-4l-small", show_default=True)
-@click.option("--table", type=click.Path(path_type=Path), help="A table of this machine.")
 @click.option("--save/--no-save", default=False, help="Write benchmarks/results/.")
-def main(rounds: int, model: str, table: Path | None, save: bool) -> None:
+def main(turns: int, model: str, save: bool) -> None:
     """Compare simulated and measured steps."""
-    known: dict[str, Any] = {"environment": environment(), "model": model}
-    cluster = load_cluster(table or calibrated())
-    rows = run(model, rounds, cluster)
-    click.echo("spec     length  simulated   measured   error   unscaled")
+    known: dict[str, Any] = {"environment": environment(), "model": model, "turns": turns}
+    rows = run(model, turns)
+    click.echo("spec     length  simulated   measured   error   of rounds")
     for row in rows:
         click.echo(
             f"{row.spec:8} {row.length:6} {row.simulated * 1e3:7.1f} ms "
-            f"{row.measured * 1e3:7.1f} ms {row.error:+7.1%} {row.unscaled * 1e3:7.1f} ms"
+            f"{row.measured * 1e3:7.1f} ms {row.error:+7.1%}   "
+            f"{row.fastest * 1e3:.1f} to {row.slowest * 1e3:.1f} ms"
         )
     worst = max(abs(row.error) for row in rows)
     wrong = misordered(rows)

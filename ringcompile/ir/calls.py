@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 from torch import fx
-from torch.fx.node import map_aggregate
 
 
 @lru_cache(maxsize=4096)
@@ -69,8 +68,18 @@ def with_argument(node: fx.Node, args: Any, kwargs: Any, name: str, value: Any) 
 
 
 def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply `change` to every leaf of nested args; nodes are leaves too."""
-    return map_aggregate(value, change)
+    """Apply `change` to every leaf of nested args; nodes are leaves too.
+
+    What it returns may be changed, unlike what `fx.node.map_aggregate` does, which is quicker.
+    """
+    if isinstance(value, _SEQUENCES):
+        return type(value)([map_values(v, change) for v in value])
+    if isinstance(value, dict):
+        return {key: map_values(v, change) for key, v in value.items()}
+    return change(value)
+
+
+_SEQUENCES = (list, tuple)  # `list | tuple` would be made anew at every call
 
 
 def append(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ringcompile.ir.calls import map_values
+from torch.fx.node import map_aggregate
+
 from ringcompile.ir.expr import bind, is_symbolic
 from ringcompile.ir.program import Program
 from ringcompile.passes.base import Builder, Pass
@@ -33,6 +34,6 @@ class Specialize(Pass):
         for node in program.graph.nodes:
             new = builder.copy(node)
             if node.op == "call_function":
-                new.args, new.kwargs = map_values((new.args, dict(new.kwargs)), number)
+                new.args, new.kwargs = map_aggregate((new.args, new.kwargs), number)
             builder.env[node] = new
         return program.with_graph(builder.graph, coordinates=coordinates)

@@ -26,6 +26,7 @@ from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory
 
 _TINY = 64  # bytes: nothing but startup
+_SIDE = 512  # of the matrices of a product: some milliseconds of a CPU's core
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class LinkSizes:
 def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
     """The seconds of exchanges among all ranks, by kind and bytes; all ranks call it.
 
+    Exchanges come behind a product, as in programs: ranks are then not there at the same moment,
+    and the threads that carry messages have to be woken.
+
     Returns:
         `startup`, seconds of a shift of next to nothing; by kind, a list with the seconds for each
         size: `shift` (that many bytes to one neighbour, as many from the other), `all_reduce`,
@@ -46,11 +50,19 @@ def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
         shift's seconds by which compute beside it is held up.
     """
     keep_freed_memory()
+    matrix = torch.randn(_SIDE, _SIDE, device=rank.device)
+
+    def product() -> None:
+        torch.mm(matrix, matrix)
+
     made: dict[str, Any] = {
         "startup": _median(rank, _shift(rank, _TINY), 4 * sizes.num_samples),
     }
     for kind, prepare in _KINDS.items():
-        made[kind] = [_median(rank, prepare(rank, n), sizes.num_samples) for n in sizes.messages]
+        made[kind] = [
+            _median(rank, prepare(rank, n), sizes.num_samples, behind=product)
+            for n in sizes.messages
+        ]
     made["interference"] = _interference(rank, sizes)
     return made
 
@@ -131,11 +143,17 @@ def _interference(rank: Rank, sizes: LinkSizes) -> float:
     return min(max((together - alone) / shift, 0.0), 1.0)
 
 
-def _median(rank: Rank, call: Callable[[], object], num_samples: int) -> float:
-    """Seconds from a common start to this rank's end."""
+def _median(
+    rank: Rank,
+    call: Callable[[], object],
+    num_samples: int,
+    behind: Callable[[], object] = lambda: None,
+) -> float:
+    """Seconds to this rank's end: from a common start, or from the end of what comes before."""
     samples = []
     for _ in range(num_samples + 2):
         dist.barrier()
+        behind()
         _synchronize(rank.device)
         start = time.perf_counter()
         call()
@@ -152,16 +170,22 @@ def _synchronize(device: torch.device) -> None:
 def node_seconds(device: torch.device, num_nodes: int = 400, num_samples: int = 9) -> float:
     """The host's seconds for a node: of a program of additions of next to nothing.
 
-    On CUDA the device is not waited for; elsewhere the addition is part of it.
+    On CUDA the device is not waited for. Elsewhere host and device are one, and what the addition
+    itself takes, which counts as a kernel, is left out.
     """
-    executor = Executor(_additions(num_nodes), {}, device)
-    value = {"x": torch.ones(8, device=device)}
+    executor, x = Executor(_additions(num_nodes), {}, device), torch.ones(8, device=device)
     samples = []
     for _ in range(num_samples):
         _synchronize(device)
         start = time.perf_counter()
-        run_alone(executor, value)
-        samples.append((time.perf_counter() - start) / num_nodes)
+        run_alone(executor, {"x": x})
+        seconds = time.perf_counter() - start
+        if device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(num_nodes):
+                torch.ops.aten.add.Tensor(x, x)
+            seconds = max(seconds - (time.perf_counter() - start), 0.0)
+        samples.append(seconds / num_nodes)
     _synchronize(device)
     return median(samples)
 
