@@ -102,23 +102,26 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     stack = find_stack(whole)
     prepared, checked = dict[tuple[int, bool], Program](), dict[Any, Any]()
 
-    def ready(layers: int, halves: bool = False) -> Program:
-        """The model with so many layers, if layers repeat, as far as all specs have in common."""
-        if (layers, halves) not in prepared:
-            program = cut(whole, stack, layers) if stack is not None else whole
-            prepared[layers, halves] = (
+    def ready(blocks: int, halves: bool = False) -> Program:
+        """The model with so many blocks, if layers repeat, as far as all specs have in common."""
+        blocks = blocks if stack is not None else 0
+        if (blocks, halves) not in prepared:
+            program = cut(whole, stack, blocks) if stack is not None else whole
+            prepared[blocks, halves] = (
                 compiler.in_halves(None, program) if halves else compiler.prepare(program)
             )
-        return prepared[layers, halves]
+        return prepared[blocks, halves]
 
     def compile_(variant: Variant, length: int) -> Parallel:
-        layers = variant.mesh.size("pp") if stack is not None else 1
+        stages = variant.mesh.size("pp")
+        starts = stack.starts(stages) if stack is not None else ()
         times = node_times(ask.cluster, length)
         schedule = Schedule(times) if variant.overlap != NONE else None
         return compiler.transform(
-            ready(layers, variant.overlap == HALVES), variant.mesh, order=variant.order,
+            ready(stages, variant.overlap == HALVES), variant.mesh, order=variant.order,
             length=length, capacity=variant.capacity, ring=variant.ring,
-            tp_sequence=variant.tp_sequence, check=False, checked=checked, schedule=schedule,
+            tp_sequence=variant.tp_sequence, stages=starts, check=False, checked=checked,
+            schedule=schedule,
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())

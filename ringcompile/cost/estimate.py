@@ -1,4 +1,4 @@
-"""Estimates of one variant: quickly, from one layer and one rank, or closely, from all that differ.
+"""Estimates of one variant: quickly, from one block and one rank, or closely, from all that differ.
 
 A quick one stands for all ranks by the one with most to do, whose peers are taken to be where it
 is; long rings are estimated from short ones with as many tokens a rank, and a pipeline from stages
@@ -7,7 +7,7 @@ that are costed alone. A close one has every place of the ring and every stage a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -43,7 +43,7 @@ class Parallel(Protocol):
 
 
 # Makes the program of a variant for one sequence of a length (for two, if it computes halves), with
-# one layer for each stage if layers repeat; raises RingCompileError for what cannot be.
+# one block for each stage if layers repeat; raises RingCompileError for what cannot be.
 Compile = Callable[[Variant, int], Parallel]
 
 
@@ -67,7 +67,7 @@ class Model:
     def outer_bytes(self) -> int:
         """Of the weights that are in no layer of the stack: those of embeddings, mostly."""
         stack = self.stack
-        return self.weight_bytes - (stack.layer_bytes * stack.count if stack else 0)
+        return self.weight_bytes - (round(stack.block_bytes * stack.blocks()) if stack else 0)
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,9 @@ class Estimator:
 
     def can_be_close(self, variant: Variant) -> bool:
         """Whether a close estimate is quick enough to be made."""
-        ring, pp = variant.mesh.size("ring"), variant.mesh.size(PIPELINE)
-        return ring <= _WHOLE_RING and ring * pp <= _MOST_RANKS
+        ring, pp, stack = variant.mesh.size("ring"), variant.mesh.size(PIPELINE), self.model.stack
+        blocks = pp if stack is None else stack.whole_blocks
+        return ring <= _WHOLE_RING and ring * pp <= _MOST_RANKS and pp <= blocks
 
     def close(self, variant: Variant) -> Estimate:
         """An estimate from the programs of all ranks that do different things.
@@ -218,16 +219,19 @@ class Estimator:
             RingCompileError: the compiler refuses it.
             TooLargeError: there is no room for it.
         """
+        return self._of_stages(variant, range(variant.mesh.size("ring")))
+
+    def _of_stages(self, variant: Variant, places: Iterable[int]) -> Estimate:
+        """All stages, at some places of the ring."""
         made = self.compile_(variant, self.ask.length)
-        places_of_ring = range(variant.mesh.size("ring"))
-        ranks = ranks_of(variant.mesh, places_of_ring, range(variant.mesh.size(PIPELINE)))
+        ranks = ranks_of(variant.mesh, places, range(variant.mesh.size(PIPELINE)))
         costs = [self._batched(variant, cost_of(made.rank(r), self.ask.length)) for r in ranks]
         return self._with_layers(variant, partial(self._repeated, costs), self._run)
 
     def _quick(self, variant: Variant, length: int) -> Estimate:
-        """One rank, of one stage."""
-        if self.model.stack is None:  # stages are then not alike
-            return self.close(variant)
+        """One rank, of one stage; of each, where stages are not alike."""
+        if self.model.stack is None and variant.mesh.size(PIPELINE) > 1:
+            return self._of_stages(variant, [slowest_place(variant, self.ask.cluster)])
         cost = self._batched(variant, self._stage(one_stage(variant), length))
         return self._with_layers(variant, partial(self._staged, variant, cost), self._run_stage)
 
@@ -247,9 +251,9 @@ class Estimator:
         except RingCompileError as error:
             return error
 
-    def _staged(self, variant: Variant, cost: RankCost, layers: int) -> list[RankCost]:
+    def _staged(self, variant: Variant, cost: RankCost, blocks: int) -> list[RankCost]:
         """The busiest stage of a pipeline; all of the model where there is none."""
-        (one,), pp = self._repeated([cost], layers), variant.mesh.size(PIPELINE)
+        (one,), pp = self._repeated([cost], blocks), variant.mesh.size(PIPELINE)
         if pp == 1:
             return [one]
         shares = prod(variant.mesh.size(axis) for axis in ("ring", "ulysses", "ep"))
@@ -266,9 +270,9 @@ class Estimator:
             self._hidden = crossing_bytes(cost_of(made.rank(0), self.ask.length))
         return self._hidden
 
-    def _repeated(self, costs: Sequence[RankCost], layers: int) -> list[RankCost]:
+    def _repeated(self, costs: Sequence[RankCost], blocks: int) -> list[RankCost]:
         stack = self.model.stack
-        return list(costs) if stack is None else [repeat(cost, stack, layers) for cost in costs]
+        return list(costs) if stack is None else [repeat(cost, stack, blocks) for cost in costs]
 
     def _with_layers(
         self,
@@ -276,19 +280,20 @@ class Estimator:
         programs: Callable[[int], list[RankCost]],
         run: Callable[[Variant, list[RankCost]], Estimate],
     ) -> Estimate:
-        """All layers of a stage where they are few; else from two and from three.
+        """All layers of a stage where they are few whole blocks; else from some and from one more.
 
         What there is no room for is not run.
         """
         stack = self.model.stack
-        layers = 1 if stack is None else -(-stack.count // variant.mesh.size(PIPELINE))
-        made = [programs(count) for count in ([layers] if layers <= 4 else [2, 3])]
+        blocks = 1 if stack is None else stack.blocks(variant.mesh.size(PIPELINE))
+        low = int(blocks) if blocks in (1, 2, 3, 4) else 2 if blocks > 2 else 1
+        made = [programs(low)] if low == blocks else [programs(low), programs(low + 1)]
         few, *more = [max(cost.peak_bytes for cost in costs) for costs in made]
-        memory = few + sum((layers - 2) * (other - few) for other in more)
+        memory = round(few + sum((blocks - low) * (other - few) for other in more))
         if memory > self.ask.room:
             raise TooLargeError(memory)
         found, *longer = [run(variant, costs) for costs in made]
-        return on_line(found, longer[0], layers - 2) if longer else found
+        return on_line(found, longer[0], blocks - low) if longer else found
 
     def _batch(self, variant: Variant) -> int:
         """How many times the sequences of one run of its program a variant has at once."""

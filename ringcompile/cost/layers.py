@@ -1,7 +1,9 @@
 """Layers that repeat: a program cut to a few of them, and a rank's cost with them repeated again.
 
 A plan for 80 equal layers is costed from one. That layers are equal is seen in the captured graph:
-the same ops on the same shapes, reading the layer before in the same places.
+the same ops on the same shapes, reading the layer before in the same places. Where every so many
+layers are alike (five with a window, one without), so many together are what repeats, a block;
+layers that come before the pattern are left out of it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from torch import fx
@@ -26,43 +28,105 @@ _INDEX = re.compile(r"^(?P<stack>[^0-9.][^.]*(?:\.[^0-9.][^.]*)*)\.(?P<index>\d+
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of a model that all look alike.
+    """The layers of a model that repeat, one by one or in blocks of several.
 
     Attributes:
         name: their common module path, such as "model.layers".
-        count: how many there are.
-        layer_bytes: of the weights of one.
+        num_layers: how many there are.
+        block_bytes: of the weights of a block.
+        period: layers of a block; the last block may have fewer.
+        first: layers of that name that come before.
     """
 
     name: str
-    count: int
-    layer_bytes: int = 0
+    num_layers: int
+    block_bytes: int = 0
+    period: int = 1
+    first: int = 0
 
     def index(self, layer: str) -> int | None:
-        """Which of the layers a module path lies in."""
+        """Which of the blocks a module path lies in."""
         found = _INDEX.match(layer)
-        return int(found["index"]) if found and found["stack"] == self.name else None
+        if found is None or found["stack"] != self.name or int(found["index"]) < self.first:
+            return None
+        return (int(found["index"]) - self.first) // self.period
+
+    @property
+    def whole_blocks(self) -> int:
+        """Blocks with all of their layers."""
+        return self.num_layers // self.period
+
+    def starts(self, stages: int) -> tuple[str, ...]:
+        """The layers that the stages of a pipeline but the first begin with, each of one block."""
+        return tuple(
+            f"{self.name}.{self.first + stage * self.period}" for stage in range(1, stages)
+        ) if stages <= self.whole_blocks else ()
+
+    def blocks(self, stages: int = 1) -> float:
+        """Of a stage of a pipeline, the one with most layers; a part of a block counts as such."""
+        return -(-self.num_layers // stages) / self.period
 
 
 def find_stack(program: Program) -> Stack | None:
-    """The stack of equal layers that most of a captured program is; None where layers differ."""
+    """The stack of layers that most of a captured program is; None where nothing repeats."""
     paths = (_INDEX.match(location_of(n).layer) for n in program.graph.nodes)
     counts = Counter(found["stack"] for found in paths if found)
     if not counts:
         return None
     name = counts.most_common(1)[0][0]
-    groups = _groups(program, Stack(name, 0))
-    texts = [_signature(groups, i) for i in range(len(groups))]
-    alike = len(groups) > 1 and len(set(texts[1:])) == 1
-    inner = alike and _signature(groups, 0, inner=True) == _signature(groups, 1, inner=True)
-    if not inner:
+    layers = _groups(program, Stack(name, 0))
+    pattern = _pattern(layers)
+    if pattern is None:
         return None
-    held = [w.num_bytes for w in program.weights.values() if Stack(name, 0).index(w.name) == 0]
-    return Stack(name, len(groups), sum(held))
+    first, period = pattern
+    stack = Stack(name, len(layers) - first, 0, period, first)
+    held = [w.num_bytes for w in program.weights.values() if stack.index(w.name) == 0]
+    return replace(stack, block_bytes=sum(held))
+
+
+def _pattern(layers: Sequence[list[fx.Node]]) -> tuple[int, int] | None:
+    """After how many layers others repeat, and in blocks of how many; the fewest of both."""
+    count = len(layers)
+    texts = [_signature(layers, i) for i in range(count)]
+    inner = [_signature(layers, i, inner=True) for i in range(count)]
+
+    def repeats(first: int, period: int) -> bool:
+        """The first layer reads something else than those that are like it."""
+        return (
+            inner[first] == inner[first + period]
+            and all(texts[i] == texts[i + period] for i in range(first + 1, count - period))
+            and _follow([
+                list(chain(*layers[i : i + period])) for i in range(first, count, period)
+            ])
+        )
+
+    pairs = ((first, both - first) for both in range(1, count) for first in range(both))
+    return next(
+        ((first, period) for first, period in pairs
+         if first + 2 * period <= count and repeats(first, period)),
+        None,
+    )
+
+
+def _follow(blocks: Sequence[list[fx.Node]]) -> bool:
+    """Whether each block hands the same on to the next one, and nothing to others."""
+    handed_on = {tuple(map(_type_text, _read_later(block))) for block in blocks}
+    return len(handed_on) == 1 and all(
+        user in block or user in following
+        for block, following in zip(map(set, blocks), map(set, blocks[1:]), strict=False)
+        for node in block
+        for user in node.users
+    )
+
+
+def _read_later(block: list[fx.Node]) -> list[fx.Node]:
+    """What of a block others read."""
+    here = set(block)
+    return [node for node in block if any(user not in here for user in node.users)]
 
 
 def cut(program: Program, stack: Stack, count: int) -> Program:
-    """The program with the first `count` of the stack's layers only.
+    """The program with the first `count` blocks of the stack only.
 
     What came behind the last layer reads the last one that is kept.
     """
@@ -70,7 +134,7 @@ def cut(program: Program, stack: Stack, count: int) -> Program:
     if count >= len(groups):
         return program
     dropped = {node for group in groups[count:] for node in group}
-    stands_in = dict(zip(groups[-1], groups[count - 1], strict=True))
+    stands_in = dict(zip(*map(_read_later, (groups[-1], groups[count - 1])), strict=True))
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
@@ -92,12 +156,12 @@ def cut(program: Program, stack: Stack, count: int) -> Program:
 
 
 def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
-    """The cost with each of the rank's layers of a stack repeated.
+    """The cost with each of the rank's blocks of a stack repeated.
 
     Args:
-        cost: of a program with one layer, or with one for each stage of a pipeline.
+        cost: of a program with one block, or with one for each stage of a pipeline.
         stack: its layers.
-        times: how often each layer is there in the whole model.
+        times: how often each block is there in the whole model.
     """
     steps: list[Step] = []
     between = {step.name for step in cost.steps if _crosses(step)}
@@ -141,7 +205,7 @@ def _renamed(step: Step, copy: int) -> Step:
 
 
 def _groups(program: Program, stack: Stack) -> list[list[fx.Node]]:
-    """The calls of each layer, in order."""
+    """The calls of each block, in order."""
     groups: dict[int, list[fx.Node]] = {}
     for node in program.graph.nodes:
         index = stack.index(location_of(node).layer) if node.op == "call_function" else None

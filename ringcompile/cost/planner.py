@@ -129,7 +129,8 @@ class Planner:
         """Even ones first: they are mostly among the best, which spares others a closer look."""
         meshes = list(factorisations(self.ask.num_gpus))
         if self.ask.cluster.num_nodes > 1:
-            meshes = [other for mesh in meshes for other in reordered(mesh, self.ask.cluster.per_node)]
+            per_node = self.ask.cluster.per_node
+            meshes = [other for mesh in meshes for other in reordered(mesh, per_node)]
         return sorted(meshes, key=lambda mesh: max(size for _, size in mesh.axes))
 
     def _all_plans(self) -> list[Plan]:
@@ -199,8 +200,8 @@ class Planner:
         if batch % dp:
             return f"a batch of {batch} does not divide over dp={dp}"
         stack = self.model.stack
-        if stack is not None and pp > stack.count:
-            return f"{stack.count} layers are fewer than pp={pp} stages"
+        if stack is not None and pp > stack.num_layers + stack.first:
+            return f"{stack.num_layers + stack.first} layers are fewer than pp={pp} stages"
         least = self.model.weight_bytes / (mesh.size("tp") * pp * mesh.size("ep"))
         if least > self.ask.room:
             return (f"its weights alone are at least {least / 1e9:.4g} GB a rank, there is room "
@@ -228,10 +229,10 @@ class Planner:
         whole = self._whole_weights(size if axis == "pp" else 1)
         return "" if held < whole else f"{axis}={size} finds no weights of the model to divide"
 
-    def _whole_weights(self, num_layers: int) -> int:
-        """The bytes of the weights of a program with so many layers, on one device."""
-        stack, total = self.model.stack, self.model.weight_bytes
-        return total - (stack.layer_bytes * (stack.count - num_layers) if stack else 0)
+    def _whole_weights(self, num_blocks: int) -> int:
+        """The bytes of the weights of a program with so many blocks, on one device."""
+        stack, outer = self.model.stack, self.model.outer_bytes
+        return outer + stack.block_bytes * num_blocks if stack else self.model.weight_bytes
 
     def _quickly(self, variant: Variant) -> Plan:
         best = self._best[variant.capacity]

@@ -16,6 +16,7 @@ from ringcompile.cost.values import Values, bind_lengths
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind
+from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.runtime.executor import Executor, run_alone
 from tests.support import compiled
@@ -186,7 +187,7 @@ def test_one_layer_repeated_costs_what_all_do(model: str, spec: str) -> None:
     stack = find_stack(whole)
     assert stack is not None
     one = transform(cut(whole, stack, 1), spec)
-    found = repeat(cost_of(one.rank(0), 64), stack, stack.count)
+    found = repeat(cost_of(one.rank(0), 64), stack, stack.num_layers)
     expected = costs(model, spec, 64)[0]
     assert found.flops == expected.flops
     assert found.bytes_sent == expected.bytes_sent
@@ -200,27 +201,91 @@ def test_cut_programs_run() -> None:
     whole = capture(loaded.module, loaded.args, loaded.kwargs)
     stack = find_stack(whole)
     assert stack is not None
-    assert (stack.name, stack.count) == ("blocks", 2)
+    assert (stack.name, stack.num_layers, stack.period) == ("blocks", 2, 1)
     part = cut(whole, stack, 1)
     assert all("blocks.1" not in weight.name for weight in part.weights.values())
     assert cut(whole, stack, 2) is whole
     assert len(cost_of(transform(part, "ring=1").rank(0), 64).steps) > 10
 
 
-class Unlike(torch.nn.Module):
-    """Two layers that differ in width."""
+class Layer(torch.nn.Module):
+    """Attention, with a window or causal, and an MLP of some width."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, window: int | None) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(
-            torch.nn.Sequential(torch.nn.Linear(8, n), torch.nn.Linear(n, 8)) for n in (16, 16, 32)
-        )
+        self.window = window
+        self.up, self.down = torch.nn.Linear(8, width), torch.nn.Linear(width, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(x.shape[1])
+        apart = at[:, None] - at
+        mask = (apart >= 0) & (apart < self.window) if self.window else apart >= 0
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        seen = torch.nn.functional.scaled_dot_product_attention(*[heads] * 3, attn_mask=mask)
+        return x + self.down(self.up(seen.transpose(1, 2).flatten(-2)))
+
+
+class Layers(torch.nn.Module):
+    """Layers of some kinds; with `all_read`, what comes behind them reads every one."""
+
+    def __init__(self, kinds: str, all_read: bool = False) -> None:
+        super().__init__()
+        made = {"a": (16, None), "b": (32, 4), "c": (24, None)}
+        self.layers = torch.nn.ModuleList(Layer(*made[kind]) for kind in kinds)
+        self.head, self.all_read = torch.nn.Linear(8, 4), all_read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states = [x]
         for layer in self.layers:
-            x = layer(x)
-        return torch.nn.functional.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3)
+            states.append(layer(states[-1]))
+        return self.head(sum(states[1:]) if self.all_read else states[-1])  # type: ignore[arg-type]
 
 
-def test_layers_that_differ_are_no_stack() -> None:
-    assert find_stack(capture(Unlike().eval(), (torch.randn(1, 6, 8),))) is None
+def layers_of(kinds: str, all_read: bool = False) -> Program:
+    return capture(Layers(kinds, all_read).eval(), (torch.randn(1, 6, 8),))
+
+
+@pytest.mark.parametrize(("kinds", "first", "period", "whole", "most_of_two"), [
+    ("aaaa", 0, 1, 4, 2), ("abab", 0, 2, 2, 1), ("aabaaba", 0, 3, 2, 4 / 3),
+    ("caaa", 1, 1, 3, 2), ("cabab", 1, 2, 2, 1), ("ababa", 0, 2, 2, 1.5),
+])
+def test_patterns_of_layers(
+    kinds: str, first: int, period: int, whole: int, most_of_two: float
+) -> None:
+    stack = find_stack(layers_of(kinds))
+    assert stack is not None
+    assert (stack.first, stack.period, stack.num_layers) == (first, period, len(kinds) - first)
+    assert stack.whole_blocks == whole
+    assert stack.blocks(2) == pytest.approx(most_of_two)
+
+
+@pytest.mark.parametrize("kinds", ["abab", "aabaab", "caaa", "cabab"])
+def test_a_block_repeated_costs_what_all_do(kinds: str) -> None:
+    whole = layers_of(kinds)
+    stack = find_stack(whole)
+    assert stack is not None
+    one = transform(cut(whole, stack, 1), "ring=2", order="contiguous")
+    found = repeat(cost_of(one.rank(1), 64), stack, stack.whole_blocks)
+    expected = cost_of(transform(whole, "ring=2", order="contiguous").rank(1), 64)
+    assert (found.flops, found.bytes_sent) == (expected.flops, expected.bytes_sent)
+    assert found.weight_bytes == expected.weight_bytes
+    held = sum(weight.num_bytes for weight in whole.weights.values())
+    assert stack.block_bytes * stack.whole_blocks < held
+
+
+@pytest.mark.parametrize("kinds", ["ababa", "aabaaba"])
+def test_a_part_of_a_block_is_cut_off(kinds: str) -> None:
+    """What comes behind the last layer reads one of another kind then."""
+    whole = layers_of(kinds)
+    stack = find_stack(whole)
+    assert stack is not None
+    part = cut(whole, stack, 1)
+    layers = {location_of(node).layer.split(".")[1] for node in part.graph.nodes
+              if location_of(node).layer.startswith("layers.")}
+    assert layers == {str(i) for i in range(stack.period)}
+    assert cost_of(transform(part, "ring=1").rank(0), 64).flops > 0
+
+
+@pytest.mark.parametrize(("kinds", "all_read"), [("aab", False), ("abc", False), ("aaa", True)])
+def test_what_repeats_nothing_is_no_stack(kinds: str, all_read: bool) -> None:
+    assert find_stack(layers_of(kinds, all_read)) is None
