@@ -7,7 +7,7 @@ because it is far from the best. The rest is estimated quickly, and the best of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
@@ -58,7 +58,7 @@ class Plan:
         why: what the time goes to, or why it was rejected.
         close: whether all ranks that differ were looked at.
         least: seconds that a step takes at least; None where that is not known.
-        rest: the share of them that is neither attention nor communication.
+        shares: of them, by what they are spent on.
     """
 
     variant: Variant
@@ -71,7 +71,7 @@ class Plan:
     why: str
     close: bool = False
     least: float | None = None
-    rest: float = 1.0
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
@@ -176,7 +176,9 @@ class Planner:
         """Why a form of a mesh need not be looked at: another form of it is far from the best.
 
         That is the first form of the mesh; for one with exact capacity, the same with local
-        capacity. A ring that gathers may spare all of the transfers, and attends in fewer kernels.
+        capacity. In another order transfers are others, and attention is shared out otherwise,
+        though never better if all of it is causal; a ring that gathers may spare all transfers and
+        attend in fewer kernels. What may be spared is not counted.
         """
         local = replace(variant, capacity="local")
         other = seen.get(local) or next(iter(seen.values()))
@@ -187,12 +189,21 @@ class Planner:
             return f"{other.variant} is no better: {other.why}" if hopeless else None
         best = self._best[other.variant.capacity]
         takes, without = other.least, ""
-        if variant.ring == "gather" and local not in seen:
-            takes, without = other.least * other.rest, " without attention and transfers"
+        if local not in seen:
+            kinds = self._spared(variant, other.variant)
+            takes *= 1 - sum(other.shares.get(kind, 0.0) for kind in kinds)
+            without = f" without {' and '.join(kinds)}" if kinds else ""
         if takes <= _FAR * best:
             return None
         return (f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}, the best "
                 f"plan {best * 1e3:.4g} ms")
+
+    def _spared(self, variant: Variant, other: Variant) -> tuple[str, ...]:
+        """On what a form may spend less than another one of the same mesh."""
+        if variant.ring == "gather" or self.model.order != "zigzag":
+            changed = (variant.order, variant.ring) != (other.order, other.ring)
+            return ("communication", "attention") if changed else ()
+        return ("communication",) if variant.order != other.order else ()
 
     def _impossible(self, mesh: Mesh) -> str | None:
         """Why a mesh cannot be, from its sizes alone or from one of its axes by itself."""
@@ -249,7 +260,7 @@ class Planner:
             return self._too_large(variant, error)
         except FarError as error:
             why, found = f"{error}, the best plan {best * 1e3:.4g} ms", error.least
-            return replace(_rejected(variant, why), least=found.seconds, rest=_rest(found))
+            return replace(_rejected(variant, why), least=found.seconds, shares=_shares(found))
 
     def _closely(self, variant: Variant) -> Plan:
         try:
@@ -287,7 +298,7 @@ class Planner:
         self._best[variant.capacity] = min(self._best[variant.capacity], found.seconds)
         return Plan(variant, self.ask.tokens / found.seconds, found.seconds, found.latency,
                     found.bound, found.memory_bytes, True, _spent(found, variant), close,
-                    found.seconds, _rest(found))
+                    found.seconds, _shares(found))
 
     def _too_large(self, variant: Variant, error: TooLargeError) -> Plan:
         memory, room = error.memory_bytes, self.ask.room
@@ -317,16 +328,15 @@ def _rejected(variant: Variant, reason: str) -> Plan:
     return Plan(variant, None, None, None, None, None, False, reason)
 
 
-def _rest(found: Estimate) -> float:
-    whole = sum(found.path.values())
-    other = sum(found.path.get(kind, 0.0) for kind in ("attention", "communication"))
-    return 1.0 - other / whole if whole else 1.0
+def _shares(found: Estimate) -> dict[str, float]:
+    """What parts of the longest path are spent on what, largest first."""
+    total = sum(found.path.values()) or 1.0
+    parts = sorted(found.path.items(), key=lambda entry: -entry[1])
+    return {kind: seconds / total for kind, seconds in parts}
 
 
 def _spent(found: Estimate, variant: Variant) -> str:
-    total = sum(found.path.values()) or 1.0
-    parts = sorted(found.path.items(), key=lambda entry: -entry[1])
-    texts = [f"{kind} {seconds / total:.0%}" for kind, seconds in parts if seconds / total >= 0.01]
+    texts = [f"{kind} {share:.0%}" for kind, share in _shares(found).items() if share >= 0.01]
     text = ", ".join(texts) + " of the longest path"
     if variant.mesh.size("pp") > 1:
         text += "; steps follow one another, so that the pipeline stays full"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,19 +26,12 @@ class CleanUp(Pass):
 
     def run(self, program: Program) -> Program:
         """Copy what is live, and each value only where it is computed first."""
-        live = _live(program)
+        first = _first(program)
+        if len(first) == len(program.graph.nodes) and all(a is b for a, b in first.items()):
+            return program
         builder = Builder()
-        seen: dict[Any, fx.Node] = {}
-        for node in program.graph.nodes:
-            if node not in live:
-                continue
-            key = _key(node, builder)
-            if key is not None and key in seen:
-                builder.env[node] = seen[key]
-                continue
-            builder.env[node] = builder.copy(node)
-            if key is not None:
-                seen[key] = builder.env[node]
+        for node, same in first.items():
+            builder.env[node] = builder.copy(node) if same is node else builder.env[same]
         names = {node.name for node in builder.graph.nodes if node.op == "placeholder"}
         return program.with_graph(
             builder.graph,
@@ -55,7 +49,18 @@ def _live(program: Program) -> set[fx.Node]:
     return live
 
 
-def _key(node: fx.Node, builder: Builder) -> Any:
+def _first(program: Program) -> dict[fx.Node, fx.Node]:
+    """For each live node the first one that computes the same."""
+    live, seen = _live(program), dict[Any, fx.Node]()
+    first: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node in live:
+            key = _key(node, first)
+            first[node] = node if key is None else seen.setdefault(key, node)
+    return first
+
+
+def _key(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> Any:
     """Equal for nodes that compute the same value; None for nodes that must stay apart."""
     if node.op != "call_function" or str(node.target) in _EFFECTS | CONSUMING:
         return None
@@ -63,8 +68,8 @@ def _key(node: fx.Node, builder: Builder) -> Any:
         return None
     return (
         node.target,
-        _hashable(builder.mapped(node.args)),
-        _hashable(builder.mapped(dict(node.kwargs))),
+        _hashable(fx.map_arg(node.args, first.__getitem__)),
+        _hashable(fx.map_arg(node.kwargs, first.__getitem__)),
         node.meta.get("type"),
     )
 
