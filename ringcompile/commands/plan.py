@@ -102,15 +102,15 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     stack = find_stack(whole)
     prepared, checked = dict[tuple[int, bool], Program](), dict[Any, Any]()
 
-    def ready(blocks: int, halves: bool = False) -> Program:
-        """The model with so many blocks, if layers repeat, as far as all specs have in common."""
-        blocks = blocks if stack is not None else 0
-        if (blocks, halves) not in prepared:
-            program = cut(whole, stack, blocks) if stack is not None else whole
-            prepared[blocks, halves] = (
+    def ready(stages: int, halves: bool = False) -> Program:
+        """A block for each of so many stages, or the model, as far as all specs have in common."""
+        stages = stages if stack is not None and stack.stands_for(stages) else 0
+        if (stages, halves) not in prepared:
+            program = cut(whole, stack, stages) if stack is not None and stages else whole
+            prepared[stages, halves] = (
                 compiler.in_halves(None, program) if halves else compiler.prepare(program)
             )
-        return prepared[blocks, halves]
+        return prepared[stages, halves]
 
     def compile_(variant: Variant, length: int) -> Parallel:
         stages = variant.mesh.size("pp")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
+from math import inf, prod
 from typing import Protocol
 
 from ringcompile.cost.hardware import Cluster
@@ -43,7 +43,7 @@ class Parallel(Protocol):
 
 
 # Makes the program of a variant for one sequence of a length (for two, if it computes halves), with
-# one block for each stage if layers repeat; raises RingCompileError for what cannot be.
+# one block for each stage if it has so many; raises RingCompileError for what cannot be.
 Compile = Callable[[Variant, int], Parallel]
 
 
@@ -65,9 +65,12 @@ class Model:
 
     @property
     def outer_bytes(self) -> int:
-        """Of the weights that are in no layer of the stack: those of embeddings, mostly."""
-        stack = self.stack
-        return self.weight_bytes - (round(stack.block_bytes * stack.blocks()) if stack else 0)
+        """Of the weights that are in no block of the stack: those of embeddings, mostly."""
+        return self.weight_bytes - (self.stack.num_bytes if self.stack else 0)
+
+    def repeats(self, stages: int) -> bool:
+        """Whether a program with a block for each stage stands for a pipeline of so many."""
+        return self.stack is not None and self.stack.stands_for(stages)
 
 
 @dataclass(frozen=True)
@@ -195,22 +198,24 @@ class Estimator:
         low, high = self.model.length_range
         possible = all(low <= n and (high is None or n <= high) for n in shorter)
         if ring <= max(_WHOLE_RING, sizes[0]) or not possible:
-            return self._quick(variant, length)
-        short = self._quick(with_ring(variant, sizes[0]), shorter[0])
+            return self._quick(variant, length, self.ask.room)
+        short = self._quick(with_ring(variant, sizes[0]), shorter[0], inf)
         if short.seconds > limit:
             raise FarError(
                 f"a ring of {sizes[0]} with as many tokens a rank already takes "
                 f"{short.seconds * 1e3:.4g} ms a step",
                 short,
             )
-        longer = self._quick(with_ring(variant, sizes[1]), shorter[1])
-        return on_line(short, longer, (ring - sizes[0]) / (sizes[1] - sizes[0]))
+        longer = self._quick(with_ring(variant, sizes[1]), shorter[1], inf)
+        found = on_line(short, longer, (ring - sizes[0]) / (sizes[1] - sizes[0]))
+        if found.memory_bytes > self.ask.room:
+            raise TooLargeError(found.memory_bytes)
+        return found
 
     def can_be_close(self, variant: Variant) -> bool:
         """Whether a close estimate is quick enough to be made."""
-        ring, pp, stack = variant.mesh.size("ring"), variant.mesh.size(PIPELINE), self.model.stack
-        blocks = pp if stack is None else stack.whole_blocks
-        return ring <= _WHOLE_RING and ring * pp <= _MOST_RANKS and pp <= blocks
+        ring, pp = variant.mesh.size("ring"), variant.mesh.size(PIPELINE)
+        return ring <= _WHOLE_RING and ring * pp <= _MOST_RANKS
 
     def close(self, variant: Variant) -> Estimate:
         """An estimate from the programs of all ranks that do different things.
@@ -219,21 +224,27 @@ class Estimator:
             RingCompileError: the compiler refuses it.
             TooLargeError: there is no room for it.
         """
-        return self._of_stages(variant, range(variant.mesh.size("ring")))
+        places = range(variant.mesh.size("ring"))
+        return self._of_stages(variant, places, self.ask.length, self.ask.room)
 
-    def _of_stages(self, variant: Variant, places: Iterable[int]) -> Estimate:
+    def _of_stages(
+        self, variant: Variant, places: Iterable[int], length: int, room: float
+    ) -> Estimate:
         """All stages, at some places of the ring."""
-        made = self.compile_(variant, self.ask.length)
+        made = self.compile_(variant, length)
         ranks = ranks_of(variant.mesh, places, range(variant.mesh.size(PIPELINE)))
-        costs = [self._batched(variant, cost_of(made.rank(r), self.ask.length)) for r in ranks]
-        return self._with_layers(variant, partial(self._repeated, costs), self._run)
+        costs = [self._batched(variant, cost_of(made.rank(rank), length)) for rank in ranks]
+        return self._with_layers(variant, partial(self._repeated, costs), self._run, room)
 
-    def _quick(self, variant: Variant, length: int) -> Estimate:
+    def _quick(self, variant: Variant, length: int, room: float) -> Estimate:
         """One rank, of one stage; of each, where stages are not alike."""
-        if self.model.stack is None and variant.mesh.size(PIPELINE) > 1:
-            return self._of_stages(variant, [slowest_place(variant, self.ask.cluster)])
+        pp = variant.mesh.size(PIPELINE)
+        if pp > 1 and not self.model.repeats(pp):
+            place = slowest_place(variant, self.ask.cluster)
+            return self._of_stages(variant, [place], length, room)
         cost = self._batched(variant, self._stage(one_stage(variant), length))
-        return self._with_layers(variant, partial(self._staged, variant, cost), self._run_stage)
+        programs = partial(self._staged, variant, cost, length)
+        return self._with_layers(variant, programs, self._run_stage, room)
 
     def _stage(self, variant: Variant, length: int) -> RankCost:
         """Of the slowest rank of a stage by itself; it is the same in many meshes."""
@@ -251,7 +262,9 @@ class Estimator:
         except RingCompileError as error:
             return error
 
-    def _staged(self, variant: Variant, cost: RankCost, blocks: int) -> list[RankCost]:
+    def _staged(
+        self, variant: Variant, cost: RankCost, length: int, blocks: int
+    ) -> list[RankCost]:
         """The busiest stage of a pipeline; all of the model where there is none."""
         (one,), pp = self._repeated([cost], blocks), variant.mesh.size(PIPELINE)
         if pp == 1:
@@ -260,7 +273,8 @@ class Estimator:
         if variant.tp_sequence:
             shares *= variant.mesh.size("tp")
         apart = variant.mesh.world_size // pp
-        crossing = self._hidden_bytes() // shares * self._batch(variant)
+        crossing = self._hidden_bytes() * length // self.ask.length // shares
+        crossing *= self._batch(variant)
         return [busiest_stage(one, pp, apart, crossing)]
 
     def _hidden_bytes(self) -> int:
@@ -279,18 +293,19 @@ class Estimator:
         variant: Variant,
         programs: Callable[[int], list[RankCost]],
         run: Callable[[Variant, list[RankCost]], Estimate],
+        room: float,
     ) -> Estimate:
         """All layers of a stage where they are few whole blocks; else from some and from one more.
 
         What there is no room for is not run.
         """
-        stack = self.model.stack
-        blocks = 1 if stack is None else stack.blocks(variant.mesh.size(PIPELINE))
+        stack, pp = self.model.stack, variant.mesh.size(PIPELINE)
+        blocks = stack.blocks(pp) if stack is not None and self.model.repeats(pp) else 1
         low = int(blocks) if blocks in (1, 2, 3, 4) else 2 if blocks > 2 else 1
         made = [programs(low)] if low == blocks else [programs(low), programs(low + 1)]
         few, *more = [max(cost.peak_bytes for cost in costs) for costs in made]
         memory = round(few + sum((blocks - low) * (other - few) for other in more))
-        if memory > self.ask.room:
+        if memory > room:
             raise TooLargeError(memory)
         found, *longer = [run(variant, costs) for costs in made]
         return on_line(found, longer[0], blocks - low) if longer else found

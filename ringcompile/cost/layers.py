@@ -33,7 +33,8 @@ class Stack:
     Attributes:
         name: their common module path, such as "model.layers".
         num_layers: how many there are.
-        block_bytes: of the weights of a block.
+        block_bytes: of the weights of the first block.
+        num_bytes: of the weights of all blocks.
         period: layers of a block; the last block may have fewer.
         first: layers of that name that come before.
     """
@@ -41,6 +42,7 @@ class Stack:
     name: str
     num_layers: int
     block_bytes: int = 0
+    num_bytes: int = 0
     period: int = 1
     first: int = 0
 
@@ -56,11 +58,18 @@ class Stack:
         """Blocks with all of their layers."""
         return self.num_layers // self.period
 
+    def stands_for(self, stages: int) -> bool:
+        """Whether a block for each stage stands for a pipeline of so many stages.
+
+        It does not where a stage is less than a block, nor where the first has other layers.
+        """
+        return stages == 1 or (stages <= self.whole_blocks and self.first == 0)
+
     def starts(self, stages: int) -> tuple[str, ...]:
-        """The layers that the stages of a pipeline but the first begin with, each of one block."""
-        return tuple(
-            f"{self.name}.{self.first + stage * self.period}" for stage in range(1, stages)
-        ) if stages <= self.whole_blocks else ()
+        """The layers that stages of one block begin with, but for the first."""
+        if not self.stands_for(stages):
+            return ()
+        return tuple(f"{self.name}.{stage * self.period}" for stage in range(1, stages))
 
     def blocks(self, stages: int = 1) -> float:
         """Of a stage of a pipeline, the one with most layers; a part of a block counts as such."""
@@ -75,17 +84,24 @@ def find_stack(program: Program) -> Stack | None:
         return None
     name = counts.most_common(1)[0][0]
     layers = _groups(program, Stack(name, 0))
-    pattern = _pattern(layers)
+    pattern = _pattern(list(layers.values())) if list(layers) == list(range(len(layers))) else None
     if pattern is None:
         return None
     first, period = pattern
-    stack = Stack(name, len(layers) - first, 0, period, first)
-    held = [w.num_bytes for w in program.weights.values() if stack.index(w.name) == 0]
-    return replace(stack, block_bytes=sum(held))
+    stack = Stack(name, len(layers) - first, period=period, first=first)
+    held = [(stack.index(w.name), w.num_bytes) for w in program.weights.values()]
+    return replace(
+        stack,
+        block_bytes=sum(num_bytes for index, num_bytes in held if index == 0),
+        num_bytes=sum(num_bytes for index, num_bytes in held if index is not None),
+    )
 
 
 def _pattern(layers: Sequence[list[fx.Node]]) -> tuple[int, int] | None:
-    """After how many layers others repeat, and in blocks of how many; the fewest of both."""
+    """After how many layers, a third at most, others repeat, and in blocks of how many.
+
+    The fewest of both.
+    """
     count = len(layers)
     texts = [_signature(layers, i) for i in range(count)]
     inner = [_signature(layers, i, inner=True) for i in range(count)]
@@ -103,7 +119,7 @@ def _pattern(layers: Sequence[list[fx.Node]]) -> tuple[int, int] | None:
     pairs = ((first, both - first) for both in range(1, count) for first in range(both))
     return next(
         ((first, period) for first, period in pairs
-         if first + 2 * period <= count and repeats(first, period)),
+         if 3 * first <= count and first + 2 * period <= count and repeats(first, period)),
         None,
     )
 
@@ -126,12 +142,12 @@ def _read_later(block: list[fx.Node]) -> list[fx.Node]:
 
 
 def cut(program: Program, stack: Stack, count: int) -> Program:
-    """The program with the first `count` blocks of the stack only.
+    """The program with one block of the stack for each of `count` stages, if that stands for them.
 
     What came behind the last layer reads the last one that is kept.
     """
-    groups = _groups(program, stack)
-    if count >= len(groups):
+    groups = list(_groups(program, stack).values())
+    if count >= len(groups) or not stack.stands_for(count):
         return program
     dropped = {node for group in groups[count:] for node in group}
     stands_in = dict(zip(*map(_read_later, (groups[-1], groups[count - 1])), strict=True))
@@ -204,14 +220,14 @@ def _renamed(step: Step, copy: int) -> Step:
                    reads=tuple(f"{name}#{copy}" for name in step.reads))
 
 
-def _groups(program: Program, stack: Stack) -> list[list[fx.Node]]:
-    """The calls of each block, in order."""
+def _groups(program: Program, stack: Stack) -> dict[int, list[fx.Node]]:
+    """The calls of each block by its index, in order."""
     groups: dict[int, list[fx.Node]] = {}
     for node in program.graph.nodes:
         index = stack.index(location_of(node).layer) if node.op == "call_function" else None
         if index is not None:
             groups.setdefault(index, []).append(node)
-    return [groups[index] for index in sorted(groups)]
+    return {index: groups[index] for index in sorted(groups)}
 
 
 def _signature(groups: Sequence[list[fx.Node]], index: int, *, inner: bool = False) -> str:

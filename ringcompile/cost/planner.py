@@ -104,6 +104,7 @@ class Planner:
     _estimator: Estimator = field(init=False)
     _refused: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
     _capacities: tuple[str, ...] | None = field(default=None, init=False)
+    _counting: float = field(default=0.0, init=False)
     _best: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,8 +152,7 @@ class Planner:
     def _others(self, first: Plan, rest: list[Variant]) -> Iterator[Plan]:
         seen = {first.variant: first}
         for variant in rest:
-            hopeless = self._hopeless(seen, variant)
-            seen[variant] = _rejected(variant, hopeless) if hopeless else self._quickly(variant)
+            seen[variant] = self._hopeless(seen, variant) or self._quickly(variant)
             yield seen[variant]
 
     def _variants(self, mesh: Mesh) -> list[Variant]:
@@ -168,42 +168,52 @@ class Planner:
     def _told_apart(self, variant: Variant) -> tuple[str, ...] | None:
         """The capacity modes that make a difference to this model; None if that cannot be told."""
         plans = [self._quickly(replace(variant, capacity=c)) for c in ("local", "exact")]
-        if plans[0].seconds is None:
+        local, exact = (plan.seconds for plan in plans)
+        if local is None:
             return None
-        return ("exact",) if plans[0].seconds == plans[1].seconds else ("local", "exact")
+        self._counting = (exact or local) - local
+        return ("exact",) if exact == local else ("local", "exact")
 
-    def _hopeless(self, seen: dict[Variant, Plan], variant: Variant) -> str | None:
-        """Why a form of a mesh need not be looked at: another form of it is far from the best.
+    def _hopeless(self, seen: dict[Variant, Plan], variant: Variant) -> Plan | None:
+        """A form of a mesh, rejected since another form of it is far from the best.
 
-        That is the first form of the mesh; for one with exact capacity, the same with local
-        capacity. In another order transfers are others, and attention is shared out otherwise,
-        though never better if all of it is causal; a ring that gathers may spare all transfers and
-        attend in fewer kernels. What may be spared is not counted.
+        That is the first form of the mesh; for one with exact capacity the same with local
+        capacity, and half of what counting took longer in the mesh where that was tried. In another
+        order transfers are others, and attention is shared out otherwise, though never better if
+        all of it is causal; a ring that gathers may spare all transfers and attend in fewer
+        kernels. What may be spared is not counted.
         """
         local = replace(variant, capacity="local")
         other = seen.get(local) or next(iter(seen.values()))
         if other.least is None:
             held = other.memory_bytes and variant.microbatches == other.variant.microbatches
-            # Nothing but dividing what lies between layers takes less memory.
-            hopeless = local in seen or (held and not variant.tp_sequence)
-            return f"{other.variant} is no better: {other.why}" if hopeless else None
-        best = self._best[other.variant.capacity]
-        takes, without = other.least, ""
-        if local not in seen:
-            kinds = self._spared(variant, other.variant)
-            takes *= 1 - sum(other.shares.get(kind, 0.0) for kind in kinds)
-            without = f" without {' and '.join(kinds)}" if kinds else ""
+            # Another order takes no less memory.
+            same = (variant.ring, variant.tp_sequence) == (other.variant.ring, False)
+            if local in seen or (held and same):
+                return _rejected(variant, f"{other.variant} is no better: {other.why}")
+            return None
+        best, takes, without = self._best[variant.capacity], other.least, ""
+        if local in seen:
+            takes += self._counting / 2
+        else:
+            spared = self._spared(variant, other.variant)
+            takes *= 1 - sum(other.shares.get(kind, 0.0) * part for kind, part in spared.items())
+            without = f" without some {', '.join(spared)}" if spared else ""
         if takes <= _FAR * best:
             return None
-        return (f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}, the best "
-                f"plan {best * 1e3:.4g} ms")
+        why = (f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}, the best plan "
+               f"{best * 1e3:.4g} ms")
+        return replace(_rejected(variant, why), least=takes)
 
-    def _spared(self, variant: Variant, other: Variant) -> tuple[str, ...]:
-        """On what a form may spend less than another one of the same mesh."""
-        if variant.ring == "gather" or self.model.order != "zigzag":
-            changed = (variant.order, variant.ring) != (other.order, other.ring)
-            return ("communication", "attention") if changed else ()
-        return ("communication",) if variant.order != other.order else ()
+    def _spared(self, variant: Variant, other: Variant) -> dict[str, float]:
+        """What parts of the path a form may do without that another one of the mesh has."""
+        if variant.tp_sequence and not other.tp_sequence:
+            return {"memory": 1 - 1 / variant.mesh.size("tp")}
+        if (variant.order, variant.ring) == (other.order, other.ring):
+            return {}
+        transfers = dict.fromkeys(("communication", "interference", "launch", "host"), 1.0)
+        causal = variant.ring == "rotate" and self.model.order == "zigzag"
+        return transfers if causal else {**transfers, "attention": 1.0}
 
     def _impossible(self, mesh: Mesh) -> str | None:
         """Why a mesh cannot be, from its sizes alone or from one of its axes by itself."""
@@ -237,13 +247,15 @@ class Planner:
             held = cost_of(made.rank(0), self.ask.length).weight_bytes
         except RingCompileError as error:
             return error.message
-        whole = self._whole_weights(size if axis == "pp" else 1)
+        whole = self._whole_weights(size if axis == PIPELINE else 1)
         return "" if held < whole else f"{axis}={size} finds no weights of the model to divide"
 
-    def _whole_weights(self, num_blocks: int) -> int:
-        """The bytes of the weights of a program with so many blocks, on one device."""
-        stack, outer = self.model.stack, self.model.outer_bytes
-        return outer + stack.block_bytes * num_blocks if stack else self.model.weight_bytes
+    def _whole_weights(self, stages: int) -> int:
+        """The bytes of the weights of the program for so many stages, on one device."""
+        stack = self.model.stack
+        if stack is None or not self.model.repeats(stages):
+            return self.model.weight_bytes
+        return self.model.outer_bytes + stack.block_bytes * stages
 
     def _quickly(self, variant: Variant) -> Plan:
         best = self._best[variant.capacity]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from ringcompile.cost.kernels import Kernel
@@ -67,21 +66,16 @@ def moved(cost: RankCost, by: int) -> RankCost:
     return replace(cost, rank=cost.rank + by, steps=steps)
 
 
-def stages(costs: Sequence[RankCost], apart: int, hidden_bytes: int) -> list[RankCost]:
-    """The stages of a pipeline, each at its place, with what crosses between them.
+def as_stage(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: int) -> RankCost:
+    """A stage of a pipeline at its place, with what crosses from the one before and to the next.
 
     Args:
-        costs: of each stage by itself, as of a rank of the first.
+        cost: of the stage by itself, as of a rank of the first.
+        stage: its number.
+        last: whether none comes behind it.
         apart: the distance between a rank and the one with its place in the next stage.
         hidden_bytes: what a rank hands on.
     """
-    return [
-        _placed(cost, stage, stage == len(costs) - 1, apart, hidden_bytes)
-        for stage, cost in enumerate(costs)
-    ]
-
-
-def _placed(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: int) -> RankCost:
     here = moved(cost, stage * apart)
     before, after = here.rank - apart, here.rank + apart
     steps = list(here.steps)
@@ -93,8 +87,8 @@ def _placed(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: in
 
 
 def busiest_stage(cost: RankCost, num_stages: int, apart: int, hidden_bytes: int) -> RankCost:
-    """A stage that hands on what it gets, by itself; of two stages the first. See `stages`."""
-    return _placed(cost, 1 if num_stages > 2 else 0, False, apart, hidden_bytes)
+    """A stage that hands on what it gets, by itself; of two stages the first."""
+    return as_stage(cost, 1 if num_stages > 2 else 0, False, apart, hidden_bytes)
 
 
 def _crossing(name: str, shift: Shift) -> list[Step]:

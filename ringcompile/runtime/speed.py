@@ -47,7 +47,7 @@ def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
         `startup`, seconds of a shift of next to nothing; by kind, a list with the seconds for each
         size: `shift` (that many bytes to one neighbour, as many from the other), `all_reduce`,
         `all_gather` (of the gathered tensor) and `all_to_all`; and `interference`, the share of a
-        shift's seconds by which compute beside it is held up.
+        shift's seconds by which compute beside it is held up. Startup is from a common start.
     """
     keep_freed_memory()
     matrix = torch.randn(_SIDE, _SIDE, device=rank.device)
@@ -63,7 +63,7 @@ def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
             _median(rank, prepare(rank, n), sizes.num_samples, behind=product)
             for n in sizes.messages
         ]
-    made["interference"] = _interference(rank, sizes)
+    made["interference"] = _interference(rank, sizes, made["shift"][-1])
     return made
 
 
@@ -118,13 +118,12 @@ _KINDS = {"shift": _shift, "all_reduce": _all_reduce, "all_gather": _all_gather,
           "all_to_all": _all_to_all}
 
 
-def _interference(rank: Rank, sizes: LinkSizes) -> float:
-    """How much longer products take beside a shift, over what the shift takes alone."""
-    num_bytes = max(sizes.messages)
+def _interference(rank: Rank, sizes: LinkSizes, shift: float) -> float:
+    """How much longer products take beside the largest shift, over its own seconds."""
+    num_bytes = sizes.messages[-1]
     sent = torch.zeros(num_bytes, dtype=torch.uint8, device=rank.device)
     taken = torch.empty_like(sent)
     matrix = torch.randn(384, 384, device=rank.device)
-    shift = _median(rank, _shift(rank, num_bytes), sizes.num_samples)
     once = _median(rank, lambda: matrix @ matrix, sizes.num_samples)
     repeats = max(1, round(3 * shift / once))
 

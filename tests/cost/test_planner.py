@@ -36,6 +36,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from tests.cost.clusters import cluster, device, figure, table
+from tests.cost.patterns import layers_of
 
 FIELDS = {"spec", "tps", "tpot_ms", "latency_ms", "bound", "memory_bytes", "fits", "why", "options"}
 
@@ -82,6 +83,8 @@ def test_axes_of_the_sequence_change_places() -> None:
     found = list(map(str, reordered(Mesh.parse("pp=2,ring=4,ulysses=2,tp=2"), 8)))
     assert found == ["pp=2,ring=4,ulysses=2,tp=2", "pp=2,ulysses=2,ring=4,tp=2"]
     assert list(map(str, reordered(Mesh.parse("ring=4,tp=2"), 4))) == ["ring=4,tp=2"]
+    assert len(list(reordered(Mesh.parse("pp=2,ring=4,ulysses=2"), 8))) == 1  # all on one node
+    assert len(list(reordered(Mesh.parse("pp=2,ring=4,ulysses=2"), 4))) == 2
 
 
 def test_a_variant_says_what_is_not_as_usual() -> None:
@@ -182,6 +185,31 @@ def test_what_crosses_crosses_once(spec: str) -> None:
     costs = [cost_of(rank, 4096) for rank in whole.ranks()]
     found = simulate(costs, small_cluster(16), How(merged=True))
     assert close.latency == pytest.approx(found.seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("kinds", ["abab", "aabaab", "caaa", "ababa"])
+@pytest.mark.parametrize("spec", ["ring=2", "pp=2", "pp=4"])
+def test_layers_of_several_kinds(kinds: str, spec: str) -> None:
+    """Quickly and closely, against the whole program; four stages are more than whole blocks."""
+    whole = layers_of(kinds)
+    stack, mesh = find_stack(whole), Mesh.parse(spec)
+    assert stack is not None
+    variant = Variant(mesh, order="contiguous")
+
+    def of_blocks(variant: Variant, length: int) -> Parallel:
+        pp = variant.mesh.size("pp")
+        return transform(prepare(cut(whole, stack, pp)), variant.mesh, order="contiguous",
+                         length=length, stages=stack.starts(pp))
+
+    total = sum(weight.num_bytes for weight in whole.weights.values())
+    estimator = Estimator(Model(stack, total), Ask(4, small_cluster(4), 4096), of_blocks)
+    costs = [cost_of(rank, 4096) for rank in transform(whole, mesh, order="contiguous",
+                                                       length=4096).ranks()]
+    many = simulate(costs, small_cluster(4), How(6, merged=True))
+    expected = many.period if "pp" in spec else simulate(costs, small_cluster(4)).seconds
+    for found in (estimator.quick(variant, float("inf")), estimator.close(variant)):
+        # A stage of some of a block's layers is costed as so much of the block.
+        assert found.seconds == pytest.approx(expected, rel=0.35)
 
 
 def test_a_long_ring_from_short_ones() -> None:

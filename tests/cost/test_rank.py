@@ -19,6 +19,7 @@ from ringcompile.ir.expr import bind
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.runtime.executor import Executor, run_alone
+from tests.cost.patterns import layers_of
 from tests.support import compiled
 
 SPECS = ["ring=4", "tp=2", "ulysses=2", "ring=2,ulysses=2", "pp=2", "ring=2,tp=2", "pp=2,tp=2"]
@@ -208,43 +209,6 @@ def test_cut_programs_run() -> None:
     assert len(cost_of(transform(part, "ring=1").rank(0), 64).steps) > 10
 
 
-class Layer(torch.nn.Module):
-    """Attention, with a window or causal, and an MLP of some width."""
-
-    def __init__(self, width: int, window: int | None) -> None:
-        super().__init__()
-        self.window = window
-        self.up, self.down = torch.nn.Linear(8, width), torch.nn.Linear(width, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        at = torch.arange(x.shape[1])
-        apart = at[:, None] - at
-        mask = (apart >= 0) & (apart < self.window) if self.window else apart >= 0
-        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
-        seen = torch.nn.functional.scaled_dot_product_attention(*[heads] * 3, attn_mask=mask)
-        return x + self.down(self.up(seen.transpose(1, 2).flatten(-2)))
-
-
-class Layers(torch.nn.Module):
-    """Layers of some kinds; with `all_read`, what comes behind them reads every one."""
-
-    def __init__(self, kinds: str, all_read: bool = False) -> None:
-        super().__init__()
-        made = {"a": (16, None), "b": (32, 4), "c": (24, None)}
-        self.layers = torch.nn.ModuleList(Layer(*made[kind]) for kind in kinds)
-        self.head, self.all_read = torch.nn.Linear(8, 4), all_read
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return self.head(sum(states[1:]) if self.all_read else states[-1])  # type: ignore[arg-type]
-
-
-def layers_of(kinds: str, all_read: bool = False) -> Program:
-    return capture(Layers(kinds, all_read).eval(), (torch.randn(1, 6, 8),))
-
-
 @pytest.mark.parametrize(("kinds", "first", "period", "whole", "most_of_two"), [
     ("aaaa", 0, 1, 4, 2), ("abab", 0, 2, 2, 1), ("aabaaba", 0, 3, 2, 4 / 3),
     ("caaa", 1, 1, 3, 2), ("cabab", 1, 2, 2, 1), ("ababa", 0, 2, 2, 1.5),
@@ -269,8 +233,10 @@ def test_a_block_repeated_costs_what_all_do(kinds: str) -> None:
     expected = cost_of(transform(whole, "ring=2", order="contiguous").rank(1), 64)
     assert (found.flops, found.bytes_sent) == (expected.flops, expected.bytes_sent)
     assert found.weight_bytes == expected.weight_bytes
-    held = sum(weight.num_bytes for weight in whole.weights.values())
-    assert stack.block_bytes * stack.whole_blocks < held
+    assert stack.num_bytes == stack.block_bytes * stack.whole_blocks
+    outside = [w.num_bytes for w in whole.weights.values() if stack.index(w.name) is None]
+    assert stack.num_bytes + sum(outside) == sum(w.num_bytes for w in whole.weights.values())
+    assert outside
 
 
 @pytest.mark.parametrize("kinds", ["ababa", "aabaaba"])
@@ -286,6 +252,8 @@ def test_a_part_of_a_block_is_cut_off(kinds: str) -> None:
     assert cost_of(transform(part, "ring=1").rank(0), 64).flops > 0
 
 
-@pytest.mark.parametrize(("kinds", "all_read"), [("aab", False), ("abc", False), ("aaa", True)])
+@pytest.mark.parametrize(
+    ("kinds", "all_read"), [("aab", False), ("abc", False), ("aaa", True), ("abcaa", False)]
+)
 def test_what_repeats_nothing_is_no_stack(kinds: str, all_read: bool) -> None:
     assert find_stack(layers_of(kinds, all_read)) is None

@@ -17,7 +17,7 @@ import torch
 from ringcompile.cost.collectives import collective_seconds, message_seconds
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.rank import Collective, RankCost, Shift, Step, Wait
-from ringcompile.cost.scaling import moved, stages, with_batch
+from ringcompile.cost.scaling import as_stage, moved, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How, timeline
 from ringcompile.cost.trace import to_trace
@@ -164,7 +164,7 @@ def test_where_host_and_device_are_one_both_count(eager: bool) -> None:
 
 def pipeline(*stage_ms: float) -> list[RankCost]:
     alone = [rank(0, compute(ms)) for ms in stage_ms]
-    return stages(alone, 1, MB)
+    return [as_stage(one, i, i == len(alone) - 1, 1, MB) for i, one in enumerate(alone)]
 
 
 def test_a_pipeline_fills_and_then_goes_at_the_pace_of_its_slowest_stage() -> None:
