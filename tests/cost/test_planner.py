@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -16,6 +17,7 @@ from ringcompile.capture.loaders import load_model
 from ringcompile.commands.plan import plans_for
 from ringcompile.compiler import prepare, transform
 from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
+from ringcompile.cost.figures import Figure
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.planner import Plan
@@ -185,6 +187,20 @@ def test_what_crosses_crosses_once(spec: str) -> None:
     costs = [cost_of(rank, 4096) for rank in whole.ranks()]
     found = simulate(costs, small_cluster(16), How(merged=True))
     assert close.latency == pytest.approx(found.seconds, rel=0.02)
+
+
+def test_what_crosses_grows_with_the_batch() -> None:
+    """A stage by itself against all of them, over a link that hidden states fill."""
+    slow = small_cluster(2)
+    node, rate = slow.links["node"], Figure(0.05, "GB/s", "assumed", "x", "2026")
+    node = replace(node, figures={**node.figures, "bandwidth": rate})
+    slow = replace(slow, links={"node": node})
+    total = sum(weight.num_bytes for weight in captured().weights.values())
+    variant = Variant(Mesh.parse("pp=2"))
+    estimator = Estimator(Model(find_stack(captured()), total), Ask(2, slow, 4096, 4), compile_)
+    quick, close = estimator.quick(variant, float("inf")), estimator.close(variant)
+    assert close.path["communication"] > sum(close.path.values()) / 2
+    assert quick.seconds == pytest.approx(close.seconds, rel=0.2)
 
 
 @pytest.mark.parametrize("kinds", ["abab", "aabaab", "caaa", "ababa"])
