@@ -73,7 +73,7 @@ def _few_collections() -> Iterator[None]:
     """Graphs come and go by the hundred: looking for garbage every so often takes a fifth more."""
     before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(1_000_000, 20, 50)
     try:
         yield
     finally:

@@ -8,11 +8,12 @@ that are costed alone. A close one has every place of the ring and every stage a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, prod
 from typing import Protocol
 
+from ringcompile.cost import forks
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, repeat
 from ringcompile.cost.rank import PIPELINE, RankCost, cost_of
@@ -162,6 +163,21 @@ class TooLargeError(Exception):
         self.memory_bytes = memory_bytes
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is compiled at once.
+
+    Attributes:
+        variant: the spec and its options.
+        length: of the sequence.
+        ranks: whose programs are costed.
+    """
+
+    variant: Variant
+    length: int
+    ranks: tuple[int, ...]
+
+
 @dataclass
 class Estimator:
     """Estimates variants of one model for one ask.
@@ -176,9 +192,21 @@ class Estimator:
     ask: Ask
     compile_: Compile
     _hidden: int | None = field(default=None, init=False)
-    _stages: dict[tuple[Variant, int], RankCost | RingCompileError] = field(
-        default_factory=dict, init=False
-    )
+    _costs: dict[Part, list[RankCost] | RingCompileError] = field(default_factory=dict, init=False)
+
+    def prepare(self, variants: Iterable[Variant], *, close: bool = False) -> None:
+        """Compile now, several at a time, what estimates of these variants begin with.
+
+        Args:
+            variants: specs with their options.
+            close: whether close estimates will be asked for.
+        """
+        if close:
+            parts = [self._whole(v) for v in variants if self.can_be_close(v)]
+        else:
+            parts = [self._slowest(*self._rings(v)[0]) for v in variants]
+        missing = [part for part in dict.fromkeys(parts) if part not in self._costs]
+        self._costs.update(zip(missing, forks.mapped(self._compiled, missing), strict=True))
 
     def quick(self, variant: Variant, limit: float) -> Estimate:
         """An estimate within some percent.
@@ -192,22 +220,20 @@ class Estimator:
             TooLargeError: there is no room for it.
             FarError: it takes longer than the limit.
         """
-        ring, length = variant.mesh.size("ring"), self.ask.length
-        sizes = short_rings(variant.mesh, self.ask.cluster)
-        shorter = [-(-length * size // ring) for size in sizes]
-        low, high = self.model.length_range
-        possible = all(low <= n and (high is None or n <= high) for n in shorter)
-        if ring <= max(_WHOLE_RING, sizes[0]) or not possible:
-            return self._quick(variant, length, self.ask.room)
-        short = self._quick(with_ring(variant, sizes[0]), shorter[0], inf)
+        one, *two = self._rings(variant)
+        if not two:
+            return self._quick(*one, self.ask.room)
+        short = self._quick(*one, inf)
+        sizes = [ring.mesh.size("ring") for ring, _ in (one, *two)]
         if short.seconds > limit:
             raise FarError(
                 f"a ring of {sizes[0]} with as many tokens a rank already takes "
                 f"{short.seconds * 1e3:.4g} ms a step",
                 short,
             )
-        longer = self._quick(with_ring(variant, sizes[1]), shorter[1], inf)
-        found = on_line(short, longer, (ring - sizes[0]) / (sizes[1] - sizes[0]))
+        longer = self._quick(*two[0], inf)
+        at = (variant.mesh.size("ring") - sizes[0]) / (sizes[1] - sizes[0])
+        found = on_line(short, longer, at)
         if found.memory_bytes > self.ask.room:
             raise TooLargeError(found.memory_bytes)
         return found
@@ -224,49 +250,65 @@ class Estimator:
             RingCompileError: the compiler refuses it.
             TooLargeError: there is no room for it.
         """
-        places = range(variant.mesh.size("ring"))
-        return self._of_stages(variant, places, self.ask.length, self.ask.room)
+        costs = self._costs_of(variant, self._whole(variant))
+        return self._with_layers(variant, partial(self._repeated, costs), self._run, self.ask.room)
 
-    def _of_stages(
-        self, variant: Variant, places: Iterable[int], length: int, room: float
-    ) -> Estimate:
-        """All stages, at some places of the ring."""
-        made = self.compile_(variant, length)
-        ranks = ranks_of(variant.mesh, places, range(variant.mesh.size(PIPELINE)))
-        costs = [self._batched(variant, cost_of(made.rank(rank), length)) for rank in ranks]
-        return self._with_layers(variant, partial(self._repeated, costs), self._run, room)
+    def _rings(self, variant: Variant) -> list[tuple[Variant, int]]:
+        """The variant and the length; of a long ring, two short ones and theirs."""
+        ring, length = variant.mesh.size("ring"), self.ask.length
+        sizes = short_rings(variant.mesh, self.ask.cluster)
+        shorter = [-(-length * size // ring) for size in sizes]
+        low, high = self.model.length_range
+        possible = all(low <= n and (high is None or n <= high) for n in shorter)
+        if ring <= max(_WHOLE_RING, sizes[0]) or not possible:
+            return [(variant, length)]
+        rings = [with_ring(variant, size) for size in sizes]
+        return list(zip(rings, shorter, strict=True))
 
     def _quick(self, variant: Variant, length: int, room: float) -> Estimate:
-        """One rank, of one stage; of each, where stages are not alike."""
-        pp = variant.mesh.size(PIPELINE)
-        if pp > 1 and not self.model.repeats(pp):
-            place = slowest_place(variant, self.ask.cluster)
-            return self._of_stages(variant, [place], length, room)
-        cost = self._batched(variant, self._stage(one_stage(variant), length))
-        programs = partial(self._staged, variant, cost, length)
-        return self._with_layers(variant, programs, self._run_stage, room)
+        costs = self._costs_of(variant, self._slowest(variant, length))
+        if self._stages_alike(variant):
+            programs = partial(self._staged, variant, costs, length)
+            return self._with_layers(variant, programs, self._run_stage, room)
+        return self._with_layers(variant, partial(self._repeated, costs), self._run, room)
 
-    def _stage(self, variant: Variant, length: int) -> RankCost:
-        """Of the slowest rank of a stage by itself; it is the same in many meshes."""
-        if (variant, length) not in self._stages:
-            self._stages[variant, length] = self._compiled(variant, length)
-        found = self._stages[variant, length]
+    def _stages_alike(self, variant: Variant) -> bool:
+        pp = variant.mesh.size(PIPELINE)
+        return pp == 1 or self.model.repeats(pp)
+
+    def _slowest(self, variant: Variant, length: int) -> Part:
+        """One rank, of one stage by itself, which is the same in many meshes.
+
+        Of each stage where stages are not alike.
+        """
+        variant = one_stage(variant) if self._stages_alike(variant) else variant
+        return _part(variant, length, [slowest_place(variant, self.ask.cluster)])
+
+    def _whole(self, variant: Variant) -> Part:
+        """Every place of the ring, of all stages."""
+        return _part(variant, self.ask.length, range(variant.mesh.size("ring")))
+
+    def _costs_of(self, variant: Variant, part: Part) -> list[RankCost]:
+        """What the ranks of a part of a variant cost, with as many sequences as it has at once."""
+        if part not in self._costs:
+            self._costs[part] = self._compiled(part)
+        found = self._costs[part]
         if isinstance(found, RingCompileError):
             raise found
-        return found
+        return [with_batch(cost, self._batch(variant)) for cost in found]
 
-    def _compiled(self, variant: Variant, length: int) -> RankCost | RingCompileError:
-        (rank,) = ranks_of(variant.mesh, [slowest_place(variant, self.ask.cluster)], [0])
+    def _compiled(self, part: Part) -> list[RankCost] | RingCompileError:
         try:
-            return cost_of(self.compile_(variant, length).rank(rank), length)
+            made = self.compile_(part.variant, part.length)
+            return [cost_of(made.rank(rank), part.length) for rank in part.ranks]
         except RingCompileError as error:
             return error
 
     def _staged(
-        self, variant: Variant, cost: RankCost, length: int, blocks: int
+        self, variant: Variant, costs: Sequence[RankCost], length: int, blocks: int
     ) -> list[RankCost]:
         """The busiest stage of a pipeline; all of the model where there is none."""
-        (one,), pp = self._repeated([cost], blocks), variant.mesh.size(PIPELINE)
+        (one,), pp = self._repeated(costs, blocks), variant.mesh.size(PIPELINE)
         if pp == 1:
             return [one]
         shares = prod(variant.mesh.size(axis) for axis in ("ring", "ulysses", "ep"))
@@ -315,9 +357,6 @@ class Estimator:
         runs = variant.microbatches * variant.mesh.size("dp") * variant.sequences
         return self.ask.batch // runs
 
-    def _batched(self, variant: Variant, cost: RankCost) -> RankCost:
-        return with_batch(cost, self._batch(variant))
-
     def _run_stage(self, variant: Variant, costs: list[RankCost]) -> Estimate:
         """A pipeline goes at the pace of its stages, and a step goes through all of them."""
         found = simulate(costs, self.ask.cluster, How(merged=True))
@@ -334,3 +373,9 @@ class Estimator:
             many = How(mesh.size(PIPELINE) + 2, merged=True)
             seconds = simulate(costs, self.ask.cluster, many).period * count
         return Estimate(seconds, one.seconds, one.path, one.memory_bytes)
+
+
+def _part(variant: Variant, length: int, places: Iterable[int]) -> Part:
+    """Of all stages, at some places of the ring; programs are the same for all microbatches."""
+    ranks = ranks_of(variant.mesh, places, range(variant.mesh.size(PIPELINE)))
+    return Part(replace(variant, microbatches=1), length, tuple(ranks))

@@ -7,11 +7,12 @@ because it is far from the best. The rest is estimated quickly, and the best of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
+from ringcompile.cost import forks
 from ringcompile.cost.estimate import (
     Ask,
     Compile,
@@ -118,8 +119,9 @@ class Planner:
             RingCompileError: nothing fits.
         """
         plans = _sorted(self._all_plans())
-        while (rough := self._rough(plans)) is not None:
-            plans[rough] = self._closely(plans[rough].variant)
+        self._estimator.prepare([plans[i].variant for i in self._fastest(plans)], close=True)
+        while rough := [i for i in self._fastest(plans) if not plans[i].close]:
+            plans[rough[0]] = self._closely(plans[rough[0]].variant)
             plans = _sorted(plans)
         plans = _sorted([*plans, *self._overlapping(plans)])
         if not plans[0].fits:
@@ -136,18 +138,31 @@ class Planner:
 
     def _all_plans(self) -> list[Plan]:
         """The first form of every mesh, and then the others of each, from the fastest mesh on."""
-        plans: list[Plan] = []
-        others: list[tuple[Plan, list[Variant]]] = []
-        for mesh in self._meshes():
+        rejected: list[Plan] = []
+        forms: list[list[Variant]] = []
+        meshes = self._meshes()
+        self._probe(mesh for mesh in meshes if not self._impossible(mesh))
+        for mesh in meshes:
             reason = self._impossible(mesh)
             if reason:
-                plans.append(_rejected(Variant(mesh), reason))
-                continue
-            first, *rest = self._variants(mesh)
-            plans.append(self._quickly(first))
-            others.append((plans[-1], rest))
-        others.sort(key=lambda entry: entry[0].least or inf)
-        return plans + [plan for first, rest in others for plan in self._others(first, rest)]
+                rejected.append(_rejected(Variant(mesh), reason))
+            else:
+                forms.append(self._variants(mesh))
+        self._estimator.prepare(first for first, *_ in forms)
+        found = [(self._quickly(first), rest) for first, *rest in forms]
+        found.sort(key=lambda entry: entry[0].least or inf)
+        self._estimator.prepare(v for first, rest in found for v in self._promising(first, rest))
+        others = [plan for first, rest in found for plan in self._others(first, rest)]
+        return rejected + [first for first, _ in found] + others
+
+    def _promising(self, first: Plan, rest: list[Variant]) -> Iterator[Variant]:
+        """The other forms of a mesh that will be estimated, as far as the first can tell."""
+        seen = {first.variant: first}
+        for variant in rest:
+            local = replace(variant, capacity="local")
+            told = variant.capacity == first.variant.capacity or local in seen
+            if told and not self._hopeless(seen, variant):
+                yield variant
 
     def _others(self, first: Plan, rest: list[Variant]) -> Iterator[Plan]:
         seen = {first.variant: first}
@@ -227,19 +242,18 @@ class Planner:
         if least > self.ask.room:
             return (f"its weights alone are at least {least / 1e9:.4g} GB a rank, there is room "
                     f"for {self.ask.room / 1e9:.4g} GB")
-        refusals = (self._refusal(axis, mesh.size(axis)) for axis in AXES)
+        refusals = (self._refused.get((axis, mesh.size(axis))) for axis in AXES)
         return next(filter(None, refusals), None)
 
-    def _refusal(self, axis: str, size: int) -> str | None:
-        """Why an axis of that size cannot be, on its own; asked of the compiler once."""
-        if size == 1 or axis == "ring":
-            return None
-        if (axis, size) not in self._refused:
-            self._refused[axis, size] = self._probed(axis, size)
-        return self._refused[axis, size] or None
+    def _probe(self, meshes: Iterable[Mesh]) -> None:
+        """Ask the compiler whether each axis of some meshes can be, on its own; a ring can."""
+        asked = {(axis, mesh.size(axis)) for mesh in meshes for axis in mesh.names}
+        probes = sorted((axis, size) for axis, size in asked if axis != "ring" and size > 1)
+        self._refused.update(zip(probes, forks.mapped(self._probed, probes), strict=True))
 
-    def _probed(self, axis: str, size: int) -> str:
+    def _probed(self, probe: tuple[str, int]) -> str:
         """Empty where the axis is good for something."""
+        axis, size = probe
         try:
             made = self.compile_(Variant(Mesh(((axis, size),))), self.ask.length)
             if axis not in _SPLIT_WEIGHTS:
@@ -292,19 +306,18 @@ class Planner:
             for plan in best[:_OVERLAPPED]:
                 made += [v for v in overlapping(plan.variant, self.ask.batch)
                          if not (exact and v.overlap == "halves")]
+        self._estimator.prepare(made, close=True)
         return [self._closely(variant) for variant in made]
 
-    def _rough(self, plans: list[Plan]) -> int | None:
-        """The first of the best plans that is not estimated closely, of each capacity."""
+    def _fastest(self, plans: list[Plan]) -> Iterator[int]:
+        """Where the best plans of each capacity are, as far as they can be estimated closely."""
         seen = dict.fromkeys(self._best, 0)
         for i, plan in enumerate(plans):
             capacity = plan.variant.capacity
             seen[capacity] += 1
-            if not plan.fits or seen[capacity] > _CLOSE:
-                continue
-            if not plan.close and self._estimator.can_be_close(plan.variant):
-                return i
-        return None
+            best = plan.fits and seen[capacity] <= _CLOSE
+            if best and self._estimator.can_be_close(plan.variant):
+                yield i
 
     def _judged(self, variant: Variant, found: Estimate, *, close: bool) -> Plan:
         self._best[variant.capacity] = min(self._best[variant.capacity], found.seconds)

@@ -16,6 +16,7 @@ from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.commands.plan import plans_for
 from ringcompile.compiler import prepare, transform
+from ringcompile.cost import forks
 from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
 from ringcompile.cost.figures import Figure
 from ringcompile.cost.hardware import Cluster, load_cluster
@@ -124,6 +125,14 @@ def test_every_spec_is_there_with_a_reason() -> None:
     rates = [plan.tps or 0.0 for plan in fitting]
     assert rates == sorted(rates, reverse=True)
     assert len(fitting) > 10
+
+
+def test_plans_are_the_same_however_many_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for processors in (1, 2):
+        monkeypatch.setattr(forks, "_processors", lambda n=processors: n)
+        found.append([plan.to_json() for plan in dense.__wrapped__()])
+    assert found[0] == found[1]
 
 
 def test_plans_as_json() -> None:
