@@ -5,9 +5,11 @@
 A shared machine is for some seconds as fast as it can be and for some a third slower, as others use
 its cores or not; and a core is slower while the other is at work. So all take turns: in each, the
 machine is measured with one rank at work and with two, as `ringcompile calibrate` does, and then
-all specs run some steps. What counts is the machine undisturbed: the tables hold the best of all
-turns; the ranks time a matrix product before and behind each step, and the step's seconds are taken
-at the speed of the fastest such product. The median of the seconds themselves is told as well.
+all specs run some steps. The tables hold the median of all turns. Their figures are for the best
+pace at which the machine was seen, and so are the seconds of a step: the ranks time a matrix
+product before and behind it, and it counts as long as it would have taken while such products took
+as long as they did at best in that turn, with as many ranks at work. The fastest and the median of
+the seconds themselves are told as well.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from benchmarks.speed import product_seconds
 from ringcompile import artifact, compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.commands.calibrate import best
+from ringcompile.commands.calibrate import usual
 from ringcompile.cost.hardware import Cluster, read_cluster
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
@@ -44,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 SPECS = ("ring=1", "ring=2", "tp=2", "pp=2")
 LENGTHS = (512, 1024, 2048)
 MICROBATCHES = 4  # of a pipeline, so that both stages have work at the same time
-ROUNDS = 6  # of all specs and lengths, in a turn
+ROUNDS = 8  # of all specs and lengths, in a turn
 # The bar: predictions within so much, and specs in the order that was measured.
 ALLOWED = 0.15
 
@@ -55,7 +57,7 @@ class Row:
 
     Attributes:
         simulated: by the table.
-        measured: the median of all rounds, each at the machine's best speed.
+        measured: the median of all rounds, each at the machine's best pace.
         fastest: of all rounds, in seconds as they were.
         median: likewise.
     """
@@ -93,10 +95,10 @@ def calibrated(ranks: int) -> dict[str, Any]:
 
 
 def cluster_of(tables: list[dict[str, Any]]) -> Cluster:
-    """Each figure as the best of tables has it."""
+    """Each figure as the median of tables has it."""
     first = tables[0]
-    figures = best([table["device"]["figures"] for table in tables])
-    links = {name: best([table["links"][name] for table in tables]) for name in first["links"]}
+    figures = usual([table["device"]["figures"] for table in tables])
+    links = {name: usual([table["links"][name] for table in tables]) for name in first["links"]}
     device = {**first["device"], "figures": figures}
     return read_cluster({**first, "device": device, "links": links}, "what was measured")
 
@@ -117,6 +119,7 @@ def run(model: str, turns: int) -> list[Row]:
     loaded = load_model(model)
     program = capture(loaded.module, loaded.args, loaded.kwargs, name=model)
     made = {spec: compiler.transform(program, spec) for spec in SPECS}
+    # Seconds of steps, and what they are at the best pace.
     times: dict[tuple[str, int], list[tuple[float, float]]]
     times = {(spec, length): [] for spec in SPECS for length in LENGTHS}
     tables: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
@@ -128,7 +131,7 @@ def run(model: str, turns: int) -> list[Row]:
             ranks[spec] = stack.enter_context(opened)
 
         def step(spec: str, length: int) -> tuple[float, float]:
-            """Of a step, and of the products around it on the slowest rank."""
+            """Of a step, and of the products around it on all ranks."""
             inputs = {
                 name: torch.cat([tensor] * count_of(spec))
                 for name, tensor in random_inputs(program, length).items()
@@ -136,8 +139,7 @@ def run(model: str, turns: int) -> list[Row]:
             before = ranks[spec].call(product_seconds)
             stats = ranks[spec].run(inputs).stats
             behind = ranks[spec].call(product_seconds)
-            product = max(map(statistics.mean, zip(before, behind, strict=True)))
-            return max(one.seconds for one in stats), product
+            return max(one.seconds for one in stats), statistics.mean([*before, *behind])
 
         for key in times:
             step(*key)  # the warm-up
@@ -145,18 +147,23 @@ def run(model: str, turns: int) -> list[Row]:
             click.echo(f"turn {turn + 1} of {turns}", err=True)
             for count, found in tables.items():
                 found.append(calibrated(count))
-            for _ in range(ROUNDS):
-                for key, taken in times.items():
-                    taken.append(step(*key))
+            taken = [(key, *step(*key)) for _ in range(ROUNDS) for key in times]
+            best = {
+                count: min(product for (spec, _), _, product in taken
+                           if made[spec].world_size == count)
+                for count in tables
+            }
+            for key, seconds, product in taken:
+                steady = seconds * best[made[key[0]].world_size] / product
+                times[key].append((seconds, steady))
     clusters = {count: cluster_of(found) for count, found in tables.items()}
-    best = min(product for taken in times.values() for _, product in taken)
     rows = []
-    for (spec, length), taken in times.items():
-        seconds = [one for one, _ in taken]
+    for (spec, length), found_times in times.items():
+        all_seconds, all_steady = zip(*found_times, strict=True)
         simulated = predicted(made[spec], length, spec, clusters[made[spec].world_size])
-        scaled = statistics.median(one * best / product for one, product in taken)
-        rows.append(Row(spec, length, length * count_of(spec), simulated, scaled, min(seconds),
-                        statistics.median(seconds)))
+        rows.append(Row(spec, length, length * count_of(spec), simulated,
+                        statistics.median(all_steady), min(all_seconds),
+                        statistics.median(all_seconds)))
     return rows
 
 

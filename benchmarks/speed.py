@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
-import torch
-
+from ringcompile.cost import pace
 from ringcompile.runtime.join import Rank
-
-SIDE, REPEATS = 512, 4
 
 
 def product_seconds(rank: Rank) -> float:
-    """Of one product of two square matrices of `SIDE`, on this rank and now."""
-    x = torch.ones(SIDE, SIDE)
-    torch.mm(x, x)
-    start = time.perf_counter()
-    for _ in range(REPEATS):
-        torch.mm(x, x)
-    return (time.perf_counter() - start) / REPEATS
+    """Of one product of two square matrices, on this rank and now."""
+    return pace.product_seconds()

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from ringcompile.cli import cli
+from ringcompile.commands.calibrate import usual
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
@@ -223,6 +224,15 @@ def test_calibrate_writes_a_table_that_simulate_takes(ring: str, tmp_path: Path)
     assert mixed.device.figures["matmul.float16"] == own["matmul.float16"]  # not measured here
     assert mixed.device.figures["peak.float16"].basis == "datasheet"
     assert mixed.device.figures["launch"].basis == "measured"
+
+
+def test_of_passes_the_median_counts() -> None:
+    passes = [
+        {"launch": {"value": seconds, "unit": "us"}, "rate": {"value": rates, "unit": "GB/s"}}
+        for seconds, rates in ((3.0, [1.0, 9.0]), (1.0, [4.0, 2.0]), (2.0, [3.0, 1.0]))
+    ]
+    found = {key: figure["value"] for key, figure in usual(passes).items()}
+    assert found == {"launch": 2.0, "rate": [3.0, 2.0]}
 
 
 def test_bench_and_calibrate_refuse(ring: str, tmp_path: Path) -> None:

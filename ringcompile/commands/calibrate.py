@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeAlias
 
 import click
@@ -41,8 +42,8 @@ _Pick: TypeAlias = Callable[[list[float]], float]
 @click.option("--ranks", type=click.IntRange(1),
               help="Ranks to measure links between: by default 2, or the number of GPUs.")
 @click.option("--passes", type=click.IntRange(1),
-              help="How often all is measured, the best counts: by default 3 times on a CPU, of "
-              "which others may take a share at any moment, and once on a GPU.")
+              help="How often all is measured; the median counts. By default 3 times on a CPU, "
+              "which others may use as well, and once on a GPU.")
 @click.option("--quick", is_flag=True, help="A dry run on small sizes; the numbers are no good.")
 def calibrate(
     out: Path | None,
@@ -103,10 +104,10 @@ class _Work:
 def _measure(work: _Work, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a device and of the links; on a CPU all ranks compute at once, as they will."""
     if work.place.type == "cuda":
-        figures = best([_device_figures(work) for _ in range(work.passes)])
+        figures = usual([_device_figures(work) for _ in range(work.passes)])
         return figures, _link_figures(work, ranks, None) if ranks > 1 else {}
     with Processes(ranks, backend="gloo", threads=threads) as processes:
-        figures = best([_worst(processes.call(_rank_figures, work)) for _ in range(work.passes)])
+        figures = usual([_worst(processes.call(_rank_figures, work)) for _ in range(work.passes)])
         return figures, _link_figures(work, ranks, processes) if ranks > 1 else {}
 
 
@@ -126,9 +127,9 @@ def _device_figures(work: _Work, *, quiet: bool = False) -> dict[str, Any]:
     return figures
 
 
-def best(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Each figure as the fastest of several measurements has it."""
-    return _picked(list(found), min, max)
+def usual(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Each figure as the median of several measurements has it."""
+    return _picked(list(found), median, median)
 
 
 def _worst(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -163,10 +164,10 @@ def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[
     sizes = LinkSizes((4096, 65536), 2) if work.sizes == "quick" else LinkSizes()
     click.echo(f"  links between {ranks} ranks", err=True)
     if processes is not None:
-        found = _fastest_links([processes.call(link_seconds, sizes) for _ in range(work.passes)])
+        found = _usual_links([processes.call(link_seconds, sizes) for _ in range(work.passes)])
     else:
         with Processes(ranks, backend="nccl") as made:
-            found = _fastest_links([made.call(link_seconds, sizes) for _ in range(work.passes)])
+            found = _usual_links([made.call(link_seconds, sizes) for _ in range(work.passes)])
     startup = max(entry["startup"] for entry in found)
     share = (ranks - 1) / ranks
     # What a ring algorithm would send a rank, as a multiple of the tensor.
@@ -189,10 +190,10 @@ def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[
     return figures
 
 
-def _fastest_links(passes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Each rank's seconds as the fastest pass has them."""
+def _usual_links(passes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each rank's seconds as the median of passes has them."""
     return [
-        {key: _combined([one[key] for one in of_rank], min) for key in of_rank[0]}
+        {key: _combined([one[key] for one in of_rank], median) for key in of_rank[0]}
         for of_rank in zip(*passes, strict=True)
     ]
 

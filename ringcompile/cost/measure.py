@@ -5,6 +5,7 @@ that the host's share, a figure of its own, stays out of them. Weights are taken
 memory than caches hold, as in a model, where each is used once a step. On a CPU each call comes
 behind a copy of more than its nearer caches hold, as it would come behind other nodes: alone in a
 loop a short kernel is up to three times as fast. Elsewhere operands stay where the call left them.
+All figures of a CPU are for the best pace at which it was seen (`pace`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ringcompile.cost.figures import UNITS
+from ringcompile.cost.pace import Pace
 from ringcompile.errors import RingCompileError
 from ringcompile.ops import kernels
 
@@ -90,11 +93,13 @@ class Clock:
         device: where the functions' tensors are.
         sample: the least seconds of one timed sample, on CUDA.
         num_samples: samples; the median counts.
+        pace: of a CPU.
     """
 
     device: torch.device
     sample: float
     num_samples: int
+    pace: Pace = field(default_factory=Pace)
     _turn: int = field(default=0, init=False)
     _swept: tuple[torch.Tensor, torch.Tensor] = field(init=False)
 
@@ -103,11 +108,17 @@ class Clock:
             self._swept = torch.zeros(_SWEPT), torch.zeros(_SWEPT)
 
     def seconds(self, call: Callable[[int], object]) -> float:
-        """The seconds of one call on the device; `call` gets the number of the call."""
+        """The seconds of one call on the device, at a steady pace.
+
+        Args:
+            call: gets the number of the call.
+        """
         once = min(self._timed(call, 1) for _ in range(3))
         if self.device.type != "cuda":
             count = 1 if once > _VERY_LONG else self.num_samples
-            return median(self._behind_others(call) for _ in range(count))
+            return self.pace.steady(
+                lambda: median(self._behind_others(call) for _ in range(count))
+            )
         repeats = max(1, math.ceil(self.sample / max(once, 1e-7)))
         if once < _LONG:  # it may be the host that took so long
             repeats = min(max(repeats, 10), 50)
@@ -184,7 +195,19 @@ def measure_device(
                 report(f"{key.format(name)} could not be measured: {str(error).splitlines()[0]}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return made
+    return {key: _slower(figure, clock.pace.best) for key, figure in made.items()}
+
+
+def _slower(figure: dict[str, Any], times: float) -> dict[str, Any]:
+    """A figure where all takes so many times as long."""
+    if times == 1.0:
+        return figure
+    factor = times if UNITS[figure["unit"]][0] == "second" else 1 / times
+
+    def of(value: Any) -> Any:
+        return [of(one) for one in value] if isinstance(value, list) else _rounded(value * factor)
+
+    return {**figure, "value": of(figure["value"])}
 
 
 def _fields(
