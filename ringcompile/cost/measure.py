@@ -3,9 +3,9 @@
 Times are of the device alone: on CUDA by events, short kernels many at a time in a CUDA graph, so
 that the host's share, a figure of its own, stays out of them. Weights are taken in turns from more
 memory than caches hold, as in a model, where each is used once a step. On a CPU each call comes
-behind a copy of more than its nearer caches hold, as it would come behind other nodes: alone in a
-loop a short kernel is up to three times as fast. Elsewhere operands stay where the call left them.
-All figures of a CPU are for the best pace at which it was seen (`pace`).
+behind a product of some milliseconds, as it would in a program: caches that others use as well have
+lost its operands by then, and alone in a loop a short kernel is up to four times as fast. The same
+product tells how fast the CPU is; its figures are for the best pace at which it was seen (`pace`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from ringcompile.cost.figures import UNITS
-from ringcompile.cost.pace import Pace
+from ringcompile.cost.pace import Pace, product_seconds
 from ringcompile.errors import RingCompileError
 from ringcompile.ops import kernels
 
@@ -60,8 +60,6 @@ _KIB, _MIB = 1 << 10, 1 << 20
 _LONG = 5e-3
 # On a CPU, what takes longer than this is timed once more.
 _VERY_LONG = 60e-3
-# Numbers of four bytes that a copy reads, and as many that it writes, before a call on a CPU.
-_SWEPT = 1 << 20
 SIZES = {
     "cuda": Sizes(
         rows=(16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
@@ -101,11 +99,6 @@ class Clock:
     num_samples: int
     pace: Pace = field(default_factory=Pace)
     _turn: int = field(default=0, init=False)
-    _swept: tuple[torch.Tensor, torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.device.type != "cuda":
-            self._swept = torch.zeros(_SWEPT), torch.zeros(_SWEPT)
 
     def seconds(self, call: Callable[[int], object]) -> float:
         """The seconds of one call on the device, at a steady pace.
@@ -115,10 +108,7 @@ class Clock:
         """
         once = min(self._timed(call, 1) for _ in range(3))
         if self.device.type != "cuda":
-            count = 1 if once > _VERY_LONG else self.num_samples
-            return self.pace.steady(
-                lambda: median(self._behind_others(call) for _ in range(count))
-            )
+            return self._steady(call, 1 if once > _VERY_LONG else self.num_samples)
         repeats = max(1, math.ceil(self.sample / max(once, 1e-7)))
         if once < _LONG:  # it may be the host that took so long
             repeats = min(max(repeats, 10), 50)
@@ -130,10 +120,12 @@ class Clock:
             return min(once, self._timed(call, 1))
         return median(self._timed(call, repeats) for _ in range(self.num_samples))
 
-    def _behind_others(self, call: Callable[[int], object]) -> float:
-        source, target = self._swept
-        target.copy_(source)
-        return self._timed(call, 1)
+    def _steady(self, call: Callable[[int], object], count: int) -> float:
+        seconds, products = [], [product_seconds(1)]
+        for _ in range(count):
+            seconds.append(self._timed(call, 1))
+            products.append(product_seconds(1))
+        return self.pace.steady(median(seconds), median(products))
 
     def _timed(self, call: Callable[[int], object], repeats: int) -> float:
         if self.device.type != "cuda":
