@@ -1,0 +1,53 @@
+"""What the planner does not estimate is not the best: against a planner that estimates all."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from ringcompile.compiler import prepare, transform
+from ringcompile.cost import planner
+from ringcompile.cost.estimate import Ask, Model, Parallel
+from ringcompile.cost.layers import cut, find_stack
+from ringcompile.cost.planner import Plan, Planner
+from ringcompile.cost.specs import Variant
+from ringcompile.ir.program import Program
+from ringcompile.passes.place import order_of
+from tests.cost.clusters import cluster
+from tests.cost.patterns import layers_of
+
+
+def plans(kinds: str, length: int, num_gpus: int) -> list[Plan]:
+    whole = layers_of(kinds)
+    stack = find_stack(whole)
+    assert stack is not None
+
+    @cache
+    def ready(stages: int) -> Program:
+        assert stack is not None
+        return prepare(cut(whole, stack, stages) if stack.stands_for(stages) else whole)
+
+    def compile_(variant: Variant, length: int) -> Parallel:
+        return transform(
+            ready(variant.mesh.size("pp")), variant.mesh, order=variant.order, length=length,
+            ring=variant.ring, tp_sequence=variant.tp_sequence, check=False,
+        )
+
+    total = sum(weight.num_bytes for weight in whole.weights.values())
+    model = Model(stack, total, whole.length_range, order_of(ready(1)))
+    return Planner(model, Ask(num_gpus, cluster(per_node=16).sized(num_gpus), length), compile_).run()
+
+
+@pytest.mark.parametrize(("kinds", "length"), [("aaaa", 65536), ("bbbb", 65536), ("bbab", 1 << 20)])
+def test_what_is_left_out_is_not_the_best(
+    kinds: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Causal layers, layers with a window, both."""
+    found = plans(kinds, length, 8)
+    assert any("already takes" in plan.why for plan in found)
+    monkeypatch.setattr(planner, "_FAR", float("inf"))
+    every = plans(kinds, length, 8)
+    assert not any("already takes" in plan.why for plan in every)
+    print([(str(p.variant), p.seconds) for p in every[:6]], [(str(p.variant), p.seconds) for p in found[:6]])
+    assert (found[0].variant, found[0].seconds) == (every[0].variant, every[0].seconds)
