@@ -4,9 +4,9 @@ Times are of the device alone: on CUDA by events, short kernels many at a time i
 that the host's share, a figure of its own, stays out of them. Weights are taken in turns from more
 memory than caches hold, as in a model, where each is used once a step. On a CPU each call comes
 behind a product of some milliseconds, as it would in a program: caches that others use as well have
-lost its operands by then, and alone in a loop a short kernel is up to four times as fast. What models
-have several of in a row (copies of rotary embeddings, of heads) comes behind one like it. The same
-product tells how fast the CPU is; its figures are for the best pace at which it was seen (`pace`).
+lost its operands by then, and alone in a loop a short kernel is up to four times as fast. Copies,
+of which models have several in a row, come behind one like them. The same product tells how fast
+the CPU is; its figures are for the best pace at which it was seen (`pace`).
 """
 
 from __future__ import annotations

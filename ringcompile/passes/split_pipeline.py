@@ -13,6 +13,7 @@ from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import COMMUNICATION
@@ -150,7 +151,9 @@ def work(node: fx.Node) -> float:
     out = product(results_of(node)[0].shape) if "type" in node.meta else 0
     if not isinstance(rule, FactorRule) or rule.cheap:
         return _number(out)
-    shapes = [type_of(n).shape for n in node.all_input_nodes]
+    # Every operand by its place, though one tensor may be both queries and keys.
+    operands = pytree.tree_leaves((node.args, node.kwargs))
+    shapes = [type_of(n).shape for n in operands if isinstance(n, fx.Node)]
     summed = shapes[1][-1] if len(shapes) > 1 and shapes[1] else 1
     if str(node.target) in _AS_GLOBAL:
         summed = shapes[1][2] * 2
