@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,8 +45,11 @@ def mapped(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list
     outer, _function = _function, function
     try:
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(count, context, _start) as pool:
-            return list(pool.map(_call, items))
+        with warnings.catch_warnings():
+            # Of threads that a fork does not take along (Python 3.12); see `_start`.
+            warnings.filterwarnings("ignore", r"This process .* is multi-threaded")
+            with ProcessPoolExecutor(count, context, _start) as pool:
+                return list(pool.map(_call, items))
     except BrokenProcessPool as error:
         raise RingCompileError(
             f"one of {count} processes that compile was ended from outside",
