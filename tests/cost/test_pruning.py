@@ -43,7 +43,9 @@ def plans(kinds: str, length: int, num_gpus: int) -> list[Plan]:
     return Planner(model, Ask(num_gpus, hardware, length), compile_).run()
 
 
-@pytest.mark.parametrize(("kinds", "length"), [("aaaa", 65536), ("bbbb", 65536), ("abab", 65536)])
+@pytest.mark.parametrize(
+    ("kinds", "length"), [("aaaa", 65536), ("aaaa", 256), ("bbbb", 65536), ("abab", 65536)]
+)
 def test_what_is_left_out_is_not_the_best(
     kinds: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
