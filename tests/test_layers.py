@@ -25,7 +25,7 @@ FLOORS = [
     {"errors"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-MODELS_USERS = {"models", "compiler", "cli", "capture"}
+MODELS_USERS = {"models", "compiler", "commands", "capture"}
 OPTIONAL = {"accelerate", "gguf", "transformers"}  # may be imported where they are needed
 
 

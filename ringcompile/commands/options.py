@@ -6,10 +6,34 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ringcompile.capture.loaders import DTYPES
 from ringcompile.cost.hardware import cluster_names
+from ringcompile.passes.place import ORDERS, RINGS
+from ringcompile.passes.regions import CAPACITIES
 
 CONSOLE = Console(stderr=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+PARALLEL = click.option(
+    "--parallel", required=True, metavar="SPEC",
+    help="The parallel spec: axes and sizes, such as ring=4 or pp=2,ring=4,tp=2; outermost first."
+)
+ORDER = click.option(
+    "--order", type=click.Choice(["auto", *ORDERS]), default="auto", show_default=True,
+    help="Which positions a rank holds; auto is zigzag where all attention is causal.",
+)
+CAPACITY = click.option(
+    "--capacity", type=click.Choice(CAPACITIES), default=CAPACITIES[0], show_default=True,
+    help="Whose tokens count where experts have a capacity: all of them, or each rank's own.",
+)
+RING = click.option(
+    "--ring", type=click.Choice(RINGS), default=RINGS[0], show_default=True,
+    help="Keys and values rotate, or are gathered at once (short sequences).",
+)
+TP_SEQUENCE = click.option(
+    "--tp-sequence", is_flag=True, help="Divide the sequence over tp between the layers it splits."
+)
+DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
+BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 CLUSTER = click.option(
     "--cluster", required=True, metavar="NAME|FILE",
     help=f"The hardware: {', '.join(cluster_names())}, or a file that `calibrate` wrote.",

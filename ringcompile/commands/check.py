@@ -1,0 +1,82 @@
+"""`ringcompile check`: what would become of a model, layer by layer."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ringcompile import compiler
+from ringcompile.capture.loaders import load_model
+from ringcompile.commands.options import (
+    BATCH,
+    CAPACITY,
+    CONSOLE,
+    DTYPE,
+    JSON,
+    ORDER,
+    PARALLEL,
+    RING,
+    TP_SEQUENCE,
+)
+from ringcompile.dump.report import Report
+from ringcompile.mesh import Mesh
+
+
+@click.command()
+@click.argument("model")
+@PARALLEL
+@ORDER
+@CAPACITY
+@RING
+@TP_SEQUENCE
+@DTYPE
+@BATCH
+@JSON
+def check(
+    model: str,
+    parallel: str,
+    order: str,
+    capacity: str,
+    ring: str,
+    tp_sequence: bool,
+    dtype: str | None,
+    batch: int,
+    as_json: bool,
+) -> None:
+    """Say layer by layer what would become of MODEL; reads no weights. Exit 1 if refused."""
+    mesh = Mesh.parse(parallel)
+    with CONSOLE.status(f"checking {model}"):
+        loaded = load_model(model, batch=batch, dtype=dtype, weights=":" in model)
+        found = compiler.check(
+            loaded.module, mesh, loaded.args, loaded.kwargs, order=order, capacity=capacity,
+            ring=ring, tp_sequence=tp_sequence,
+        )
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        _print_report(found)
+    if not found.supported:
+        raise click.exceptions.Exit(1)
+
+
+def _print_report(found: Report) -> None:
+    console = Console()
+    table = Table(title=f"{found.model} with {found.mesh}, order {found.order}")
+    for column in ("layer", "line", "attention", "mask"):
+        table.add_column(column)
+    for row in found.attention:
+        table.add_row(row.layer, row.line, row.form, row.mask)
+    if found.attention:
+        console.print(table)
+    for text in found.notes:
+        click.echo(f"note: {text}")
+    for text in found.gathers:
+        click.echo(f"gathered whole on every rank: {text}")
+    for rank, expression in found.bytes_sent.items():
+        click.echo(f"rank {rank} sends {expression} bytes a run")
+    for text in found.refusals:
+        click.echo(f"refused: {text}")
+    click.echo("supported" if found.supported else "not supported")

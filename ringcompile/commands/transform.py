@@ -1,0 +1,179 @@
+"""`ringcompile transform`: compile a model and write one program per rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from ringcompile import compiler
+from ringcompile.capture.export import capture
+from ringcompile.capture.loaders import LoadedModel, load_model
+from ringcompile.commands.options import (
+    BATCH,
+    CAPACITY,
+    CONSOLE,
+    DTYPE,
+    JSON,
+    ORDER,
+    PARALLEL,
+    RING,
+    TP_SEQUENCE,
+)
+from ringcompile.commands.overlap import HALVES, halved, overlap_options, schedule_for
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.plan import read_plan
+from ringcompile.ir.printer import print_program
+from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
+from ringcompile.passes.base import Pass, Pipeline
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
+@PARALLEL
+@ORDER
+@CAPACITY
+@RING
+@TP_SEQUENCE
+@click.option("--stages", metavar="LAYERS",
+              help="Where pipeline stages but the first begin, for example model.layers.16.")
+@click.option("--plan", type=click.Path(path_type=Path),
+              help="What splits each weight: an edited `dump OUT --format plan`.")
+@overlap_options
+@DTYPE
+@BATCH
+@click.option("--seq", type=click.IntRange(1), help="Fix the sequence length (else any).")
+@click.option("--gather-unknown", is_flag=True, help="Compute ops without a rule whole.")
+@click.option("--no-weights", is_flag=True, help="Write graphs only; needs no memory for weights.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--passes", metavar="LIST", help="Run only these passes and print the result.")
+@click.option("--print-ir-after-all", is_flag=True, help="Print the program behind every pass.")
+@click.option("--time-passes", is_flag=True, help="Print the seconds each pass took.")
+@click.option("--verify-each", is_flag=True, help="Check the ranks against each other as well.")
+@JSON
+def transform(
+    model: str,
+    out: Path | None,
+    parallel: str,
+    order: str,
+    capacity: str,
+    ring: str,
+    tp_sequence: bool,
+    stages: str | None,
+    plan: Path | None,
+    overlap: str,
+    overlap_on: str,
+    dtype: str | None,
+    batch: int,
+    seq: int | None,
+    gather_unknown: bool,
+    no_weights: bool,
+    overwrite: bool,
+    passes: str | None,
+    print_ir_after_all: bool,
+    time_passes: bool,
+    verify_each: bool,
+    as_json: bool,
+) -> None:
+    """Compile MODEL and write one program per rank to OUT."""
+    mesh = Mesh.parse(parallel)
+    if out is None and passes is None:
+        raise click.UsageError("give a folder to write with -o, or passes to print with --passes")
+    if out is not None and out.exists() and not overwrite:
+        raise RingCompileError(f"'{out}' exists", hint="pass --overwrite to replace it")
+    keep_weights = not no_weights and out is not None
+    with CONSOLE.status(f"loading {model}"):
+        loaded = load_model(model, batch=batch, length=seq, dtype=dtype, weights=keep_weights)
+    with CONSOLE.status("capturing"):
+        program = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+        if overlap == HALVES:
+            program = halved(
+                program, lambda half: _captured_at(half, loaded, model, seq, dtype), batch, capacity
+            )
+    told = None if plan is None else read_plan(plan, program, mesh)
+    starts = tuple(filter(None, (name.strip() for name in (stages or "").split(","))))
+    if passes is not None:
+        every = compiler.front_passes(
+            mesh, order, gather_unknown, capacity, ring, tp_sequence,
+            starts or (told.stages if told else ()), told.told("tp") if told else None,
+        )
+        click.echo(print_program(_run_passes(program, passes, every, mesh)))
+        return
+    seconds: dict[str, float] = {}
+    observe = _observer(print_ir_after_all, seconds)
+    options = {"model": model, "dtype": dtype, "batch": batch}
+    with CONSOLE.status("transforming"):
+        made = compiler.transform(
+            program, mesh, order=order, length=seq, gather_unknown=gather_unknown,
+            capacity=capacity, ring=ring, tp_sequence=tp_sequence, stages=starts, plan=told,
+            observe=observe, options=options,
+            schedule=schedule_for(overlap, overlap_on, program, mesh, seq),
+        )
+        if verify_each:
+            made.verify()
+    with CONSOLE.status(f"writing {mesh.world_size} programs"):
+        assert out is not None
+        made.save(out, overwrite=overwrite)
+    if time_passes:
+        for name, spent in seconds.items():
+            click.echo(f"{name:16} {spent:8.3f} s", err=True)
+    _print_summary(out, made, as_json)
+
+
+def _captured_at(
+    batch: int, loaded: LoadedModel, model: str, seq: int | None, dtype: str | None
+) -> Program:
+    """The same module over example inputs of another batch; weights are not loaded again."""
+    other = load_model(model, batch=batch, length=seq, dtype=dtype, weights=":" in model)
+    return capture(loaded.module, other.args, other.kwargs, name=loaded.name)
+
+
+def _run_passes(
+    program: Program, names: str, front: Sequence[Pass], mesh: Mesh
+) -> Program:
+    known: dict[str, Pass] = {step.name: step for step in (*front, *compiler.rank_passes(0, mesh))}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name not in known:
+            raise RingCompileError(f"unknown pass '{name}'", hint=f"passes: {', '.join(known)}")
+        program = Pipeline([known[name]]).run(program)
+    return program
+
+
+def _observer(
+    print_each: bool, seconds: dict[str, float]
+) -> Callable[[Pass, Program, float], None]:
+    def observe(step: Pass, program: Program, spent: float) -> None:
+        seconds[step.name] = seconds.get(step.name, 0.0) + spent
+        if print_each:
+            click.echo(print_program(program))
+
+    return observe
+
+
+def _print_summary(out: Path, made: compiler.ParallelProgram, as_json: bool) -> None:
+    program = made.program
+    assert program.sequence is not None
+    sizes = [len(made.rank(rank).graph.nodes) for rank in range(made.world_size)]
+    facts = {
+        "out": str(out),
+        "model": program.name,
+        "parallel": str(made.mesh),
+        "ranks": made.world_size,
+        "order": program.sequence.order,
+        "nodes": sizes,
+        "notes": list(program.notes),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(
+        f"wrote {out}: {program.name}, {made.mesh}, {program.sequence.order}, "
+        f"{made.world_size} programs of {max(sizes)} nodes"
+    )
+    for note in program.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"next: ringcompile run {out}, ringcompile dump {out} --rank 0")
