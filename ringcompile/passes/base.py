@@ -12,6 +12,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.calls import append
+from ringcompile.ir.operands import attention_operands, lost_operand
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import ValueType
 from ringcompile.ir.verifier import verify_program
@@ -21,6 +22,8 @@ class Pass(ABC):
     """One rewrite of a program. Subclasses are frozen dataclasses; their fields are the options."""
 
     name: ClassVar[str]
+    # Whether it may write an operand of attention in another form: a mask as the band it means.
+    reads_masks: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program) -> Program:
@@ -37,7 +40,7 @@ class Pass(ABC):
 
 @dataclass
 class Pipeline:
-    """Passes in order; the program is verified behind each.
+    """Passes in order; behind each the program is verified, and no attention has lost an operand.
 
     Attributes:
         observe: called behind every pass with the pass, the program and the seconds it took.
@@ -54,12 +57,16 @@ class Pipeline:
             RingCompileError: the program cannot be compiled; what a pass left invalid is an
                 AssertionError that names the pass.
         """
+        given = attention_operands(program) if self.verify else {}
         for step in self.passes:
             start = time.perf_counter()
             program = step.run(program)
             program = program.with_graph(program.graph, passes=(*program.passes, step.name))
             if self.verify:
                 verify_program(program)
+                before, given = given, attention_operands(program)
+                lost = None if step.reads_masks else lost_operand(before, given)
+                assert lost is None, f"after {' -> '.join(program.passes)}: {lost}"
             if self.observe is not None:
                 self.observe(step, program, time.perf_counter() - start)
         return program

@@ -7,7 +7,7 @@ packed [B, (H+2G)/U, U*n, D]     taken apart into q, k and v of a rank's heads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ringcompile.passes.base import Builder
 aten = torch.ops.aten
 _AXIS = "ulysses"
 _HEADS, _TOKENS = 1, 2
+_ROWS = ("q", "k", "v")
 
 
 @dataclass
@@ -35,16 +36,19 @@ class HeadExchange:
         builder: the graph that is written.
         mesh: the mesh.
         sequence: how the sequence is divided.
+        waiting: redistributions that are written beside the attention that reads them. Until then
+            the builder has no entry for them, so that nothing else can read them by mistake.
     """
 
     builder: Builder
     mesh: Mesh
     sequence: SequenceSplit
+    waiting: set[fx.Node] = field(default_factory=set)
 
     def takes(self, node: fx.Node) -> bool:
-        """Whether a redistribution is one of tokens to heads, read by attention alone."""
-        readers = {str(user.target) for user in node.users}
-        if readers != {"ringcompile.attention.default"} or len(type_of(node).shape) != 4:
+        """Whether a redistribution moves queries, keys or values of attention alone to heads."""
+        read = bool(node.users) and all(_as_rows(user, node) for user in node.users)
+        if not read or len(type_of(node).shape) != 4:
             return False
         have, want = (type_of(n).layout.dims for n in (node.args[0], node))  # type: ignore[arg-type]
         return (
@@ -56,12 +60,12 @@ class HeadExchange:
 
     def write(self, call: Call) -> None:
         """The exchanges that the operands of an attention wait for; of one head dim in one."""
-        waiting = [
-            node for node in dict.fromkeys(call[name] for name in ("q", "k", "v"))
-            if self.builder.env.get(node) is None
+        here = [
+            node for node in dict.fromkeys(call[name] for name in _ROWS) if node in self.waiting
         ]
+        self.waiting.difference_update(here)
         by_width: dict[Any, list[fx.Node]] = {}
-        for node in waiting:
+        for node in here:
             by_width.setdefault(type_of(node).shape[3], []).append(node)
         for nodes in by_width.values():
             self._exchange(nodes)
@@ -121,6 +125,13 @@ class HeadExchange:
 
     def _local(self, type_: TensorType) -> tuple[Size, ...]:
         return local_shape(type_, self.mesh, self.sequence)
+
+
+def _as_rows(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is attention that has another one as queries, keys or values only."""
+    if user.target is not op("attention"):
+        return False
+    return {name for name, x in Call(user).arguments.items() if x is node} <= {*_ROWS}
 
 
 def _axes(dim: DimLayout) -> tuple[str, ...]:

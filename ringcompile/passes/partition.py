@@ -60,10 +60,14 @@ class _Partitioner:
     def run(self) -> Program:
         for node in self.program.graph.nodes:
             self.builder.at(node)
+            if node.target is op("redistribute") and self.exchange.takes(node):
+                self.exchange.waiting.add(node)  # written beside its attention, with its neighbours
+                continue
             step = _STEPS.get(str(node.target), _Partitioner._local)
             self.builder.env[node] = (
                 step(self, node) if node.op == "call_function" else self.builder.copy(node)
             )
+        assert not self.exchange.waiting, f"{self.exchange.waiting} are read by no attention"
         return self.program.with_graph(self.builder.graph)
 
     def _shape(self, type_: TensorType) -> list[Any]:
@@ -108,9 +112,7 @@ class _Partitioner:
             self.builder.env[call["self"]], dim, type_
         )
 
-    def _redistribute(self, node: fx.Node) -> fx.Node | None:
-        if self.exchange.takes(node):
-            return None  # written beside the attention that reads it, packed with its neighbours
+    def _redistribute(self, node: fx.Node) -> fx.Node:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         try:
             return self.mover.move(

@@ -54,6 +54,7 @@ class RecognizeMasks(Pass):
     """
 
     name: ClassVar[str] = "recognize-masks"
+    reads_masks: ClassVar[bool] = True
 
     def run(self, program: Program) -> Program:
         """Rewrite each attention that has a mask; other nodes are copied."""
