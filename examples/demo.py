@@ -41,7 +41,7 @@ def main() -> None:
     with console.status("compiling for ring=4"):
         start = time.perf_counter()
         program = rc.capture(model, (ids[:, :24],), name="SmolLM2-135M")
-        parallel = rc.transform(program, f"ring={RANKS}", options={"model": str(checkpoint)})
+        parallel = rc.transform(program, f"ring={RANKS}", record={"model": str(checkpoint)})
         out = BUILD / "smollm2-ring4"
         parallel.save(out, overwrite=True)
         compile_seconds = time.perf_counter() - start

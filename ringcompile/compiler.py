@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from ringcompile.ir.plan import Plan, plan_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import TIME, Mesh
+from ringcompile.options import DEFAULT, Given, Options
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.batch_rows import CheckBatch, mixed, routing
 from ringcompile.passes.canonicalize import Canonicalize
@@ -45,17 +46,23 @@ Observer = Callable[[Pass, Program, float], None]
 
 def front_passes(
     mesh: Mesh,
-    order: str = "auto",
-    gather_unknown: bool = False,
-    capacity: str = "exact",
-    ring: str = "rotate",
-    tp_sequence: bool = False,
-    stages: tuple[str, ...] = (),
+    options: Options = DEFAULT,
     told: Mapping[str, int | None] | None = None,
     checked: dict[Any, Any] | None = None,
 ) -> list[Pass]:
-    """From a captured program to one program for all ranks."""
+    """From a captured program to one program for all ranks.
+
+    Args:
+        mesh: the parallel plan.
+        options: how to compile.
+        told: for weights by name, the dim that `tp` splits, as the user's plan says.
+        checked: as for `transform`.
+    """
     known = {} if checked is None else checked
+    place = Place(
+        mesh, options.order, options.gather_unknown, options.capacity, options.ring,
+        options.tp_sequence, known,
+    )
     return [
         Canonicalize(),
         RecognizeAttention(),
@@ -63,13 +70,13 @@ def front_passes(
         CleanUp(),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
         *([CheckBatch(mesh, known)] if mesh.size("dp") * mesh.size("pp") > 1 else []),
-        Place(mesh, order, gather_unknown, capacity, ring, tp_sequence, known),
+        place,
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
         *([TensorParallel(mesh, told or {}), CleanUp()] if mesh.size("tp") > 1 else []),
         Partition(),
         CleanUp(),
-        *([SplitPipeline(mesh, stages)] if mesh.size("pp") > 1 else []),
+        *([SplitPipeline(mesh, options.stages)] if mesh.size("pp") > 1 else []),
     ]
 
 
@@ -213,63 +220,47 @@ def transform(
     program: Program,
     parallel: str | Mesh,
     *,
-    order: str = "auto",
-    length: int | None = None,
-    gather_unknown: bool = False,
-    capacity: str = "exact",
-    ring: str = "rotate",
-    tp_sequence: bool = False,
-    stages: Sequence[str] = (),
     plan: Plan | None = None,
+    record: Mapping[str, Any] | None = None,
     observe: Observer | None = None,
-    options: Mapping[str, Any] | None = None,
     check: bool = True,
     checked: dict[Any, Any] | None = None,
     schedule: Schedule | None = None,
+    **options: Unpack[Given],
 ) -> ParallelProgram:
     """Compile a captured program for a mesh.
 
     Args:
         program: from `capture`, or from `prepare`.
         parallel: the parallel spec, such as "ring=4".
-        order: which positions a rank holds: "contiguous", "zigzag", or "auto" (zigzag where all
-            attention is causal, so that every rank has the same work).
-        length: fix the sequence length; blocks out of a window's reach are then dropped from the
-            graphs, and other lengths refused. By default one program serves all lengths.
-        gather_unknown: compute what has no rule whole on every rank instead of refusing it.
-        capacity: where experts take a limited number of tokens: "exact" drops the tokens that a
-            single device drops, "local" lets each rank count its own tokens only.
-        ring: "rotate" passes keys and values around the ring; "gather" brings all of them to
-            every rank at once, which is faster for short sequences.
-        tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
-            reduce-scatter and a gather in place of each all-reduce.
-        stages: the layer that each pipeline stage but the first begins with; cut by cost if empty.
         plan: which weights are split, and where stages begin, as the user wants it; from
             `ir.plan.read_plan`.
+        record: anything to keep with the artifact beside the options.
         observe: called behind every pass with the pass, the program and its seconds.
-        options: anything to keep with the artifact.
         check: whether programs are checked behind every pass.
         checked: what is known of the model's regions from earlier calls; added to.
         schedule: orders each rank's program, so that transfers overlap with more.
+        options: the fields of `Options`: `order`, `capacity`, `ring`, `tp_sequence`, `stages`,
+            `length`, `gather_unknown`.
 
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
     """
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
-    if length is not None and length < 1:
-        raise RingCompileError(f"sequence length {length}: it must be at least 1")
-    front = front_passes(
-        mesh, order, gather_unknown, capacity, ring, tp_sequence,
-        tuple(stages or (plan.stages if plan else ())), plan.told("tp") if plan else None, checked,
-    )
+    chosen = with_plan(Options.of(options), plan)
+    front = front_passes(mesh, chosen, plan.told("tp") if plan else None, checked)
     done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
     placed = Pipeline(front[done:], observe, check).run(program)
-    if length is not None:
-        placed = placed.with_graph(placed.graph, lengths=_lengths(placed, length))
-    kept = {"parallel": str(mesh), "order": order, "length": length,
-            "gather_unknown": gather_unknown, "capacity": capacity, "ring": ring,
-            "tp_sequence": tp_sequence, "stages": list(stages), **(options or {})}
+    if chosen.length is not None:
+        placed = placed.with_graph(placed.graph, lengths=_lengths(placed, chosen.length))
+    kept = {"parallel": str(mesh), **Options.of(options).record(), **(record or {})}
     return ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
+
+
+def with_plan(options: Options, plan: Plan | None) -> Options:
+    """The options, with the stages of a plan where none are given."""
+    stages = options.stages or (tuple(plan.stages) if plan else ())
+    return replace(options, stages=stages)
 
 
 def _lengths(program: Program, length: int) -> dict[str, int]:
@@ -307,7 +298,7 @@ def check(
     parallel: str | Mesh,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[Given],
 ) -> report.Report:
     """Say, layer by layer, what would become of a model; never raises for what is refused.
 
@@ -343,13 +334,13 @@ def check(
 
 
 def _made(
-    program: Program, mesh: Mesh, options: Mapping[str, Any]
+    program: Program, mesh: Mesh, options: Given
 ) -> tuple[ParallelProgram, tuple[str, ...]]:
     """The first refusal in full, and all others that gathering would get around."""
     try:
         return transform(program, mesh, **options), ()
     except RingCompileError as error:
-        made = transform(program, mesh, **{**options, "gather_unknown": True})
+        made = transform(program, mesh, **(options | {"gather_unknown": True}))
         return made, (str(error), *made.program.without_rule[1:])
 
 
@@ -362,18 +353,15 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
     late = rank_passes(rank, made.mesh, made.schedule)
     if name in [step.name for step in late]:
         return Pipeline(_up_to(late, name)).run(made.program)
-    options = made.options
-    front = front_passes(
-        made.mesh, options.get("order", "auto"), options.get("gather_unknown", False),
-        options.get("capacity", "exact"), options.get("ring", "rotate"),
-        options.get("tp_sequence", False), made.plan().stages, made.plan().told("tp"),
-    )
+    plan = made.plan()
+    options = replace(Options.recorded(made.options), stages=tuple(plan.stages))
+    front = front_passes(made.mesh, options, plan.told("tp"))
     if name not in [step.name for step in front]:
         known = [step.name for step in (*front, *late)]
         raise RingCompileError(
             f"unknown pass '{name}'", hint=f"passes: {', '.join(dict.fromkeys(known))}"
         )
-    return Pipeline(_up_to(front, name)).run(recapture(options))
+    return Pipeline(_up_to(front, name)).run(recapture(made.options))
 
 
 def recapture(options: Mapping[str, Any]) -> Program:

@@ -21,7 +21,7 @@ FLOORS = [
     {"artifact", "capture", "cost", "dump", "passes", "tokenwise"},
     {"ops"},
     {"ir"},
-    {"mesh"},
+    {"mesh", "options"},
     {"errors"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

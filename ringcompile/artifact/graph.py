@@ -38,11 +38,11 @@ from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_tex
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
 from ringcompile.ir.verifier import verify_program
 from ringcompile.mesh import Mesh, base_axis
+from ringcompile.options import ORDERS
 
 _DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,3})?")
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _LENGTHS = frozenset({SEQUENCE, LOCAL, OWN})
-_ORDERS = ("contiguous", "zigzag")
 
 
 def program_from_json(data: Any, allowed: Collection[str]) -> Program:
@@ -98,7 +98,7 @@ def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
     names, order = texts(fields, "axes"), member(fields, "order", str)
     ranks, axis = member(fields, "num_ranks", int), ",".join(names)
     fits = mesh is not None and (not names or mesh.has(axis)) and mesh.size(axis) == ranks
-    if mesh is None or not fits or len(set(names)) < len(names) or order not in _ORDERS:
+    if mesh is None or not fits or len(set(names)) < len(names) or order not in ORDERS:
         raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
     length = reader.size(fields.get("length"))
     if is_symbolic(length) and length.free_symbols != {symbol(SEQUENCE)}:

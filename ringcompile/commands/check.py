@@ -10,49 +10,35 @@ from rich.table import Table
 
 from ringcompile import compiler
 from ringcompile.capture.loaders import load_model
-from ringcompile.commands.options import (
-    BATCH,
-    CAPACITY,
-    CONSOLE,
-    DTYPE,
-    JSON,
-    ORDER,
-    PARALLEL,
-    RING,
-    TP_SEQUENCE,
-)
+from ringcompile.commands.options import BATCH, CONSOLE, DTYPE, JSON, PARALLEL, compile_options
 from ringcompile.dump.report import Report
 from ringcompile.mesh import Mesh
+from ringcompile.options import Options
 
 
 @click.command()
 @click.argument("model")
 @PARALLEL
-@ORDER
-@CAPACITY
-@RING
-@TP_SEQUENCE
+@compile_options
 @DTYPE
 @BATCH
 @JSON
 def check(
     model: str,
     parallel: str,
-    order: str,
-    capacity: str,
-    ring: str,
-    tp_sequence: bool,
     dtype: str | None,
     batch: int,
     as_json: bool,
+    options: Options,
 ) -> None:
     """Say layer by layer what would become of MODEL; reads no weights. Exit 1 if refused."""
     mesh = Mesh.parse(parallel)
     with CONSOLE.status(f"checking {model}"):
-        loaded = load_model(model, batch=batch, dtype=dtype, weights=":" in model)
+        loaded = load_model(
+            model, batch=batch, length=options.length, dtype=dtype, weights=":" in model
+        )
         found = compiler.check(
-            loaded.module, mesh, loaded.args, loaded.kwargs, order=order, capacity=capacity,
-            ring=ring, tp_sequence=tp_sequence,
+            loaded.module, mesh, loaded.args, loaded.kwargs, **options.given()
         )
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import Field
+from typing import Any
+
 import click
 from rich.console import Console
 from rich.table import Table
 
 from ringcompile.capture.loaders import DTYPES
 from ringcompile.cost.hardware import cluster_names
-from ringcompile.passes.place import ORDERS, RINGS
-from ringcompile.passes.regions import CAPACITIES
+from ringcompile.options import Options, option_fields
 
 CONSOLE = Console(stderr=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 PARALLEL = click.option(
     "--parallel", required=True, metavar="SPEC",
     help="The parallel spec: axes and sizes, such as ring=4 or pp=2,ring=4,tp=2; outermost first."
-)
-ORDER = click.option(
-    "--order", type=click.Choice(["auto", *ORDERS]), default="auto", show_default=True,
-    help="Which positions a rank holds; auto is zigzag where all attention is causal.",
-)
-CAPACITY = click.option(
-    "--capacity", type=click.Choice(CAPACITIES), default=CAPACITIES[0], show_default=True,
-    help="Whose tokens count where experts have a capacity: all of them, or each rank's own.",
-)
-RING = click.option(
-    "--ring", type=click.Choice(RINGS), default=RINGS[0], show_default=True,
-    help="Keys and values rotate, or are gathered at once (short sequences).",
-)
-TP_SEQUENCE = click.option(
-    "--tp-sequence", is_flag=True, help="Divide the sequence over tp between the layers it splits."
 )
 DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
 BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
@@ -42,6 +31,38 @@ EAGER = click.option(
     "--eager", is_flag=True,
     help="Count the host's time for each node (else, as with CUDA graphs, it is not waited for).",
 )
+
+
+def compile_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option of the command line for each field of `Options`; the command takes `options`."""
+    flags = {option.metadata["flag"] or option.name: option for option in option_fields()}
+
+    @functools.wraps(command)
+    def call(**given: Any) -> Any:
+        chosen = {option.name: given.pop(flag) for flag, option in flags.items()}
+        return command(**given, options=Options.of(chosen))
+
+    for flag, option in reversed(flags.items()):
+        call = click.option(f"--{flag.replace('_', '-')}", **_settings(option))(call)
+    return call
+
+
+def _settings(option: Field[Any]) -> dict[str, Any]:
+    """What click is told of a field: from its default, what kind of value it takes."""
+    about = {"help": option.metadata["help"]}
+    if option.metadata["choices"]:
+        kind = click.Choice(option.metadata["choices"])
+        return {**about, "type": kind, "default": option.default, "show_default": True}
+    if isinstance(option.default, bool):
+        return {**about, "is_flag": True}
+    if isinstance(option.default, tuple):
+        return {**about, "callback": _names, "metavar": option.metadata["metavar"] or None}
+    return {**about, "type": click.IntRange(1)}
+
+
+def _names(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """`a,b` as two names."""
+    return tuple(filter(None, (name.strip() for name in (text or "").split(","))))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

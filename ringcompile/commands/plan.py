@@ -118,10 +118,8 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
         times = node_times(ask.cluster, length)
         schedule = Schedule(times) if variant.overlap != NONE else None
         return compiler.transform(
-            ready(stages, variant.overlap == HALVES), variant.mesh, order=variant.order,
-            length=length, capacity=variant.capacity, ring=variant.ring,
-            tp_sequence=variant.tp_sequence, stages=starts, check=False, checked=checked,
-            schedule=schedule,
+            ready(stages, variant.overlap == HALVES), variant.mesh, check=False, checked=checked,
+            schedule=schedule, **variant.choices(length, starts),
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())

@@ -11,23 +11,14 @@ import click
 from ringcompile import compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import LoadedModel, load_model
-from ringcompile.commands.options import (
-    BATCH,
-    CAPACITY,
-    CONSOLE,
-    DTYPE,
-    JSON,
-    ORDER,
-    PARALLEL,
-    RING,
-    TP_SEQUENCE,
-)
+from ringcompile.commands.options import BATCH, CONSOLE, DTYPE, JSON, PARALLEL, compile_options
 from ringcompile.commands.overlap import HALVES, halved, overlap_options, schedule_for
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.plan import read_plan
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
+from ringcompile.options import Options
 from ringcompile.passes.base import Pass, Pipeline
 
 
@@ -35,19 +26,12 @@ from ringcompile.passes.base import Pass, Pipeline
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @PARALLEL
-@ORDER
-@CAPACITY
-@RING
-@TP_SEQUENCE
-@click.option("--stages", metavar="LAYERS",
-              help="Where pipeline stages but the first begin, for example model.layers.16.")
+@compile_options
 @click.option("--plan", type=click.Path(path_type=Path),
               help="What splits each weight: an edited `dump OUT --format plan`.")
 @overlap_options
 @DTYPE
 @BATCH
-@click.option("--seq", type=click.IntRange(1), help="Fix the sequence length (else any).")
-@click.option("--gather-unknown", is_flag=True, help="Compute ops without a rule whole.")
 @click.option("--no-weights", is_flag=True, help="Write graphs only; needs no memory for weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--passes", metavar="LIST", help="Run only these passes and print the result.")
@@ -59,18 +43,11 @@ def transform(
     model: str,
     out: Path | None,
     parallel: str,
-    order: str,
-    capacity: str,
-    ring: str,
-    tp_sequence: bool,
-    stages: str | None,
     plan: Path | None,
     overlap: str,
     overlap_on: str,
     dtype: str | None,
     batch: int,
-    seq: int | None,
-    gather_unknown: bool,
     no_weights: bool,
     overwrite: bool,
     passes: str | None,
@@ -78,6 +55,7 @@ def transform(
     time_passes: bool,
     verify_each: bool,
     as_json: bool,
+    options: Options,
 ) -> None:
     """Compile MODEL and write one program per rank to OUT."""
     mesh = Mesh.parse(parallel)
@@ -87,31 +65,31 @@ def transform(
         raise RingCompileError(f"'{out}' exists", hint="pass --overwrite to replace it")
     keep_weights = not no_weights and out is not None
     with CONSOLE.status(f"loading {model}"):
-        loaded = load_model(model, batch=batch, length=seq, dtype=dtype, weights=keep_weights)
+        loaded = load_model(
+            model, batch=batch, length=options.length, dtype=dtype, weights=keep_weights
+        )
     with CONSOLE.status("capturing"):
         program = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
         if overlap == HALVES:
             program = halved(
-                program, lambda half: _captured_at(half, loaded, model, seq, dtype), batch, capacity
+                program, lambda half: _captured_at(half, loaded, model, options.length, dtype),
+                batch, options.capacity,
             )
     told = None if plan is None else read_plan(plan, program, mesh)
-    starts = tuple(filter(None, (name.strip() for name in (stages or "").split(","))))
     if passes is not None:
         every = compiler.front_passes(
-            mesh, order, gather_unknown, capacity, ring, tp_sequence,
-            starts or (told.stages if told else ()), told.told("tp") if told else None,
+            mesh, compiler.with_plan(options, told), told.told("tp") if told else None
         )
         click.echo(print_program(_run_passes(program, passes, every, mesh)))
         return
     seconds: dict[str, float] = {}
     observe = _observer(print_ir_after_all, seconds)
-    options = {"model": model, "dtype": dtype, "batch": batch}
     with CONSOLE.status("transforming"):
         made = compiler.transform(
-            program, mesh, order=order, length=seq, gather_unknown=gather_unknown,
-            capacity=capacity, ring=ring, tp_sequence=tp_sequence, stages=starts, plan=told,
-            observe=observe, options=options,
-            schedule=schedule_for(overlap, overlap_on, program, mesh, seq),
+            program, mesh, plan=told, observe=observe,
+            record={"model": model, "dtype": dtype, "batch": batch},
+            schedule=schedule_for(overlap, overlap_on, program, mesh, options.length),
+            **options.given(),
         )
         if verify_each:
             made.verify()

@@ -9,6 +9,7 @@ from math import prod
 
 from ringcompile.cost.hardware import Cluster
 from ringcompile.mesh import Mesh
+from ringcompile.options import Given, Options
 
 # Outermost first: ranks that exchange most are neighbours, and share a node if any do.
 AXES = ("pp", "dp", "ring", "ep", "ulysses", "tp")
@@ -35,6 +36,12 @@ class Variant:
     capacity: str = "exact"
     microbatches: int = 1
     overlap: str = "none"
+
+    def choices(self, length: int | None = None, stages: tuple[str, ...] = ()) -> Given:
+        """The keywords of `transform` that make its program."""
+        return Options(
+            self.order, self.capacity, self.ring, self.tp_sequence, stages, length
+        ).given()
 
     @property
     def sequences(self) -> int:

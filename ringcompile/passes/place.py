@@ -25,6 +25,7 @@ from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import TIME, Mesh
 from ringcompile.ops.schemas import op
+from ringcompile.options import ORDERS
 from ringcompile.passes.attention_rows import (
     Rows,
     given_operands,
@@ -34,13 +35,11 @@ from ringcompile.passes.attention_rows import (
 )
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.own_tokens import OwnTokens
-from ringcompile.passes.regions import CAPACITIES, Finder, Region, describe, may_route
+from ringcompile.passes.regions import Finder, Region, describe, may_route
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
 from ringcompile.passes.token_wise import TokenWise
 
 _ATTENTION = op("attention")
-ORDERS = ("contiguous", "zigzag")
-RINGS = ("rotate", "gather")
 # The axes that divide the sequence, outermost first; `tp` does on request only.
 _SEQUENCE = (TIME, "ring", "ep", "ulysses", "tp")
 # The axes along which keys and values may go from place to place.
@@ -75,15 +74,6 @@ class Place(Pass):
 
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
-        for value, known, what in (
-            (self.capacity, CAPACITIES, "capacity"),
-            (self.order, ("auto", *ORDERS), "order"),
-            (self.ring, RINGS, "form of the ring"),
-        ):
-            if value not in known:
-                raise RingCompileError(
-                    f"unknown {what} '{value}'", hint=f"one of: {', '.join(known)}"
-                )
         sequence = self._sequence(program)
         regions = self._regions(program, sequence)
         return _Placer(program, sequence, self, self.gather_unknown, regions).run()

@@ -29,7 +29,6 @@ from ringcompile.ir.nodes import error_at, location_of, results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ops.schemas import op
 
-CAPACITIES = ("exact", "local")
 _S, _M = symbol(SEQUENCE), symbol(OWN)
 # What chooses: experts are routed to behind one of these.
 _CHOOSING = frozenset({"topk", "argmax", "max"})

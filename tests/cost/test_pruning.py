@@ -32,8 +32,7 @@ def plans(kinds: str, length: int, num_gpus: int) -> list[Plan]:
         stages = variant.mesh.size("pp")
         starts = stack.starts(stages) if stack is not None else ()
         return transform(
-            ready(stages), variant.mesh, order=variant.order, length=length, ring=variant.ring,
-            tp_sequence=variant.tp_sequence, stages=starts, check=False,
+            ready(stages), variant.mesh, check=False, **variant.choices(length, starts)
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())

@@ -21,6 +21,7 @@ from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
+from ringcompile.options import Options
 from ringcompile.passes.base import Pipeline
 from tests.support import difference, run
 
@@ -162,7 +163,7 @@ def takers(program: Program, argument: str) -> Iterator[fx.Node]:
 def test_every_pass_carries_them(name: str) -> None:
     program = captured(name)[1]
     mesh = Mesh.parse("ring=3")
-    for step in [*front_passes(mesh, "zigzag"), *rank_passes(1, mesh)]:
+    for step in [*front_passes(mesh, Options(order="zigzag")), *rank_passes(1, mesh)]:
         program = Pipeline([step]).run(program)
         assert {Call(node)["softcap"] for node in takers(program, "softcap")} == {CAP}, step.name
         [taker] = takers(program, "sink")

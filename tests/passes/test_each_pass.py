@@ -14,13 +14,14 @@ from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
+from ringcompile.options import Options
 from ringcompile.passes.base import Pipeline
 from ringcompile.runtime.inprocess import run_lockstep, run_single
 from tests.support import difference
 
 MODELS = ("llama-tiny", "gpt-tiny", "bert-tiny", "dense-4l-tiny")
 MESH = Mesh.parse("ring=3")
-FRONT = front_passes(MESH, "zigzag")
+FRONT = front_passes(MESH, Options(order="zigzag"))
 # Up to here a program means the same on one device as before: layouts are only written down.
 GLOBAL = [step.name for step in FRONT].index("partition")
 

@@ -1,0 +1,134 @@
+"""How a model is compiled: one dataclass whose fields are the options, wherever they are given.
+
+A field makes the option of the command line, the keyword of `transform`, the entry in an
+artifact's manifest, and what the list of passes is built from. A test holds `Given` to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, TypedDict
+
+from ringcompile.errors import RingCompileError
+
+ORDERS = ("contiguous", "zigzag")
+
+
+def _option(
+    default: Any, help_: str, *, choices: tuple[str, ...] = (), flag: str = "", metavar: str = ""
+) -> Any:
+    """A field, with what the command line says of it.
+
+    Args:
+        default: the value where nothing is given.
+        help_: one sentence or two.
+        choices: the values that it takes, if they are few.
+        flag: what the command line calls it, where that is not its name.
+        metavar: what stands for the value in the help.
+    """
+    about = {"help": help_, "choices": choices, "flag": flag, "metavar": metavar}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is compiled for a mesh.
+
+    Attributes:
+        order: which positions a rank holds: "contiguous", "zigzag", or "auto" (zigzag where all
+            attention is causal, so that every rank has the same work).
+        capacity: where experts take a limited number of tokens: "exact" drops the tokens that a
+            single device drops, "local" lets each rank count its own tokens only.
+        ring: "rotate" passes keys and values around the ring; "gather" brings all of them to
+            every rank at once, which is faster for short sequences.
+        tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
+            reduce-scatter and an all-gather in place of each all-reduce.
+        stages: the layer that each pipeline stage but the first begins with; cut by cost if empty.
+        length: fix the sequence length in tokens; blocks out of a window's reach are then dropped
+            from the graphs, and other lengths refused. By default one program serves all lengths.
+        gather_unknown: compute what has no rule whole on every rank instead of refusing it.
+
+    Raises:
+        RingCompileError: a value that an option does not take.
+    """
+
+    order: str = _option(
+        "auto", "Which positions a rank holds; auto is zigzag where all attention is causal.",
+        choices=("auto", *ORDERS),
+    )
+    capacity: str = _option(
+        "exact", "Whose tokens count where experts have a capacity: all of them, or each rank's "
+        "own.", choices=("exact", "local"),
+    )
+    ring: str = _option(
+        "rotate", "Keys and values rotate, or are gathered at once (short sequences).",
+        choices=("rotate", "gather"),
+    )
+    tp_sequence: bool = _option(
+        False, "Divide the sequence over tp between the layers it splits."
+    )
+    stages: tuple[str, ...] = _option(
+        (), "Where pipeline stages but the first begin, for example model.layers.16.",
+        metavar="LAYERS",
+    )
+    length: int | None = _option(None, "Fix the sequence length (else any).", flag="seq")
+    gather_unknown: bool = _option(False, "Compute ops without a rule whole.")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            choices, value = option.metadata["choices"], getattr(self, option.name)
+            if choices and value not in choices:
+                raise RingCompileError(
+                    f"unknown {option.name} '{value}'", hint=f"one of: {', '.join(choices)}"
+                )
+        if self.length is not None and self.length < 1:
+            raise RingCompileError(f"sequence length {self.length}: it must be at least 1")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Options by name, as a caller gives them.
+
+        Raises:
+            RingCompileError: an option that there is not, or a value that it does not take.
+        """
+        known = [option.name for option in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise RingCompileError(
+                f"unknown option '{unknown[0]}'", hint=f"options are: {', '.join(known)}"
+            )
+        return cls(**{**given, "stages": tuple(given.get("stages", ()))})
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Options:
+        """The options in an artifact's record, which may hold other things beside them."""
+        known = {option.name for option in fields(cls)}
+        return cls.of({name: value for name, value in record.items() if name in known})
+
+    def given(self) -> Given:
+        """The keywords that give these options."""
+        return Given(**{option.name: getattr(self, option.name) for option in fields(self)})  # type: ignore[typeddict-item]
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest keeps: every option by its name."""
+        return {**asdict(self), "stages": list(self.stages)}
+
+
+DEFAULT = Options()
+
+
+class Given(TypedDict, total=False):
+    """The fields of `Options` once more, so that type checkers know the keywords of `transform`."""
+
+    order: str
+    capacity: str
+    ring: str
+    tp_sequence: bool
+    stages: tuple[str, ...] | list[str]
+    length: int | None
+    gather_unknown: bool
+
+
+def option_fields() -> tuple[Field[Any], ...]:
+    """The fields of `Options`, in order; `metadata` has `help`, `choices`, `flag`, `metavar`."""
+    return fields(Options)
