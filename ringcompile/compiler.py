@@ -98,14 +98,14 @@ class ParallelProgram:
         options: how it was made; saved with it.
         check: whether each rank's program is checked behind every pass.
         schedule: the pass that orders each rank's program, if one does.
+        saved: the artifact that it was read from, if it was.
     """
 
     program: Program
     mesh: Mesh
     options: dict[str, Any] = field(default_factory=dict)
     observe: Observer | None = None
-    read_rank: Callable[[int], Program] | None = None
-    folder: Path | None = None
+    saved: artifact.Artifact | None = None
     check: bool = True
     schedule: Schedule | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class ParallelProgram:
                 f"rank {rank} does not exist", hint=f"ranks are 0 to {self.world_size - 1}"
             )
         if rank not in self._ranks:
-            read = self.read_rank or self._lower
+            read = self._lower if self.saved is None else self.saved.rank
             self._ranks[rank] = read(rank)
         return self._ranks[rank]
 
@@ -282,14 +282,8 @@ def load(folder: str | Path) -> ParallelProgram:
         RingCompileError: the folder is not an artifact of this version, or is damaged.
     """
     found = artifact.load(folder)
-    spmd = found.spmd.with_graph(found.spmd.graph, source=found.source)
-
-    def read(rank: int) -> Program:
-        program = found.rank(rank)
-        return program.with_graph(program.graph, source=found.source)
-
     return ParallelProgram(
-        spmd, found.mesh, found.manifest.get("options", {}), read_rank=read, folder=Path(folder)
+        found.spmd, found.mesh, found.manifest.get("options", {}), saved=found
     )
 
 

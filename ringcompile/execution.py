@@ -87,8 +87,8 @@ def run(parallel: ParallelProgram, inputs: Any, backend: str = "lockstep") -> An
         )
     if backend == "lockstep":
         return run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs).outputs
-    if parallel.folder is not None:
-        return _run_folder(parallel.folder, inputs, backend)
+    if parallel.saved is not None:
+        return _run_folder(parallel.saved.folder.path, inputs, backend)
     with tempfile.TemporaryDirectory(prefix="ringcompile-") as folder:
         parallel.save(Path(folder) / "program")
         return _run_folder(Path(folder) / "program", inputs, backend)
@@ -108,6 +108,8 @@ def verify(
 ) -> Verification:
     """Check all ranks against each other and, on request, against the single-device model.
 
+    Of an artifact all files are read and compared with their digests first, weights too.
+
     Args:
         parallel: what `transform` or `load` returned.
         module: the model; with `numerics` and without it, the one that `model` or the program's
@@ -116,8 +118,11 @@ def verify(
         model: a spec, as for `load_model`.
 
     Raises:
-        RingCompileError: ranks that do not fit together, or no model to compare with.
+        RingCompileError: files that were changed after they were saved, ranks that do not fit
+            together, or no model to compare with.
     """
+    if parallel.saved is not None:
+        parallel.saved.check()
     parallel.verify()
     programs = parallel.ranks()
     transfers = sum(str(n.target) == SHIFT for p in programs for n in p.graph.nodes)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ringcompile.artifact.fields import count, expect, member
+from ringcompile.artifact.opened import DAMAGED, OpenFile, OpenFolder
 from ringcompile.errors import RingCompileError
 
 MANIFEST = "manifest.json"
 FORMAT = "ringcompile artifact"
-DAMAGED = "copy the whole folder again, or run `ringcompile transform` again"
 _line = json.JSONEncoder(allow_nan=False).encode
 _PLAIN = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)
 
@@ -86,40 +86,22 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": digest(content)}
 
 
-def read_checked(path: Path, record: dict[str, Any]) -> bytes:
+def read_checked(folder: OpenFolder, name: str, record: dict[str, Any]) -> bytes:
     """The content of a file that is as its record says; RingCompileError if it is not."""
-    check_size(path, record)
-    content = read_bytes(path)
+    path = folder.path / name
+    file = folder.file(name)
+    check_size(path, file.size, record)
+    content = file.read()
     if digest(content) != member(record, "sha256", str):
         raise RingCompileError(f"'{path}' was changed after it was saved", hint=DAMAGED)
     return content
 
 
-def check_size(path: Path, record: Any) -> None:
-    """Raise RingCompileError where a file is missing or has another size than its record."""
+def check_size(path: Path, found: int, record: Any, hint: str = DAMAGED) -> None:
+    """Raise RingCompileError where a file has another size than its record."""
     size = count(expect(record, dict, f"the record of '{path.name}'").get("bytes"), "a file's size")
-    try:
-        found = path.stat().st_size if path.is_file() else None
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if found is None:
-        raise RingCompileError(f"'{path.name}' is missing from '{path.parent}'", hint=DAMAGED)
     if found != size:
-        raise RingCompileError(
-            f"'{path}' has {found} bytes, it was saved with {size}", hint=DAMAGED
-        )
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a file; RingCompileError where the system refuses."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> RingCompileError:
-    return RingCompileError(f"cannot read '{path}': {error.strerror or error}")
+        raise RingCompileError(f"'{path}' has {found} bytes, it was saved with {size}", hint=hint)
 
 
 @contextlib.contextmanager
@@ -175,7 +157,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
 def _saved_names(manifest: Path) -> set[str] | None:
     """The files of an artifact of any version, or None if it is none."""
     try:
-        data = parse_json(manifest.read_bytes())
+        data = parse_json(OpenFile(manifest).read())
         if data.get("format") != FORMAT:
             return None
         return {MANIFEST, *member(data, "files", dict)}

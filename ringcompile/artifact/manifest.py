@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,22 +13,25 @@ import torch
 
 from ringcompile.artifact.fields import expect, member, mesh_from_json
 from ringcompile.artifact.files import (
-    DAMAGED,
     FORMAT,
+    MANIFEST,
     digest,
     json_text,
     parse_json,
     plain_name,
-    read_bytes,
+    read_checked,
 )
+from ringcompile.artifact.opened import DAMAGED, OpenFolder
 from ringcompile.artifact.weights import Place
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.ir.serialize import inputs_to_json
 from ringcompile.mesh import Mesh
 
-VERSION = 1
+VERSION = 2
 PROGRAM = "program.json"
+DIGESTS = "digests.json"
+_HEX = re.compile(r"([0-9a-f]{64})*")
 
 
 def manifest_of(
@@ -36,6 +40,7 @@ def manifest_of(
     places: Mapping[str, Place],
     options: Mapping[str, Any],
     files: Mapping[str, Any],
+    references: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The manifest of what was written.
 
@@ -55,6 +60,7 @@ def manifest_of(
         "weights": {name: place.to_json() for name, place in places.items()},
         "options": dict(options),
         "files": dict(files),
+        "references": dict(references),
     }
     data = parse_json(json_text(data).encode())  # as it will be read: lists, and texts for keys
     return {**data, "sha256": _manifest_digest(data)}
@@ -73,18 +79,19 @@ def _own_version() -> str:
         return "unknown"
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], Mesh, dict[str, Place]]:
+def read_manifest(folder: OpenFolder) -> tuple[dict[str, Any], Mesh, dict[str, Place]]:
     """The manifest, with its mesh and weight table read.
 
     Raises:
         RingCompileError: it is not one of this version, or is damaged.
     """
-    content = read_bytes(path)
+    path, content = folder.path / MANIFEST, folder.file(MANIFEST).read()
     try:
         data = parse_json(content)
         _check_format(data)
         mesh = mesh_from_json(member(data, "parallel", str))
         member(data, "options", dict)
+        member(data, "references", dict)
         _check_complete(member(data, "files", dict), mesh)
         table = member(data, "weights", dict)
         return data, mesh, {name: Place.from_json(name, row) for name, row in table.items()}
@@ -112,9 +119,31 @@ def _check_complete(files: dict[str, Any], mesh: Mesh) -> None:
     ranks = [name for name in files if name.startswith("rank") and name.endswith(".json")]
     if len(ranks) != mesh.world_size:
         raise RingCompileError(f"{len(ranks)} rank files for {mesh.world_size} ranks")
-    needed = {PROGRAM, *(f"rank{rank}.json" for rank in range(mesh.world_size))}
+    needed = {PROGRAM, DIGESTS, *(f"rank{rank}.json" for rank in range(mesh.world_size))}
     if missing := needed - files.keys():
         raise RingCompileError(f"'{min(missing)}' is not among the files")
+
+
+def read_digests(folder: OpenFolder, record: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """By file and tensor, the digests of the data's blocks; see `blocks.block_digests`.
+
+    Raises:
+        RingCompileError: the file is missing or damaged.
+    """
+    content = read_checked(folder, DIGESTS, record)
+    try:
+        return {
+            file: {name: _hexadecimal(text, name) for name, text in expect(row, dict, file).items()}
+            for file, row in parse_json(content).items()
+        }
+    except RingCompileError as error:
+        raise in_file(folder.path / DIGESTS, error) from None
+
+
+def _hexadecimal(text: Any, name: str) -> str:
+    if not _HEX.fullmatch(expect(text, str, f"the digests of '{name[:80]}'")):
+        raise RingCompileError(f"the digests of '{name[:80]}' are not hexadecimal")
+    return str(text)
 
 
 def in_file(path: Path, error: RingCompileError) -> RingCompileError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,10 @@ from safetensors.torch import save_file
 from torch._subclasses import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ringcompile.artifact.weights import DTYPES, Place, checked, header_digest, opened
+from ringcompile.artifact.blocks import block_digests
+from ringcompile.artifact.opened import DAMAGED, OpenFile
+from ringcompile.artifact.tensor_file import DTYPES, TensorFile, read_tensor_file
+from ringcompile.artifact.weights import Place, entry_of, open_reference
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Weight, WeightSource
 from ringcompile.ir.serialize import dtype_to_json
@@ -28,23 +32,19 @@ def write_weights(
     source: WeightSource | None,
     references: Mapping[str, tuple[str | Path, str]],
     shard_bytes: int = SHARD_BYTES,
-) -> tuple[dict[str, Place], dict[str, Any]]:
+) -> WrittenWeights:
     """Write what has data and no reference, one shard in memory at a time.
 
-    Returns:
-        where each weight lies, and the written files' records.
+    Files that are referred to are read once, for the digests of their data.
 
     Raises:
         RingCompileError: data that does not fit the weight, or that safetensors does not take.
     """
-    writer = _Writer(folder, shard_bytes)
+    writer, elsewhere = _Writer(folder, shard_bytes), _References()
     places: dict[str, Place] = {}
     for weight in weights:
         if weight.name in references:
-            path, tensor = references[weight.name]
-            place = Place(weight, "reference", str(Path(path).resolve()), tensor)
-            with opened(Path(place.file)) as file:
-                checked(file, place)
+            place = elsewhere.add(weight, *references[weight.name])
         else:
             data = None if source is None else source(weight.name)
             if data is None or isinstance(data, FakeTensor) or data.is_meta:
@@ -53,10 +53,48 @@ def write_weights(
                 place = writer.add(weight, data)
         places[weight.name] = place
     renamed, records = writer.finish()
-    return {
-        name: replace(place, file=renamed.get(place.file, place.file))
-        for name, place in places.items()
-    }, records
+    return WrittenWeights(
+        {n: replace(p, file=renamed.get(p.file, p.file)) for n, p in places.items()},
+        records,
+        {path: file.record() for path, file in elsewhere.files.items()},
+        {**{renamed[file]: rows for file, rows in writer.digests.items()}, **elsewhere.digests},
+    )
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What a manifest says of weights.
+
+    Attributes:
+        places: where each weight lies.
+        records: of the files that were written, by name.
+        references: of the files that stay where they are, by path.
+        digests: by file and tensor, the digests of the data's blocks.
+    """
+
+    places: dict[str, Place]
+    records: dict[str, Any]
+    references: dict[str, Any]
+    digests: dict[str, dict[str, str]]
+
+
+@dataclass
+class _References:
+    """The files elsewhere that weights were found in."""
+
+    files: dict[str, TensorFile] = field(default_factory=dict)
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def add(self, weight: Weight, path: str | Path, tensor: str) -> Place:
+        resolved = os.path.abspath(path)  # a link keeps its name, which says what is behind it
+        place = Place.from_json(weight.name, Place(weight, "reference", resolved, tensor).to_json())
+        if resolved not in self.files:
+            self.files[resolved] = open_reference(resolved)
+        entry_of(self.files[resolved], place)
+        known = self.digests.setdefault(resolved, {})
+        if tensor not in known:
+            known[tensor] = block_digests(self.files[resolved].bytes_of(tensor))
+        return place
 
 
 @dataclass
@@ -67,6 +105,7 @@ class _Writer:
     shard_bytes: int
     pending: dict[str, torch.Tensor] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)
     # A weak reference to a storage keeps its address from being given to another one, so that a
     # tensor which a source made and dropped is never taken for the next one's twin.
     known: dict[Any, Place] = field(default_factory=dict)
@@ -104,6 +143,7 @@ class _Writer:
 
     def _flush(self) -> None:
         file = self._next_file
+        self.digests[file] = {name: block_digests(data) for name, data in self.pending.items()}
         try:
             save_file(self.pending, self.folder / file)
         except SafetensorError as error:
@@ -138,4 +178,4 @@ def _check_data(weight: Weight, data: torch.Tensor) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "header_sha256": header_digest(path)}
+    return read_tensor_file(OpenFile(path), DAMAGED).record()

@@ -9,6 +9,7 @@ weights.safetensors     weights, each once; weights-0001.safetensors and on if t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 
 from ringcompile.artifact.files import (
-    DAMAGED,
     MANIFEST,
     check_size,
     json_text,
@@ -29,10 +29,18 @@ from ringcompile.artifact.files import (
     write_text,
 )
 from ringcompile.artifact.graph import program_from_json
-from ringcompile.artifact.manifest import PROGRAM, in_file, manifest_of, read_manifest
+from ringcompile.artifact.manifest import (
+    DIGESTS,
+    PROGRAM,
+    in_file,
+    manifest_of,
+    read_digests,
+    read_manifest,
+)
+from ringcompile.artifact.opened import DAMAGED, OpenFolder
 from ringcompile.artifact.ops import allowed_ops
 from ringcompile.artifact.shards import SHARD_BYTES, write_weights
-from ringcompile.artifact.weights import Weights, check_files
+from ringcompile.artifact.weights import Weights, open_weight_files
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import Program, Weight, WeightSource
@@ -88,10 +96,12 @@ def save(
             if view is not None:
                 files[f"{name}.py"] = write_text(temporary / f"{name}.py", view(program))
             weights.update({weight.name: weight for weight in program.weights.values()})
-        places, stored = write_weights(
+        written = write_weights(
             temporary, weights.values(), source, references or {}, shard_bytes
         )
-        manifest = manifest_of(spmd, mesh, places, options, {**files, **stored})
+        files[DIGESTS] = write_text(temporary / DIGESTS, json_text(written.digests))
+        files.update(written.records)
+        manifest = manifest_of(spmd, mesh, written.places, options, files, written.references)
         write_text(temporary / MANIFEST, json_text(manifest))
     return target
 
@@ -112,13 +122,13 @@ class Artifact:
     """A saved model; programs and weights are read when they are asked for.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies, held open.
         manifest: what `manifest.json` says.
         mesh: the parallel plan.
         source: the data of weights, whole (`source(name)`) or a piece (`source.share`).
     """
 
-    folder: Path
+    folder: OpenFolder
     manifest: dict[str, Any]
     mesh: Mesh
     source: Weights
@@ -157,25 +167,27 @@ class Artifact:
         return self.source.share(weight, slices)
 
     def check(self) -> None:
-        """Read and check every file but the weights' data.
+        """Read and check every file, the weights' data too.
 
         Raises:
             RingCompileError: naming the first file that is damaged.
         """
         for name, record in self.manifest["files"].items():
             if "sha256" in record:
-                read_checked(self.folder / name, record)
+                read_checked(self.folder, name, record)
         _ = self.spmd
         for rank in range(self.mesh.world_size):
             self.rank(rank)
+        for _ in self.source.check():
+            pass
 
     def _read(self, name: str) -> Program:
-        content = read_checked(self.folder / name, self.manifest["files"][name])
+        content = read_checked(self.folder, name, self.manifest["files"][name])
         try:
             program = program_from_json(parse_json(content), allowed_ops())
             self._check_weights(program)
         except RingCompileError as error:
-            raise in_file(self.folder / name, error) from None
+            raise in_file(self.folder.path / name, error) from None
         return replace(program, source=self.source)
 
     def _check_weights(self, program: Program) -> None:
@@ -204,13 +216,17 @@ def _open(folder: Path) -> Artifact:
         raise RingCompileError(
             f"there is no folder '{folder}'", hint="`ringcompile transform MODEL -o OUT` writes one"
         )
-    if not (folder / MANIFEST).is_file():
+    if not os.path.lexists(folder / MANIFEST):
         raise RingCompileError(
             f"'{folder}' is not an artifact: it has no {MANIFEST}",
             hint="name the folder that `ringcompile transform -o` wrote",
         )
-    manifest, mesh, places = read_manifest(folder / MANIFEST)
-    for name, record in manifest["files"].items():
-        check_size(folder / name, record)
-    check_files(folder, places, manifest["files"])
-    return Artifact(folder, manifest, mesh, Weights(folder, places))
+    opened = OpenFolder(folder)
+    manifest, mesh, places = read_manifest(opened)
+    records = manifest["files"]
+    for name, record in records.items():
+        check_size(folder / name, opened.size(name), record)
+    files = open_weight_files(opened, places, records)
+    digests = read_digests(opened, records[DIGESTS])
+    source = Weights(places, files, manifest["references"], digests)
+    return Artifact(opened, manifest, mesh, source)

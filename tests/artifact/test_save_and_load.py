@@ -50,6 +50,7 @@ def test_an_artifact_runs_as_what_was_saved(parallel: ParallelProgram, tmp_path:
 def test_the_folder_says_what_it_holds(llama: ParallelProgram, tmp_path: Path) -> None:
     folder = save_model(llama, tmp_path / "out", options={"order": "auto", "sizes": (1, 2), 3: 4})
     assert sorted(path.name for path in folder.iterdir()) == [
+        "digests.json",
         "manifest.json",
         "program.json",
         "program.py",
@@ -79,7 +80,7 @@ def test_saving_twice_gives_the_same_bytes(llama: ParallelProgram, tmp_path: Pat
 def test_what_was_loaded_can_be_saved_again(llama: ParallelProgram, tmp_path: Path) -> None:
     folder = save_model(llama, tmp_path / "out")
     found = load(folder)
-    again = ParallelProgram(found.spmd, found.mesh, read_rank=found.rank)
+    again = ParallelProgram(found.spmd, found.mesh, saved=found)
     assert tree(save_model(again, tmp_path / "again")) == tree(folder)
     # Also in its own place: the old files are read while the new ones are written.
     save_model(again, folder, overwrite=True)

@@ -1,18 +1,25 @@
 """Weights are stored once, read back exactly, by slices, or by reference."""
 
+import math
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 
 from ringcompile.artifact import load
-from ringcompile.artifact.shards import write_weights
-from ringcompile.artifact.weights import Weights, check_files
+from ringcompile.artifact.blocks import BLOCK_BYTES, blocks_of
+from ringcompile.artifact.opened import OpenFolder
+from ringcompile.artifact.shards import WrittenWeights, write_weights
+from ringcompile.artifact.weights import Place, Weights, open_weight_files
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Weight
 from tests.artifact.support import compile_model, save_model
@@ -39,10 +46,15 @@ def stored(
 ) -> Weights:
     """The tensors, written and opened again."""
     weights = [Weight(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
-    places, records = write_weights(folder, weights, tensors.__getitem__, references, shard_bytes)
-    check_files(folder, places, records)
-    assert {path.name for path in folder.glob("*.safetensors")} >= records.keys()
-    return Weights(folder, places)
+    return opened(
+        folder, write_weights(folder, weights, tensors.__getitem__, references, shard_bytes)
+    )
+
+
+def opened(folder: Path, written: WrittenWeights) -> Weights:
+    files = open_weight_files(OpenFolder(folder), written.places, written.records)
+    assert {path.name for path in folder.glob("*.safetensors")} >= written.records.keys()
+    return Weights(written.places, files, written.references, written.digests)
 
 
 def names_in(path: Path) -> set[str]:
@@ -113,14 +125,14 @@ def test_aliases_name_the_tensor_they_share(tmp_path: Path) -> None:
 def test_a_source_that_makes_tensors_anew_has_no_twins(tmp_path: Path) -> None:
     """A dropped tensor's memory is given to the next one; that must not make them aliases."""
     weights = [Weight(f"w{i}", torch.float32, (64, 64)) for i in range(50)]
-    places, _ = write_weights(
+    written = write_weights(
         tmp_path,
         weights,
         lambda name: torch.full((64, 64), float(name[1:])),
         {},
         shard_bytes=1,  # each is written and dropped at once
     )
-    read = Weights(tmp_path, places)
+    read = opened(tmp_path, written)
     assert [read(f"w{i}")[0, 0].item() for i in range(50)] == list(range(50))
 
 
@@ -198,13 +210,110 @@ def test_a_checkpoint_can_stay_where_it_is(tmp_path: Path) -> None:
     source = load(folder).source
     assert torch.equal(source(name), parallel.source(name))
     assert torch.equal(source.share(name, (slice(0, 1),)), parallel.source(name)[:1])
-    save_file({"theirs": torch.ones(2)}, checkpoint)
-    with pytest.raises(RingCompileError, match="holds F32"):
-        source(name)
+    saved = checkpoint.read_bytes()
     checkpoint.unlink()
+    assert torch.equal(source(name), parallel.source(name)), "what was opened stays open"
+    source = load(folder).source
     with pytest.raises(RingCompileError, match="is missing") as caught:
         source(name)
     assert "put it back" in (caught.value.hint or "")
+    checkpoint.write_bytes(saved)
+    assert torch.equal(source(name), parallel.source(name))
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+OTHER_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (fifo, "is not a regular file"),
+    "a link to /dev/zero": (lambda p: p.symlink_to("/dev/zero"), "is not a regular file"),
+    "a folder": (Path.mkdir, "is not a regular file"),
+    "a link to nothing": (lambda p: p.symlink_to("/nowhere"), "is missing"),
+    "an empty file": (lambda p: p.write_bytes(b""), "has 0 bytes, it was saved with"),
+    "another model": (
+        lambda p: save_file({"theirs": torch.ones(7)}, p), "bytes, it was saved with"
+    ),
+    "tensors of other names": (
+        lambda p: save_file({"others": torch.ones(8, 8)}, p), "is not the file that was"
+    ),
+    "other values": (
+        lambda p: save_file({"theirs": torch.ones(8, 8)}, p), "was changed after it was saved"
+    ),
+}
+
+
+@pytest.mark.parametrize(("put", "message"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_reference_is_the_file_it_was(
+    tmp_path: Path, put: Callable[[Path], object], message: str
+) -> None:
+    checkpoint = tmp_path / "model.safetensors"
+    save_file({"theirs": torch.zeros(8, 8)}, checkpoint)
+    weights = [Weight("w", torch.float32, (8, 8))]
+    written = write_weights(tmp_path, weights, None, {"w": (checkpoint, "theirs")})
+    assert opened(tmp_path, written)("w").sum() == 0
+    checkpoint.unlink()
+    put(checkpoint)
+    with pytest.raises(RingCompileError, match=message):
+        opened(tmp_path, written)("w")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/etc/passwd", "/proc/self/mem", "c.safetensors"])
+def test_a_reference_to_anything_is_not_opened(tmp_path: Path, path: str) -> None:
+    with pytest.raises(RingCompileError, match=r"no \.safetensors file|no full path"):
+        Place.from_json("w", {"dtype": "float32", "shape": [2], "where": "reference",
+                              "file": path, "tensor": "w"})
+
+
+def test_a_flipped_bit_anywhere_is_found_where_it_is_read(tmp_path: Path) -> None:
+    rows, block = 64, BLOCK_BYTES // 4
+    sizes = {"large": (rows, block // 16), "small": (3,), "none": (0,)}
+    tensors = {name: torch.rand(size) for name, size in sizes.items()}
+    read = stored(tmp_path, tensors)
+    path = tmp_path / "weights.safetensors"
+    pristine = path.read_bytes()
+    assert sum(len(row) for row in read.digests["weights.safetensors"].values()) == 64 * (4 + 1)
+    start = read.files["weights.safetensors"].entries["large"].start
+    for place in (0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 3 * BLOCK_BYTES + 17, 4 * BLOCK_BYTES - 1):
+        flipped = bytearray(pristine)
+        flipped[start + place] ^= 4
+        path.write_bytes(flipped)
+        block_of_it = place // BLOCK_BYTES
+        message = f"'large' in 'weights.safetensors' was changed after.*block {block_of_it} of"
+        with pytest.raises(RingCompileError, match=message):
+            read("large")
+        for quarter in range(4):
+            cut = (slice(quarter * 16, quarter * 16 + 16),)
+            if quarter == block_of_it:
+                with pytest.raises(RingCompileError, match=message):
+                    read.share("large", cut)
+            else:
+                assert torch.equal(read.share("large", cut), tensors["large"][cut])
+        assert torch.equal(read("small"), tensors["small"])
+
+
+def test_a_file_cut_short_while_it_is_open_is_refused(tmp_path: Path) -> None:
+    read = stored(tmp_path, {"w": torch.rand(2000)})
+    os.truncate(tmp_path / "weights.safetensors", 4096)
+    with pytest.raises(RingCompileError, match="became shorter after it was opened"):
+        read("w")
+
+
+@given(st.data())
+def test_the_blocks_of_a_piece_are_those_of_its_bytes(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(0, 6), max_size=3).map(tuple))
+    ranges = [
+        range(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in shape
+    ][: data.draw(st.integers(0, len(shape)))]
+    itemsize = data.draw(st.sampled_from([1, BLOCK_BYTES // 8, BLOCK_BYTES, 3 * BLOCK_BYTES // 2]))
+    index = torch.arange(math.prod(shape)).reshape(shape)
+    cut = tuple(slice(r.start, r.stop) for r in ranges)
+    wanted = {
+        byte // BLOCK_BYTES
+        for i in index[cut].flatten().tolist()
+        for byte in (i * itemsize, i * itemsize + itemsize // 2, (i + 1) * itemsize - 1)
+    }
+    assert set(blocks_of(shape, itemsize, ranges)) == wanted
 
 
 def test_a_reference_must_be_there(tmp_path: Path) -> None:
