@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from ringcompile import artifact
+from ringcompile.axes import TIME
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import LoadedModel, load_model
 from ringcompile.dump import report
@@ -20,7 +21,7 @@ from ringcompile.ir.crosscheck import cross_check
 from ringcompile.ir.plan import Plan, plan_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
-from ringcompile.mesh import TIME, Mesh
+from ringcompile.mesh import Mesh
 from ringcompile.options import DEFAULT, Given, Options
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.batch_rows import CheckBatch, mixed, routing

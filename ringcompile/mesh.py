@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from ringcompile.axes import AXES, refs, size_of
 from ringcompile.errors import RingCompileError
-
-AXIS_KINDS = {
-    "ring": "splits the sequence; keys and values rotate",
-    "ulysses": "splits the sequence; attention is split by heads",
-    "tp": "splits heads and features",
-    "ep": "splits experts",
-    "pp": "splits layers",
-    "dp": "splits the batch",
-    "time": "splits the sequence; a rank takes one chunk after another",
-}
-# What these split is always the sequence; others may split it too, beside what they are for.
-SEQUENCE_AXES = frozenset({"ring", "time"})
-# Along this one there are no other ranks: its places are one rank's work, in order.
-TIME = "time"
-
-# `tp//4` is an axis made of runs of 4 neighbours on `tp`, `tp%4` the place within such a run.
-_PART = re.compile(r"(\w+)(//|%)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -44,9 +27,9 @@ class Mesh:
     def __post_init__(self) -> None:
         names = self.names
         for name, size in self.axes:
-            if name not in AXIS_KINDS:
+            if name not in AXES:
                 raise RingCompileError(
-                    f"unknown mesh axis '{name}'", hint=f"axes are: {', '.join(AXIS_KINDS)}"
+                    f"unknown mesh axis '{name}'", hint=f"axes are: {', '.join(AXES)}"
                 )
             if names.count(name) > 1:
                 raise RingCompileError(f"mesh axis '{name}' is given twice")
@@ -75,7 +58,7 @@ class Mesh:
     @property
     def across(self) -> tuple[tuple[str, int], ...]:
         """The axes that ranks lie along: all but `time`."""
-        return tuple((name, size) for name, size in self.axes if name != TIME)
+        return tuple((name, size) for name, size in self.axes if AXES[name].has_ranks)
 
     @property
     def world_size(self) -> int:
@@ -92,9 +75,8 @@ class Mesh:
     def index(self, coordinates: Mapping[str, int], axis: str) -> int:
         """The place on an axis, on several together (row-major), or on a part, see `size`."""
         index = 0
-        for name, part in _parts(axis):
-            size = _place(self.size(name), part, sizes=True)
-            index = index * size + _place(coordinates.get(name, 0), part)
+        for ref in refs(axis):
+            index = index * ref.size(dict(self.axes)) + ref.place(coordinates.get(ref.name, 0))
         return index
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -138,30 +120,3 @@ class Mesh:
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)
 
-
-def size_of(sizes: Mapping[str, int], axis: str) -> int:
-    """`Mesh.size` of an axis text, from the sizes of the axes."""
-    return prod(_place(sizes.get(name, 1), part, sizes=True) for name, part in _parts(axis))
-
-
-def base_axis(axis: str) -> str:
-    """The axis that a part such as `tp//4` or `tp%4` belongs to."""
-    found = _PART.fullmatch(axis)
-    return found[1] if found else axis
-
-
-def _parts(axis: str) -> Iterator[tuple[str, tuple[str, int] | None]]:
-    """The axes that a text names, each with the part of it that is meant, if not all."""
-    for text in axis.split(","):
-        found = _PART.fullmatch(text)
-        yield (found[1], (found[2], int(found[3]))) if found else (text, None)
-
-
-def _place(value: int, part: tuple[str, int] | None, sizes: bool = False) -> int:
-    """A coordinate or a size of an axis, on a part of it."""
-    if part is None:
-        return value
-    kind, run = part
-    if kind == "//":
-        return value // run
-    return run if sizes else value % run

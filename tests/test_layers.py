@@ -22,6 +22,7 @@ FLOORS = [
     {"ops"},
     {"ir"},
     {"mesh", "options"},
+    {"axes"},
     {"errors"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -30,6 +30,7 @@ from ringcompile.artifact.fields import (
     weight_from_json,
 )
 from ringcompile.artifact.ops import check_arguments, resolve
+from ringcompile.axes import base_axis
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import LOCAL, OWN, SEQUENCE, Size, depends_on_data, is_symbolic, symbol
 from ringcompile.ir.layout import Atom, Layout
@@ -37,7 +38,7 @@ from ringcompile.ir.program import Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
 from ringcompile.ir.verifier import verify_program
-from ringcompile.mesh import Mesh, base_axis
+from ringcompile.mesh import Mesh
 from ringcompile.options import ORDERS
 
 _DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,3})?")

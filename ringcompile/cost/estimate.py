@@ -13,6 +13,7 @@ from functools import partial
 from math import inf, prod
 from typing import Protocol
 
+from ringcompile.axes import AXES
 from ringcompile.cost import forks
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, repeat
@@ -311,7 +312,7 @@ class Estimator:
         (one,), pp = self._repeated(costs, blocks), variant.mesh.size(PIPELINE)
         if pp == 1:
             return [one]
-        shares = prod(variant.mesh.size(axis) for axis in ("ring", "ulysses", "ep"))
+        shares = prod(size for axis, size in variant.mesh.axes if AXES[axis].own_tokens)
         if variant.tp_sequence:
             shares *= variant.mesh.size("tp")
         apart = variant.mesh.world_size // pp

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
+from ringcompile.axes import AXES
 from ringcompile.cost import forks
 from ringcompile.cost.estimate import (
     Ask,
@@ -24,7 +25,6 @@ from ringcompile.cost.estimate import (
 )
 from ringcompile.cost.rank import PIPELINE, cost_of
 from ringcompile.cost.specs import (
-    AXES,
     Variant,
     factorisations,
     overlapping,
@@ -34,8 +34,6 @@ from ringcompile.cost.specs import (
 from ringcompile.errors import RingCompileError
 from ringcompile.mesh import Mesh
 
-# Axes that are there to have fewer weights on each rank.
-_SPLIT_WEIGHTS = ("pp", "ep", "tp")
 # What takes so many times the best plan's time is not looked at more closely.
 _FAR = 1.05
 # So many of the best are estimated closely.
@@ -173,7 +171,7 @@ class Planner:
     def _variants(self, mesh: Mesh) -> list[Variant]:
         """Those that count capacity by each rank first: they are never slower."""
         found = list(variants(mesh, self.ask.batch, self.model.order))
-        if not any(mesh.size(axis) > 1 for axis in ("ring", "ulysses", "ep")):
+        if not any(size > 1 and AXES[axis].own_tokens for axis, size in mesh.axes):
             return found
         if self._capacities is None:
             self._capacities = self._told_apart(found[0])
@@ -256,7 +254,7 @@ class Planner:
         axis, size = probe
         try:
             made = self.compile_(Variant(Mesh(((axis, size),))), self.ask.length)
-            if axis not in _SPLIT_WEIGHTS:
+            if not AXES[axis].divides_weights:
                 return ""
             held = cost_of(made.rank(0), self.ask.length).weight_bytes
         except RingCompileError as error:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
+from ringcompile.axes import AXES
 from ringcompile.cost.hardware import Cluster
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
 
-# Outermost first: ranks that exchange most are neighbours, and share a node if any do.
-AXES = ("pp", "dp", "ring", "ep", "ulysses", "tp")
+# Axes without ranks divide no work among GPUs.
+_ACROSS = tuple(axis.name for axis in AXES.values() if axis.has_ranks)
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Variant:
 
 def factorisations(num_ranks: int) -> Iterator[Mesh]:
     """All meshes of so many ranks, in a fixed order."""
-    for sizes in _factors(num_ranks, len(AXES)):
-        axes = tuple((name, size) for name, size in zip(AXES, sizes, strict=True) if size > 1)
+    for sizes in _factors(num_ranks, len(_ACROSS)):
+        axes = tuple((name, size) for name, size in zip(_ACROSS, sizes, strict=True) if size > 1)
         yield Mesh(axes or (("ring", 1),))
 
 

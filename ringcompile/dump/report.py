@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx
 
+from ringcompile.axes import TIME
 from ringcompile.ir.calls import Call
 from ringcompile.ir.nodes import location_of, type_of
 from ringcompile.ir.program import Program
-from ringcompile.mesh import TIME
 from ringcompile.ops.blocks import Band
 
 _FORMS = {

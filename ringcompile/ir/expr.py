@@ -18,8 +18,8 @@ from typing import Any, TypeAlias, TypeGuard
 import sympy
 from torch.utils._sympy import functions as torch_functions
 
+from ringcompile.axes import AXES, refs
 from ringcompile.errors import RingCompileError
-from ringcompile.mesh import AXIS_KINDS, base_axis, size_of
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -74,14 +74,8 @@ def coordinate(axis: str) -> sympy.Symbol:
 def coordinate_on(sizes: Mapping[str, int], axes: Sequence[str]) -> Size:
     """This rank's place on several axes together, row-major, or on parts such as `tp//4`."""
     place: Any = 0
-    for axis in axes:
-        symbol_ = coordinate(base_axis(axis))
-        run = axis.partition("%")[2] or axis.partition("//")[2]
-        if "%" in axis:
-            symbol_ = sympy.Mod(symbol_, int(run))
-        elif "//" in axis:
-            symbol_ = sympy.floor(symbol_ / int(run))
-        place = place * size_of(sizes, axis) + symbol_
+    for ref in refs(",".join(axes)):
+        place = place * ref.size(sizes) + ref.place(coordinate(ref.name))
     return simplify(place)
 
 
@@ -202,7 +196,7 @@ def _build(node: ast.AST) -> Any:
             return sympy.Integer(number)
         case ast.Name(id=name) if name in _SIZE_NAMES:
             return symbol(name)
-        case ast.Name(id=name) if name in AXIS_KINDS:
+        case ast.Name(id=name) if name in AXES:
             return coordinate(name)
         case ast.Name(id=name) if _UNBACKED.fullmatch(name):
             return unbacked(name)

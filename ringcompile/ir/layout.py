@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ringcompile.axes import ONLY_SEQUENCE, AxisRef, base_axis, refs, size_of
 from ringcompile.ir.expr import Size, divide, equal, product
-from ringcompile.mesh import SEQUENCE_AXES, base_axis, size_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Atom:
     sequence: bool = False
 
     def __post_init__(self) -> None:
-        if not SEQUENCE_AXES.isdisjoint(self.axes):
+        if not ONLY_SEQUENCE.isdisjoint(self.axes):
             object.__setattr__(self, "sequence", True)
 
 
@@ -172,14 +172,23 @@ def _rejoined(atoms: list[Atom], axis_sizes: Mapping[str, int]) -> list[Atom]:
     """Undo `_cut` where both parts of an axis stand side by side: 2/(tp//4), 8/(tp%4) is 16/tp."""
     joined: list[Atom] = []
     for atom in atoms:
-        before = joined[-1] if joined else Atom(1)
-        axis, is_minor, run = "".join(atom.axes).partition("%")
-        places = size_of(axis_sizes, f"{axis}//{run}") if is_minor else None
-        if before.axes == (f"{axis}//{run}",) and before.size == places:
-            joined[-1] = Atom(product([before.size, atom.size]), (axis,))
-        else:
+        whole = _of_both_parts(joined[-1], atom, axis_sizes) if joined else None
+        if whole is None:
             joined.append(atom)
+        else:
+            joined[-1] = whole
     return joined
+
+
+def _of_both_parts(before: Atom, atom: Atom, axis_sizes: Mapping[str, int]) -> Atom | None:
+    """One atom for two, if the first is over the runs of an axis and the second within a run."""
+    if len(atom.axes) != 1:
+        return None
+    (within,) = refs(atom.axes[0])
+    runs = replace(within, part="//")
+    if within.part != "%" or before != Atom(runs.size(axis_sizes), (str(runs),)):
+        return None
+    return Atom(product([before.size, atom.size]), (within.name,))
 
 
 def _take(atoms: list[Atom], size: Size, axis_sizes: Mapping[str, int]) -> list[Atom] | None:
@@ -224,7 +233,8 @@ def _cut(atom: Atom, major: Size, axis_sizes: Mapping[str, int]) -> tuple[Atom, 
     run = divide(ways, major)
     if len(atom.axes) > 1 or not isinstance(run, int) or divide(minor, run) is None:
         return None
-    axis = atom.axes[0]
-    if axis != base_axis(axis):
+    (ref,) = refs(atom.axes[0])
+    if ref.part:
         return None
-    return Atom(major, (f"{axis}//{run}",)), Atom(minor, (f"{axis}%{run}",))
+    over = [(str(AxisRef(ref.name, part, run)),) for part in ("//", "%")]
+    return Atom(major, over[0]), Atom(minor, over[1])

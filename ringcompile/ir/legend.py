@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch import fx
 
+from ringcompile.axes import TIME
 from ringcompile.ir import expr
 from ringcompile.ir.call_text import (
     band_text,
@@ -26,7 +27,6 @@ from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType, bind_type, state_type
-from ringcompile.mesh import TIME
 
 if TYPE_CHECKING:
     from ringcompile.ir.program import Program

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from ringcompile.axes import base_axis
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import layout_of, type_of
 from ringcompile.ir.program import Program, Weight
-from ringcompile.mesh import Mesh, base_axis
+from ringcompile.mesh import Mesh
 
 # Transformers' words for a linear layer's weight [outputs, inputs], by the dim that is split.
 _STYLES = {"colwise": 0, "colwise_rep": 0, "colwise_gather_output": 0, "rowwise": 1}

@@ -16,13 +16,14 @@ from itertools import chain, combinations, pairwise, product
 from math import prod
 from typing import NoReturn
 
+from ringcompile.axes import base_axis
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import Size
 from ringcompile.ir.layout import DimLayout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, Weight
 from ringcompile.ir.types import TensorType
-from ringcompile.mesh import Mesh, base_axis
+from ringcompile.mesh import Mesh
 
 Run = tuple[int, int]  # from, up to
 Box = tuple[tuple[Run, ...], ...]  # for each dim the runs of indices

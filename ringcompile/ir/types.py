@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 
+from ringcompile.axes import TIME
 from ringcompile.ir.expr import (
     LOCAL,
     SEQUENCE,
@@ -24,7 +25,7 @@ from ringcompile.ir.expr import (
     symbol,
 )
 from ringcompile.ir.layout import Atom, Layout, format_dim
-from ringcompile.mesh import TIME, Mesh
+from ringcompile.mesh import Mesh
 
 DTYPE_NAMES = {
     torch.float16: "f16",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from ringcompile.axes import AXES, TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, simplify, symbol
@@ -23,7 +24,7 @@ from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
-from ringcompile.mesh import TIME, Mesh
+from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.options import ORDERS
 from ringcompile.passes.attention_rows import (
@@ -40,10 +41,6 @@ from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_fir
 from ringcompile.passes.token_wise import TokenWise
 
 _ATTENTION = op("attention")
-# The axes that divide the sequence, outermost first; `tp` does on request only.
-_SEQUENCE = (TIME, "ring", "ep", "ulysses", "tp")
-# The axes along which keys and values may go from place to place.
-_ROTATING = (TIME, "ring")
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,10 @@ class Place(Pass):
     def _sequence(self, program: Program) -> SequenceSplit:
         axes = tuple(
             (axis, self.mesh.size(axis))
-            for axis in _SEQUENCE
-            if self.mesh.size(axis) > 1 and (axis != "tp" or self.tp_sequence)
+            for axis, row in AXES.items()
+            if self.mesh.size(axis) > 1
+            and row.divides_sequence
+            and (axis != "tp" or self.tp_sequence)
         )
         length = _sequence_length(program)
         if not axes:  # nothing divides it: any length will do where there is none
@@ -95,7 +94,7 @@ class Place(Pass):
             )
         if axes[0][0] == TIME:
             self._check_time(axes)
-        order = self._order(program) if axes[0][0] in ("ring", "ep") else "contiguous"
+        order = self._order(program) if AXES[axes[0][0]].balances else "contiguous"
         return SequenceSplit(axes, order, length)
 
     def routing(self, program: Program) -> list[Region]:
@@ -313,7 +312,7 @@ class _Placer(Requests):
 
     def _over_split_keys(self, node: fx.Node, rows: Rows) -> Rows:
         """The row for queries, keys and values that are all split along the sequence."""
-        rotating = tuple(name for name in self.names if name in _ROTATING)
+        rotating = tuple(name for name in self.names if AXES[name].rotates)
         if self.options.ring == "gather":
             rotating = tuple(name for name in rotating if name == TIME)
         rows = replace(rows, keys=self._rows(rotating))

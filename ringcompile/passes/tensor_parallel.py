@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from ringcompile.axes import base_axis
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import simplify
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
@@ -31,7 +32,7 @@ from ringcompile.ir.nodes import layout_of, location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
 from ringcompile.ir.types import TensorType, local_shape
-from ringcompile.mesh import Mesh, base_axis
+from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import (
     Rows,

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from ringcompile.axes import base_axis
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import equal
 from ringcompile.ir.layout import Atom, DimLayout, Layout
@@ -20,7 +21,7 @@ from ringcompile.ir.plan import model_plan
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import TensorType, local_size
-from ringcompile.mesh import Mesh, base_axis
+from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
 from ringcompile.passes.requests import REDISTRIBUTE, Requests

@@ -21,6 +21,7 @@ import sympy
 import torch
 from torch import fx
 
+from ringcompile.axes import TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, map_values
 from ringcompile.ir.communication import COLLECTIVES, GATHER, SHIFT, WAIT, short_name
@@ -29,7 +30,6 @@ from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout, normalise
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, ValueType, accumulator_type, local_size, state_type
-from ringcompile.mesh import TIME
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass, refuse

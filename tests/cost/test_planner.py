@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ringcompile.axes import AXES
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.commands.plan import plans_for
@@ -25,7 +26,6 @@ from ringcompile.cost.planner import Plan
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
-    AXES,
     Variant,
     factorisations,
     overlapping,
