@@ -99,7 +99,15 @@ def structure_from_json(value: Any) -> Structure:
     )
     plain = kind in ("tuple", "list") and not keys
     named = kind == "dict" and len(set(keys)) == len(children) == len(keys)
-    leaf = kind in ("tensor", "none") and not keys and not children
+    leaf = kind in ("tensor", "none", "constant") and not keys and not children
     if not (plain or named or leaf):
         raise RingCompileError(f"'{kind[:40]}' is not a structure of outputs")
+    if kind == "constant":
+        return Structure(kind, value=_output_constant(data.get("value")))
     return Structure(kind, keys, children)
+
+
+def _output_constant(value: Any) -> bool | int | float | str:
+    if isinstance(value, bool | int | float | str):
+        return value
+    raise RingCompileError(f"a constant output is {type(value).__name__}")

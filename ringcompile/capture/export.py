@@ -7,7 +7,6 @@ stay symbolic. Weights become names: no data is copied or even read.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import traceback
 import warnings
@@ -18,9 +17,9 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils import _pytree as pytree
 
 from ringcompile.capture import huggingface
+from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.guards import allowed_lengths
 from ringcompile.capture.importer import NOT_THE_USERS, Importer
 from ringcompile.capture.surroundings import unchanged, without_casts_of_modules, without_logs
@@ -49,79 +48,74 @@ def capture(
         RingCompileError: the model cannot be captured: control flow or sizes that depend on data, a
             length that the code fixes, state that a call would change.
     """
-    # Strides would be taken for a property of the model, and fix its length.
-    dense: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-        torch.Tensor, torch.Tensor.contiguous, (args, dict(kwargs or {}))
-    )
-    return _capture(model, *dense, name or type(model).__name__)
+    model = unwrapped(model)
+    return _capture(FlatCall(model, args, kwargs or {}), name or type(model).__name__)
 
 
-def _capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
-) -> Program:
-    length = _example_length(args, kwargs)
-    notes = huggingface.caveats(model, kwargs)
+def _capture(call: FlatCall, name: str) -> Program:
+    model = call.model
+    length = _example_length(call.example)
+    notes = huggingface.caveats(model, call.example)
     with torch.no_grad(), without_logs(), unchanged(model), huggingface.prepared(model):
         try:
-            exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, length))
+            exported = _export(call, _dynamic_shapes(call.example, length))
             lengths = _allowed_lengths(exported, length)
         except _FixedLengthError as error:
-            exported = _export(model, args, kwargs, _dynamic_shapes(model, args, kwargs, None))
+            exported = _export(call, _dynamic_shapes(call.example, None))
             lengths = _length_range(exported)
             where = f"{error.location.short}: " if error.location else ""
             notes = (*notes, f"{where}{error.message}, {length}")
         exported = _functional(exported)
-    program = Importer(exported, model).program(name)
+    program = Importer(exported, call).program(name)
     return program.with_graph(
         program.graph, notes=notes, length_range=lengths, tp_plan=huggingface.tp_plan(model)
     )
 
 
-def _example_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _example_length(example: Mapping[str, torch.Tensor]) -> int | None:
     """The length of the example sequence; None where the first input holds no tokens."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-    if not tensors or tensors[0].dim() < 2:
+    first = next(iter(example.values()), None)
+    if first is None or first.dim() < 2:
         raise RingCompileError(
             "the first example input must be a tensor with the sequence as its dim 1",
             hint="pass for example token ids of shape [batch, sequence]",
         )
-    if tensors[0].dim() > 3:  # an image: how many tokens it becomes is the model's to say
+    if first.dim() > 3:  # an image: how many tokens it becomes is the model's to say
         return None
-    length = tensors[0].shape[1]
+    length = first.shape[1]
     if length < 2:
         raise RingCompileError(f"the example sequence has length {length}; use at least 2")
     return int(length)
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], length: int | None
-) -> Any:
-    def dims(leaf: Any) -> Any:
-        if not torch.is_tensor(leaf) or length is None:
-            return None
-        found = {i: Dim.DYNAMIC for i, size in enumerate(leaf.shape) if i and size == length}
-        if leaf.is_floating_point() and leaf.dim() == 3 and len(found) > 1:
-            raise RingCompileError(
-                f"the example length {length} is also a feature size: which dim is the sequence?",
-                hint="choose an example length that no other size of the inputs equals",
-            )
-        return found
-
-    # By argument name, whether it was passed by position or by keyword.
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    return pytree.tree_map(dims, dict(bound.arguments))
+    example: Mapping[str, torch.Tensor], length: int | None
+) -> dict[str, dict[int, Any] | None]:
+    """What torch.export takes for a length, by input and dim."""
+    return {name: _dynamic_dims(tensor, length) for name, tensor in example.items()}
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
-) -> ExportedProgram:
+def _dynamic_dims(tensor: torch.Tensor, length: int | None) -> dict[int, Any] | None:
+    if length is None:
+        return None
+    found = {i: Dim.DYNAMIC for i, size in enumerate(tensor.shape) if i and size == length}
+    if tensor.is_floating_point() and tensor.dim() == 3 and len(found) > 1:
+        raise RingCompileError(
+            f"the example length {length} is also a feature size: which dim is the sequence?",
+            hint="choose an example length that no other size of the inputs equals",
+        )
+    return found
+
+
+def _export(call: FlatCall, shapes: Mapping[str, Any]) -> ExportedProgram:
     printed = io.StringIO()  # torch prints the graph as far as it came before it raises
+    example = tuple(call.example.values())
     try:
         with (
             contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
             without_casts_of_modules(),
         ):
-            exported = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = export(call, example, dynamic_shapes=dict(shapes), strict=False)
         print(printed.getvalue(), end="")
         return exported
     except RingCompileError:
@@ -197,11 +191,6 @@ def _explain(error: Exception) -> RingCompileError:
             "the model's code fixes the sequence length to that of the example",
             hint="use sizes taken from the inputs (x.shape[1]) instead of a constant",
             location=location,
-        )
-    if "not a known type" in text and "Cache" in first:
-        return RingCompileError(
-            "the model returns a cache of keys and values beside its tensors",
-            hint="call it with use_cache=False",
         )
     return RingCompileError(
         f"torch.export cannot capture the model: {type(error).__name__}: {first[:300]}",

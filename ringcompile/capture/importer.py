@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
+from ringcompile.capture.flat_call import FlatCall
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.expr import SEQUENCE, from_torch, symbol
-from ringcompile.ir.program import Input, Program, Structure, Weight, WeightSource
+from ringcompile.ir.program import Input, Program, Weight, WeightSource
 from ringcompile.ir.types import TensorType
 
 # Frames of code that is not the user's.
@@ -36,7 +35,7 @@ class Importer:
     """Copies an exported graph into ours: sympy sizes for SymInts, each node typed and located."""
 
     exported: ExportedProgram
-    model: nn.Module
+    call: FlatCall
 
     def __post_init__(self) -> None:
         self.graph = fx.Graph()
@@ -75,7 +74,8 @@ class Importer:
             changed = [*signature.buffers_to_mutate.values(),
                        *signature.user_inputs_to_mutate.values()]
             raise RingCompileError(
-                f"the model changes '{changed[0]}' while it runs; inference must not change state",
+                f"the model changes '{_own(changed[0])}' while it runs; inference must not change "
+                "state",
                 hint="call model.eval(), and turn caches off",
             )
         specs = {spec.arg.name: spec for spec in signature.input_specs}
@@ -85,13 +85,13 @@ class Importer:
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
-                structure = self._output(node)
+                self._output(node)
         return Program(
             graph=self.graph,
             inputs=tuple(self.inputs),
             placeholders=self.placeholders,
             weights=self.weights,
-            output_structure=structure,
+            output_structure=self.call.structure,
             name=name,
             source=self._source(),
             passes=("capture",),
@@ -110,7 +110,7 @@ class Importer:
             self.placeholders[new.name] = node.name
         else:
             self.weights[new.name] = Weight(
-                spec.target, value.dtype, tuple(int(size) for size in value.shape)
+                _own(spec.target), value.dtype, tuple(int(size) for size in value.shape)
             )
 
     def _call(self, node: fx.Node) -> None:
@@ -155,40 +155,26 @@ class Importer:
         )
         return TensorType.whole(value.dtype, shape)
 
-    def _output(self, node: fx.Node) -> Structure:
+    def _output(self, node: fx.Node) -> None:
         flat = [self._argument(value) for value in node.args[0]]  # type: ignore[union-attr]
-        spec = self.exported.call_spec.out_spec
-        if spec.num_leaves != len(flat):
+        if self.exported.call_spec.out_spec.num_leaves != len(flat):
             raise RingCompileError(
                 "the model changes its own state or its inputs while it runs",
                 hint="inference must not change state: turn caches and running states off",
             )
-        structure = _structure(pytree.tree_unflatten(flat, spec))
-        self.graph.output(tuple(value for value in flat if isinstance(value, fx.Node)))
-        return structure
+        self.graph.output(tuple(flat))
 
     def _source(self) -> WeightSource:
-        held = {**dict(self.model.named_parameters(remove_duplicate=False)),
-                **dict(self.model.named_buffers(remove_duplicate=False)),
-                **self.exported.constants}
+        model = self.call.model
+        held = {**dict(model.named_parameters(remove_duplicate=False)),
+                **dict(model.named_buffers(remove_duplicate=False)),
+                **{_own(name): value for name, value in self.exported.constants.items()}}
         return lambda name: held[name].detach()
 
 
-def _structure(value: Any) -> Structure:
-    """The nesting of outputs; anything with keys counts as a dict."""
-    if isinstance(value, fx.Node):
-        return Structure("tensor")
-    if value is None:
-        return Structure("none")
-    if isinstance(value, Mapping):
-        return Structure("dict", tuple(value), tuple(map(_structure, value.values())))
-    if isinstance(value, tuple | list):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return Structure(kind, (), tuple(map(_structure, value)))
-    raise RingCompileError(
-        f"the model returns a {type(value).__name__} beside its tensors",
-        hint="return tensors, or tuples, lists and dicts of them",
-    )
+def _own(name: str) -> str:
+    """A weight or module by its name in the user's model."""
+    return "" if f"{name}." == FlatCall.PREFIX else name.removeprefix(FlatCall.PREFIX)
 
 
 def _location(node: fx.Node) -> SourceLocation:
@@ -200,4 +186,4 @@ def _location(node: fx.Node) -> SourceLocation:
     ]
     file, line = frames[-1] if frames else ("", 0)
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return SourceLocation(file, line, modules[-1][0] if modules else "")
+    return SourceLocation(file, line, _own(modules[-1][0]) if modules else "")

@@ -51,25 +51,29 @@ class Structure:
     """How outputs are nested: a tensor, or a tuple, list or dict of structures.
 
     Attributes:
-        kind: "tensor", "none", "tuple", "list" or "dict".
+        kind: "tensor", "none", "constant", "tuple", "list" or "dict".
         keys: the keys of a dict, in order.
         children: the nested structures, in order.
+        value: of a constant, a number, a bool or a string that every call returns.
     """
 
     kind: str
     keys: tuple[str, ...] = ()
     children: tuple[Structure, ...] = ()
+    value: bool | int | float | str = 0
 
-    def build(self, leaves: Iterable[Any]) -> Any:
-        """Nest the leaves, taken in order."""
-        return self._build(iter(leaves))
+    def build(self, leaves: Iterable[Any], constant: Callable[[Any], Any] = lambda x: x) -> Any:
+        """Nest the leaves, taken in order; `constant` is applied to values that are constants."""
+        return self._build(iter(leaves), constant)
 
-    def _build(self, leaves: Any) -> Any:
+    def _build(self, leaves: Any, constant: Callable[[Any], Any]) -> Any:
         if self.kind == "tensor":
             return next(leaves)
         if self.kind == "none":
             return None
-        built = [child._build(leaves) for child in self.children]
+        if self.kind == "constant":
+            return constant(self.value)
+        built = [child._build(leaves, constant) for child in self.children]
         if self.kind == "dict":
             return dict(zip(self.keys, built, strict=True))
         return tuple(built) if self.kind == "tuple" else built
@@ -141,9 +145,9 @@ class Program:
         """The nodes the program returns."""
         return tuple(self.output_node.args[0])  # type: ignore[arg-type]
 
-    def nested(self, values: Iterable[Any]) -> Any:
-        """A value an output, nested as the model returns them; () of a stage that returns none."""
-        return self.output_structure.build(values) if self.outputs else ()
+    def nested(self, texts: Iterable[str]) -> Any:
+        """A text an output, nested as the model returns them; () of a stage that returns none."""
+        return self.output_structure.build(texts, repr) if self.outputs else ()
 
     def bindings(self, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
         """The lengths in these inputs; raises RingCompileError where shapes do not fit the program.

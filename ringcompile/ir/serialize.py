@@ -243,4 +243,6 @@ def _structure_to_json(structure: Structure) -> dict[str, Any]:
         data["keys"] = list(structure.keys)
     if structure.children:
         data["children"] = [_structure_to_json(child) for child in structure.children]
+    if structure.kind == "constant":
+        data["value"] = structure.value
     return data

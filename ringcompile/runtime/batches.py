@@ -141,4 +141,8 @@ def _joined(program: Program, outputs: Sequence[Any]) -> Any:
                 "microbatches",
                 hint="run one batch of the captured size, without dp",
             )
-    return pytree.tree_map(lambda *parts: torch.cat(parts), outputs[0], *outputs[1:])
+
+    def joined(*parts: Any) -> Any:  # what is no tensor is a constant, or None
+        return torch.cat(parts) if torch.is_tensor(parts[0]) else parts[0]
+
+    return pytree.tree_map(joined, outputs[0], *outputs[1:])
