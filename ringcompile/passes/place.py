@@ -35,6 +35,7 @@ from ringcompile.passes.attention_rows import (
     repeats,
 )
 from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.one_origin import with_one_origin
 from ringcompile.passes.own_tokens import OwnTokens
 from ringcompile.passes.regions import Finder, Region, describe, may_route
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
@@ -73,7 +74,11 @@ class Place(Pass):
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
         sequence = self._sequence(program)
         regions = self._regions(program, sequence)
-        return _Placer(program, sequence, self, self.gather_unknown, regions).run()
+        return with_one_origin(
+            lambda single: _Placer(
+                program, sequence, self, self.gather_unknown, regions, single
+            ).run()
+        )
 
     def _sequence(self, program: Program) -> SequenceSplit:
         axes = tuple(
@@ -176,8 +181,9 @@ class _Placer(Requests):
         options: Place,
         gather_unknown: bool,
         regions: Sequence[Region],
+        single: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(Builder(), dict(options.mesh.axes))
+        super().__init__(Builder(), dict(options.mesh.axes), single)
         self.program, self.mesh, self.sequence = program, options.mesh, sequence
         self.options, self.gather_unknown = options, gather_unknown
         self.names = tuple(axis for axis in sequence.names if axis != "tp")

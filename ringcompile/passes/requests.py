@@ -32,10 +32,16 @@ class Requests:
         builder: writes the graph.
         placeholders: placeholder name -> input, of the new graph.
         axis_sizes: of the mesh.
+        single: names of values that are computed in one layout only; see one_origin.py.
     """
 
-    def __init__(self, builder: Builder, axis_sizes: Mapping[str, int]) -> None:
-        self.builder, self.axis_sizes = builder, dict(axis_sizes)
+    def __init__(
+        self,
+        builder: Builder,
+        axis_sizes: Mapping[str, int],
+        single: frozenset[str] = frozenset(),
+    ) -> None:
+        self.builder, self.axis_sizes, self.single = builder, dict(axis_sizes), single
         self.placeholders: dict[str, str] = {}
         self.known: dict[tuple[fx.Node, Layout], fx.Node | None] = {}
 
@@ -66,6 +72,8 @@ class Requests:
         if node.target is operator.getitem:
             return self._pick_again(node, wanted)
         rule, shrinking = find_rule(node.target), have.is_whole
+        if origin_of(node) in self.single:
+            return None
         if rule is None or not (rule.cheap or shrinking) or not self.may_recompute(node, wanted):
             return None
         call = Call(node)
@@ -132,7 +140,7 @@ class Requests:
             else tuple(type_.with_layout(_of_rank(layout, len(type_.shape))) for type_ in types)
         )
         new = self.builder.call(node.target, args, placed, name=node.name, **kwargs)
-        new.meta["loc"] = node.meta.get("loc")
+        new.meta.update(loc=node.meta.get("loc"), origin=origin_of(node))
         for key in ("why", "mask_kind"):
             if key in node.meta:
                 new.meta[key] = node.meta[key]
@@ -142,6 +150,12 @@ class Requests:
         """One of several results, in the layout that they have."""
         type_ = source.meta["type"][index]
         return self.builder.call(operator.getitem, (source, index), type_, name=name)
+
+
+def origin_of(node: fx.Node) -> str:
+    """The name that a value had before layouts; its forms in several layouts share it."""
+    origin: str = node.meta.get("origin", node.name)
+    return origin
 
 
 def _how(have: Layout, wanted: Layout) -> str:

@@ -43,6 +43,7 @@ from ringcompile.passes.attention_rows import (
 )
 from ringcompile.passes.base import Pass
 from ringcompile.passes.linear_ops import passes_partial
+from ringcompile.passes.one_origin import with_one_origin
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
 from ringcompile.passes.tensor_requests import TP, TensorRequests, cuts_running_sum, has_tp
 
@@ -70,12 +71,20 @@ class TensorParallel(Pass):
         """Write the program anew, with `tp` added to its layouts."""
         if self.mesh.size(TP) == 1:
             return program
-        return _Splitter(program, self.mesh, self.told).run()
+        return with_one_origin(
+            lambda single: _Splitter(program, self.mesh, self.told, single).run()
+        )
 
 
 class _Splitter(TensorRequests):
-    def __init__(self, program: Program, mesh: Mesh, told: Mapping[str, int | None]) -> None:
-        super().__init__(program, mesh, told)
+    def __init__(
+        self,
+        program: Program,
+        mesh: Mesh,
+        told: Mapping[str, int | None],
+        single: frozenset[str],
+    ) -> None:
+        super().__init__(program, mesh, told, single)
         self.size = mesh.size(TP)
         self.notes: list[str] = []
 

@@ -24,7 +24,7 @@ from ringcompile.ir.types import TensorType, local_size
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
-from ringcompile.passes.requests import REDISTRIBUTE, Requests
+from ringcompile.passes.requests import REDISTRIBUTE, Requests, origin_of
 
 TP = "tp"
 
@@ -36,10 +36,17 @@ class TensorRequests(Requests):
         program: placed, without `tp`.
         mesh: the parallel plan.
         told: for weights of which the user says so, the dim that is split; None for whole.
+        single: names of values that are computed in one layout only.
     """
 
-    def __init__(self, program: Program, mesh: Mesh, told: Mapping[str, int | None]) -> None:
-        super().__init__(Builder(), dict(mesh.axes))
+    def __init__(
+        self,
+        program: Program,
+        mesh: Mesh,
+        told: Mapping[str, int | None],
+        single: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(Builder(), dict(mesh.axes), single)
         assert program.sequence is not None
         self.program, self.mesh, self.sequence = program, mesh, program.sequence
         self.weights = dict(program.weights)
@@ -97,7 +104,7 @@ class TensorRequests(Requests):
     def _gains(self, node: fx.Node, wanted: Layout) -> bool:
         if layout_of(node) == wanted or node.op == "placeholder" or not has_tp(wanted):
             return False
-        if self._is_residual(node):
+        if self._is_residual(node) or origin_of(node) in self.single:
             return False
         wants = self._wants(node, wanted)
         if wants is None:

@@ -6,8 +6,9 @@ part becomes a weight of its own, a view of the whole in memory and a tensor of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -164,7 +165,16 @@ def _slices(node: fx.Node, program: Program) -> dict[fx.Node, fx.Node | None]:
             found.update(dict.fromkeys(user.users, user))
         else:
             return {}
-    return found
+    return found if _apart(found) else {}
+
+
+def _apart(slices: Iterable[fx.Node]) -> bool:
+    """Whether no two slices share an entry: as products of their own they would round it twice."""
+    rows = {
+        range(call["start"] or 0, (call["start"] or 0) + size * call["step"], call["step"])
+        for call, size in ((Call(node), type_of(node).shape[-1]) for node in slices)
+    }
+    return len(set(chain(*rows))) == sum(map(len, rows))
 
 
 def _cut_dims(node: fx.Node) -> list[int | None]:
