@@ -9,12 +9,18 @@ parallel.save("out/")
 logits = rc.run(parallel, (input_ids,))
 """
 
-from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, check, load, transform
+import sys
+from typing import TYPE_CHECKING
+
 from ringcompile.errors import RingCompileError
-from ringcompile.execution import run, verify
+from ringcompile.later import package_with
 from ringcompile.mesh import Mesh
-from ringcompile.tokenwise import tokenwise
+
+if TYPE_CHECKING:
+    from ringcompile.capture.export import capture
+    from ringcompile.compiler import ParallelProgram, check, load, transform
+    from ringcompile.execution import run, verify
+    from ringcompile.tokenwise import tokenwise
 
 __all__ = [
     "Mesh",
@@ -29,3 +35,16 @@ __all__ = [
     "verify",
 ]
 __version__ = "0.1.0"
+
+# What needs torch is imported when it is first used; tests hold this table against the imports.
+_MODULES = {
+    "ParallelProgram": "ringcompile.compiler",
+    "capture": "ringcompile.capture.export",
+    "check": "ringcompile.compiler",
+    "load": "ringcompile.compiler",
+    "run": "ringcompile.execution",
+    "tokenwise": "ringcompile.tokenwise",
+    "transform": "ringcompile.compiler",
+    "verify": "ringcompile.execution",
+}
+sys.modules[__name__].__class__ = package_with(_MODULES)

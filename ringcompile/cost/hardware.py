@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ringcompile.cost.figures import Figure, malformed, read_figure
 from ringcompile.errors import RingCompileError
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "ringcompile-hardware-1"
 TABLES = Path(__file__).parent / "tables"

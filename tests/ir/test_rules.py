@@ -26,6 +26,10 @@ from tests.ir.rule_check import (
 )
 
 NAMES = sorted(RULES)
+# Half of the table are rows that say the same of another op. What is wrong about such a row is
+# that the op is of another kind, which shows at once; the kind itself is tried thoroughly once.
+FIRST = [name for name in NAMES if name == next(n for n in NAMES if RULES[n] == RULES[name])]
+OTHERS = sorted({*NAMES} - {*FIRST})
 
 
 def profile(examples: int, *more: Phase) -> settings:
@@ -58,10 +62,17 @@ def test_every_row_has_a_case() -> None:
     assert set(CASES) == set(RULES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 @profile(20, Phase.shrink)
 @given(st.data())
 def test_each_rank_computes_its_piece(name: str, data: st.DataObject) -> None:
+    hold(name, RULES[name], data)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@profile(6, Phase.shrink)
+@given(st.data())
+def test_each_rank_computes_its_piece_of_another_op(name: str, data: st.DataObject) -> None:
     hold(name, RULES[name], data)
 
 

@@ -1,0 +1,136 @@
+"""What is imported when: the package and usage texts come without torch, and processes end soon."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import ringcompile
+from ringcompile.later import Later, package_with
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "numpy", "sympy", "networkx", "transformers")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def imports_for_types() -> Iterator[tuple[str, str]]:
+    """What `ringcompile/__init__.py` imports for type checkers alone, with the modules."""
+    tree = ast.parse((ROOT / "ringcompile" / "__init__.py").read_text(encoding="utf-8"))
+    for block in tree.body:
+        if isinstance(block, ast.If):
+            for line in block.body:
+                assert isinstance(line, ast.ImportFrom)
+                yield from ((alias.name, str(line.module)) for alias in line.names)
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    done = python(
+        "import sys, ringcompile as rc; rc.Mesh.parse('ring=4'); dir(rc)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    known = dict(imports_for_types())
+    assert ringcompile._MODULES == known
+    assert {*known, "Mesh", "RingCompileError"} == set(ringcompile.__all__)
+    for name, module in known.items():
+        assert getattr(ringcompile, name) is getattr(importlib.import_module(module), name)
+        assert name in dir(ringcompile)
+
+
+def test_a_submodule_of_the_same_name_does_not_take_the_place_of_a_function() -> None:
+    done = python(
+        "import ringcompile as rc, ringcompile.capture.loaders, ringcompile.tokenwise\n"
+        "from ringcompile import capture, tokenwise\n"
+        "print(rc.capture is capture, capture.__module__, callable(tokenwise))"
+    )
+    assert done.stdout == "True ringcompile.capture.export True\n", done.stderr
+
+
+def test_a_public_name_can_be_replaced_and_an_unknown_one_is_an_error() -> None:
+    made = package_with({"sqrt": "math"})("made")
+    assert made.sqrt(4.0) == 2.0
+    made.sqrt = abs
+    assert made.sqrt is abs
+    made.sqrt = ModuleType("another.sqrt")
+    assert isinstance(made.sqrt, ModuleType)
+    with pytest.raises(AttributeError, match="no attribute 'cube'"):
+        _ = made.cube
+    with pytest.raises(AttributeError, match="module 'ringcompile' has no attribute 'captured'"):
+        _ = ringcompile.captured
+
+
+def test_a_later_module_is_imported_at_its_first_use() -> None:
+    done = python(
+        "import sys; from ringcompile.later import Later\n"
+        "module = Later('colorsys'); print('colorsys' in sys.modules)\n"
+        "print(module.ONE_THIRD > 0.3, 'colorsys' in sys.modules)"
+    )
+    assert done.stdout == "False\nTrue True\n", done.stderr
+    with pytest.raises(AttributeError, match="'math' has no attribute 'cube'"):
+        _ = Later("math").cube
+
+
+# -- the end of a process ----------------------------------------------------------------------
+
+def entry(body: str) -> str:
+    """The entry point with another command line behind it."""
+    return (
+        "import atexit, sys, threading, time\n"
+        "from ringcompile import __main__, cli\n"
+        f"def run():\n    {body}\n"
+        "cli.main = run\n__main__.main()"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "out", "err"),
+    [
+        ("sys.exit(0)", 0, "", ""),
+        ("sys.exit()", 0, "", ""),
+        ("sys.exit(2)", 2, "", ""),
+        ("sys.exit('no')", 1, "", "no\n"),
+        ("print('x' * 100_000); sys.exit(3)", 3, "x" * 100_000 + "\n", ""),
+        ("atexit.register(print, 'behind'); print('before'); sys.exit(0)", 0,
+         "before\nbehind\n", ""),
+        ("threading.Thread(target=lambda: (time.sleep(0.2), print('slow'))).start(); sys.exit(0)",
+         0, "slow\n", ""),
+    ],
+)
+def test_what_ends_with_a_process_still_does(body: str, code: int, out: str, err: str) -> None:
+    done = python(entry(body))
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def test_an_error_of_ours_that_nobody_caught_is_a_traceback() -> None:
+    done = python(entry("raise ValueError('ours')"))
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: ours\n")
+
+
+def test_a_closed_pipe_is_told_as_python_does() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-c", entry("print('x'); sys.exit(0)")],
+            cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, check=False, env=env,
+        )
+    assert done.returncode == 120
+    assert "BrokenPipeError" in done.stderr
