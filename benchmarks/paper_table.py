@@ -22,7 +22,6 @@ import torch
 from ringcompile import compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.commands.plan import plans_for
 from ringcompile.cost import limits
 from ringcompile.cost.estimate import Ask
 from ringcompile.cost.hardware import Cluster, load_cluster
@@ -32,6 +31,7 @@ from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How
 from ringcompile.ir.program import Program
 from ringcompile.passes.schedule import Schedule
+from ringcompile.planning import plans_for
 
 ROOT = Path(__file__).parents[1]
 NUM_GPUS, MICROBATCHES = 16, 8

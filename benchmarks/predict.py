@@ -32,9 +32,9 @@ import torch
 from benchmarks.machine import RESULTS, environment
 from benchmarks.speed import product_seconds
 from ringcompile import artifact, compiler
+from ringcompile.calibration import usual
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.commands.calibrate import usual
 from ringcompile.cost.hardware import Cluster, read_cluster
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate

@@ -21,6 +21,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT
 from ringcompile.ir.expr import SEQUENCE, bind
 from ringcompile.ir.program import Program
+from ringcompile.options import BACKENDS
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.join import (
@@ -31,7 +32,6 @@ from ringcompile.runtime.join import (
 )
 from ringcompile.runtime.launcher import LocalRanks
 
-BACKENDS = ("lockstep", "gloo", "nccl")
 # The largest difference to the single device that numerics may show, of the largest output.
 ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

@@ -15,10 +15,10 @@ from typing import Any
 class Later(ModuleType):
     """Stands for a module, which is imported when one of its attributes is first read.
 
-        if TYPE_CHECKING:
-            from ringcompile import compiler
-        else:
-            compiler = Later("ringcompile.compiler")
+    if TYPE_CHECKING:
+        from ringcompile import compiler
+    else:
+        compiler = Later("ringcompile.compiler")
     """
 
     def __getattr__(self, name: str) -> Any:

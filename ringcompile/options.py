@@ -13,6 +13,14 @@ from typing import Any, TypedDict
 from ringcompile.errors import RingCompileError
 
 ORDERS = ("contiguous", "zigzag")
+# What a model's weights may be cast to.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# How compiled programs run: all ranks in this process, or a process for each.
+BACKENDS = ("lockstep", "gloo", "nccl")
+# How far transfers may overlap with compute.
+NONE, SCHEDULE, HALVES = OVERLAPS = ("none", "schedule", "halves")
+# What people and other tools read of a program.
+FORMATS = ("text", "json", "python")
 
 
 def _option(

@@ -15,8 +15,8 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
+from ringcompile.calibration import usual
 from ringcompile.cli import cli
-from ringcompile.commands.calibrate import usual
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo

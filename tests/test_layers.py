@@ -15,6 +15,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
+    {"calibration", "planning"},
     {"execution"},
     {"compiler"},
     {"runtime"},
@@ -23,7 +24,7 @@ FLOORS = [
     {"ir"},
     {"mesh", "options"},
     {"axes"},
-    {"errors"},
+    {"errors", "later"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 import ringcompile
+from ringcompile.cli import cli
 from ringcompile.later import Later, package_with
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def test_the_package_is_imported_without_torch() -> None:
 
 def test_type_checkers_see_every_public_name() -> None:
     known = dict(imports_for_types())
-    assert ringcompile._MODULES == known
+    assert known == ringcompile._MODULES
     assert {*known, "Mesh", "RingCompileError"} == set(ringcompile.__all__)
     for name, module in known.items():
         assert getattr(ringcompile, name) is getattr(importlib.import_module(module), name)
@@ -84,6 +85,71 @@ def test_a_later_module_is_imported_at_its_first_use() -> None:
     assert done.stdout == "False\nTrue True\n", done.stderr
     with pytest.raises(AttributeError, match="'math' has no attribute 'cube'"):
         _ = Later("math").cube
+
+
+# -- usage -----------------------------------------------------------------------------------------
+
+COMPLETION = "bash_complete"
+USAGE: dict[str, tuple[dict[str, str], str]] = {  # what is set, what stands in the answer
+    "--help": ({}, "Commands:"),
+    "--version": ({}, "version"),
+    "transform --help": ({}, "--tp-sequence"),
+    "plan --help": ({}, "h100x16"),
+    "calibrate --help": ({}, "--quick"),
+    "": ({"_RINGCOMPILE_COMPLETE": COMPLETION, "COMP_WORDS": "ringcompile ", "COMP_CWORD": "1"},
+         "plain,simulate"),
+    " ": ({"_RINGCOMPILE_COMPLETE": COMPLETION, "COMP_CWORD": "2",
+           "COMP_WORDS": "ringcompile transform --or"}, "plain,--order"),
+}
+
+
+@pytest.mark.parametrize("words", USAGE)
+def test_usage_is_told_without_torch_in_less_than_half_a_second(words: str) -> None:
+    env, answer = USAGE[words]
+    code = (
+        "import atexit, os, sys\n"
+        "sys.argv[0] = 'ringcompile'\n"
+        "from ringcompile import cli\n"
+        f"told = lambda: print([n for n in {HEAVY} if n in sys.modules], sum(os.times()[:2]))\n"
+        "atexit.register(told)\n"
+        "cli.main()"
+    )
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words.split()], cwd=ROOT, text=True, check=False,
+            env={**os.environ, **env}, capture_output=True,
+        )
+        assert answer in done.stdout, done.stderr
+        heavy, _, spent = done.stdout.splitlines()[-1].rpartition(" ")
+        assert heavy == "[]"
+        seconds.append(float(spent))
+        if seconds[-1] < 0.4:
+            return
+    raise AssertionError(f"CPU seconds: {seconds}")
+
+
+def modules(name: str) -> Iterator[tuple[str, str]]:
+    """Every `Later` of a module: the name it is under, and the module it stands for."""
+    found = vars(importlib.import_module(name)).items()
+    yield from ((known, value.__name__) for known, value in found if type(value) is Later)
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_what_a_command_imports_later_is_what_type_checkers_see(command: str) -> None:
+    name = f"ringcompile.commands.{command}"
+    tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    block = next(part for part in tree.body if isinstance(part, ast.If))
+    seen = dict[str, str]()
+    for line in block.body:
+        assert isinstance(line, ast.Import | ast.ImportFrom)
+        base = f"{line.module}." if isinstance(line, ast.ImportFrom) else ""
+        seen |= {alias.asname or alias.name: base + alias.name for alias in line.names}
+    made = dict(modules(name))
+    assert made
+    for known, module in made.items():
+        assert seen[known] == module
+        importlib.import_module(module)
 
 
 # -- the end of a process ----------------------------------------------------------------------

@@ -18,9 +18,9 @@ from torch import nn
 from ringcompile.capture.surroundings import fake_weights
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
+from ringcompile.options import DTYPES
 
 DEFAULT_LENGTH = 24
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)

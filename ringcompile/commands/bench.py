@@ -8,23 +8,36 @@ import os
 import platform
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from ringcompile import artifact, compiler
 from ringcompile.commands.options import CONSOLE, JSON, milliseconds, print_table
 from ringcompile.cost.hardware import load_cluster
-from ringcompile.cost.rank import cost_of
-from ringcompile.cost.simulate import simulate
-from ringcompile.cost.timeline import How
 from ringcompile.errors import RingCompileError
-from ringcompile.execution import random_inputs
-from ringcompile.ir.expr import SEQUENCE
-from ringcompile.runtime.distributed import Stats
-from ringcompile.runtime.join import pick_backend
-from ringcompile.runtime.launcher import LocalRanks
+from ringcompile.later import Later
+
+if TYPE_CHECKING:
+    import torch
+
+    from ringcompile import artifact, compiler, execution
+    from ringcompile.cost import rank as ranks_cost
+    from ringcompile.cost import simulate as simulation
+    from ringcompile.cost import timeline
+    from ringcompile.ir import expr
+    from ringcompile.runtime import join, launcher
+    from ringcompile.runtime.distributed import Stats
+else:
+    torch = Later("torch")
+    artifact = Later("ringcompile.artifact")
+    compiler = Later("ringcompile.compiler")
+    execution = Later("ringcompile.execution")
+    ranks_cost = Later("ringcompile.cost.rank")
+    simulation = Later("ringcompile.cost.simulate")
+    timeline = Later("ringcompile.cost.timeline")
+    expr = Later("ringcompile.ir.expr")
+    join = Later("ringcompile.runtime.join")
+    launcher = Later("ringcompile.runtime.launcher")
 
 _PERCENTILES = (10, 50, 90, 99)
 
@@ -64,7 +77,7 @@ def bench(
     second are those of the batch over its median, and TPOT is the step's time, as in the paper.
     """
     made = compiler.load(out)
-    length = made.program.lengths.get(SEQUENCE, seq)
+    length = made.program.lengths.get(expr.SEQUENCE, seq)
     least = made.program.batch * made.mesh.size("dp")
     batch = batch or least
     if batch % least:
@@ -76,12 +89,12 @@ def bench(
     predicted = _predicted(made, cluster, length, count, batch * length)
     inputs = {
         name: torch.cat([tensor] * count) if tensor.dim() > 1 else tensor
-        for name, tensor in random_inputs(made.program, length).items()
+        for name, tensor in execution.random_inputs(made.program, length).items()
     }
-    picked = pick_backend(backend, made.world_size)
+    picked = join.pick_backend(backend, made.world_size)
     with CONSOLE.status(f"running {made.world_size} ranks"):
         options: dict[str, Any] = {"backend": picked, "threads": threads, "timeout": timeout}
-        with LocalRanks(artifact.load, (out,), **options) as ranks:
+        with launcher.LocalRanks(artifact.load, (out,), **options) as ranks:
             runs = [ranks.run(inputs).stats for _ in range(warm_up + steps)][warm_up:]
     facts = {
         "parallel": str(made.mesh),
@@ -134,10 +147,10 @@ def _predicted(
 
     Where no cluster is named, the table of a CPU is tried, and what it lacks is said.
     """
-    costs = [cost_of(program, length) for program in made.ranks()]
+    costs = [ranks_cost.cost_of(program, length) for program in made.ranks()]
     try:
         hardware = load_cluster(cluster or "cpu").sized(made.world_size)
-        found = simulate(costs, hardware, How(count))
+        found = simulation.simulate(costs, hardware, timeline.How(count))
     except RingCompileError as error:
         if cluster is not None:
             raise

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
-from ringcompile.capture.loaders import DTYPES
-from ringcompile.cost.collectives import num_steps
-from ringcompile.cost.figures import UNITS, Figure
-from ringcompile.cost.hardware import FORMAT, Cluster, load_cluster, read_cluster
-from ringcompile.cost.measure import SIZES, measure_device
 from ringcompile.errors import RingCompileError
-from ringcompile.runtime.join import Rank
-from ringcompile.runtime.memory import keep_freed_memory
-from ringcompile.runtime.processes import Processes
-from ringcompile.runtime.speed import LinkSizes, link_seconds, node_seconds
+from ringcompile.later import Later
+from ringcompile.options import DTYPES
+
+if TYPE_CHECKING:
+    from ringcompile import calibration
+else:
+    calibration = Later("ringcompile.calibration")
 
 _DEVICES = ("auto", "cpu", "cuda")
-_Pick: TypeAlias = Callable[[list[float]], float]
 
 
 @click.command()
@@ -60,18 +49,8 @@ def calibrate(
     The file is a cluster for `plan` and `simulate`: --cluster FILE. With --base, what was measured
     replaces the base's figures, field by field, and all others stay as they are marked there.
     """
-    place = _place(device)
-    name = dtype or ("float16" if place.type == "cuda" else "float32")
-    ranks = ranks or (torch.cuda.device_count() if place.type == "cuda" else 2)
-    passes = passes or (1 if quick or place.type == "cuda" else 3)
-    work = _Work(place, getattr(torch, name), "quick" if quick else place.type, passes)
-    figures, links = _measure(work, ranks, threads)
-    title = _title(place)
-    if place.type != "cuda":
-        title = f"{threads} {'thread' if threads == 1 else 'threads'} of {title}"
-    table = _table(place, figures, links, load_cluster(base) if base else None, ranks, title)
-    read_cluster(table, "what was measured")
-    text = to_text(table)
+    found = calibration.measure(device, dtype, base, threads, ranks, passes, quick)
+    text = calibration.to_text(found.table)
     if out is None:
         click.echo(text)
         return
@@ -79,195 +58,4 @@ def calibrate(
         out.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RingCompileError(f"cannot write '{out}': {error}") from None
-    click.echo(f"wrote {out}: {len(figures)} figures of {title}, "
-               f"{len(links)} of links between {ranks} ranks")
-
-
-def _place(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RingCompileError("there is no CUDA device", hint="use --device cpu")
-    return torch.device(device, 0) if device == "cuda" else torch.device(device)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What to measure: where, of which dtype, a key of `SIZES`, and how often."""
-
-    place: torch.device
-    dtype: torch.dtype
-    sizes: str
-    passes: int
-
-
-def _measure(work: _Work, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of a device and of the links; on a CPU all ranks compute at once, as they will."""
-    if work.place.type == "cuda":
-        figures = usual([_device_figures(work) for _ in range(work.passes)])
-        return figures, _link_figures(work, ranks, None) if ranks > 1 else {}
-    with Processes(ranks, backend="gloo", threads=threads) as processes:
-        figures = usual([_worst(processes.call(_rank_figures, work)) for _ in range(work.passes)])
-        return figures, _link_figures(work, ranks, processes) if ranks > 1 else {}
-
-
-def _rank_figures(rank: Rank, work: _Work) -> dict[str, Any]:
-    keep_freed_memory()
-    return _device_figures(work, quiet=rank.index > 0)
-
-
-def _device_figures(work: _Work, *, quiet: bool = False) -> dict[str, Any]:
-    def report(field: str) -> None:
-        if not quiet:
-            click.echo(f"  {field}", err=True)
-
-    figures = measure_device(work.place, work.dtype, SIZES[work.sizes], report)
-    figures["issue"] = {"value": round(node_seconds(work.place) * 1e6, 3), "unit": "us"}
-    figures["memory"] = {"value": round(_memory(work.place) / 1e9, 2), "unit": "GB"}
-    return figures
-
-
-def usual(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Each figure as the median of several measurements has it."""
-    return _picked(list(found), median, median)
-
-
-def _worst(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Each figure as the slowest of all ranks has it."""
-    return _picked(list(found), max, min)
-
-
-def _picked(found: list[dict[str, Any]], of_seconds: _Pick, of_rates: _Pick) -> dict[str, Any]:
-    made = {}
-    for key, first in found[0].items():
-        if not all(key in one for one in found):
-            continue  # could not be measured once
-        measures = UNITS[first["unit"]][0]
-        pick = of_seconds if measures in ("second", "fraction") else of_rates
-        made[key] = {**first, "value": _combined([one[key]["value"] for one in found], pick)}
-    return made
-
-
-def _combined(values: list[Any], pick: _Pick) -> Any:
-    if isinstance(values[0], list):
-        return [_combined(list(entries), pick) for entries in zip(*values, strict=True)]
-    return pick(values)
-
-
-def _memory(place: torch.device) -> int:
-    if place.type == "cuda":
-        return torch.cuda.get_device_properties(place).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[str, Any]:
-    sizes = LinkSizes((4096, 65536), 2) if work.sizes == "quick" else LinkSizes()
-    click.echo(f"  links between {ranks} ranks", err=True)
-    if processes is not None:
-        found = _usual_links([processes.call(link_seconds, sizes) for _ in range(work.passes)])
-    else:
-        with Processes(ranks, backend="nccl") as made:
-            found = _usual_links([made.call(link_seconds, sizes) for _ in range(work.passes)])
-    startup = max(entry["startup"] for entry in found)
-    share = (ranks - 1) / ranks
-    # What a ring algorithm would send a rank, as a multiple of the tensor.
-    sent = {"shift": 1.0, "all_reduce": 2 * share, "all_gather": share, "all_to_all": share}
-    figures: dict[str, Any] = {
-        field: {"value": round(startup * 1e6, 3), "unit": "us"} for field in ("startup", "latency")
-    }
-    for kind, times in sent.items():
-        slowest = [max(entry[kind][i] for entry in found) for i in range(len(sizes.messages))]
-        # What is left of the time when it has begun, and gone from step to step.
-        begun = startup * (1 if kind == "shift" else 1 + num_steps(kind, ranks))
-        rates = [times * n / max(seconds - begun, seconds / 10) / 1e9
-                 for n, seconds in zip(sizes.messages, slowest, strict=True)]
-        figures["bandwidth" if kind == "shift" else kind] = {
-            "value": [float(f"{rate:.4g}") for rate in rates], "unit": "GB/s",
-            "axes": {"bytes": list(sizes.messages)},
-        }
-    worst = max(entry["interference"] for entry in found)
-    figures["interference"] = {"value": round(worst, 4), "unit": "1"}
-    return figures
-
-
-def _usual_links(passes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Each rank's seconds as the median of passes has them."""
-    return [
-        {key: _combined([one[key] for one in of_rank], median) for key in of_rank[0]}
-        for of_rank in zip(*passes, strict=True)
-    ]
-
-
-def _table(
-    place: torch.device,
-    figures: dict[str, Any],
-    links: dict[str, Any],
-    base: Cluster | None,
-    ranks: int,
-    title: str,
-) -> dict[str, Any]:
-    source, date = _source(place, title), datetime.date.today().isoformat()
-
-    def marked(found: dict[str, Any]) -> dict[str, Any]:
-        return {k: {**f, "basis": "measured", "source": source, "date": date}
-                for k, f in found.items()}
-
-    old = base.device.figures if base else {}
-    kept = {"reserved": _assumed(0.0, "GB", "nothing taken off", date), **_as_json(old)}
-    node = {**(_as_json(base.links["node"].figures) if base else {}), **marked(links)}
-    others = {n: _as_json(link.figures) for n, link in base.links.items()} if base else {}
-    return {
-        "format": FORMAT,
-        "name": base.name if base else place.type,
-        "title": base.title if base else f"{ranks} x {title}",
-        "device": {
-            "format": FORMAT,
-            "name": base.device.name if base else place.type,
-            "title": title,
-            "asynchronous": place.type == "cuda",
-            "figures": {**kept, **marked(figures)},
-        },
-        "nodes": base.num_nodes if base else 1,
-        "devices_per_node": base.per_node if base else ranks,
-        "links": {**others, **({"node": node} if node else {})},
-    }
-
-
-def _as_json(figures: Any) -> dict[str, Any]:
-    return {key: figure.to_json() for key, figure in figures.items()}
-
-
-def _assumed(value: float, unit: str, why: str, date: str) -> dict[str, Any]:
-    return Figure(value, unit, "assumed", why, date).to_json()
-
-
-def _title(place: torch.device) -> str:
-    if place.type == "cuda":
-        return torch.cuda.get_device_name(place)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line),
-                 platform.processor() or platform.machine())
-    return f"{model} with {os.cpu_count()} cores"
-
-
-def _source(place: torch.device, title: str) -> str:
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    if place.type == "cuda":
-        versions += f", CUDA {torch.version.cuda}"
-    return f"ringcompile calibrate on {title}, {versions}"
-
-
-def to_text(table: dict[str, Any]) -> str:
-    """A table as JSON with one line for each list of numbers."""
-    return _indented(table, 0)
-
-
-def _indented(value: Any, depth: int) -> str:
-    if not isinstance(value, dict):
-        return json.dumps(value)
-    if not value:
-        return "{}"
-    inner = "  " * (depth + 1)
-    lines = [f"{inner}{json.dumps(key)}: {_indented(entry, depth + 1)}"
-             for key, entry in value.items()]
-    return "{\n" + ",\n".join(lines) + "\n" + "  " * depth + "}"
+    click.echo(f"wrote {out}: {found.about}")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from ringcompile import compiler
-from ringcompile.capture.loaders import load_model
 from ringcompile.commands.options import BATCH, CONSOLE, DTYPE, JSON, PARALLEL, compile_options
-from ringcompile.dump.report import Report
+from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import Options
+
+if TYPE_CHECKING:
+    from ringcompile import compiler
+    from ringcompile.capture import loaders
+    from ringcompile.dump.report import Report
+else:
+    compiler = Later("ringcompile.compiler")
+    loaders = Later("ringcompile.capture.loaders")
 
 
 @click.command()
@@ -34,7 +41,7 @@ def check(
     """Say layer by layer what would become of MODEL; reads no weights. Exit 1 if refused."""
     mesh = Mesh.parse(parallel)
     with CONSOLE.status(f"checking {model}"):
-        loaded = load_model(
+        loaded = loaders.load_model(
             model, batch=batch, length=options.length, dtype=dtype, weights=":" in model
         )
         found = compiler.check(

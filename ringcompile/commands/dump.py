@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile import compiler
-from ringcompile.dump import formats, render
+from ringcompile.later import Later
+from ringcompile.options import FORMATS
+
+if TYPE_CHECKING:
+    from ringcompile import compiler
+    from ringcompile import dump as dumps
+else:
+    compiler = Later("ringcompile.compiler")
+    dumps = Later("ringcompile.dump")
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", type=int, help="One rank's program (else what all have in common).")
-@click.option("--format", "format_", type=click.Choice([*formats(), "plan"]),
+@click.option("--format", "format_", type=click.Choice([*FORMATS, "plan"]),
               default="text",
               show_default=True)
 @click.option("--after", metavar="PASS", help="As it was behind this pass.")
@@ -27,4 +35,4 @@ def dump(out: Path, rank: int | None, format_: str, after: str | None) -> None:
         program = compiler.program_after(made, after, rank or 0)
     else:
         program = made.program if rank is None else made.rank(rank)
-    click.echo(render(program, format_))
+    click.echo(dumps.render(program, format_))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from ringcompile.commands.options import JSON
-from ringcompile.models import zoo
+from ringcompile.later import Later
+
+if TYPE_CHECKING:
+    from ringcompile.models import zoo
+else:
+    zoo = Later("ringcompile.models.zoo")
 
 
 @click.command()

@@ -11,9 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ringcompile.capture.loaders import DTYPES
 from ringcompile.cost.hardware import cluster_names
-from ringcompile.options import Options, option_fields
+from ringcompile.options import DTYPES, Options, option_fields
 
 CONSOLE = Console(stderr=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile import compiler
 from ringcompile.cost.hardware import load_cluster
-from ringcompile.cost.node_times import node_times
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.program import Program
+from ringcompile.later import Later
 from ringcompile.mesh import Mesh
-from ringcompile.passes.schedule import Schedule
+from ringcompile.options import NONE, OVERLAPS
 
-NONE, SCHEDULE, HALVES = KINDS = ("none", "schedule", "halves")
+if TYPE_CHECKING:
+    from ringcompile import compiler
+    from ringcompile.cost import node_times
+    from ringcompile.ir.program import Program
+    from ringcompile.passes import schedule
+else:
+    compiler = Later("ringcompile.compiler")
+    node_times = Later("ringcompile.cost.node_times")
+    schedule = Later("ringcompile.passes.schedule")
+
 # Times are estimated for a sequence of this length where none is fixed.
 NOMINAL_LENGTH = 16384
 
@@ -23,7 +30,7 @@ NOMINAL_LENGTH = 16384
 def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of commands that compile."""
     kind = click.option(
-        "--overlap", type=click.Choice(KINDS), default=NONE, show_default=True,
+        "--overlap", type=click.Choice(OVERLAPS), default=NONE, show_default=True,
         help="schedule: start transfers as early as can be; halves: also compute two halves of "
         "the batch apart, one beside the other's transfers.",
     )
@@ -36,11 +43,11 @@ def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def schedule_for(
     kind: str, cluster: str, program: Program, mesh: Mesh, length: int | None
-) -> Schedule | None:
+) -> schedule.Schedule | None:
     """The pass that orders ranks' programs; None where they stay as they are.
 
     Args:
-        kind: of `KINDS`.
+        kind: of `OVERLAPS`.
         cluster: whose times count.
         program: the model; a length that its code allows is taken where none is given.
         mesh: the parallel plan.
@@ -53,7 +60,8 @@ def schedule_for(
         return None
     low, high = program.length_range
     taken = length or max(low, min(NOMINAL_LENGTH, high or NOMINAL_LENGTH))
-    return Schedule(node_times(load_cluster(cluster).sized(mesh.world_size), taken))
+    times = node_times.node_times(load_cluster(cluster).sized(mesh.world_size), taken)
+    return schedule.Schedule(times)
 
 
 def halved(whole: Program, capture_at: Callable[[int], Program], batch: int, how: str) -> Program:

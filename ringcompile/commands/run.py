@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile import execution
 from ringcompile.commands.options import JSON
+from ringcompile.later import Later
+from ringcompile.options import BACKENDS
+
+if TYPE_CHECKING:
+    from ringcompile import execution
+else:
+    execution = Later("ringcompile.execution")
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--nproc", type=click.IntRange(1), help="Number of local processes (world size).")
-@click.option("--backend", type=click.Choice(["auto", *execution.BACKENDS]), default="auto",
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto",
               show_default=True)
 @click.option("--inputs", type=click.Path(path_type=Path), help="Whole inputs, safetensors.")
 @click.option("--outputs", type=click.Path(path_type=Path), help="Where to write whole outputs.")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile import compiler
 from ringcompile.commands.options import (
     CLUSTER,
     CONSOLE,
@@ -20,13 +19,23 @@ from ringcompile.commands.options import (
     shares,
 )
 from ringcompile.cost.hardware import Cluster, load_cluster
-from ringcompile.cost.rank import cost_of
-from ringcompile.cost.simulate import Simulation
-from ringcompile.cost.simulate import simulate as run
-from ringcompile.cost.timeline import How
-from ringcompile.cost.trace import to_trace
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.expr import SEQUENCE
+from ringcompile.later import Later
+
+if TYPE_CHECKING:
+    from ringcompile import compiler
+    from ringcompile.cost import rank as ranks
+    from ringcompile.cost import simulate as simulation
+    from ringcompile.cost import timeline
+    from ringcompile.cost import trace as traces
+    from ringcompile.ir import expr
+else:
+    compiler = Later("ringcompile.compiler")
+    ranks = Later("ringcompile.cost.rank")
+    simulation = Later("ringcompile.cost.simulate")
+    timeline = Later("ringcompile.cost.timeline")
+    traces = Later("ringcompile.cost.trace")
+    expr = Later("ringcompile.ir.expr")
 
 
 @click.command()
@@ -55,14 +64,14 @@ def simulate(
     """Show the timeline of every rank of the artifact OUT on a cluster that need not be there."""
     made = compiler.load(out)
     hardware = load_cluster(cluster).sized(made.world_size)
-    length = made.program.lengths.get(SEQUENCE) or seq or 16384
+    length = made.program.lengths.get(expr.SEQUENCE) or seq or 16384
     if seq is not None and seq != length:
         raise RingCompileError(f"'{out}' is for {length} tokens, --seq asks for {seq}")
     with CONSOLE.status(f"simulating {made.world_size} ranks"):
-        costs = [cost_of(program, length) for program in made.ranks()]
-        found = run(costs, hardware, How(microbatches, eager, deferred))
+        costs = [ranks.cost_of(program, length) for program in made.ranks()]
+        found = simulation.simulate(costs, hardware, timeline.How(microbatches, eager, deferred))
     if trace is not None:
-        _write(trace, to_trace(found.timeline, f"{out.name}: {made.mesh}, {length} tokens"))
+        _write(trace, traces.to_trace(found.timeline, f"{out.name}: {made.mesh}, {length} tokens"))
     batch = made.program.batch * made.mesh.size("dp")  # of all replicas, in one microbatch
     facts = _facts(made, hardware, length, batch, found)
     if as_json:
@@ -72,7 +81,11 @@ def simulate(
 
 
 def _facts(
-    made: compiler.ParallelProgram, hardware: Cluster, length: int, batch: int, found: Simulation
+    made: compiler.ParallelProgram,
+    hardware: Cluster,
+    length: int,
+    batch: int,
+    found: simulation.Simulation,
 ) -> dict[str, Any]:
     tokens = length * batch
     room = hardware.device.value("memory") - hardware.device.value("reserved")
@@ -103,7 +116,7 @@ def _facts(
     }
 
 
-def _print(facts: dict[str, Any], found: Simulation) -> None:
+def _print(facts: dict[str, Any], found: simulation.Simulation) -> None:
     columns = ["rank", "compute", "exposed communication", "bubble", "TFLOP", "sent", "weights",
                "memory peak"]
     rows = [

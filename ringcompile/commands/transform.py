@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile import compiler
-from ringcompile.capture.export import capture
-from ringcompile.capture.loaders import LoadedModel, load_model
 from ringcompile.commands.options import BATCH, CONSOLE, DTYPE, JSON, PARALLEL, compile_options
-from ringcompile.commands.overlap import HALVES, halved, overlap_options, schedule_for
+from ringcompile.commands.overlap import halved, overlap_options, schedule_for
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.plan import read_plan
-from ringcompile.ir.printer import print_program
-from ringcompile.ir.program import Program
+from ringcompile.later import Later
 from ringcompile.mesh import Mesh
-from ringcompile.options import Options
-from ringcompile.passes.base import Pass, Pipeline
+from ringcompile.options import HALVES, Options
+
+if TYPE_CHECKING:
+    from ringcompile import compiler
+    from ringcompile.capture import export, loaders
+    from ringcompile.ir import plan as plans
+    from ringcompile.ir import printer
+    from ringcompile.ir.program import Program
+    from ringcompile.passes import base
+else:
+    compiler = Later("ringcompile.compiler")
+    export = Later("ringcompile.capture.export")
+    loaders = Later("ringcompile.capture.loaders")
+    plans = Later("ringcompile.ir.plan")
+    printer = Later("ringcompile.ir.printer")
+    base = Later("ringcompile.passes.base")
 
 
 @click.command()
@@ -65,22 +75,22 @@ def transform(
         raise RingCompileError(f"'{out}' exists", hint="pass --overwrite to replace it")
     keep_weights = not no_weights and out is not None
     with CONSOLE.status(f"loading {model}"):
-        loaded = load_model(
+        loaded = loaders.load_model(
             model, batch=batch, length=options.length, dtype=dtype, weights=keep_weights
         )
     with CONSOLE.status("capturing"):
-        program = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+        program = export.capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
         if overlap == HALVES:
             program = halved(
                 program, lambda half: _captured_at(half, loaded, model, options.length, dtype),
                 batch, options.capacity,
             )
-    told = None if plan is None else read_plan(plan, program, mesh)
+    told = None if plan is None else plans.read_plan(plan, program, mesh)
     if passes is not None:
         every = compiler.front_passes(
             mesh, compiler.with_plan(options, told), told.told("tp") if told else None
         )
-        click.echo(print_program(_run_passes(program, passes, every, mesh)))
+        click.echo(printer.print_program(_run_passes(program, passes, every, mesh)))
         return
     seconds: dict[str, float] = {}
     observe = _observer(print_ir_after_all, seconds)
@@ -103,31 +113,33 @@ def transform(
 
 
 def _captured_at(
-    batch: int, loaded: LoadedModel, model: str, seq: int | None, dtype: str | None
+    batch: int, loaded: loaders.LoadedModel, model: str, seq: int | None, dtype: str | None
 ) -> Program:
     """The same module over example inputs of another batch; weights are not loaded again."""
-    other = load_model(model, batch=batch, length=seq, dtype=dtype, weights=":" in model)
-    return capture(loaded.module, other.args, other.kwargs, name=loaded.name)
+    other = loaders.load_model(model, batch=batch, length=seq, dtype=dtype, weights=":" in model)
+    return export.capture(loaded.module, other.args, other.kwargs, name=loaded.name)
 
 
 def _run_passes(
-    program: Program, names: str, front: Sequence[Pass], mesh: Mesh
+    program: Program, names: str, front: Sequence[base.Pass], mesh: Mesh
 ) -> Program:
-    known: dict[str, Pass] = {step.name: step for step in (*front, *compiler.rank_passes(0, mesh))}
+    known: dict[str, base.Pass] = {
+        step.name: step for step in (*front, *compiler.rank_passes(0, mesh))
+    }
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in known:
             raise RingCompileError(f"unknown pass '{name}'", hint=f"passes: {', '.join(known)}")
-        program = Pipeline([known[name]]).run(program)
+        program = base.Pipeline([known[name]]).run(program)
     return program
 
 
 def _observer(
     print_each: bool, seconds: dict[str, float]
-) -> Callable[[Pass, Program, float], None]:
-    def observe(step: Pass, program: Program, spent: float) -> None:
+) -> Callable[[base.Pass, Program, float], None]:
+    def observe(step: base.Pass, program: Program, spent: float) -> None:
         seconds[step.name] = seconds.get(step.name, 0.0) + spent
         if print_each:
-            click.echo(print_program(program))
+            click.echo(printer.print_program(program))
 
     return observe
 

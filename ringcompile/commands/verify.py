@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile import compiler, execution
 from ringcompile.commands.options import CONSOLE, JSON
 from ringcompile.errors import RingCompileError
+from ringcompile.later import Later
+
+if TYPE_CHECKING:
+    from ringcompile import compiler, execution
+else:
+    compiler = Later("ringcompile.compiler")
+    execution = Later("ringcompile.execution")
 
 
 @click.command()

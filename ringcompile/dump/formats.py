@@ -9,12 +9,11 @@ from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
+from ringcompile.options import FORMATS
 
-_FORMATS: dict[str, Callable[[Program], str]] = {
-    "text": print_program,
-    "json": json_,
-    "python": python_view,
-}
+_FORMATS: dict[str, Callable[[Program], str]] = dict(
+    zip(FORMATS, (print_program, json_, python_view), strict=True)
+)
 
 
 def formats() -> tuple[str, ...]:

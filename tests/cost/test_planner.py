@@ -15,7 +15,6 @@ import pytest
 from ringcompile.axes import AXES
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.commands.plan import plans_for
 from ringcompile.compiler import prepare, transform
 from ringcompile.cost import forks
 from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
@@ -38,6 +37,7 @@ from ringcompile.cost.timeline import How
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
+from ringcompile.planning import plans_for
 from tests.cost.clusters import cluster, device, figure, table
 from tests.cost.patterns import layers_of
 

@@ -1,0 +1,82 @@
+"""All plans for a model on a cluster: what `ringcompile plan` prints."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ringcompile import compiler
+from ringcompile.capture.export import capture
+from ringcompile.capture.loaders import load_model
+from ringcompile.cost.estimate import Ask, Model, Parallel
+from ringcompile.cost.layers import cut, find_stack
+from ringcompile.cost.node_times import node_times
+from ringcompile.cost.planner import Plan, Planner
+from ringcompile.cost.specs import Variant
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program
+from ringcompile.options import HALVES, NONE
+from ringcompile.passes.place import order_of
+from ringcompile.passes.schedule import Schedule
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Graphs come and go by the hundred: looking for garbage every so often takes a fifth more."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(1_000_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+@_few_collections()
+def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
+    """All plans for a model by name, as `ringcompile plan` prints them.
+
+    Args:
+        model: as `load_model` takes it.
+        ask: devices, cluster, sequence and batch.
+        dtype: to cast the model to.
+
+    Raises:
+        RingCompileError: the model cannot be captured, or nothing fits.
+    """
+    loaded = load_model(model, dtype=dtype, weights=":" in model)
+    whole = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    if whole.batch != 1:
+        raise RingCompileError(
+            f"the example of '{model}' has {whole.batch} sequences, plans are made from one",
+            hint="return an example with one sequence; --batch says how many a step has",
+        )
+    stack = find_stack(whole)
+    prepared, checked = dict[tuple[int, bool], Program](), dict[Any, Any]()
+
+    def ready(stages: int, halves: bool = False) -> Program:
+        """A block for each of so many stages, or the model, as far as all specs have in common."""
+        stages = stages if stack is not None and stack.stands_for(stages) else 0
+        if (stages, halves) not in prepared:
+            program = cut(whole, stack, stages) if stack is not None and stages else whole
+            prepared[stages, halves] = (
+                compiler.in_halves(None, program) if halves else compiler.prepare(program)
+            )
+        return prepared[stages, halves]
+
+    def compile_(variant: Variant, length: int) -> Parallel:
+        stages = variant.mesh.size("pp")
+        starts = stack.starts(stages) if stack is not None else ()
+        times = node_times(ask.cluster, length)
+        schedule = Schedule(times) if variant.overlap != NONE else None
+        return compiler.transform(
+            ready(stages, variant.overlap == HALVES), variant.mesh, check=False, checked=checked,
+            schedule=schedule, **variant.choices(length, starts),
+        )
+
+    total = sum(weight.num_bytes for weight in whole.weights.values())
+    known = Model(stack, total, whole.length_range, order_of(ready(1)))
+    return Planner(known, ask, compile_).run()
