@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from ringcompile.ir.crosscheck import cross_check
 from ringcompile.ir.plan import Plan, plan_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
+from ringcompile.ir.serialize import program_to_json
 from ringcompile.mesh import Mesh
 from ringcompile.options import DEFAULT, Given, Options
 from ringcompile.passes.base import Pass, Pipeline
@@ -110,6 +113,7 @@ class ParallelProgram:
     check: bool = True
     schedule: Schedule | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
+    _verified: bool = False
 
     @property
     def world_size(self) -> int:
@@ -152,6 +156,24 @@ class ParallelProgram:
         """
         cross_check(self.ranks(), self.mesh)
 
+    def ensure_verified(self) -> None:
+        """Check an artifact's ranks against each other, unless these programs passed that before.
+
+        Raises:
+            RingCompileError: as `verify`.
+        """
+        if self.saved is not None and not (self.saved.cross_checked or self._verified):
+            self.verify()
+            self._verified = True
+
+    @property
+    def identity(self) -> str:
+        """A digest that is the same where two programs are: of an artifact, its manifest's."""
+        if self.saved is not None:
+            return self.saved.identity
+        text = json.dumps(program_to_json(self.program), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def plan(self) -> Plan:
         """What splits each weight and why, and where stages begin; to edit and feed back."""
         firsts: dict[int, str] = {}
@@ -176,6 +198,7 @@ class ParallelProgram:
             options=self.options,
             view=python_view,
             overwrite=overwrite,
+            cross_checked=True,
         )
 
 

@@ -85,17 +85,18 @@ def run(parallel: ParallelProgram, inputs: Any, backend: str = "lockstep") -> An
         raise RingCompileError(
             f"unknown backend '{backend}'", hint=f"backends: {', '.join(BACKENDS)}"
         )
+    parallel.ensure_verified()
     if backend == "lockstep":
         return run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs).outputs
     if parallel.saved is not None:
-        return _run_folder(parallel.saved.folder.path, inputs, backend)
+        return _run_folder(parallel.saved.folder.path, inputs, backend, parallel.identity)
     with tempfile.TemporaryDirectory(prefix="ringcompile-") as folder:
         parallel.save(Path(folder) / "program")
         return _run_folder(Path(folder) / "program", inputs, backend)
 
 
-def _run_folder(folder: Path, inputs: Any, backend: str) -> Any:
-    with LocalRanks(artifact.load, (folder,), backend=backend) as ranks:
+def _run_folder(folder: Path, inputs: Any, backend: str, identity: str | None = None) -> Any:
+    with LocalRanks(artifact.load, (folder,), backend=backend, identity=identity) as ranks:
         return ranks.run(inputs).outputs
 
 
@@ -201,6 +202,7 @@ def run_artifact(
         RingCompileError: files that cannot be read, a wrong number of ranks, ranks that fail.
     """
     parallel = load(folder)
+    parallel.ensure_verified()
     whole = _read_inputs(inputs) if inputs else random_inputs(parallel.program, length)
     if under_torchrun():
         return _under_torchrun(
@@ -215,7 +217,7 @@ def run_artifact(
         return _report(parallel, backend, seconds, done.bytes_sent, done.outputs, outputs)
     options: dict[str, Any] = {
         "nproc": nproc, "backend": backend, "timeout": timeout, "join_timeout": join_timeout,
-        "compiler": compiler,
+        "compiler": compiler, "identity": parallel.identity,
     }
     with LocalRanks(artifact.load, (folder,), **options) as ranks:
         found = ranks.run(whole)

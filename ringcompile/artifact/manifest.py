@@ -22,6 +22,7 @@ from ringcompile.artifact.files import (
     read_checked,
 )
 from ringcompile.artifact.opened import DAMAGED, OpenFolder
+from ringcompile.artifact.shards import WrittenWeights
 from ringcompile.artifact.weights import Place
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
@@ -37,10 +38,10 @@ _HEX = re.compile(r"([0-9a-f]{64})*")
 def manifest_of(
     spmd: Program,
     mesh: Mesh,
-    places: Mapping[str, Place],
+    written: WrittenWeights,
     options: Mapping[str, Any],
     files: Mapping[str, Any],
-    references: Mapping[str, Any],
+    cross_checked: bool,
 ) -> dict[str, Any]:
     """The manifest of what was written.
 
@@ -57,13 +58,24 @@ def manifest_of(
         "inputs": inputs_to_json(spmd),
         "length_range": list(spmd.length_range),
         "lengths": dict(spmd.lengths),
-        "weights": {name: place.to_json() for name, place in places.items()},
+        "weights": {name: place.to_json() for name, place in written.places.items()},
         "options": dict(options),
         "files": dict(files),
-        "references": dict(references),
+        "references": dict(written.references),
+        "cross_checked": programs_digest(files) if cross_checked else None,
     }
     data = parse_json(json_text(data).encode())  # as it will be read: lists, and texts for keys
     return {**data, "sha256": _manifest_digest(data)}
+
+
+def programs_digest(files: Mapping[str, Any]) -> str:
+    """A digest of the programs' own digests, and of the version whose checks they passed."""
+    programs = {
+        name: record.get("sha256")
+        for name, record in files.items()
+        if name.endswith(".json") and name != DIGESTS
+    }
+    return digest(json.dumps([_own_version(), programs], sort_keys=True).encode())
 
 
 def _manifest_digest(data: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from ringcompile.artifact.manifest import (
     PROGRAM,
     in_file,
     manifest_of,
+    programs_digest,
     read_digests,
     read_manifest,
 )
@@ -62,6 +63,7 @@ def save(
     references: Mapping[str, tuple[str | Path, str]] | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    cross_checked: bool = False,
 ) -> Path:
     """Write an artifact, whole or not at all.
 
@@ -76,6 +78,8 @@ def save(
         references: weight -> (safetensors file, tensor name) for data that stays where it is.
         overwrite: replace an artifact that is there, once the new one is complete.
         shard_bytes: the size at which another weight file is begun.
+        cross_checked: whether the programs passed the check across ranks, so that runs need not
+            repeat it.
 
     Returns:
         the folder.
@@ -101,7 +105,7 @@ def save(
         )
         files[DIGESTS] = write_text(temporary / DIGESTS, json_text(written.digests))
         files.update(written.records)
-        manifest = manifest_of(spmd, mesh, written.places, options, files, written.references)
+        manifest = manifest_of(spmd, mesh, written, options, files, cross_checked)
         write_text(temporary / MANIFEST, json_text(manifest))
     return target
 
@@ -132,6 +136,19 @@ class Artifact:
     manifest: dict[str, Any]
     mesh: Mesh
     source: Weights
+
+    @property
+    def identity(self) -> str:
+        """The manifest's digest: two artifacts that share it hold the same bytes throughout."""
+        return str(self.manifest["sha256"])
+
+    @property
+    def cross_checked(self) -> bool:
+        """Whether these very programs passed the check across ranks when they were saved.
+
+        The claim is a digest of the programs themselves: after a change to any of them it is void.
+        """
+        return self.manifest.get("cross_checked") == programs_digest(self.manifest["files"])
 
     @cached_property
     def spmd(self) -> Program:

@@ -23,6 +23,7 @@ from ringcompile.runtime.data import name_inputs, share_inputs
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Executor
+from ringcompile.runtime.handshake import agree, facts_of
 from ringcompile.runtime.inprocess import read_weights
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory
@@ -43,6 +44,10 @@ class Parallel(Protocol):
     @property
     def source(self) -> WeightSource | None:
         """Where the data of weights comes from."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that the ranks must have in common."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class Session:
             `Executor`.
 
     Raises:
-        RingCompileError: the ranks have different programs.
+        RingCompileError: the ranks run different artifacts, or different versions of torch or
+            ringcompile; said before the first message.
     """
 
     def __init__(
@@ -117,8 +123,8 @@ class Session:
         self.program = parallel.rank(rank.index)
         # The last rank is one of the last stage: its program says what is returned.
         self.last = parallel.rank(rank.world_size - 1)
+        agree(rank, facts_of(parallel.identity, parallel.mesh.world_size))
         self.exchange = Exchange(parallel.mesh, rank, _joined(parallel))
-        self.exchange.agree(_digest(self.program), "program")
         self.weights = read_weights(self.program, parallel.source, rank.device)
         self._executors: dict[tuple[tuple[str, int], ...], Executor] = {}
 
@@ -225,15 +231,6 @@ def _joined(parallel: Parallel) -> tuple[str, ...]:
         if str(node.target) in COLLECTIVES
     }
     return tuple(sorted(axis for axis in axes if "," in axis))
-
-
-def _digest(program: Program) -> int:
-    """What programs of different ranks have in common where they belong together."""
-    weights = [] if program.mesh is not None and program.mesh.size("pp") > 1 else sorted(
-        map(str, program.weights.values())
-    )
-    common = (str(program.mesh), program.sequence, program.passes, program.inputs, weights)
-    return zlib.crc32(repr(common).encode())
 
 
 def _checksum(inputs: dict[str, torch.Tensor]) -> int:

@@ -39,12 +39,14 @@ class Rank:
         world_size: the number of ranks.
         device: where its tensors live.
         state: what a call wants to keep in the process for the next call.
+        timeout: seconds that it waits for another rank in one exchange.
     """
 
     index: int
     world_size: int
     device: torch.device
     state: Any = None
+    timeout: float = EXCHANGE_TIMEOUT
 
 
 def pick_backend(backend: str, num_ranks: int) -> str:
@@ -132,7 +134,7 @@ def join_torchrun(
     local = int(os.environ.get("LOCAL_RANK", index))
     picked = pick_backend(backend, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     if dist.is_initialized():
-        return Rank(index, world_size, _device(picked, local))
+        return Rank(index, world_size, _device(picked, local), timeout=timeout)
     try:
         store = _job_store(index, world_size, timedelta(seconds=join_timeout))
     except (RuntimeError, ValueError) as error:
@@ -214,7 +216,7 @@ def _join(
             hint="GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME can name the network interface to use",
         ) from error
     atexit.register(leave)
-    return Rank(index, world_size, device)
+    return Rank(index, world_size, device, timeout=timeout)
 
 
 def _check_in(store: Store, index: int, world_size: int, timeout: float) -> None:

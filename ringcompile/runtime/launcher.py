@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ringcompile.errors import RingCompileError
 from ringcompile.runtime.batches import deal, whole_outputs
 from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.distributed import Parallel, RankRun, Session, Stats
@@ -57,10 +58,12 @@ class LocalRanks(Processes):
         args: its arguments.
         nproc: the number of ranks asked for, if any was: it has to be the mesh's.
         compiler: as for `Session`.
+        identity: that of the program which the caller has read already, if it has.
         options: as for `Processes`.
 
     Raises:
-        RingCompileError: what `load` raises; another number of ranks; a rank that did not join.
+        RingCompileError: what `load` raises; another number of ranks; another program than
+            the caller's; a rank that did not join.
     """
 
     def __init__(
@@ -70,15 +73,21 @@ class LocalRanks(Processes):
         *,
         nproc: int | None = None,
         compiler: str | None = None,
+        identity: str | None = None,
         **options: Any,
     ) -> None:
         parallel = load(*args)
+        if identity not in (None, parallel.identity):
+            raise _replaced()
         if nproc is not None:
             check_world_size(parallel.mesh, nproc)
         self.program = parallel.rank(0)
         self.last = parallel.rank(parallel.mesh.world_size - 1)
         super().__init__(parallel.mesh.world_size, **options)
-        self.call(_open, load, args, compiler)
+        theirs = self.call(_open, load, args, compiler)
+        if theirs[0] != parallel.identity:
+            self.kill()
+            raise _replaced()
 
     def run(self, inputs: Any, *, timeout: float | None = None) -> LocalRun:
         """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor.
@@ -93,10 +102,19 @@ class LocalRanks(Processes):
         return LocalRun(outputs, [run.stats for run in runs])
 
 
+def _replaced() -> RingCompileError:
+    return RingCompileError(
+        "the artifact was replaced while the ranks were started", hint="run it again"
+    )
+
+
 def _open(
     rank: Rank, load: Callable[..., Parallel], args: tuple[Any, ...], compiler: str | None
-) -> None:
-    rank.state = Session(load(*args), rank, compiler=compiler)
+) -> str:
+    """Make the rank's session; which artifact it is for."""
+    parallel = load(*args)
+    rank.state = Session(parallel, rank, compiler=compiler)
+    return parallel.identity
 
 
 def _run(rank: Rank, inputs: Any) -> RankRun:

@@ -19,6 +19,7 @@ from ringcompile.runtime.collectives import Collective
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Shift, Wait
+from ringcompile.runtime.handshake import agree
 from ringcompile.runtime.join import Rank
 
 
@@ -160,3 +161,13 @@ def joined_axes(rank: Rank, axis: str) -> dict[str, list[int]]:
         "meant": meet("all_to_all", addressed).flatten().tolist(),
         "reduce_scatter": meet("reduce_scatter", addressed).tolist(),
     }
+
+
+def state_facts(rank: Rank, everyones: list[dict[str, str]]) -> str:
+    """What a rank hears when all state their facts twice: nothing, or why it is refused."""
+    try:
+        agree(rank, {"artifact": "a"})
+        agree(rank, everyones[rank.index])
+    except RingCompileError as error:
+        return str(error)
+    return ""

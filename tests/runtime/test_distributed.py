@@ -109,7 +109,7 @@ def test_a_damaged_program_is_the_ranks_error(saved: Saved, tmp_path: Path) -> N
 
 def test_ranks_with_different_programs_are_refused(saved: Saved) -> None:
     folders = [saved("llama-tiny", "ring=2", order)[1] for order in ("contiguous", "zigzag")]
-    with pytest.raises(RingCompileError, match="rank 1 got other program than rank 0"):
+    with pytest.raises(RingCompileError, match="rank 1 runs another artifact than rank 0: "):
         launch(rank_functions.open_each, 2, (folders,))
 
 
