@@ -290,7 +290,7 @@ def _call(
         pairs = masks.by_pair
         pairs = pairs if pairs.shape[2] == 1 else pairs.narrow(2, first, num_rows)
         parts.append(_columns(pairs, by_position))
-    return _KernelCall(first, q.narrow(2, first, num_rows), k, v, mask=_combine(parts))
+    return _KernelCall(first, q.narrow(2, first, num_rows), k, v, mask=combine(parts))
 
 
 def _columns(mask: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -307,7 +307,7 @@ def _take(x: torch.Tensor, runs: Sequence[tuple[int, int]], dim: int) -> torch.T
     return torch.cat([x.narrow(dim, start, length) for start, length in runs], dim)
 
 
-def _combine(parts: list[torch.Tensor]) -> torch.Tensor | None:
+def combine(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """One mask from several: bool ones are and-ed, additive ones added, bool into additive."""
     flags = [part for part in parts if part.dtype == torch.bool]
     biases = [part for part in parts if part.dtype != torch.bool]

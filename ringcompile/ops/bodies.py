@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ringcompile.ops import attention, schemas
+from ringcompile.ops import attention, cached, schemas
 from ringcompile.ops.experts import expert_linear, route
 from ringcompile.ops.sequence import positions
 
@@ -54,6 +54,11 @@ BODIES: dict[str, Callable[..., Any]] = {
     "merge": attention.merge,
     "attend_merge": attention.attend_merge,
     "finish": attention.finish,
+    "store": cached.store,
+    "cached_attention": cached.cached_attention,
+    "pack_state": cached.pack_state,
+    "merge_states": cached.merge_states,
+    "running_sum": cached.running_sum,
 }
 
 # Ops that make tensors out of nothing and so must be told the device.

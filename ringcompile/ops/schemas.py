@@ -49,6 +49,18 @@ SCHEMAS = {
     ),
     "merge": "(Tensor[] state, Tensor[] block, *, SymInt start) -> Tensor[]",
     "finish": "(Tensor[] state, Tensor? sink=None, *, ScalarType dtype) -> Tensor",
+    "store": "(Tensor x, Tensor(a!) cache, Tensor slots) -> Tensor",
+    "cached_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cached_k, Tensor cached_v, Tensor places, "
+        "Tensor positions, Tensor? key_mask=None, Tensor? mask=None, *, float scale, "
+        "float? softcap=None, SymInt? lower=None, SymInt? upper=None, bool wide=False) -> Tensor[]"
+    ),
+    "pack_state": "(Tensor[] state) -> Tensor",
+    "merge_states": "(Tensor packed) -> Tensor[]",
+    "running_sum": (
+        "(Tensor x, Tensor(a!) sums, Tensor positions, *, int dim, ScalarType? dtype=None) "
+        "-> Tensor"
+    ),
     "route": "(Tensor expert, *, int each, int ways) -> Tensor[]",
     "dispatch": (
         "(Tensor x, Tensor order, Tensor sends, Tensor takes, *, str axis, int lead) -> Tensor"

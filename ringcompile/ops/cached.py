@@ -1,0 +1,119 @@
+"""Bodies of the ops that keep something from one call to the next: cached keys, prefix sums.
+
+A rank keeps keys and values in slots, in the order in which they came. Which positions its slots
+hold is a tensor beside them, `places`; masks are always made from positions, never from slots. Its
+length is the number of slots in use, so that what lies in the others is never read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ringcompile.ops import kernels
+from ringcompile.ops.attention import State, combine
+from ringcompile.ops.blocks import Band
+
+
+def store(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Write the rows of x [B,G,S,D] into the cache [B,G,slots,D], in place; returns x.
+
+    Args:
+        x: keys or values of new tokens.
+        cache: where they are kept. The last slot takes what other ranks keep; it is never read.
+        slots: int64 [S], the slot of each new token.
+    """
+    cache.index_copy_(2, slots, x)
+    return x
+
+
+def cached_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cached_k: torch.Tensor,
+    cached_v: torch.Tensor,
+    places: torch.Tensor,
+    positions: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    lower: int | None = None,
+    upper: int | None = None,
+    wide: bool = False,
+) -> State:
+    """Attention of new queries over the keys that this rank keeps, as a state [out, lse].
+
+    A rank that keeps none returns 0 with a log-sum-exp of -inf.
+
+    Args:
+        q: [B,H,S,D], queries of the new tokens.
+        k: [B,G,S,D], keys of the new tokens, which `store` has written; not read again.
+        v: [B,G,S,E], likewise.
+        cached_k: [B,G,slots,D].
+        cached_v: [B,G,slots,E].
+        places: int64 [used], the positions in the first slots, increasing.
+        positions: int64 [S], of the queries.
+        key_mask: [B|1,1,1,capacity], by position; bool (True is visible) or additive.
+        mask: [B|1,H|1,S|1,capacity], likewise.
+        scale: as in `attention`.
+        softcap: likewise.
+        lower: the smallest visible query position - key position.
+        upper: the largest one.
+        wide: whether out is wanted as precise as lse, for states to be merged.
+    """
+    used, band = places.shape[0], Band(lower, upper)
+    keys, values = cached_k.narrow(2, 0, used), cached_v.narrow(2, 0, used)
+    parts = [x if x.shape[3] == 1 else x.index_select(3, places)
+             for x in (key_mask, mask) if x is not None]
+    causal = not parts and band.is_causal and places.shape == positions.shape and torch.equal(
+        places, positions
+    )
+    # One query comes behind every key: only a window hides any.
+    if not causal and (q.shape[2] > 1 or upper is not None or lower != 0):
+        parts.append(band.mask(positions, places))
+    out, lse = kernels.attend(
+        q, keys, values, scale=scale, causal=causal, mask=combine(parts), softcap=softcap,
+        wide=wide,
+    )
+    return [out, lse]
+
+
+def pack_state(state: State) -> torch.Tensor:
+    """A state as one tensor [1,B,H,S,E+1], so that one transfer carries both of its parts."""
+    out, lse = state
+    return torch.cat([out.to(lse.dtype), lse.unsqueeze(-1)], -1).unsqueeze(0)
+
+
+def merge_states(packed: torch.Tensor) -> State:
+    """The state over all keys, from those over each rank's: [ranks,B,H,S,E+1]."""
+    first, *others = (part.split([part.shape[-1] - 1, 1], -1) for part in packed.unbind())
+    out, lse = first[0].clone(), first[1].squeeze(-1).clone()
+    for block_out, block_lse in others:
+        kernels.merge(out, lse, block_out, block_lse.squeeze(-1))
+    return [out, lse]
+
+
+def running_sum(
+    x: torch.Tensor,
+    sums: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    dim: int,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The prefix sum of x along `dim`, begun where the tokens before it ended.
+
+    Args:
+        x: [.., S, ..], the new tokens.
+        sums: [.., capacity + 1, ..], the prefix sums at all positions so far, moved on by one: 0
+            stands before the first; written in place.
+        positions: int64 [S], of the new tokens.
+        dim: the dim summed along.
+        dtype: of the result.
+    """
+    before = sums.index_select(dim, positions[:1])
+    total = torch.cumsum(x, dim, dtype=dtype) + before
+    sums.index_copy_(dim, positions + 1, total)
+    return total
