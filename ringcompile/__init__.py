@@ -7,6 +7,9 @@ parallel = rc.transform(program, "ring=4")
 print(parallel.rank(0))
 parallel.save("out/")
 logits = rc.run(parallel, (input_ids,))
+
+parallel = rc.transform(program, "ring=4", cache=8192)
+tokens = rc.generate(parallel, input_ids, max_new_tokens=64)
 """
 
 import sys
@@ -20,14 +23,18 @@ if TYPE_CHECKING:
     from ringcompile.capture.export import capture
     from ringcompile.compiler import ParallelProgram, check, load, transform
     from ringcompile.execution import run, verify
+    from ringcompile.generation import generate
+    from ringcompile.session import Session
     from ringcompile.tokenwise import tokenwise
 
 __all__ = [
     "Mesh",
     "ParallelProgram",
     "RingCompileError",
+    "Session",
     "capture",
     "check",
+    "generate",
     "load",
     "run",
     "tokenwise",
@@ -39,8 +46,10 @@ __version__ = "0.1.0"
 # What needs torch is imported when it is first used; tests hold this table against the imports.
 _MODULES = {
     "ParallelProgram": "ringcompile.compiler",
+    "Session": "ringcompile.session",
     "capture": "ringcompile.capture.export",
     "check": "ringcompile.compiler",
+    "generate": "ringcompile.generation",
     "load": "ringcompile.compiler",
     "run": "ringcompile.execution",
     "tokenwise": "ringcompile.tokenwise",

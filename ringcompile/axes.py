@@ -29,6 +29,7 @@ class Axis:
         has_ranks: whether its places are different ranks. The places of `time` are pieces of work
             that one rank does in turn.
         own_tokens: whether its ranks compute different tokens, whatever the options.
+        keeps_tokens: whether the tokens of a cache lie along it, each on one rank.
         divides_weights: whether each of its ranks is meant to hold a part of the weights only.
     """
 
@@ -40,6 +41,7 @@ class Axis:
     balances: bool = False
     has_ranks: bool = True
     own_tokens: bool = False
+    keeps_tokens: bool = False
     divides_weights: bool = False
 
 
@@ -55,14 +57,15 @@ AXES = {
         Axis(TIME, "splits the sequence; a rank computes one chunk after another",
              divides_sequence=True, only_sequence=True, rotates=True, has_ranks=False),
         Axis("ring", "splits the sequence; keys and values rotate", divides_sequence=True,
-             only_sequence=True, rotates=True, balances=True, own_tokens=True),
+             only_sequence=True, rotates=True, balances=True, own_tokens=True, keeps_tokens=True),
         Axis("ep", "splits experts", divides_sequence=True, balances=True, own_tokens=True,
              divides_weights=True),
         Axis("ulysses", "splits the sequence; attention is split by heads",
-             divides_sequence=True, own_tokens=True),
+             divides_sequence=True, own_tokens=True, keeps_tokens=True),
         Axis("tp", "splits heads and features", divides_sequence=True, divides_weights=True),
     )
 }
+KEEP_TOKENS = tuple(axis.name for axis in AXES.values() if axis.keeps_tokens)
 ONLY_SEQUENCE = frozenset(axis.name for axis in AXES.values() if axis.only_sequence)
 
 _PART = re.compile(r"(\w+)(//|%)(\d+)")

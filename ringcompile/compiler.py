@@ -29,6 +29,7 @@ from ringcompile.options import DEFAULT, Given, Options
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.batch_rows import CheckBatch, mixed, routing
 from ringcompile.passes.canonicalize import Canonicalize
+from ringcompile.passes.carry import Carry, carried_mesh
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
@@ -53,6 +54,8 @@ def front_passes(
     options: Options = DEFAULT,
     told: Mapping[str, int | None] | None = None,
     checked: dict[Any, Any] | None = None,
+    *,
+    carried: bool = False,
 ) -> list[Pass]:
     """From a captured program to one program for all ranks.
 
@@ -61,10 +64,17 @@ def front_passes(
         options: how to compile.
         told: for weights by name, the dim that `tp` splits, as the user's plan says.
         checked: as for `transform`.
+        carried: write the program for the next tokens, with a cache of `options.cache` tokens.
     """
     known = {} if checked is None else checked
+    if carried:
+        assert options.cache is not None
+        placed, carry = carried_mesh(mesh), [Carry(mesh, options.cache), CleanUp()]
+        options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
+    else:
+        placed, carry = mesh, []
     place = Place(
-        mesh, options.order, options.gather_unknown, options.capacity, options.ring,
+        placed, options.order, options.gather_unknown, options.capacity, options.ring,
         options.tp_sequence, known,
     )
     return [
@@ -77,7 +87,8 @@ def front_passes(
         place,
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
-        *([TensorParallel(mesh, told or {}), CleanUp()] if mesh.size("tp") > 1 else []),
+        *([TensorParallel(placed, told or {}), CleanUp()] if mesh.size("tp") > 1 else []),
+        *carry,
         Partition(),
         CleanUp(),
         *([SplitPipeline(mesh, options.stages)] if mesh.size("pp") > 1 else []),
@@ -103,6 +114,7 @@ class ParallelProgram:
         check: whether each rank's program is checked behind every pass.
         schedule: the pass that orders each rank's program, if one does.
         saved: the artifact that it was read from, if it was.
+        carried: the programs for the next tokens of a sequence, if there is a cache.
     """
 
     program: Program
@@ -112,6 +124,7 @@ class ParallelProgram:
     saved: artifact.Artifact | None = None
     check: bool = True
     schedule: Schedule | None = None
+    carried: ParallelProgram | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
     _verified: bool = False
 
@@ -155,6 +168,8 @@ class ParallelProgram:
             RingCompileError: naming the ranks and nodes that do not fit together.
         """
         cross_check(self.ranks(), self.mesh)
+        if self.carried is not None:
+            self.carried.verify()
 
     def ensure_verified(self) -> None:
         """Check an artifact's ranks against each other, unless these programs passed that before.
@@ -265,20 +280,26 @@ def transform(
         checked: what is known of the model's regions from earlier calls; added to.
         schedule: orders each rank's program, so that transfers overlap with more.
         options: the fields of `Options`: `order`, `capacity`, `ring`, `tp_sequence`, `stages`,
-            `length`, `gather_unknown`.
+            `length`, `gather_unknown`, `cache`.
 
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
     """
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     chosen = with_plan(Options.of(options), plan)
-    front = front_passes(mesh, chosen, plan.told("tp") if plan else None, checked)
+    told = plan.told("tp") if plan else None
+    front = front_passes(mesh, chosen, told, checked)
     done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
     placed = Pipeline(front[done:], observe, check).run(program)
     if chosen.length is not None:
         placed = placed.with_graph(placed.graph, lengths=_lengths(placed, chosen.length))
     kept = {"parallel": str(mesh), **Options.of(options).record(), **(record or {})}
-    return ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
+    made = ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
+    if chosen.cache is not None:
+        front = front_passes(mesh, chosen, told, checked, carried=True)
+        next_tokens = Pipeline(front[done:], observe, check).run(program)
+        made.carried = ParallelProgram(next_tokens, mesh, kept, observe, check=check)
+    return made
 
 
 def with_plan(options: Options, plan: Plan | None) -> Options:

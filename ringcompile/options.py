@@ -56,6 +56,8 @@ class Options:
         length: fix the sequence length in tokens; blocks out of a window's reach are then dropped
             from the graphs, and other lengths refused. By default one program serves all lengths.
         gather_unknown: compute what has no rule whole on every rank instead of refusing it.
+        cache: also compile for generating tokens, with a cache for sequences of up to so many
+            tokens, prompt included.
 
     Raises:
         RingCompileError: a value that an option does not take.
@@ -82,6 +84,9 @@ class Options:
     )
     length: int | None = _option(None, "Fix the sequence length (else any).", flag="seq")
     gather_unknown: bool = _option(False, "Compute ops without a rule whole.")
+    cache: int | None = _option(
+        None, "Also write the programs that generate tokens, for sequences of up to so many."
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -92,6 +97,8 @@ class Options:
                 )
         if self.length is not None and self.length < 1:
             raise RingCompileError(f"sequence length {self.length}: it must be at least 1")
+        if self.cache is not None and self.cache < 1:
+            raise RingCompileError(f"a cache for {self.cache} tokens: it must be at least 1")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -135,6 +142,7 @@ class Given(TypedDict, total=False):
     stages: tuple[str, ...] | list[str]
     length: int | None
     gather_unknown: bool
+    cache: int | None
 
 
 def option_fields() -> tuple[Field[Any], ...]:

@@ -36,6 +36,7 @@ from ringcompile.ir.expr import LOCAL, OWN, SEQUENCE, Size, depends_on_data, is_
 from ringcompile.ir.layout import Atom, Layout
 from ringcompile.ir.program import Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
+from ringcompile.ir.state import STATE_KINDS
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
 from ringcompile.ir.verifier import verify_program
 from ringcompile.mesh import Mesh
@@ -83,6 +84,7 @@ def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
         passes=texts(data, "passes"),
         notes=texts(data, "notes"),
         lengths=numbers(data, "lengths"),
+        state={key: _state(kind) for key, kind in member(data, "state", dict).items()},
         fixed_batch=member(data, "fixed_batch", bool),
     )
     _check(program)
@@ -92,6 +94,12 @@ def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
 def _weight(placeholder: str, data: Any) -> Weight:
     data = expect(data, dict, f"the weight of '{placeholder}'")
     return weight_from_json(member(data, "name", str), data)
+
+
+def _state(kind: Any) -> str:
+    if expect(kind, str, "a kind of state") not in STATE_KINDS:
+        raise RingCompileError(f"'{kind[:40]}' is not a kind of state")
+    return str(kind)
 
 
 def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
@@ -114,8 +122,10 @@ def _num_tensors(structure: Structure) -> int:
 def _check(program: Program) -> None:
     """What the parts must agree on."""
     placeholders = {node.name for node in program.graph.nodes if node.op == "placeholder"}
-    if placeholders != program.weights.keys() ^ program.placeholders.keys():
-        raise RingCompileError("placeholders, inputs and weights do not fit together")
+    taken, kept = program.placeholders.keys(), program.state.keys()
+    both = {name for name, kind in program.state.items() if kind == "history"}
+    if placeholders != program.weights.keys() ^ (taken | kept) or both != taken & kept:
+        raise RingCompileError("placeholders, inputs, state and weights do not fit together")
     names = [spec.name for spec in program.inputs]
     if len(set(names)) < len(names) or not set(program.placeholders.values()) <= set(names):
         raise RingCompileError(f"the inputs {names} do not fit the placeholders")

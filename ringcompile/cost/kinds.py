@@ -33,7 +33,10 @@ _SPECIAL = frozenset(
         "asinh", "acosh", "atanh", "logit", "atan2", "polar", "logaddexp", "hypot", "angle", "glu",
     )
 ) | {"aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar", "aten.xlogy.Tensor"}
-_STREAMS = frozenset({"ringcompile.positions.default", "ringcompile.finish.default"})
+_STREAMS = frozenset({
+    "ringcompile.positions.default", "ringcompile.finish.default", "ringcompile.store.default",
+    "ringcompile.merge_states.default",
+})
 # How the dims of an op are tied says how it goes over memory.
 _BY_FACTORS = {
     table.pointwise: "stream",

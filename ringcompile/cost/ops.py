@@ -247,6 +247,14 @@ def _attend_merge(work: Work) -> list[Kernel]:
     return [*made, _brought_in(work, part, passes=2)]
 
 
+def _cached_attention(work: Work) -> list[Kernel]:
+    """New queries over the keys in slots that are in use: all visible, but for the new ones."""
+    q, v, columns = work["q"], work["v"], work["places"].shape[0]
+    kind = "attention" if q.shape[2] == 1 and not _is_masked(work) else "attention_masked"
+    block = Block(kind, q.shape[2], columns, q.shape[2] * columns)
+    return [_attend(q, block, q.shape[3], v.shape[3])]
+
+
 def _block_kernels(work: Work, value_dim: int) -> list[Kernel]:
     q, kv = work["q"], work["kv"]
     found = blocks(
@@ -360,14 +368,17 @@ def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
         _transposed_convolution: ["aten.conv_transpose1d.default", "aten.conv_transpose2d.input"],
         _attention: ["ringcompile.attention.default", "ringcompile.ring_attention.default"],
         _block_attention: ["ringcompile.block_attention.default"],
+        _cached_attention: ["ringcompile.cached_attention.default"],
         _attend_merge: ["ringcompile.attend_merge.default"],
         _merge: ["ringcompile.merge.default"],
         _finish: ["ringcompile.finish.default"],
         _index_put: ["aten.index_put.default"],
         _rows_taken: ["aten.embedding.default", "aten.index_select.default", "aten.index.Tensor",
                       "aten.gather.default"],
-        _joined: ["aten.cat.default", "aten.stack.default", "ringcompile.pack.default"],
-        _running_sum: ["aten.cumsum.default", "aten.cumprod.default"],
+        _joined: ["aten.cat.default", "aten.stack.default", "ringcompile.pack.default",
+                  "ringcompile.pack_state.default"],
+        _running_sum: ["aten.cumsum.default", "aten.cumprod.default",
+                       "ringcompile.running_sum.default"],
         _sorted: ["aten.sort.default", "aten.sort.stable", "aten.argsort.default",
                   "aten.argsort.stable", "ringcompile.route.default"],
     }

@@ -16,8 +16,13 @@ from ringcompile.ir.calls import Call
 from ringcompile.ir.program import Program
 
 _WHOLE = frozenset({"ringcompile.attention.default", "ringcompile.ring_attention.default"})
-_BLOCKS = frozenset({"ringcompile.block_attention.default", "ringcompile.attend_merge.default"})
+_BLOCKS = frozenset({
+    "ringcompile.block_attention.default", "ringcompile.attend_merge.default",
+    "ringcompile.cached_attention.default",
+})
 _FINISH = "ringcompile.finish.default"
+# Where the states are that a state was merged from, also those of other ranks.
+_FROM = ("state", "block", "packed", "x")
 _OPTIONAL = ("key_mask", "mask", "sink")
 # What `unroll` appends to the name of a node that it writes out for each chunk of time.
 _CHUNK = re.compile(r"_t\d+$")
@@ -64,5 +69,5 @@ def _blocks(state: fx.Node) -> list[fx.Node]:
         if str(node.target) in _BLOCKS:
             found.append(node)
         if str(node.target) not in _BLOCKS or "state" in Call(node).arguments:
-            work += [n for n in (Call(node).get("state"), Call(node).get("block")) if n is not None]
+            work += [n for n in map(Call(node).get, _FROM) if n is not None]
     return found

@@ -17,6 +17,7 @@ from torch import fx
 from ringcompile.ir.call_text import call_text, op_name
 from ringcompile.ir.legend import is_state, legend, summary, title
 from ringcompile.ir.nodes import location_of, type_of
+from ringcompile.ir.state import STATE_KINDS
 from ringcompile.ir.types import ValueType, bind_type, format_type
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def _entry(program: Program, node: fx.Node, names: Mapping[fx.Node, str]) -> _Li
     if node.name in program.weights:
         size = f"{program.weights[node.name].num_bytes:,} bytes"
         return _Line(names[node], type_, "weight", why=size)
+    if node.name in program.state:
+        kind = program.state[node.name]
+        return _Line(names[node], type_, f"state {kind}", why=STATE_KINDS[kind])
     passed = program.placeholders[node.name]
     code = "input" if passed == node.name else f"input {passed}"
     share = "whole" if type_of(node).layout.is_whole else "this rank's share"

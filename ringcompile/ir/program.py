@@ -99,6 +99,7 @@ class Program:
         without_rule: of these, what has no rule and is computed whole on every rank, on request.
         lengths: symbols whose value is fixed.
         tp_plan: what the model says of how its layers split, by pattern of layer names.
+        state: placeholder name -> the kind of state, of a program with a cache: see `ir/state.py`.
         fixed_batch: sequences of a batch change each other's results, so that none other than the
             captured one can be dealt out.
     """
@@ -119,6 +120,7 @@ class Program:
     without_rule: tuple[str, ...] = ()
     lengths: dict[str, int] = field(default_factory=dict)
     tp_plan: dict[str, str] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)
     fixed_batch: bool = False
 
     def __str__(self) -> str:

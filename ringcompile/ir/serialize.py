@@ -106,6 +106,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "fixed_batch": program.fixed_batch,
         "inputs": inputs_to_json(program),
         "placeholders": dict(program.placeholders),
+        "state": dict(program.state),
         "weights": {
             placeholder: {"name": weight.name, **weight_to_json(weight)}
             for placeholder, weight in program.weights.items()

@@ -34,8 +34,10 @@ def _problem(program: Program, node: fx.Node) -> str | None:
     if "type" not in node.meta and node.users:
         return "has no type"
     if node.op == "placeholder":
-        known = node.name in program.weights or node.name in program.placeholders
-        return None if known else "is neither a weight nor an input"
+        known = any(
+            node.name in of for of in (program.weights, program.placeholders, program.state)
+        )
+        return None if known else "is neither a weight, an input nor state"
     if node.op != "call_function":
         return f"is a {node.op}"
     target = str(node.target)

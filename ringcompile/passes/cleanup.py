@@ -12,7 +12,9 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.verifier import CONSUMING
 from ringcompile.passes.base import Builder, Pass
 
-_EFFECTS = frozenset({"ringcompile.shift_start.default", "ringcompile.wait.default"})
+_EFFECTS = frozenset({
+    "ringcompile.shift_start.default", "ringcompile.wait.default", "ringcompile.store.default",
+})
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class CleanUp(Pass):
             builder.graph,
             placeholders={k: v for k, v in program.placeholders.items() if k in names},
             weights={k: v for k, v in program.weights.items() if k in names},
+            state={k: v for k, v in program.state.items() if k in names},
         )
 
 

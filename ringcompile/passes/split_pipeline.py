@@ -228,6 +228,7 @@ class _Stage:
             self.builder.graph,
             placeholders={k: v for k, v in self.program.placeholders.items() if k in names},
             weights={k: v for k, v in self.program.weights.items() if k in names},
+            state={k: v for k, v in self.program.state.items() if k in names},
         )
 
     def _needed(self, wanted: Sequence[fx.Node], arriving: set[fx.Node]) -> set[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,19 @@ def _read(program: Program, source: WeightSource, name: str, type_: TensorType) 
     return share_of(program, source(name), type_, {})
 
 
+def read_all_weights(
+    programs: Sequence[Program], source: WeightSource | None, device: torch.device | str = "cpu"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The weights of each rank's program; ranks that hold the same share have it once."""
+    weights: dict[Any, torch.Tensor] = {}
+    for program in programs:
+        keys = share_keys(program)
+        new = {p: program.weights[p] for p, key in keys.items() if key not in weights}
+        read = read_weights(program.with_graph(program.graph, weights=new), source, device)
+        weights.update({keys[p]: weight for p, weight in read.items()})
+        yield {p: weights[key] for p, key in keys.items()}
+
+
 @torch.no_grad()
 def run_lockstep(
     programs: Sequence[Program],
@@ -88,16 +101,11 @@ def run_lockstep(
     first, last = programs[0], programs[-1]
     dealt = deal(first, name_inputs(first, inputs))
     lengths = first.bindings(dealt.hands[0][0])
-    weights: dict[Any, torch.Tensor] = {}
     generators = []
-    for program in programs:
-        keys = share_keys(program)
-        new = {p: program.weights[p] for p, key in keys.items() if key not in weights}
-        read = read_weights(program.with_graph(program.graph, weights=new), source, device)
-        weights.update({keys[p]: weight for p, weight in read.items()})
+    for program, weights in zip(programs, read_all_weights(programs, source, device), strict=True):
         executor = Executor(program, lengths, device, check_types, compiler=compiler)
         values = [
-            {**{p: weights[key] for p, key in keys.items()},
+            {**weights,
              **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}
             for hand in dealt.of(program)
         ]

@@ -1,0 +1,71 @@
+"""Which rank keeps which position of a sequence: a function of the lengths so far, and no message.
+
+New tokens go in blocks to the rank that keeps fewest, ties to the lowest: no rank ever keeps more
+than its share and one block. On each rank positions rise from slot to slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BLOCK = 32
+# What a rank may keep beyond its even share: a block, and one position for a share that is uneven.
+_SLACK = BLOCK + 1
+
+
+def slots_of(capacity: int, ranks: int) -> int:
+    """The slots on each rank, for so many tokens in all."""
+    return capacity if ranks == 1 else min(capacity, capacity // ranks + _SLACK)
+
+
+@dataclass
+class Ledger:
+    """The positions that each rank keeps.
+
+    Attributes:
+        ranks: how many ranks share the sequence.
+        length: positions so far.
+        runs: (rank, first position, end), in order of positions.
+    """
+
+    ranks: int
+    length: int = 0
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def count(self, rank: int) -> int:
+        """The positions that a rank keeps."""
+        return sum(end - start for owner, start, end in self.runs if owner == rank)
+
+    def extend(self, num: int) -> list[tuple[int, int, int]]:
+        """Give `num` new positions to ranks; the new runs."""
+        counts = [self.count(rank) for rank in range(self.ranks)]
+        end, added = self.length + num, []
+        while self.length < end:
+            rank, room = self._open(counts)
+            stop = min(self.length + room, end)
+            counts[rank] += stop - self.length
+            added.append((rank, self.length, stop))
+            self._add(rank, stop)
+        return added
+
+    def _open(self, counts: list[int]) -> tuple[int, int]:
+        """The rank whose turn it is, and how many positions it still takes."""
+        if self.runs:
+            rank, start, end = self.runs[-1]
+            if (end - start) % BLOCK:
+                return rank, BLOCK - (end - start) % BLOCK
+        return min(range(self.ranks), key=counts.__getitem__), BLOCK
+
+    def _add(self, rank: int, stop: int) -> None:
+        """A run of one block at most: one that is not full is continued."""
+        last = self.runs[-1] if self.runs else None
+        if last is not None and last[0] == rank and (last[2] - last[1]) % BLOCK:
+            self.runs[-1] = (rank, last[1], stop)
+        else:
+            self.runs.append((rank, self.length, stop))
+        self.length = stop
+
+    def rewind(self, length: int) -> None:
+        """Forget the positions from `length` on."""
+        kept = [(rank, start, min(end, length)) for rank, start, end in self.runs if start < length]
+        self.runs, self.length = kept, length

@@ -1,0 +1,419 @@
+"""Time carried: one program for the next tokens of a sequence, whose earlier ones it remembers.
+
+`time` is an axis without ranks. `unroll` writes its chunks out one behind the other, in one
+program; here the program is written for one chunk, the new tokens of a call, and what it needs of
+the chunks before it is state that a rank keeps between calls:
+
+    p = arange(0, s)           [s/time]   ->  p = positions of the new tokens
+    t = table[0:s]             [s]        ->  t = table[0:capacity]
+    r = redistribute(t)        [s/time]   ->  r = index_select(t, 0, positions)
+    o = attention(q, k, v)     k [s/time] ->  k, v = store(k), store(v);  o = cached_attention(q)
+    y = cumsum(x, 1)           [s/time]   ->  y = running_sum(x, sums)
+    m = redistribute(x)        [s]            is refused: a token that comes later would change it
+
+`place` has said which values are split along time, by the same requests that give a rank its share
+of a sequence. What is split is computed for the new tokens. What is whole is made of positions and
+of inputs that are token-sized, for as many positions as the cache has; `carried_dims` makes sure
+that the entry of a position depends on no later one. Keys and values of a sequence lie on the ranks
+of `ring` and `ulysses`, each position on one of them: every rank attends with all new queries over
+the keys that it keeps, and one all-gather a layer brings the results and their log-sum-exp
+together.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ringcompile.axes import KEEP_TOKENS, TIME
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import Call, map_values, operands, with_argument
+from ringcompile.ir.expr import (
+    LOCAL,
+    OWN,
+    SEQUENCE,
+    Size,
+    equal,
+    is_symbolic,
+    product,
+    simplify,
+    spelled,
+    symbol,
+    unbacked,
+)
+from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout, normalise
+from ringcompile.ir.nodes import error_at, layout_of, type_of
+from ringcompile.ir.program import Program
+from ringcompile.ir.types import SequenceSplit, TensorType, accumulator_type, state_type
+from ringcompile.mesh import Mesh
+from ringcompile.ops.schemas import op
+from ringcompile.ops.slots import slots_of
+from ringcompile.passes.base import Builder, Pass, refuse
+from ringcompile.passes.carried_dims import check_call, is_last
+from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
+
+aten = torch.ops.aten
+_ATTENTION = op("attention")
+_NEW = symbol(SEQUENCE)
+
+
+def carried_mesh(mesh: Mesh) -> Mesh:
+    """The mesh that `place` sees: `time` in place of the axes that the cache lies along.
+
+    Raises:
+        RingCompileError: an axis that no program with a cache is written for.
+    """
+    if mesh.size("ep") > 1:
+        raise RingCompileError(
+            f"a cache does not go with ep={mesh.size('ep')}",
+            hint="split the experts' features over tp instead of the experts over ep",
+        )
+    kept = tuple((name, size) for name, size in mesh.axes if name not in (*KEEP_TOKENS, TIME))
+    return Mesh((*kept, (TIME, 2)))  # any number of chunks: the program is written for one
+
+
+@dataclass(frozen=True)
+class Carry(Pass):
+    """Write a program that is placed along `time` for the new tokens of one call.
+
+    Attributes:
+        mesh: the parallel plan that it is for.
+        capacity: the tokens that a sequence may have in all.
+    """
+
+    name: ClassVar[str] = "carry"
+    mesh: Mesh
+    capacity: int
+
+    def run(self, program: Program) -> Program:
+        """The program for `s` new tokens; what it keeps are placeholders named in `state`.
+
+        Raises:
+            RingCompileError: with the user's line, where a result would change when a later token
+                comes, or where a length is used as a number.
+        """
+        return _Carrier(program, self.mesh, self.capacity).run()
+
+
+class _Carrier:
+    def __init__(self, program: Program, mesh: Mesh, capacity: int) -> None:
+        assert program.sequence is not None
+        self.program, self.mesh, self.capacity = program, mesh, capacity
+        self.length = program.sequence.length
+        self.axes = tuple(axis for axis in KEEP_TOKENS if mesh.size(axis) > 1)
+        self.ranks = mesh.size(",".join(self.axes)) if self.axes else 1
+        self.slots = slots_of(capacity, self.ranks)
+        self.builder = Builder()
+        self.state: dict[str, str] = {}
+        self.kept: dict[str, fx.Node] = {}
+        self.stored: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+
+    def run(self) -> Program:
+        _check_length(self.program, self.capacity)
+        for node in self.program.graph.nodes:
+            self.builder.at(node)
+            try:
+                self._write(node)
+            except RingCompileError as error:
+                raise refuse(node, error) from None
+        return self.program.with_graph(
+            placeholders_first(self.builder.graph),
+            state=self.state,
+            mesh=self.mesh,
+            sequence=SequenceSplit((), "contiguous", _NEW),
+            length_range=(1, self.capacity),
+        )
+
+    def _write(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.builder.env[node] = self._placeholder(node)
+        elif node.op == "call_function":
+            step = _STEPS.get(str(node.target), _Carrier._call)
+            self.builder.env[node] = step(self, node)
+        else:
+            self.builder.output(tuple(map(self._output, self.program.outputs)))
+
+    # -- types: a share of time is the new tokens, all of time is the capacity ---------------------
+
+    def _size(self, size: Size) -> Size:
+        """A size of a value that is not split along time."""
+        if not is_symbolic(size):
+            return size
+        known = {_NEW: self.capacity, symbol(LOCAL): _NEW, symbol(OWN): _NEW}
+        return simplify(size.xreplace({s: known[s] for s in size.free_symbols if s in known}))
+
+    def _type(self, type_: Any) -> Any:
+        if isinstance(type_, tuple):
+            return tuple(map(self._type, type_))
+        shape, dims = [], []
+        for size, dim in zip(type_.shape, type_.layout.dims, strict=True):
+            atoms = [self._atom(atom) for atom in dim] or [Atom(self._size(size))]
+            shape.append(product(atom.size for atom in atoms))
+            dims.append(normalise(atoms))
+        return TensorType(type_.dtype, tuple(shape), Layout(tuple(dims), type_.layout.partial))
+
+    def _atom(self, atom: Atom) -> Atom:
+        if TIME not in atom.axes:
+            return Atom(self._size(atom.size), atom.axes, atom.sequence)
+        return Atom(_NEW, tuple(axis for axis in atom.axes if axis != TIME))
+
+    # -- inputs and outputs ------------------------------------------------------------------------
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        """A weight as it is; of an input the new tokens, or all that there have been so far."""
+        type_ = type_of(node)
+        new = self.builder.placeholder(node.name, self._type(type_))
+        if node.name in self.program.placeholders and TIME not in type_.layout.axes:
+            long = [size for size in type_.shape if is_symbolic(size)]
+            if len(long) > 1:
+                raise RingCompileError(
+                    f"input '{self.program.placeholders[node.name]}' holds pairs of tokens: "
+                    "with a cache, what a call brings is one entry a token",
+                    hint="pass a mask of shape [batch, tokens]",
+                )
+            if long:
+                self.state[new.name] = "history"
+        return new
+
+    def _output(self, node: fx.Node) -> fx.Node:
+        if any(is_symbolic(size) for size in type_of(self.builder.env[node]).shape) or not any(
+            is_symbolic(size) for size in type_of(node).shape
+        ):
+            return self.builder.env[node]
+        raise error_at(node, "an output is made of positions alone, for the whole sequence",
+                       hint="return what is computed from tokens only")
+
+    def _state(self, name: str, kind: str, type_: TensorType) -> fx.Node:
+        """A placeholder for what a rank keeps, or is told, for every call; made once."""
+        if name not in self.kept:
+            self.kept[name] = self.builder.placeholder(name, type_)
+            self.state[self.kept[name].name] = kind
+        return self.kept[name]
+
+    def _of_call(self, kind: str, size: Size) -> fx.Node:
+        return self._state(f"cache_{kind}", kind, TensorType.whole(torch.int64, (size,)))
+
+    @property
+    def positions(self) -> fx.Node:
+        """The positions of the new tokens."""
+        return self._of_call("positions", _NEW)
+
+    # -- ops ---------------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        """The same op, on the new tokens or for all positions that there may be."""
+        if node.target is operator.getitem:
+            return self.builder.copy(node)
+        rule = check_call(node)
+        new = self.builder.copy(node)
+        new.meta["type"] = self._type(node.meta["type"])
+        new.args, new.kwargs = map_values(
+            (new.args, dict(new.kwargs)), lambda v: self._size(v) if is_symbolic(v) else v
+        )
+        if rule is not None and rule.shape_argument is not None:
+            new.args, new.kwargs = with_argument(
+                new, new.args, dict(new.kwargs), rule.shape_argument, spelled(type_of(new).shape)
+            )
+        return new
+
+    def _arange(self, node: fx.Node) -> fx.Node:
+        call, type_ = Call(node), type_of(node)
+        if TIME not in type_.layout.axes:
+            return self._call(node)
+        check_call(node)
+        here = self.positions
+        if call["step"] != 1:
+            here = self.builder.call(aten.mul.Tensor, (here, call["step"]), type_of(here))
+        if not equal(call["start"], 0):
+            here = self.builder.call(aten.add.Tensor, (here, call["start"]), type_of(here))
+        if type_.dtype != torch.int64:
+            here = self.builder.call(aten.to.dtype, (here, type_.dtype), self._type(type_))
+        return here
+
+    def _redistribute(self, node: fx.Node) -> fx.Node:
+        """New tokens of what all positions have; what `tp` does stays as it is."""
+        (source,) = operands(node)
+        have, want = type_of(source), type_of(node)
+        x = self.builder.env[source]
+        if TIME in have.layout.axes and TIME not in want.layout.axes:
+            if all(is_last(user, self.length) for user in node.users):
+                return x
+            raise _needs_all(node)
+        if TIME in want.layout.axes and TIME not in have.layout.axes:
+            x = self._new_of(x, have, want)
+        target = self._type(want)
+        if type_of(x).layout == target.layout:
+            return x
+        return self.builder.call(
+            REDISTRIBUTE, (x,), target, name=node.name, why=node.meta.get("why"),
+            layout=str(target.layout),
+        )
+
+    def _new_of(self, x: fx.Node, have: TensorType, want: TensorType) -> fx.Node:
+        """The entries of the new tokens of a value that has one for every position."""
+        (dim,) = (i for i, d in enumerate(want.layout.dims) if any(TIME in a.axes for a in d))
+        before = [Atom(a.size, (), a.sequence) for a in want.layout.dims[dim]]
+        place = next(i for i, a in enumerate(want.layout.dims[dim]) if TIME in a.axes)
+        sizes = [self._size(atom.size) for atom in before]
+        shape, dims = type_of(x).shape, type_of(x).layout.dims
+        if len(sizes) > 1:
+            x = self._reshaped(x, (*shape[:dim], *sizes, *shape[dim + 1 :]),
+                               (*dims[:dim], *(WHOLE,) * len(sizes), *dims[dim + 1 :]))
+        opened = type_of(x)
+        picked = (*opened.shape[: dim + place], _NEW, *opened.shape[dim + place + 1 :])
+        x = self.builder.call(
+            aten.index_select.default, (x, dim + place, self.positions),
+            TensorType(have.dtype, picked, opened.layout), why="of the new tokens",
+        )
+        if len(sizes) == 1:
+            return x
+        flat = product([*sizes[:place], _NEW, *sizes[place + 1 :]])
+        return self._reshaped(x, (*shape[:dim], flat, *shape[dim + 1 :]), dims)
+
+    def _reshaped(
+        self, x: fx.Node, shape: tuple[Size, ...], dims: tuple[DimLayout, ...]
+    ) -> fx.Node:
+        type_ = TensorType(type_of(x).dtype, shape, Layout(dims))
+        return self.builder.call(aten.reshape.default, (x, list(shape)), type_)
+
+    def _select(self, node: fx.Node) -> fx.Node:
+        """The last token of the sequence is the last of the new ones."""
+        (source,) = operands(node)
+        if source.target is not REDISTRIBUTE or not is_last(node, self.length):
+            return self._call(node)
+        return self.builder.call(
+            aten.select.int, (self.builder.env[source], Call(node)["dim"], -1),
+            self._type(type_of(node)), name=node.name, why="of the new tokens",
+        )
+
+    def _cumsum(self, node: fx.Node) -> fx.Node:
+        """A prefix sum goes on from where the tokens before ended."""
+        call, type_ = Call(node), type_of(node)
+        dim = call["dim"] % len(type_.shape)
+        if TIME not in layout_of(node).axes or not type_.layout.dims[dim]:
+            return self._call(node)
+        if len(type_.layout.dims[dim]) > 1:
+            raise error_at(node, "a prefix sum runs over the tokens of several sequences",
+                           hint="sum along the tokens of each sequence")
+        new = self._type(type_)
+        shape = (*new.shape[:dim], self.capacity + 1, *new.shape[dim + 1 :])
+        sums = self._state(
+            f"cache_{node.name}", "sums", TensorType(new.dtype, shape, new.layout)
+        )
+        return self.builder.call(
+            op("running_sum"), (self.builder.env[call["self"]], sums, self.positions), new,
+            name=node.name, dim=dim, dtype=new.dtype,
+        )
+
+    # -- attention ---------------------------------------------------------------------------------
+
+    def _attention(self, node: fx.Node) -> fx.Node:
+        call = Call(node)
+        split = [TIME in layout_of(call[name]).axes for name in ("q", "k", "v")]
+        if split != [True] * 3:
+            return self._over_fixed_keys(node, split)
+        if call["lower"] is None or not isinstance(call["lower"], int) or call["lower"] < 0:
+            raise error_at(
+                node, "with a cache, attention must not see keys behind its query: this one does, "
+                "or may (the mask is not known to hide them), so that a later token would change "
+                "what earlier ones gave",
+                hint="pass is_causal=True, or a mask that hides later keys",
+            )
+        q, key_mask, mask, sink = (
+            self.builder.mapped(call[name]) for name in ("q", "key_mask", "mask", "sink")
+        )
+        new = [self._store(call[name], f"{node.name}_{name}") for name in ("k", "v")]
+        type_ = self._type(type_of(node))
+        make = accumulator_type if self.ranks > 1 else state_type
+        state = self.builder.call(
+            op("cached_attention"),
+            (q, *(x for x, _ in new), *(cache for _, cache in new),
+             self._of_call("places", unbacked("u0")), self.positions, key_mask, mask),
+            make(type_), wide=self.ranks > 1,
+            **{name: call[name] for name in ("scale", "softcap", "lower", "upper")},
+        )
+        if "mask_kind" in node.meta:
+            state.meta["mask_kind"] = node.meta["mask_kind"]
+        if self.ranks > 1:
+            state = self._merged(state, accumulator_type(type_))
+        return self.builder.call(
+            op("finish"), (state, sink), type_, name=node.name, dtype=type_.dtype
+        )
+
+    def _store(self, x: fx.Node, name: str) -> tuple[fx.Node, fx.Node]:
+        """Keys or values of new tokens, written to the cache, and the cache; once for all."""
+        if x not in self.stored:
+            type_ = self._type(type_of(x))
+            batch, heads, _, width = type_.shape
+            kept = TensorType(type_.dtype, (batch, heads, self.slots + 1, width), type_.layout)
+            cache = self._state(f"cache_{name}", "cache", kept)
+            slots = self._of_call("slots", _NEW)
+            self.stored[x] = (
+                self.builder.call(op("store"), (self.builder.env[x], cache, slots), type_), cache
+            )
+        return self.stored[x]
+
+    def _merged(self, state: fx.Node, type_: tuple[TensorType, TensorType]) -> fx.Node:
+        """The states of all ranks that keep some of the sequence, as one."""
+        out = type_[0]
+        shape = (1, *out.shape[:3], out.shape[3] + 1)
+        packed = TensorType(out.dtype, shape, Layout((WHOLE, *out.layout.dims)))
+        mine = self.builder.call(op("pack_state"), (state,), packed)
+        every = self.builder.call(
+            op("gather"), (mine,),
+            TensorType(out.dtype, (self.ranks, *shape[1:]), packed.layout),
+            dim=0, axis=",".join(self.axes), limit=None, why="attention over each rank's keys",
+        )
+        return self.builder.call(op("merge_states"), (every,), type_)
+
+    def _over_fixed_keys(self, node: fx.Node, split: list[bool]) -> fx.Node:
+        """Attention over keys that are not of this sequence: those of an encoder, of an image."""
+        call = Call(node)
+        banded = call["lower"] is not None or call["upper"] is not None
+        if split[0] and (banded or split[1] or split[2]):
+            raise error_at(
+                node, "with a cache, queries of a sequence that grows cannot be attended by "
+                "position over keys of another length",
+            )
+        return self._call(node)
+
+
+def _check_length(program: Program, capacity: int) -> None:
+    """Raise RingCompileError where positions are not those of the inputs, or too many."""
+    assert program.sequence is not None
+    length = program.sequence.length
+    if not equal(length, symbol(SEQUENCE)):
+        raise RingCompileError(
+            f"with a cache, attention has to be over the tokens of the inputs; here it is over "
+            f"{length} positions",
+            hint="; ".join(program.notes) or "prefix tokens and patches are not supported",
+        )
+    high = program.length_range[1]
+    if high is not None and capacity > high:
+        raise RingCompileError(
+            f"a cache for {capacity} tokens: the model's own code allows {high} at most",
+            hint=f"pass a cache of {high} tokens or fewer",
+        )
+
+
+def _needs_all(node: fx.Node) -> RingCompileError:
+    """Why a value of all tokens cannot be had, at the op that wants it."""
+    at = next((user for user in node.users if "loc" in user.meta), node)
+    return error_at(
+        at, "with a cache, this needs all tokens of the sequence at once, so that a later token "
+        "would change what earlier ones gave",
+        hint="leave the cache out (--cache), or compute it from the tokens before each",
+    )
+
+
+_STEPS = {
+    "aten.arange.start_step": _Carrier._arange,
+    "aten.cumsum.default": _Carrier._cumsum,
+    "aten.select.int": _Carrier._select,
+    "ringcompile.redistribute.default": _Carrier._redistribute,
+    "ringcompile.attention.default": _Carrier._attention,
+}
