@@ -35,11 +35,12 @@ def test_a_record_gives_the_options_back() -> None:
     ("given", "message", "hint"),
     [
         ({"ordr": "auto"}, "unknown option 'ordr'",
-         "options are: order, capacity, ring, tp_sequence, stages, length, gather_unknown"),
+         f"options are: {', '.join(field.name for field in option_fields())}"),
         ({"order": "spiral"}, "unknown order 'spiral'", "one of: auto, contiguous, zigzag"),
         ({"ring": "split"}, "unknown ring 'split'", "one of: rotate, gather"),
         ({"capacity": "all"}, "unknown capacity 'all'", "one of: exact, local"),
         ({"length": 0}, "sequence length 0: it must be at least 1", None),
+        ({"cache": 0}, "a cache for 0 tokens: it must be at least 1", None),
     ],
 )
 def test_what_an_option_does_not_take(
