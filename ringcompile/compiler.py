@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -189,6 +190,20 @@ class ParallelProgram:
         text = json.dumps(program_to_json(self.program), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @cached_property
+    def reference(self) -> Program | None:
+        """The model for one device, in the few ops that artifacts hold; None where it is not known.
+
+        It is as early as can be: no attention, mask or layout was read into it yet.
+
+        Raises:
+            RingCompileError: its file in the artifact is damaged.
+        """
+        if self.saved is not None:
+            return self.saved.reference
+        captured = self.program.captured
+        return None if captured is None else Pipeline([Canonicalize(), CleanUp()]).run(captured)
+
     def plan(self) -> Plan:
         """What splits each weight and why, and where stages begin; to edit and feed back."""
         firsts: dict[int, str] = {}
@@ -211,6 +226,7 @@ class ParallelProgram:
             mesh=self.mesh,
             source=self.source,
             options=self.options,
+            reference=self.reference,
             view=python_view,
             overwrite=overwrite,
             cross_checked=True,
@@ -223,7 +239,14 @@ def prepare(program: Program) -> Program:
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
     """
-    return Pipeline(front_passes(Mesh(()))[:_NUM_COMMON]).run(program)
+    return Pipeline(front_passes(Mesh(()))[:_NUM_COMMON]).run(_with_origin(program))
+
+
+def _with_origin(program: Program) -> Program:
+    """The program, which keeps what was captured beside what passes make of it."""
+    if Canonicalize.name in program.passes:
+        return program
+    return program.with_graph(program.graph, captured=program)
 
 
 # The passes that come before any layout.
@@ -252,7 +275,8 @@ def in_halves(whole: Program | None, half: Program, capacity: str = "exact") -> 
                 "counts it by each half alone",
                 location=error.location, node=error.node,
             )
-    return Pipeline([Halves()]).run(prepare(half))
+    made = Pipeline([Halves()]).run(prepare(half))
+    return made.with_graph(made.graph, captured=whole)
 
 
 def transform(
@@ -290,7 +314,7 @@ def transform(
     told = plan.told("tp") if plan else None
     front = front_passes(mesh, chosen, told, checked)
     done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
-    placed = Pipeline(front[done:], observe, check).run(program)
+    placed = Pipeline(front[done:], observe, check).run(_with_origin(program))
     if chosen.length is not None:
         placed = placed.with_graph(placed.graph, lengths=_lengths(placed, chosen.length))
     kept = {"parallel": str(mesh), **Options.of(options).record(), **(record or {})}

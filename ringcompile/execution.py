@@ -13,7 +13,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ringcompile import artifact
 from ringcompile.compiler import ParallelProgram, load, recorded_model
@@ -21,7 +20,11 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT
 from ringcompile.ir.expr import SEQUENCE, bind
 from ringcompile.ir.program import Program
-from ringcompile.options import BACKENDS
+from ringcompile.numerics.check import Comparison, Numerics, Request
+from ringcompile.numerics.compare import outputs_by_name
+from ringcompile.numerics.files import read_input_file
+from ringcompile.options import BACKENDS, TRIES
+from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.join import (
@@ -32,18 +35,6 @@ from ringcompile.runtime.join import (
 )
 from ringcompile.runtime.launcher import LocalRanks
 
-# The largest difference to the single device that numerics may show, of the largest output.
-ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """Numbers of all ranks against the single-device model, at one sequence length."""
-
-    length: int
-    difference: float
-    allowed: float
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -52,11 +43,17 @@ class Verification:
     ranks: int
     transfers: int
     numerics: tuple[Numerics, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every difference is within what is allowed; true if no numbers were compared."""
-        return all(row.difference <= row.allowed for row in self.numerics)
+        return not self.wrong
+
+    @property
+    def wrong(self) -> str:
+        """What differs, where, and how to see it again; empty where nothing does."""
+        return next((row.wrong for row in self.numerics if row.wrong), "")
 
 
 @dataclass(frozen=True)
@@ -106,62 +103,64 @@ def verify(
     *,
     numerics: bool = False,
     model: str | None = None,
+    seq: int | None = None,
+    inputs: Any = None,
+    tries: int = TRIES,
+    seed: int = 0,
 ) -> Verification:
-    """Check all ranks against each other and, on request, against the single-device model.
+    """Check all ranks against each other and, on request, their numbers against the model's.
 
-    Of an artifact all files are read and compared with their digests first, weights too.
+    Of an artifact all files are read and compared with their digests first, weights too. Numbers
+    are compared on random inputs: ids from the whole vocabulary, masks with padding and holes,
+    lengths that divide over the ranks and that do not, and that reach the thresholds in the model's
+    code. The model is `module`, or the one that is named, or the program for one device that was
+    kept; the last is run under its own weights and under larger ones, which show more.
 
     Args:
         parallel: what `transform` or `load` returned.
         module: the model; with `numerics` and without it, the one that `model` or the program's
-            own options name is loaded.
-        numerics: compare numbers, at a length that divides over the ranks and one that does not.
+            own options name is loaded, if loading it runs no code that an artifact chose.
+        numerics: compare numbers; any of the other arguments asks for it too.
         model: a spec, as for `load_model`.
+        seq: compare at this sequence length only, in tokens.
+        inputs: compare on these whole inputs only: by name, in order, or a file (see
+            `read_input_file`).
+        tries: random inputs for each length.
+        seed: of the first random inputs.
 
     Raises:
         RingCompileError: files that were changed after they were saved, ranks that do not fit
-            together, or no model to compare with.
+            together, no model to compare with, or inputs that it does not take.
     """
     if parallel.saved is not None:
         parallel.saved.check()
     parallel.verify()
     programs = parallel.ranks()
     transfers = sum(str(n.target) == SHIFT for p in programs for n in p.graph.nodes)
-    rows: tuple[Numerics, ...] = ()
-    if numerics or module is not None:
-        module = module if module is not None else recorded_model(parallel.options, model).module
-        rows = tuple(_compare(parallel, module, length) for length in _lengths(parallel))
-    return Verification(len(programs), transfers, rows)
+    if not (numerics or module is not None or seq or inputs is not None):
+        return Verification(len(programs), transfers)
+    if module is None and (model or _names_a_model(parallel)):
+        module = recorded_model(parallel.options, model).module
+    comparison = Comparison(parallel, module)
+    rows = tuple(comparison.run(_request(parallel, seq, inputs, tries, seed)))
+    return Verification(len(programs), transfers, rows, tuple(comparison.notes))
 
 
-def _lengths(parallel: ParallelProgram) -> list[int]:
-    fixed = parallel.program.lengths.get(SEQUENCE)
-    if fixed is not None:
-        return [fixed]
-    assert parallel.program.sequence is not None
-    low, high = parallel.program.length_range
-    whole = max(parallel.program.sequence.num_chunks, 2) * 4
-    wanted = [whole, whole + 3]
-    return [max(low, min(length, high or length)) for length in wanted]
+def _names_a_model(parallel: ParallelProgram) -> bool:
+    """Whether an artifact says what it was made from, and that is not code."""
+    spec = parallel.options.get("model")
+    return parallel.reference is None or bool(spec and ":" not in spec)
 
 
-@torch.no_grad()
-def _compare(parallel: ParallelProgram, module: nn.Module, length: int) -> Numerics:
-    inputs = random_inputs(parallel.program, length)
-    expected = module(**inputs)
-    found = run_lockstep(
-        parallel.ranks(), parallel.mesh, parallel.source, inputs, check_types=True
-    ).outputs
-    pairs = list(zip(_leaves(found), _leaves(expected), strict=True))
-    largest = max(float(e.abs().max()) for _, e in pairs)
-    worst = max(float((f.double() - e.double()).abs().max()) for f, e in pairs)
-    allowed = max(ALLOWED.get(e.dtype, 0.0) for _, e in pairs)
-    return Numerics(length, worst / max(largest, 1e-30), allowed)
-
-
-def _leaves(value: Any) -> list[torch.Tensor]:
-    plain = dict(value) if hasattr(value, "keys") else value
-    return [leaf for leaf in pytree.tree_leaves(plain) if torch.is_tensor(leaf)]
+def _request(
+    parallel: ParallelProgram, seq: int | None, inputs: Any, tries: int, seed: int
+) -> Request:
+    if inputs is None:
+        return Request(length=seq, seed=seed, tries=tries)
+    if isinstance(inputs, str | Path):
+        named = name_inputs(parallel.program, read_input_file(Path(inputs)))
+        return Request(inputs=named, named=f"the inputs of '{inputs}'")
+    return Request(inputs=name_inputs(parallel.program, inputs))
 
 
 def random_inputs(program: Program, length: int) -> dict[str, torch.Tensor]:
@@ -277,7 +276,7 @@ def _report(
     outputs: Any,
     file: Path | None,
 ) -> RunReport:
-    named = _named(outputs)
+    named = outputs_by_name(outputs)
     if file is not None:
         try:
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, file)
@@ -289,15 +288,3 @@ def _report(
         for name, t in named.items()
     }
     return RunReport(parallel.world_size, backend, seconds, bytes_sent, described)
-
-
-def _named(outputs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of nested outputs, by their path."""
-    if torch.is_tensor(outputs):
-        return {"output": outputs}
-    paths = pytree.tree_flatten_with_path(outputs)[0]
-    return {
-        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
-        for path, leaf in paths
-        if torch.is_tensor(leaf)
-    }

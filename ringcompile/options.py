@@ -17,6 +17,8 @@ ORDERS = ("contiguous", "zigzag")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # How compiled programs run: all ranks in this process, or a process for each.
 BACKENDS = ("lockstep", "gloo", "nccl")
+# Random inputs at each length that `verify` compares numbers at.
+TRIES = 2
 # How far transfers may overlap with compute.
 NONE, SCHEDULE, HALVES = OVERLAPS = ("none", "schedule", "halves")
 # What people and other tools read of a program.

@@ -109,7 +109,8 @@ def test_verify(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["transfers"] == 4  # two layers, one transfer each way
-    assert [row["difference"] <= 2e-5 for row in report["numerics"]] == [True, True]
+    assert len({row["length"] for row in report["numerics"]}) >= 3
+    assert all(row["difference"] <= 2e-5 and not row["wrong"] for row in report["numerics"])
 
 
 def test_dump(folder: Path) -> None:

@@ -17,6 +17,7 @@ FLOORS = [
     {"commands"},
     {"calibration", "generation", "planning"},
     {"execution", "session"},
+    {"numerics"},
     {"compiler"},
     {"runtime"},
     {"artifact", "capture", "cost", "dump", "passes", "tokenwise"},

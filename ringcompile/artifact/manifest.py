@@ -32,6 +32,7 @@ from ringcompile.mesh import Mesh
 VERSION = 2
 PROGRAM = "program.json"
 DIGESTS = "digests.json"
+REFERENCE = "reference.json"
 _HEX = re.compile(r"([0-9a-f]{64})*")
 
 

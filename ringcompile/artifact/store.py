@@ -3,6 +3,7 @@
 manifest.json           what was compiled, and the size and digest of every other file
 program.json            the program for all ranks, mesh coordinates as symbols
 rank0.json ...          each rank's own program
+reference.json          the model for one device, which `verify --numerics` compares the ranks with
 program.py, rank0.py    the same to read; never imported, and never read back
 weights.safetensors     weights, each once; weights-0001.safetensors and on if they are large
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from ringcompile.artifact.files import (
     MANIFEST,
@@ -32,6 +34,7 @@ from ringcompile.artifact.graph import program_from_json
 from ringcompile.artifact.manifest import (
     DIGESTS,
     PROGRAM,
+    REFERENCE,
     in_file,
     manifest_of,
     programs_digest,
@@ -59,6 +62,7 @@ def save(
     mesh: Mesh,
     source: WeightSource | None,
     options: Mapping[str, Any],
+    reference: Program | None = None,
     view: View | None = None,
     references: Mapping[str, tuple[str | Path, str]] | None = None,
     overwrite: bool = False,
@@ -74,6 +78,8 @@ def save(
         mesh: the parallel plan.
         source: the data of weights; fake and meta tensors are noted as not saved, as is None.
         options: how the model was compiled; anything that JSON can hold.
+        reference: the model for one device, with the weights that `source` has; left out where it
+            has ops that an artifact may not hold.
         view: the text of a program for people.
         references: weight -> (safetensors file, tensor name) for data that stays where it is.
         overwrite: replace an artifact that is there, once the new one is complete.
@@ -100,6 +106,10 @@ def save(
             if view is not None:
                 files[f"{name}.py"] = write_text(temporary / f"{name}.py", view(program))
             weights.update({weight.name: weight for weight in program.weights.values()})
+        if reference is not None and not _unknown_ops(reference):
+            text = json_text(program_to_json(reference))
+            files[REFERENCE] = write_text(temporary / REFERENCE, text)
+            weights.update({weight.name: weight for weight in reference.weights.values()})
         written = write_weights(
             temporary, weights.values(), source, references or {}, shard_bytes
         )
@@ -110,15 +120,20 @@ def save(
     return target
 
 
-def _check_ops(program: Program) -> None:
+def _unknown_ops(program: Program) -> list[fx.Node]:
+    """The calls of ops that an artifact may not hold."""
     allowed = allowed_ops()
-    for node in program.graph.nodes:
-        if node.op == "call_function" and op_name(node.target) not in allowed:
-            raise error_at(
-                node,
-                f"'{op_name(node.target)}' has no rule, and a saved program holds no such op",
-                hint="run the program without saving it, or give the op a rule",
-            )
+    calls = (node for node in program.graph.nodes if node.op == "call_function")
+    return [node for node in calls if op_name(node.target) not in allowed]
+
+
+def _check_ops(program: Program) -> None:
+    for node in _unknown_ops(program):
+        raise error_at(
+            node,
+            f"'{op_name(node.target)}' has no rule, and a saved program holds no such op",
+            hint="run the program without saving it, or give the op a rule",
+        )
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,20 @@ class Artifact:
             )
         return program
 
+    @cached_property
+    def reference(self) -> Program | None:
+        """The model for one device; None where the artifact was saved without it.
+
+        Raises:
+            RingCompileError: its file is damaged.
+        """
+        if REFERENCE not in self.manifest["files"]:
+            return None
+        program = self._read(REFERENCE)
+        if program.mesh is not None or program.coordinates is not None:
+            raise RingCompileError(f"'{REFERENCE}' is not a program for one device", hint=DAMAGED)
+        return program
+
     def share(self, weight: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """A piece of a weight; see `Weights.share`."""
         return self.source.share(weight, slices)
@@ -192,7 +221,7 @@ class Artifact:
         for name, record in self.manifest["files"].items():
             if "sha256" in record:
                 read_checked(self.folder, name, record)
-        _ = self.spmd
+        _ = self.spmd, self.reference
         for rank in range(self.mesh.world_size):
             self.rank(rank)
         for _ in self.source.check():

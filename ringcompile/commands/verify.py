@@ -12,6 +12,7 @@ import click
 from ringcompile.commands.options import CONSOLE, JSON
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
+from ringcompile.options import TRIES
 
 if TYPE_CHECKING:
     from ringcompile import compiler, execution
@@ -23,21 +24,55 @@ else:
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--numerics", is_flag=True, help="Compare numbers with the single-device model.")
-@click.option("--model", help="The model to compare with (else the one it was made from).")
+@click.option("--model", help="The model to compare with (else the one it was made from, or the "
+              "program for one device that the artifact keeps).")
+@click.option("--seq", type=click.IntRange(1), help="Compare numbers at this length only.")
+@click.option("--inputs", type=click.Path(path_type=Path),
+              help="Compare numbers on these whole inputs only (.safetensors, .pt or .npy).")
+@click.option("--tries", type=click.IntRange(1), default=TRIES, show_default=True,
+              help="Random inputs for each length.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+              help="Of the first random inputs; a difference is reported with its seed.")
 @JSON
-def verify(out: Path, numerics: bool, model: str | None, as_json: bool) -> None:
-    """Check the ranks of the artifact OUT against each other; exit 1 if they do not fit."""
+def verify(
+    out: Path,
+    numerics: bool,
+    model: str | None,
+    seq: int | None,
+    inputs: Path | None,
+    tries: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Check the ranks of the artifact OUT against each other; exit 1 if they do not fit.
+
+    With --numerics, --seq or --inputs also compare numbers with the model, on inputs that cover the
+    vocabulary, masks, and lengths up to the thresholds in the model's code.
+    """
     made = compiler.load(out)
     with CONSOLE.status("verifying"):
-        found = execution.verify(made, numerics=numerics, model=model)
+        found = execution.verify(
+            made, numerics=numerics, model=model, seq=seq, inputs=inputs, tries=tries, seed=seed
+        )
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     else:
-        click.echo(f"{out}: {found.ranks} ranks fit together, {found.transfers} transfers")
-        for row in found.numerics:
-            click.echo(
-                f"length {row.length}: largest difference {row.difference:.2e} of the largest "
-                f"output (allowed {row.allowed:.0e})"
-            )
+        _print(out, found)
     if not found.passed:
-        raise RingCompileError("the numbers differ from the single-device model")
+        raise RingCompileError(
+            f"the numbers differ from the single-device model: {found.wrong}",
+            hint="the artifact is damaged, or the compiler is at fault: `ringcompile transform` "
+            "again, and if that does not help, report it with this message",
+        )
+
+
+def _print(out: Path, found: execution.Verification) -> None:
+    click.echo(f"{out}: {found.ranks} ranks fit together, {found.transfers} transfers")
+    for row in found.numerics:
+        about = f"length {row.length}, seed {row.seed}" if row.length else ""
+        click.echo(
+            f"{', '.join(filter(None, [about, row.inputs]))}: largest difference "
+            f"{row.difference:.2e} of its row (allowed {row.allowed:.0e})"
+        )
+    for note in found.notes:
+        click.echo(f"note: {note}")

@@ -1,0 +1,174 @@
+"""Inputs for a length and a seed, by the role of each: what a comparison is worth depends on them.
+
+Ids come from the whole vocabulary, with the edges of every rank's share among them; masks have
+padding on the right, holes, or padding on the left; seed 0 has masks of ones, as examples do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ringcompile.ir.expr import SEQUENCE, bind
+from ringcompile.ir.program import Input, Program
+from ringcompile.numerics.roles import INDEX, MASK, NUMBERS, PAIRS, POSITIONS, Role
+
+PADDING = ("no padding", "padding on the right", "holes", "padding on the left")
+# How large normal numbers are, in turn: larger ones make scores differ, so that masks matter.
+GAINS = (1.0, 2.0)
+# The share of ids that are numbers which the model compares ids with, and those at edges of shares.
+_SPECIAL, _EDGES = 0.1, 0.3
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How inputs are drawn; the same fields give the same inputs.
+
+    Attributes:
+        length: of the sequence.
+        seed: decides numbers, and the form of masks.
+        plain: 0, or how often a model has refused such inputs: special ids are left out first,
+            then indices come from half, a quarter, ... of the rows.
+    """
+
+    length: int
+    seed: int
+    plain: int = 0
+
+    @property
+    def padding(self) -> str:
+        """The form of masks."""
+        return PADDING[self.seed % len(PADDING)]
+
+
+def draw_inputs(
+    program: Program, roles: Mapping[str, Role], draw: Draw, replicas: int, shares: int
+) -> dict[str, torch.Tensor]:
+    """Whole inputs by name.
+
+    Args:
+        program: says which inputs there are.
+        roles: of its inputs.
+        draw: length and seed.
+        replicas: the captured batch is drawn so often.
+        shares: into how many parts ranks divide a vocabulary.
+    """
+    generator = torch.Generator().manual_seed(draw.seed)
+    found = {}
+    for spec in program.inputs:
+        shape = [int(bind(size, {SEQUENCE: draw.length})) for size in spec.type.shape]
+        if len(shape) > 1:
+            shape[0] *= replicas
+        role = roles[spec.name]
+        values = _DRAWN.get(role.kind, _small)(spec, shape, role, draw, generator)
+        if role.kind == INDEX:
+            _put_edges(values, role, draw, shares, generator)
+        found[spec.name] = values.to(spec.type.dtype)
+    return found
+
+
+def token_mask(
+    inputs: Mapping[str, torch.Tensor], roles: Mapping[str, Role]
+) -> torch.Tensor | None:
+    """Which tokens [B, S] are real, where the inputs say so."""
+    masks = [x for name, x in inputs.items() if roles[name].kind == MASK and x.dim() == 2]
+    return masks[0].bool() if masks else None
+
+
+def _rows(role: Role, draw: Draw) -> tuple[int, int]:
+    """The first and the last value that an index may have."""
+    rows = int(bind(role.rows, {SEQUENCE: draw.length})) if role.rows is not None else draw.length
+    rows = max(rows >> max(draw.plain - 1, 0), 1)
+    return -role.shift, rows - role.shift - 1
+
+
+def _index(
+    spec: Input, shape: list[int], role: Role, draw: Draw, generator: torch.Generator
+) -> torch.Tensor:
+    low, high = _rows(role, draw)
+    values = torch.randint(low, high + 1, shape, generator=generator)
+    chosen = [v for v in role.values if low <= v <= high]
+    if chosen and not draw.plain:
+        special = torch.tensor(chosen)[torch.randint(len(chosen), shape, generator=generator)]
+        values = torch.where(torch.rand(shape, generator=generator) < _SPECIAL, special, values)
+    return values
+
+
+def _put_edges(
+    values: torch.Tensor, role: Role, draw: Draw, shares: int, generator: torch.Generator
+) -> None:
+    """Put the first and last row of every rank's share somewhere among the indices."""
+    low, high = _rows(role, draw)
+    width = -(-(high - low + 1) // shares)
+    starts = [low + width * part for part in range(shares)]
+    edges = [e for start in starts for e in (start, start + width - 1) if e <= high]
+    edges = list(dict.fromkeys([*edges, high]))
+    room = max(1, int(values.numel() * _EDGES))
+    first = draw.seed * room  # where not all of them fit, others are put by other seeds
+    chosen = [edges[(first + i) % len(edges)] for i in range(min(room, len(edges)))]
+    places = torch.randperm(values.numel(), generator=generator)[: len(chosen)]
+    values.view(-1)[places] = torch.tensor(chosen)
+
+
+def _mask(
+    spec: Input, shape: list[int], role: Role, draw: Draw, generator: torch.Generator
+) -> torch.Tensor:
+    """Ones for real tokens; each row keeps its first token, or its last one."""
+    length = shape[-1]
+    kept = torch.randint(max(length // 4, 1), length + 1, (*shape[:-1], 1), generator=generator)
+    holes = torch.rand(shape, generator=generator) < 0.7
+    holes[..., :1] = True
+    right = torch.arange(length) < kept
+    return {
+        "no padding": torch.ones_like(right), "padding on the right": right, "holes": holes,
+        "padding on the left": right.flip(-1),
+    }[draw.padding]
+
+
+def _pairs(
+    spec: Input, shape: list[int], role: Role, draw: Draw, generator: torch.Generator
+) -> torch.Tensor:
+    """A mask or a bias of queries and keys; every query sees itself."""
+    seen = torch.rand(shape, generator=generator) < 0.7
+    seen |= torch.eye(shape[-1], dtype=torch.bool)
+    if not spec.type.dtype.is_floating_point:
+        return torch.ones_like(seen) if draw.seed % 2 else seen
+    bias = torch.randn(shape, generator=generator) * 2
+    lowest = torch.finfo(spec.type.dtype).min
+    return bias if draw.seed % 2 == 0 else bias.double().masked_fill(~seen, lowest)
+
+
+def _numbers(
+    spec: Input, shape: list[int], role: Role, draw: Draw, generator: torch.Generator
+) -> torch.Tensor:
+    gain = GAINS[draw.seed % len(GAINS)]
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * gain
+
+
+def _positions(
+    spec: Input, shape: list[int], role: Role, draw: Draw, generator: torch.Generator
+) -> torch.Tensor:
+    """In order; with odd seeds each row begins elsewhere, if there are as many rows."""
+    length = shape[-1]
+    order = torch.arange(length).expand(shape)
+    if role.rows is None:
+        room = length
+    else:
+        low, high = _rows(role, draw)
+        order, room = (order + low).clamp(max=high), max(high - low + 2 - length, 1)
+    begin = torch.randint(0, room, (*shape[:-1], 1), generator=generator)
+    return order + begin if draw.seed % 2 else order.clone()
+
+
+def _small(
+    spec: Input, shape: list[int], role: Role, draw: Draw, generator: torch.Generator
+) -> torch.Tensor:
+    """Numbers that rise along each row, as those of documents do."""
+    return torch.randint(0, 3, shape, generator=generator).sort(-1).values
+
+
+_DRAWN: dict[str, Callable[..., torch.Tensor]] = {
+    INDEX: _index, MASK: _mask, PAIRS: _pairs, POSITIONS: _positions, NUMBERS: _numbers,
+}
