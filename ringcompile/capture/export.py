@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import io
-import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ringcompile.capture import huggingface
+from ringcompile.capture.export_errors import FixedLengthError, explained
 from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.guards import allowed_lengths
-from ringcompile.capture.importer import NOT_THE_USERS, Importer
+from ringcompile.capture.importer import Importer
+from ringcompile.capture.regions import written_out
+from ringcompile.capture.source_lines import all_frames
 from ringcompile.capture.surroundings import unchanged, without_casts_of_modules, without_logs
-from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import depends_on_data, unbacked
 from ringcompile.ir.program import Program
 
@@ -56,16 +57,17 @@ def _capture(call: FlatCall, name: str) -> Program:
     model = call.model
     length = _example_length(call.example)
     notes = huggingface.caveats(model, call.example)
-    with torch.no_grad(), without_logs(), unchanged(model), huggingface.prepared(model):
+    with without_logs(), unchanged(model), huggingface.prepared(model):
         try:
             exported = _export(call, _dynamic_shapes(call.example, length))
             lengths = _allowed_lengths(exported, length)
-        except _FixedLengthError as error:
+        except FixedLengthError as error:
             exported = _export(call, _dynamic_shapes(call.example, None))
             lengths = _length_range(exported)
             where = f"{error.location.short}: " if error.location else ""
             notes = (*notes, f"{where}{error.message}, {length}")
-        exported = _functional(exported)
+        with _tracing():
+            exported = written_out(exported)
     program = Importer(exported, call).program(name)
     return program.with_graph(
         program.graph, notes=notes, length_range=lengths, tp_plan=huggingface.tp_plan(model)
@@ -108,24 +110,28 @@ def _dynamic_dims(tensor: torch.Tensor, length: int | None) -> dict[int, Any] | 
 
 
 def _export(call: FlatCall, shapes: Mapping[str, Any]) -> ExportedProgram:
-    printed = io.StringIO()  # torch prints the graph as far as it came before it raises
     example = tuple(call.example.values())
+    with _tracing(), without_casts_of_modules(), all_frames():
+        return export(call, example, dynamic_shapes=dict(shapes), strict=False)
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """While inside, no gradients are kept, and what torch raises becomes an error of ours."""
+    printed = io.StringIO()  # torch prints the graph as far as it came before it raises
     try:
         with (
             contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
-            without_casts_of_modules(),
+            torch.no_grad(), warnings.catch_warnings(),
         ):
-            exported = export(call, example, dynamic_shapes=dict(shapes), strict=False)
-        print(printed.getvalue(), end="")
-        return exported
+            warnings.filterwarnings("ignore", module=r"torch\.")  # of torch's own making
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     except RingCompileError:
         raise
     except Exception as error:  # torch.export raises many kinds; each becomes one of ours
-        raise _explain(error) from error
-
-
-class _FixedLengthError(RingCompileError):
-    """The model can be captured for the length of the example only."""
+        raise explained(error) from error
+    print(printed.getvalue(), end="")
 
 
 def _allowed_lengths(exported: ExportedProgram, example: int | None) -> tuple[int, int | None]:
@@ -135,7 +141,7 @@ def _allowed_lengths(exported: ExportedProgram, example: int | None) -> tuple[in
         return found
     allowed = allowed_lengths(exported, example, *found)
     if allowed is None:
-        raise _FixedLengthError(
+        raise FixedLengthError(
             "the model's code fixes the sequence length to that of the example",
             hint="a size was turned into a number: torch.export kept "
             f"{'; '.join(exported._guards_code)[:200]}",
@@ -151,48 +157,3 @@ def _length_range(exported: ExportedProgram) -> tuple[int, int | None]:
             low = max(low, int(limits.lower)) if limits.lower.is_Integer else low
             high = int(limits.upper) if limits.upper.is_Integer else None
     return low, high if high is None or high < 2**40 else None
-
-
-def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """The same program without ops that write in place; no op is taken apart."""
-    writes = any(
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-        for node in exported.graph.nodes
-    )
-    if not writes:
-        return exported
-    with warnings.catch_warnings():  # torch's own use of what it deprecates
-        warnings.simplefilter("ignore", FutureWarning)
-        return exported.run_decompositions({})
-
-
-def _explain(error: Exception) -> RingCompileError:
-    """The user's line and a reason for an export failure."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((*NOT_THE_USERS, "<")) and "/contextlib.py" not in
-        frame.filename
-    ]
-    inside = [f for f in frames if "/ringcompile/compiler.py" not in f.filename]
-    location = SourceLocation(inside[-1].filename, inside[-1].lineno or 0) if inside else None
-    text = str(error)
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text:
-        return RingCompileError(
-            "control flow or a size depends on the values of a tensor, not on shapes",
-            hint="compute both ways and choose with torch.where, or keep the size fixed",
-            location=location,
-        )
-    if "ConstraintViolation" in type(error).__name__ or "specialized" in text:
-        return _FixedLengthError(
-            "the model's code fixes the sequence length to that of the example",
-            hint="use sizes taken from the inputs (x.shape[1]) instead of a constant",
-            location=location,
-        )
-    return RingCompileError(
-        f"torch.export cannot capture the model: {type(error).__name__}: {first[:300]}",
-        location=location,
-    )

@@ -85,6 +85,11 @@ class FlatCall(nn.Module):
         return args, kwargs
 
 
+def own_name(name: str) -> str:
+    """A weight or module of `FlatCall` by its name in the user's model."""
+    return "" if f"{name}." == FlatCall.PREFIX else name.removeprefix(FlatCall.PREFIX)
+
+
 def flat(value: Any, leaves: list[torch.Tensor]) -> Structure:
     """How a model's result is nested; its tensors are appended to `leaves`.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -13,21 +11,20 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ringcompile.capture.flat_call import FlatCall
-from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.capture.flat_call import FlatCall, own_name
+from ringcompile.capture.source_lines import location_of
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.expr import SEQUENCE, from_torch, symbol
 from ringcompile.ir.program import Input, Program, Weight, WeightSource
 from ringcompile.ir.types import TensorType
 
-# Frames of code that is not the user's.
-NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 # What torch checks of sizes at run time; shapes are checked where the program starts.
 _ASSERTIONS = frozenset({
     "aten._assert_scalar.default", "aten.sym_constrain_range.default",
     "aten.sym_constrain_range_for_size.default",
 })
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_CAST = torch.ops.aten._to_copy.default
 
 
 @dataclass
@@ -74,8 +71,8 @@ class Importer:
             changed = [*signature.buffers_to_mutate.values(),
                        *signature.user_inputs_to_mutate.values()]
             raise RingCompileError(
-                f"the model changes '{_own(changed[0])}' while it runs; inference must not change "
-                "state",
+                f"the model changes '{own_name(changed[0])}' while it runs; inference must not "
+                "change state",
                 hint="call model.eval(), and turn caches off",
             )
         specs = {spec.arg.name: spec for spec in signature.input_specs}
@@ -110,19 +107,22 @@ class Importer:
             self.placeholders[new.name] = node.name
         else:
             self.weights[new.name] = Weight(
-                _own(spec.target), value.dtype, tuple(int(size) for size in value.shape)
+                own_name(spec.target), value.dtype, tuple(int(size) for size in value.shape)
             )
 
     def _call(self, node: fx.Node) -> None:
         value = node.meta.get("val")
-        location = _location(node)
+        location = location_of(node)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return  # read where it is used, from its value
         if str(node.target) in _ASSERTIONS:
             return
         try:
+            target = node.target
             args, kwargs = map_values((node.args, node.kwargs), self._argument)
-            new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)
+            if target is _CAST and not isinstance(args[0], fx.Node):  # torch.vmap casts numbers
+                target, args = torch.ops.aten.full.default, ((), args[0])
+            new = self.graph.create_node("call_function", target, args, kwargs, node.name)
             new.meta["loc"] = location
             if value is not None:
                 new.meta["type"] = self._type(value)
@@ -168,22 +168,5 @@ class Importer:
         model = self.call.model
         held = {**dict(model.named_parameters(remove_duplicate=False)),
                 **dict(model.named_buffers(remove_duplicate=False)),
-                **{_own(name): value for name, value in self.exported.constants.items()}}
+                **{own_name(name): value for name, value in self.exported.constants.items()}}
         return lambda name: held[name].detach()
-
-
-def _own(name: str) -> str:
-    """A weight or module by its name in the user's model."""
-    return "" if f"{name}." == FlatCall.PREFIX else name.removeprefix(FlatCall.PREFIX)
-
-
-def _location(node: fx.Node) -> SourceLocation:
-    """The last frame of the user's code, and the innermost module's path."""
-    frames = [
-        (file, int(line))
-        for file, line in _FRAME.findall(node.meta.get("stack_trace") or "")
-        if not file.startswith(NOT_THE_USERS)
-    ]
-    file, line = frames[-1] if frames else ("", 0)
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return SourceLocation(file, line, _own(modules[-1][0]) if modules else "")
