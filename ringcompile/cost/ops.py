@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
@@ -12,7 +13,7 @@ from torch import fx
 
 from ringcompile.cost.attention import Block, blocks
 from ringcompile.cost.kernels import Kernel
-from ringcompile.cost.kinds import SAME, VIEWS, memory_kind
+from ringcompile.cost.kinds import kind_of
 from ringcompile.cost.values import Value, Values, distinct_bytes
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
@@ -25,8 +26,11 @@ from ringcompile.ir.communication import (
     GATHER,
     REDUCE_SCATTER,
     SHIFT,
+    WAIT,
 )
-from ringcompile.ir.rules.contraction import einsum_terms
+from ringcompile.ir.rules import FactorRule, find_rule
+from ringcompile.ir.rules.base import Names
+from ringcompile.ir.rules.contraction import TERMS
 from ringcompile.ops.blocks import Band
 
 
@@ -72,16 +76,11 @@ def kernels_of(values: Values, node: fx.Node) -> list[Kernel]:
     Raises:
         RingCompileError: the op has no rule, so that nothing is known of it.
     """
-    target = str(node.target)
-    if node.op != "call_function" or target in SAME or target == "<built-in function getitem>":
+    if node.op != "call_function" or node.target is operator.getitem:
         return []
-    work = Work(values, node)
-    if target in VIEWS:
-        return _copied(work)
-    if target in COMMUNICATION:
-        return _around_communication(work)
-    row = _TABLE.get(target, _by_bytes)
-    return row(work)
+    if str(node.target) in COMMUNICATION and str(node.target) != WAIT:
+        return _around_communication(Work(values, node))
+    return ROWS[kind_of(node.target)](Work(values, node))
 
 
 def _kernel(kind: str, read: list[torch.Tensor], written: list[torch.Tensor]) -> Kernel:
@@ -94,7 +93,7 @@ def _by_bytes(work: Work) -> list[Kernel]:
 
     Kernels go over dense operands of one shape in long loads, over others element by element.
     """
-    kind = memory_kind(work.node.target)
+    kind = kind_of(work.node.target)
     shape = work.results[0].shape
     if kind == "stream" and any(
         x.numel() > 1 and (not x.is_contiguous() or x.shape != shape) for x in work.operands
@@ -138,12 +137,6 @@ def _around_communication(work: Work) -> list[Kernel]:
     return kernels[target]
 
 
-def _linear(work: Work) -> list[Kernel]:
-    x, weight = work["input"], work["weight"]
-    columns = weight.shape[0] if weight.dim() == 2 else 1
-    return [_product(1, x.numel() // max(x.shape[-1], 1), x.shape[-1], columns, x.dtype)]
-
-
 def _product(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype) -> Kernel:
     """`batch` products of rows x inner by inner x columns."""
     moved = batch * (rows * inner + inner * columns + rows * columns) * dtype.itemsize
@@ -152,33 +145,23 @@ def _product(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype
 
 
 def _matmul(work: Work) -> list[Kernel]:
-    left, right = work.operands[:2] if len(work.operands) > 1 else work.operands * 2
-    rows = left.shape[-2] if left.dim() > 1 else 1
-    columns = right.shape[-1] if right.dim() > 1 else 1
-    batch = work.results[0].numel() // max(rows * columns, 1)
-    if right.dim() <= 2:  # one matrix for all: one product
-        batch, rows = 1, batch * rows
-    return [_product(batch, rows, left.shape[-1], columns, left.dtype)]
-
-
-def _addmm(work: Work) -> list[Kernel]:
-    out = work.results[0]
-    left = work.operands[1]
-    batch = prod(out.shape[:-2])
-    return [_product(batch, out.shape[-2], left.shape[-1], out.shape[-1], left.dtype)]
-
-
-def _einsum(work: Work) -> list[Kernel]:
-    """From left to right, as torch does: each pair as one batched product."""
-    terms, output = einsum_terms(work.call)
-    tensors = work.operands if len(work.operands) == len(terms) else work.operands * len(terms)
-    size: dict[object, int] = {}
-    for term, tensor in zip(terms, tensors, strict=True):
-        size |= {f: max(n, size.get(f, 1)) for f, n in zip(term, tensor.shape, strict=True)}
+    """From left to right, as torch does: each pair as one batched matmul; a bias costs nothing."""
+    factors = TERMS[str(work.node.target)](work.call)
+    rule = find_rule(work.node.target)
+    assert isinstance(rule, FactorRule)
+    given = rule.given_bias(work.call)
+    bias = work.call[given] if given else None
+    terms, size = list[Names](), dict[object, int]()
+    for names, node in zip(factors.operands, work.call.operands, strict=True):
+        if node is bias:
+            continue
+        terms.append(names)
+        shape = tensors(work.values.of[node])[0].shape
+        size |= {f: max(n, size.get(f, 1)) for f, n in zip(names, shape, strict=True)}
     left, made = set(terms[0]), list[Kernel]()
     for i, term in enumerate(terms[1:], 1):
         right = set(term)
-        out = (left | right) & set(output).union(*terms[i + 1 :])
+        out = (left | right) & set(factors.output).union(*terms[i + 1 :])
         groups = left & right & out, left & out - right, left & right - out, right & out - left
         batch, rows, inner, columns = (prod(size[f] for f in group) for group in groups)
         made.append(_product(batch, rows, inner, columns, work.results[0].dtype))
@@ -190,10 +173,16 @@ def _grouped(work: Work) -> list[Kernel]:
     """Rows in groups, each with a matrix of its own; a matrix without rows is not read."""
     rows, weight = work.operands[:2]
     if rows.dim() != 2 or weight.dim() != 3:
-        return _matmul(work)
+        return _batched(work)
     used = max(min(weight.shape[0], rows.shape[0]), 1)
     each = -(-rows.shape[0] // used)
     return [_product(used, each, rows.shape[1], weight.shape[2], rows.dtype)]
+
+
+def _batched(work: Work) -> list[Kernel]:
+    """Groups of as many rows each."""
+    (rows, weight), out = work.operands[:2], work.results[0]
+    return [_product(weight.shape[0], out.shape[-2], rows.shape[-1], out.shape[-1], rows.dtype)]
 
 
 def _expert_linear(work: Work) -> list[Kernel]:
@@ -353,47 +342,38 @@ def _sorted(work: Work) -> list[Kernel]:
     return [_kernel("reduction", [source, *work.results], list(work.results))] * 4
 
 
-def _tables() -> dict[str, Callable[[Work], list[Kernel]]]:
-    rows: dict[Callable[[Work], list[Kernel]], list[str]] = {
-        _linear: ["aten.linear.default"],
-        _matmul: ["aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.mv.default",
-                  "aten.dot.default"],
-        _grouped: ["aten._grouped_mm.default"],
-        _addmm: ["aten.addmm.default", "aten.baddbmm.default"],
-        _einsum: ["aten.einsum.default"],
-        _streamed: ["aten.outer.default", "aten.ger.default"],
-        _expert_linear: ["ringcompile.expert_linear.default"],
-        _convolution: ["aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default",
-                       "aten.conv1d.padding", "aten.conv2d.padding"],
-        _transposed_convolution: ["aten.conv_transpose1d.default", "aten.conv_transpose2d.input"],
-        _attention: ["ringcompile.attention.default", "ringcompile.ring_attention.default"],
-        _block_attention: ["ringcompile.block_attention.default"],
-        _cached_attention: ["ringcompile.cached_attention.default"],
-        _attend_merge: ["ringcompile.attend_merge.default"],
-        _merge: ["ringcompile.merge.default"],
-        _finish: ["ringcompile.finish.default"],
-        _index_put: ["aten.index_put.default"],
-        _rows_taken: ["aten.embedding.default", "aten.index_select.default", "aten.index.Tensor",
-                      "aten.gather.default"],
-        _joined: ["aten.cat.default", "aten.stack.default", "ringcompile.pack.default",
-                  "ringcompile.pack_state.default"],
-        _running_sum: ["aten.cumsum.default", "aten.cumprod.default",
-                       "ringcompile.running_sum.default"],
-        _sorted: ["aten.sort.default", "aten.sort.stable", "aten.argsort.default",
-                  "aten.argsort.stable", "ringcompile.route.default"],
-    }
-    return {name: row for row, names in rows.items() for name in names}
-
-
 def has_cost(target: object) -> bool:
     """Whether it is known what an op costs; by name or as an operator."""
-    name = str(target)
-    if name in _TABLE or name in VIEWS | SAME | COMMUNICATION:
+    if str(target) in COMMUNICATION:
         return True
     try:
-        return bool(memory_kind(target))
+        return kind_of(target) in ROWS
     except RingCompileError:
         return False
 
 
-_TABLE = _tables()
+# The kernels of each kind of work, see `kinds.kind_of`.
+ROWS: dict[str, Callable[[Work], list[Kernel]]] = {
+    "same": lambda work: [],
+    "view": _copied,
+    "stream": _by_bytes,
+    "special": _by_bytes,
+    "reduction": _by_bytes,
+    "outer": _streamed,
+    "pick_rows": _rows_taken,
+    "index_put": _index_put,
+    "join": _joined,
+    "scan": _running_sum,
+    "sort": _sorted,
+    "matmul": _matmul,
+    "grouped_matmul": _grouped,
+    "expert_matmul": _expert_linear,
+    "convolution": _convolution,
+    "transposed_convolution": _transposed_convolution,
+    "attention": _attention,
+    "block_attention": _block_attention,
+    "cached_attention": _cached_attention,
+    "attend_merge": _attend_merge,
+    "merge": _merge,
+    "finish": _finish,
+}

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ringcompile.cost.kinds import SAME, VIEWS, is_elementwise
+from ringcompile.cost.kinds import is_elementwise, looks_at
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.communication import DISPATCH
@@ -113,9 +113,9 @@ class Values:
         if node.op == "call_function":
             if node.target is operator.getitem:
                 return self.of[node.args[0]][node.args[1]]  # type: ignore[index]
-            if target in VIEWS:
+            if looks_at(node.target) == "view":
                 return self._view(node)
-            if target in SAME:
+            if looks_at(node.target) == "same":
                 return self.of[node.args[0]]  # type: ignore[index]
             if target in _MERGES:
                 return self._merged(node)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import fx
@@ -11,11 +10,11 @@ from torch import fx
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, equal
 from ringcompile.ir.nodes import type_of
+from ringcompile.ir.rules.base import Names
+from ringcompile.ir.rules.contraction import TERMS
 
-Names = tuple[Hashable, ...]
-_PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.mm.default")
-_EINSUM = "aten.einsum.default"
-_LETTER = re.compile(r"\.\.\.|[A-Za-z]")
+# A linear layer is none: its second operand is a weight, not another value of the model.
+_PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.einsum.default")
 
 
 @dataclass(frozen=True)
@@ -66,43 +65,13 @@ class Contraction:
 def read(node: fx.Node) -> Contraction | None:
     """The contraction that a node computes, or None."""
     target = str(node.target)
-    if target in _PRODUCTS:
-        return _of_product(node)
-    return _of_einsum(node) if target == _EINSUM else None
-
-
-def _of_product(node: fx.Node) -> Contraction | None:
-    left, right = Call(node).operands
-    ranks = [len(type_of(x).shape) for x in (left, right)]
-    if min(ranks) < 2:
+    if target not in _PRODUCTS or len(Call(node).operands) != 2:
         return None
-    batch = [tuple(range(2 - rank, 0)) for rank in ranks]
-    return Contraction(
-        node,
-        (Operand(left, (*batch[0], "m", "k")), Operand(right, (*batch[1], "k", "n"))),
-        (*max(batch, key=len), "m", "n"),
-    )
-
-
-def _of_einsum(node: fx.Node) -> Contraction | None:
-    operands = Call(node).operands
-    inputs, arrow, output = str(Call(node)["equation"]).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not arrow or len(terms) != 2:
-        return None
-    names = [_spelled(term, x) for term, x in zip(terms, operands, strict=True)]
-    result = _spelled(output, node)
-    if any(len(set(dims)) < len(dims) for dims in (*names, result)):
+    call = Call(node)
+    terms = TERMS[target](call)
+    if any(len(set(dims)) < len(dims) for dims in (*terms.operands, terms.output)):
         return None  # a diagonal
-    return Contraction(
-        node, (Operand(operands[0], names[0]), Operand(operands[1], names[1])), result
-    )
-
-
-def _spelled(term: str, x: fx.Node) -> Names:
-    """A name for each dim; those that `...` stands for are counted from the right."""
-    letters: Sequence[str] = _LETTER.findall(term)
-    if "..." not in letters:
-        return tuple(letters)
-    where, count = letters.index("..."), len(type_of(x).shape) - len(letters) + 1
-    return (*letters[:where], *range(-count, 0), *letters[where + 1 :])
+    if min(map(len, terms.operands)) < 2:
+        return None
+    left, right = map(Operand, call.operands, terms.operands)
+    return Contraction(node, (left, right), terms.output)

@@ -13,15 +13,15 @@ from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import COMMUNICATION
 from ringcompile.ir.expr import SEQUENCE, Size, bind, product
 from ringcompile.ir.nodes import location_of, results_of, type_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.rules import FactorRule, find_rule
+from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
@@ -147,22 +147,16 @@ def work(node: fx.Node) -> float:
 
     Lengths that are not known count as 4,096 tokens.
     """
-    rule = find_rule(_AS_GLOBAL.get(str(node.target), node.target))
-    out = product(results_of(node)[0].shape) if "type" in node.meta else 0
-    if not isinstance(rule, FactorRule) or rule.cheap:
-        return _number(out)
-    # Every operand by its place, though one tensor may be both queries and keys.
-    operands = pytree.tree_leaves((node.args, node.kwargs))
-    shapes = [type_of(n).shape for n in operands if isinstance(n, fx.Node)]
-    summed = shapes[1][-1] if len(shapes) > 1 and shapes[1] else 1
-    if str(node.target) in _AS_GLOBAL:
-        summed = shapes[1][2] * 2
-    elif rule.sums:
-        summed = shapes[0][-1] if len(shapes[0]) else 1
-    return _number(product([out, summed]))
+    if "type" not in node.meta:
+        return 0.0
+    rule = find_rule(_WITHOUT_RANKS.get(str(node.target), node.target))
+    if rule is None:
+        return _number(product(results_of(node)[0].shape))
+    return _number(rule.multiplications(Call(node)))
 
 
-_AS_GLOBAL = {"ringcompile.ring_attention.default": "ringcompile.attention.default"}
+# What attention on one rank's share is without ranks.
+_WITHOUT_RANKS = {"ringcompile.ring_attention.default": "ringcompile.attention.default"}
 
 
 def _number(size: Size) -> float:

@@ -42,7 +42,6 @@ from ringcompile.passes.attention_rows import (
     repeats,
 )
 from ringcompile.passes.base import Pass
-from ringcompile.passes.linear_ops import passes_partial
 from ringcompile.passes.one_origin import with_one_origin
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
 from ringcompile.passes.tensor_requests import TP, TensorRequests, cuts_running_sum, has_tp
@@ -365,11 +364,12 @@ class _Splitter(TensorRequests):
             self.summed(new) if len(old.users) > 1 else new
             for old, new in zip(call.operands, operands, strict=True)
         ]
-        partial = passes_partial(call, [layout_of(n).partial for n in operands])
+        rule = find_rule(node.target)
+        linear = rule.linear if rule is not None else None
+        partial = linear.axes(call, [layout_of(n).partial for n in operands]) if linear else ()
         if not partial:
             operands = list(map(self.summed, operands))
         layouts = [replace(layout_of(n), partial=()) for n in operands]
-        rule = find_rule(node.target)
         placement = None
         if any(map(has_tp, layouts)):
             placement = self._forward(node, rule, layouts)

@@ -11,11 +11,10 @@ from torch import fx
 
 from ringcompile.cost.attention import blocks
 from ringcompile.cost.kernels import Kernel, time_of
-from ringcompile.cost.kinds import SAME, VIEWS, memory_kind
+from ringcompile.cost.kinds import kind_of
 from ringcompile.cost.ops import has_cost, kernels_of
 from ringcompile.cost.values import Values, distinct_bytes
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.communication import COMMUNICATION
 from ringcompile.ir.program import Program, Structure
 from ringcompile.ir.rules import RULES
 from ringcompile.ir.types import TensorType
@@ -37,7 +36,7 @@ def test_every_op_that_a_graph_may_contain_has_a_cost() -> None:
 def test_an_unknown_op_is_refused() -> None:
     assert not has_cost("aten.nothing.default")
     with pytest.raises(RingCompileError, match=r"nothing is known of what aten\.nothing\.default"):
-        memory_kind("aten.nothing.default")
+        kind_of("aten.nothing.default")
 
 
 def graph_of(
@@ -187,11 +186,6 @@ def test_what_was_expanded_is_read_once() -> None:
     whole = torch.empty(6, 4, device="meta")
     assert distinct_bytes(whole) == 96
     assert distinct_bytes(torch.empty(1, 4, device="meta").expand(6, 4)) == 16
-
-
-def test_views_and_the_same_are_different() -> None:
-    assert VIEWS.isdisjoint(SAME)
-    assert {"ringcompile.wait.default"} == COMMUNICATION & SAME
 
 
 # -- attention ------------------------------------------------------------------------------------

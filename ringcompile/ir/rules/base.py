@@ -13,8 +13,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import Size, product
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout, regroup
 from ringcompile.ir.nodes import layout_of, results_of, type_of
+from ringcompile.ir.rules.linear import FIRST, Linear
 
 Names = tuple[Hashable | None, ...]
 
@@ -46,10 +48,21 @@ class Rule:
         shape_argument: the argument that spells out the output's shape; it is rewritten from the
             local shape, never searched for.
         cheap: recomputing the op on whole operands costs less than sending its output.
+        cost: what kind of work the op is; `cost/ops.py` has a row for each kind.
+        linear: in which operands it is linear, so that a partial sum may pass through it.
+        elementwise: element i of the result is made of elements i of the operands, so it has their
+            strides.
     """
 
     shape_argument: str | None
     cheap: bool
+    cost: str
+    linear: Linear | None
+    elementwise: bool
+
+    def multiplications(self, call: Call) -> Size:
+        """The multiplications of a call over all ranks, one for each element of its results."""
+        return product(results_of(call.node)[0].shape)
 
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
@@ -75,18 +88,37 @@ class FactorRule(Rule):
     factors: Callable[[Call], Factors]
     shape_argument: str | None = None
     cheap: bool = True
+    cost: str = "stream"
+    linear: Linear | None = None
+    elementwise: bool = False
     sums: bool = False
     """Factors that two operands share and the output lacks are summed over, and nothing else is."""
     bias: str | None = None
     """The argument of an op that `sums` which is added to the product."""
     kept: frozenset[Hashable] = frozenset()
     """Factors of operands alone that may be split: the op works on the part it is given."""
+    inner: Callable[[Call], Size] | None = None
+    """Multiplications for each element of the result, of an op that does not just sum factors."""
 
     @staticmethod
     def contracted(names: Factors) -> list[Hashable]:
         """The factors that are summed over, of an op that `sums`."""
         held = [f for dims in names.operands for f in dims if f is not None]
         return [f for f in dict.fromkeys(held) if held.count(f) > 1 and f not in names.output]
+
+    def multiplications(self, call: Call) -> Size:
+        """For each element of the result, as many as the factors summed over have values."""
+        each = self.inner(call) if self.inner else product(self._summed_sizes(call))
+        return product([super().multiplications(call), each])
+
+    def _summed_sizes(self, call: Call) -> list[Size]:
+        names = self.factors(call)
+        sizes = {
+            factor: size
+            for dims, node in zip(names.operands, call.operands, strict=True)
+            for factor, size in zip(dims, type_of(node).shape, strict=True)
+        }
+        return [sizes[factor] for factor in self.contracted(names)] if self.sums else []
 
     def given_bias(self, call: Call) -> str | None:
         """The bias, if it is given."""
@@ -142,6 +174,9 @@ class ViewRule(Rule):
 
     shape_argument: str | None = "shape"
     cheap: bool = True
+    cost: str = "view"
+    linear: Linear | None = FIRST
+    elementwise: bool = False
 
     def forward(
         self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import Size, product
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import contraction, indexing, spatial
 from ringcompile.ir.rules.base import FactorRule, Factors, Names, Rule, ViewRule, rank_of, shapes
+from ringcompile.ir.rules.linear import EACH, FIRST, TOGETHER, Linear
 
 
 def pointwise(call: Call) -> Factors:
@@ -163,40 +166,58 @@ def expert_linear(call: Call) -> Factors:
     return Factors(((*batch, "i"), batch, weight, *bias), (*batch, "o"))
 
 
+def _keys_twice(call: Call) -> Size:
+    """Of attention: each key is multiplied with the query, and its weight with the value."""
+    return product([2, shapes(call)[1][2]])
+
+
+def _under_filter(call: Call) -> Size:
+    """Of a convolution: what lies under one filter."""
+    return product(shapes(call)[1][1:])
+
+
+def _features(call: Call) -> Size:
+    """Of a product with matrices that are chosen by row: the row's features."""
+    return product(shapes(call)[0][-1:])
+
+
 _UNARY = [
-    "abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal",
-    "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu", "silu", "gelu", "elu", "leaky_relu",
-    "mish", "hardswish", "hardsigmoid", "softplus", "logical_not", "bitwise_not", "sign", "floor",
-    "ceil", "round", "trunc", "isnan", "isinf", "square", "selu", "hardtanh", "relu6",
-    "log_sigmoid", "log10", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh",
-    "erfc", "erfinv", "isfinite", "frac", "celu", "hardshrink", "softshrink", "signbit", "logit",
-    "conj", "_conj", "real", "imag", "resolve_conj", "positive", "angle",
-    "full_like",
+    "abs", "relu", "leaky_relu", "hardswish", "hardsigmoid", "logical_not", "bitwise_not", "sign",
+    "floor", "ceil", "round", "trunc", "isnan", "isinf", "square", "hardtanh", "relu6", "isfinite",
+    "frac", "hardshrink", "softshrink", "signbit", "imag", "full_like",
 ]
+# Arithmetic that takes longer than it takes to load the operands.
+_COSTLY_UNARY = [
+    "exp", "exp2", "expm1", "log", "log2", "log1p", "log10", "sqrt", "rsqrt", "reciprocal", "sin",
+    "cos", "tan", "tanh", "sigmoid", "erf", "erfc", "erfinv", "silu", "gelu", "elu", "celu", "selu",
+    "mish", "softplus", "log_sigmoid", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh",
+    "atanh", "logit", "angle",
+]
+_SAME = ["conj", "_conj", "resolve_conj", "positive"]
 _BINARY = [
-    "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "mul.Tensor",
-    "mul.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode",
-    "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "floor_divide.default",
-    "remainder.Scalar", "remainder.Tensor", "fmod.Scalar", "eq.Tensor", "eq.Scalar", "ne.Tensor",
-    "ne.Scalar", "lt.Tensor", "lt.Scalar", "le.Tensor", "le.Scalar", "gt.Tensor", "gt.Scalar",
-    "ge.Tensor", "ge.Scalar", "maximum.default", "minimum.default", "logical_and.default",
-    "logical_or.default", "logical_xor.default", "bitwise_and.Tensor", "bitwise_and.Scalar",
-    "bitwise_or.Tensor", "bitwise_or.Scalar", "bitwise_xor.Tensor", "__and__.Tensor",
-    "__or__.Tensor", "__and__.Scalar", "__or__.Scalar", "where.self", "where.ScalarOther",
-    "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor", "clamp.default",
-    "clamp.Tensor", "clamp_min.default", "clamp_max.default", "lerp.Scalar", "lerp.Tensor",
-    "addcmul.default", "addcdiv.default", "atan2.default", "to.dtype", "nan_to_num.default",
-    "polar.default", "complex.default", "bitwise_left_shift.Tensor_Scalar",
-    "bitwise_right_shift.Tensor_Scalar", "floor_divide.Scalar", "xlogy.Tensor", "fmod.Tensor",
-    "threshold.default", "heaviside.default", "fill.Tensor", "copy.default", "fill.Scalar",
-    "isclose.default", "logaddexp.default", "hypot.default", "bitwise_xor.Scalar",
-    "isin.Tensor_Scalar", "clamp_min.Tensor", "clamp_max.Tensor",
+    "add.Scalar", "sub.Scalar", "rsub.Scalar", "div.Tensor_mode", "div.Scalar_mode",
+    "floor_divide.default", "remainder.Scalar", "remainder.Tensor", "fmod.Scalar", "eq.Tensor",
+    "eq.Scalar", "ne.Tensor", "ne.Scalar", "lt.Tensor", "lt.Scalar", "le.Tensor", "le.Scalar",
+    "gt.Tensor", "gt.Scalar", "ge.Tensor", "ge.Scalar", "maximum.default", "minimum.default",
+    "logical_and.default", "logical_or.default", "logical_xor.default", "bitwise_and.Tensor",
+    "bitwise_and.Scalar", "bitwise_or.Tensor", "bitwise_or.Scalar", "bitwise_xor.Tensor",
+    "__and__.Tensor", "__or__.Tensor", "__and__.Scalar", "__or__.Scalar", "where.self",
+    "where.ScalarSelf", "where.Scalar", "masked_fill.Tensor", "clamp.default", "clamp.Tensor",
+    "clamp_min.default", "clamp_max.default", "lerp.Scalar", "lerp.Tensor", "addcmul.default",
+    "addcdiv.default", "to.dtype", "nan_to_num.default", "complex.default",
+    "bitwise_left_shift.Tensor_Scalar", "bitwise_right_shift.Tensor_Scalar", "floor_divide.Scalar",
+    "fmod.Tensor", "threshold.default", "heaviside.default", "fill.Tensor", "copy.default",
+    "fill.Scalar", "isclose.default", "bitwise_xor.Scalar", "isin.Tensor_Scalar",
+    "clamp_min.Tensor", "clamp_max.Tensor",
+]
+_COSTLY_BINARY = [
+    "atan2.default", "polar.default", "logaddexp.default", "hypot.default", "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor", "pow.Scalar", "xlogy.Tensor",
 ]
 _ALONG_DIM = [
-    "softmax.int", "_softmax.default", "log_softmax.int", "cumprod.default",
-    "slice.Tensor", "cat.default", "diff.default", "logcumsumexp.default", "topk.default",
-    "sort.default", "sort.stable", "argsort.default", "argsort.stable", "cummax.default",
-    "cummin.default", "fft_fft.default", "fft_ifft.default", "fft_rfft.default",
+    "softmax.int", "_softmax.default", "log_softmax.int", "diff.default",
+    "logcumsumexp.default", "topk.default", "cummax.default", "cummin.default", "fft_fft.default",
+    "fft_ifft.default", "fft_rfft.default",
     "_log_softmax.default",
 ]
 # What these return depends on all of what they read, in no way that dims could carry.
@@ -209,7 +230,7 @@ _ALL_WHOLE = [
     "repeat_interleave.Tensor", "unique_consecutive.default", "_unique2.default",
 ]
 _REDUCTIONS = [
-    "mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "any.dim", "all.dim",
+    "amax.default", "amin.default", "any.dim", "all.dim",
     "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
     "std.correction", "logsumexp.default", "linalg_vector_norm.default", "max.dim", "min.dim",
     "median.dim", "mode.default", "count_nonzero.dim_IntList",
@@ -230,46 +251,59 @@ def _glu(call: Call) -> Factors:
     return Factors((names,), names)
 
 
-def _rows(
-    names: list[str],
-    factors: Callable[[Call], Factors],
-    cheap: bool = True,
-    sums: bool = False,
-    bias: str | None = None,
-) -> dict[str, Rule]:
-    rule = FactorRule(factors, cheap=cheap, sums=sums, bias=bias)
+def _rows(names: list[str], factors: Callable[[Call], Factors], **columns: Any) -> dict[str, Rule]:
+    rule = FactorRule(factors, elementwise=factors is pointwise, **columns)
     return {f"aten.{name}": rule for name in names}
 
 
+def _fills_zero(argument: str) -> Callable[[Call], bool]:
+    return lambda call: call[argument] == 0
+
+
+_OF_TWO = Linear(together=True, when=lambda call: len(call.operands) == 2)
+
 RULES: dict[str, Rule] = {
     **_rows([f"{name}.default" for name in _UNARY], pointwise),
+    **_rows([f"{name}.default" for name in _COSTLY_UNARY], pointwise, cost="special"),
+    **_rows([f"{name}.default" for name in _SAME], pointwise, cost="same"),
+    **_rows(["real.default"], pointwise, cost="view"),
     **_rows(_BINARY, pointwise),
-    "ringcompile.tokenwise.default": FactorRule(pointwise),
-    **_rows(_ALONG_DIM, along_dim),
-    **_rows(["cumsum.default"], scan),
-    **_rows(_REDUCTIONS, reduction),
+    **_rows(_COSTLY_BINARY, pointwise, cost="special"),
+    **_rows(["neg.default", "mul.Scalar", "div.Scalar", "div.Tensor"], pointwise, linear=FIRST),
+    **_rows(["mul.Tensor"], pointwise, linear=EACH),
+    **_rows(["add.Tensor", "sub.Tensor"], pointwise, linear=_OF_TWO),
+    **_rows(["masked_fill.Scalar"], pointwise, linear=Linear(0, when=_fills_zero("value"))),
+    **_rows(["where.ScalarOther"], pointwise, linear=Linear(1, when=_fills_zero("other"))),
+    "ringcompile.tokenwise.default": FactorRule(pointwise, elementwise=True, cost="same"),
+    **_rows(_ALONG_DIM, along_dim, cost="reduction"),
+    **_rows(["slice.Tensor"], along_dim, cost="view", linear=FIRST),
+    **_rows(["cat.default"], along_dim, cost="join", linear=TOGETHER),
+    **_rows(["sort.default", "sort.stable", "argsort.default", "argsort.stable"], along_dim,
+            cost="sort"),
+    **_rows(["cumprod.default"], along_dim, cost="scan"),
+    **_rows(["cumsum.default"], scan, cost="scan"),
+    **_rows(_REDUCTIONS, reduction, cost="reduction"),
+    **_rows(["mean.dim", "sum.dim_IntList"], reduction, cost="reduction", linear=FIRST),
     **_rows(["mean.default", "sum.default", "max.default", "min.default", "any.default",
-             "all.default", "prod.default"], reduce_all),
-    **_rows(["any.dims", "all.dims"], reduce_listed),
-    "aten.flip.default": FactorRule(_flip),
-    "aten.glu.default": FactorRule(_glu),
+             "all.default", "prod.default"], reduce_all, cost="reduction"),
+    **_rows(["any.dims", "all.dims"], reduce_listed, cost="reduction"),
+    **_rows(["flip.default"], _flip),
+    **_rows(["glu.default"], _glu, cost="special"),
     "aten.reshape.default": ViewRule(),
-    "aten.expand.default": FactorRule(expand, shape_argument="size"),
-    "aten.permute.default": FactorRule(permute),
-    "aten.select.int": FactorRule(select),
-    "aten.stack.default": FactorRule(stack),
-    **_rows(["view_as_complex.default", "view_as_real.default"], real_pairs),
-    "aten.full.default": FactorRule(creation, shape_argument="size"),
-    "aten.arange.start_step": FactorRule(creation),
-    "aten.tril.default": FactorRule(last_two_whole),
-    "aten.triu.default": FactorRule(last_two_whole),
-    "aten.layer_norm.default": FactorRule(trailing_whole),
-    "aten.rms_norm.default": FactorRule(trailing_whole),
-    "aten.embedding.default": FactorRule(embedding),
-    "aten.index_select.default": FactorRule(indexing.index_select),
-    "aten.index.Tensor": FactorRule(indexing.index),
-    "aten.gather.default": FactorRule(indexing.gather),
-    **_rows(["index_put.default"], indexing.index_put),
+    **_rows(["expand.default"], expand, cost="view", linear=FIRST, shape_argument="size"),
+    **_rows(["permute.default"], permute, cost="view", linear=FIRST),
+    **_rows(["select.int"], select, cost="view", linear=FIRST),
+    **_rows(["stack.default"], stack, cost="join", linear=TOGETHER),
+    **_rows(["view_as_complex.default", "view_as_real.default"], real_pairs, cost="view"),
+    **_rows(["full.default"], creation, shape_argument="size"),
+    **_rows(["arange.start_step"], creation),
+    **_rows(["tril.default", "triu.default"], last_two_whole),
+    **_rows(["layer_norm.default", "rms_norm.default"], trailing_whole, cost="reduction"),
+    **_rows(["embedding.default"], embedding, cost="pick_rows"),
+    **_rows(["index_select.default"], indexing.index_select, cost="pick_rows", linear=FIRST),
+    **_rows(["index.Tensor"], indexing.index, cost="pick_rows", linear=FIRST),
+    **_rows(["gather.default"], indexing.gather, cost="pick_rows", linear=FIRST),
+    **_rows(["index_put.default"], indexing.index_put, cost="index_put"),
     **_rows(["index_add.default", "index_copy.default", "index_fill.int_Scalar"],
             indexing.index_add),
     **_rows(["scatter.src", "scatter.value", "scatter.reduce", "scatter.value_reduce",
@@ -279,32 +313,39 @@ RULES: dict[str, Rule] = {
     **_rows(["one_hot.default"], indexing.one_hot),
     **_rows(["bucketize.Tensor"], indexing.bucketize),
     **_rows(["roll.default"], indexing.roll),
-    **_rows(["linear.default"], contraction.linear, cheap=False, sums=True,
-            bias="bias"),
-    **_rows(["addmm.default", "baddbmm.default"], contraction.addmm, cheap=False,
-            sums=True, bias="self"),
-    **_rows(["matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default"],
-            contraction.matmul, cheap=False, sums=True),
-    **_rows(["outer.default", "ger.default"], contraction.outer),
-    **_rows(["einsum.default"], contraction.einsum, cheap=False, sums=True),
-    **_rows(["_grouped_mm.default"], contraction.grouped_mm, cheap=False),
+    **_rows(["linear.default"], contraction.matmul, cheap=False, sums=True, bias="bias",
+            cost="matmul"),
+    **_rows(["addmm.default", "baddbmm.default"], contraction.matmul, cheap=False, sums=True,
+            bias="self", cost="matmul"),
+    **_rows(["matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default",
+             "einsum.default"], contraction.matmul, cheap=False, sums=True, cost="matmul"),
+    **_rows(["outer.default", "ger.default"], contraction.outer, cost="outer"),
+    **_rows(["_grouped_mm.default"], contraction.grouped_mm, cheap=False, cost="grouped_matmul",
+            inner=_features),
     **_rows(["conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding",
-             "conv2d.padding"], spatial.convolution, cheap=False),
+             "conv2d.padding"], spatial.convolution, cheap=False, cost="convolution",
+            inner=_under_filter),
     **_rows(["conv_transpose1d.default", "conv_transpose2d.input"],
-            spatial.transposed_convolution, cheap=False),
+            spatial.transposed_convolution, cheap=False, cost="transposed_convolution",
+            inner=_under_filter),
     **_rows(["avg_pool1d.default", "max_pool1d.default", "adaptive_avg_pool1d.default",
-             "upsample_nearest1d.vec", "upsample_linear1d.vec"], partial(spatial.pooling, 1)),
+             "upsample_nearest1d.vec", "upsample_linear1d.vec"], partial(spatial.pooling, 1),
+            cost="reduction"),
     **_rows(["avg_pool2d.default", "max_pool2d.default", "adaptive_avg_pool2d.default",
              "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec"],
-            partial(spatial.pooling, 2)),
-    **_rows(["pad.default", "constant_pad_nd.default"], spatial.pad),
-    **_rows(["unfold.default"], spatial.unfold),
-    **_rows(["batch_norm.default"], spatial.channel_norm),
-    **_rows(["group_norm.default"], spatial.group_norm),
-    **_rows(_ALL_WHOLE, all_whole),
-    "ringcompile.attention.default": FactorRule(attention, cheap=False),
+            partial(spatial.pooling, 2), cost="reduction"),
+    **_rows(["pad.default"], spatial.pad),
+    **_rows(["constant_pad_nd.default"], spatial.pad, linear=Linear(0, when=_fills_zero("value"))),
+    **_rows(["unfold.default"], spatial.unfold, cost="view"),
+    **_rows(["batch_norm.default"], spatial.channel_norm, cost="reduction"),
+    **_rows(["group_norm.default"], spatial.group_norm, cost="reduction"),
+    **_rows(_ALL_WHOLE, all_whole, cost="reduction"),
+    "ringcompile.attention.default": FactorRule(
+        attention, cheap=False, cost="attention", inner=_keys_twice
+    ),
     "ringcompile.expert_linear.default": FactorRule(
-        expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"})
+        expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"}),
+        cost="expert_matmul", inner=_features,
     ),
 }
 
