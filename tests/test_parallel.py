@@ -223,7 +223,7 @@ def test_smollm2() -> None:
 # -- refusals ------------------------------------------------------------------------------------
 
 REFUSALS = {
-    "xp=2": "error: unknown mesh axis 'xp'\n  hint: axes are: ring, ulysses, tp, ep, pp, dp, time",
+    "xp=2": "error: unknown mesh axis 'xp'\n  hint: axes are: pp, dp, time, ring, ep, ulysses, tp",
     "tp=2,tp=2": "error: mesh axis 'tp' is given twice",
     "tp=0": "error: mesh axis 'tp' has size 0; it must be at least 1",
     "tp": "error: cannot read 'tp' in the parallel spec 'tp'\n"
