@@ -21,6 +21,7 @@ from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.crosscheck import cross_check
+from ringcompile.ir.origin import check_origin
 from ringcompile.ir.plan import Plan, plan_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
@@ -165,12 +166,30 @@ class ParallelProgram:
     def verify(self) -> None:
         """Check all ranks' programs against each other; see `ir/crosscheck.py`.
 
+        Programs of an artifact are also compared with what follows from the program for all ranks;
+        see `ir/origin.py`.
+
         Raises:
             RingCompileError: naming the ranks and nodes that do not fit together.
         """
         cross_check(self.ranks(), self.mesh)
+        if self.saved is not None and self.saved.made_here:
+            for rank, program in enumerate(self.ranks()):
+                check_origin(rank, program, self._derived(rank))
         if self.carried is not None:
             self.carried.verify()
+
+    def _derived(self, rank: int) -> Program:
+        """What follows for a rank from a program for all ranks that may be anything."""
+        try:
+            return self._lower(rank)
+        except RingCompileError:
+            raise
+        except Exception as error:
+            raise RingCompileError(
+                f"the program for all ranks cannot be made rank {rank}'s: "
+                f"{type(error).__name__}: {error}", hint="transform the model again",
+            ) from error
 
     def ensure_verified(self) -> None:
         """Check an artifact's ranks against each other, unless these programs passed that before.

@@ -92,6 +92,12 @@ def _own_version() -> str:
         return "unknown"
 
 
+def made_with_this(manifest: Mapping[str, Any]) -> bool:
+    """Whether this version of ringcompile wrote a manifest."""
+    made = manifest.get("made_with")
+    return isinstance(made, dict) and made.get("ringcompile") == _own_version()
+
+
 def read_manifest(folder: OpenFolder) -> tuple[dict[str, Any], Mesh, dict[str, Place]]:
     """The manifest, with its mesh and weight table read.
 

@@ -36,6 +36,7 @@ from ringcompile.artifact.manifest import (
     PROGRAM,
     REFERENCE,
     in_file,
+    made_with_this,
     manifest_of,
     programs_digest,
     read_digests,
@@ -164,6 +165,11 @@ class Artifact:
         The claim is a digest of the programs themselves: after a change to any of them it is void.
         """
         return self.manifest.get("cross_checked") == programs_digest(self.manifest["files"])
+
+    @property
+    def made_here(self) -> bool:
+        """Whether this version of ringcompile made it, so that it would make the same again."""
+        return made_with_this(self.manifest)
 
     @cached_property
     def spmd(self) -> Program:

@@ -97,7 +97,10 @@ def transform(
     with CONSOLE.status("transforming"):
         made = compiler.transform(
             program, mesh, plan=told, observe=observe,
-            record={"model": model, "dtype": dtype, "batch": batch},
+            record={
+                "model": model, "dtype": dtype, "batch": batch,
+                "overlap": overlap, "overlap_on": overlap_on,
+            },
             schedule=schedule_for(overlap, overlap_on, program, mesh, options.length),
             **options.given(),
         )
