@@ -127,13 +127,14 @@ def _is_rounded(size: Any) -> bool:
     return is_symbolic(size) and any(_S in atom.free_symbols for atom in size.atoms(*_ROUNDING))
 
 
-def _grows(size: Any) -> bool:
+def grows(size: Any) -> bool:
+    """Whether a size grows with the sequence."""
     return is_symbolic(size) and _S in size.free_symbols
 
 
 def token_dims(node: fx.Node) -> list[int]:
     """The dims of a single result whose size grows with the sequence."""
-    return [i for i, size in enumerate(results_of(node)[0].shape) if _grows(size)]
+    return [i for i, size in enumerate(results_of(node)[0].shape) if grows(size)]
 
 
 @dataclass
@@ -267,8 +268,8 @@ class Finder:
     def _matters(self, node: fx.Node) -> bool:
         """Whether a value differs when there are fewer tokens."""
         if node in self.of_tokens:
-            return any(map(_grows, sizes_of(node)))
-        return node.op != "placeholder" and any(map(_grows, sizes_of(node)))
+            return any(map(grows, sizes_of(node)))
+        return node.op != "placeholder" and any(map(grows, sizes_of(node)))
 
     def _push(
         self,

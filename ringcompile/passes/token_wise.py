@@ -1,5 +1,7 @@
 """Whether a region may run on some of the tokens alone: run whole and in parts, and compared.
 
+It is a proof only if the sample reaches every bound in the region: see thresholds.py.
+
 All data is random, so that a token which another one changes shows; where slots are counted, there
 are too few for all tokens, so that some are dropped. Weights are random as well, and large ones
 have rank one: then a product with them costs next to nothing, and no model is too large to check.
@@ -23,7 +25,8 @@ from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program, Weight
 from ringcompile.ops.bodies import body_of
 from ringcompile.ops.experts import expert_linear
-from ringcompile.passes.regions import Region
+from ringcompile.passes.regions import Region, grows
+from ringcompile.passes.thresholds import Thresholds
 
 _LENGTH = 14
 # Which tokens run alone: neighbours, and some from all over, as in a zigzag order.
@@ -68,15 +71,15 @@ class TokenWise:
         nodes = [node for node in self.program.graph.nodes if node in region.nodes]
         key = self._structure(nodes, region)
         if key not in self.known:
-            self.known[key] = self._same(nodes, region)
-        if region.declared and not self.known[key]:
+            self.known[key] = self._why_not(nodes, region)
+        reason = self.known[key]
+        if region.declared and reason:
             raise error_at(
                 nodes[0],
-                "what is declared token-wise is not: run on some of the tokens alone, it gives "
-                "them other results",
+                f"what is declared token-wise {reason}",
                 hint="leave the declaration out: it is then computed by its ops' rules",
             )
-        return self.known[key]
+        return not reason
 
     def _structure(self, nodes: list[fx.Node], region: Region) -> Any:
         """Equal for regions that compute the same of their operands."""
@@ -94,16 +97,23 @@ class TokenWise:
         ends = [[named(node) for node in part] for part in (region.entering, region.leaving)]
         return str((texts, ends, region.slots))
 
-    def _same(self, nodes: list[fx.Node], region: Region) -> bool:
+    def _why_not(self, nodes: list[fx.Node], region: Region) -> str:
+        """Why it does not hold; empty if it does."""
         run = _Run(self.program, region)
         try:
             whole = run.whole(nodes)
-            return all(
+            same = all(
                 _close(run.part(whole, nodes, part), whole, region.leaving, part)
                 for part in _PARTS
             )
         except (_UnknownError, RuntimeError, IndexError, ValueError, TypeError):
-            return False
+            same = False
+        if not same:
+            return "is not: run on some of the tokens alone, it gives them other results"
+        return "" if run.thresholds.reached else (
+            f"cannot be shown to be: a count or rank of tokens meets a constant that {_LENGTH} "
+            "tokens do not reach, such as a capacity that does not grow with the sequence"
+        )
 
 
 def _close(
@@ -142,12 +152,14 @@ class _Run:
         self.generator = torch.Generator().manual_seed(0)
         self.outside: dict[fx.Node, Any] = {}
         self.lengths = {SEQUENCE: _LENGTH - region.prefix}
+        self.thresholds = Thresholds(grows, frozenset(region.counted))
 
     def whole(self, nodes: list[fx.Node]) -> dict[fx.Node, Any]:
         """All values, for all tokens."""
         values: dict[fx.Node, Any] = {}
         for node in nodes:
             values[node] = self._call(node, values, lambda size: size, self.lengths)
+            self._note(node, values)
         return values
 
     def part(
@@ -167,7 +179,12 @@ class _Run:
         for node in nodes:
             made = self._call(node, values, self.region.own, lengths)
             values[node] = counted.get(node, made)
+            self._note(node, values)
         return values
+
+    def _note(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+        given = {n: values[n] if n in values else self._outer(n) for n in node.all_input_nodes}
+        self.thresholds.note(node, given, values[node])
 
     def _call(
         self,
