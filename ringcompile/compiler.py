@@ -249,6 +249,9 @@ class ParallelProgram:
             view=python_view,
             overwrite=overwrite,
             cross_checked=True,
+            carried=None if self.carried is None else (
+                self.carried.program, self.carried.ranks()
+            ),
         )
 
 
@@ -369,9 +372,14 @@ def load(folder: str | Path) -> ParallelProgram:
     Raises:
         RingCompileError: the folder is not an artifact of this version, or is damaged.
     """
-    found = artifact.load(folder)
+    return _loaded(artifact.load(folder))
+
+
+def _loaded(found: artifact.Artifact) -> ParallelProgram:
+    options, carried = found.manifest.get("options", {}), found.carried
     return ParallelProgram(
-        found.spmd, found.mesh, found.manifest.get("options", {}), saved=found
+        found.spmd, found.mesh, options, saved=found,
+        carried=None if carried is None else _loaded(carried),
     )
 
 

@@ -2,82 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch.utils import _pytree as pytree
 
+from ringcompile.artifact import load_carried
 from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
-from ringcompile.runtime.batches import deal, whole_outputs
-from ringcompile.runtime.cache import Memory, token_dim
+from ringcompile.runtime.cache import token_dim
+from ringcompile.runtime.carried import Driver, LockStepDriver, ProcessDriver
 from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.executor import Executor
-from ringcompile.runtime.inprocess import read_all_weights
-from ringcompile.runtime.lockstep import LockStep
 
-Inputs = dict[str, torch.Tensor]
-
-
-class Driver(Protocol):
-    """Runs the ranks of a session."""
-
-    def extend(self, inputs: Inputs, new: int) -> Any:
-        """Whole outputs for new tokens, nested as the model returns them."""
-
-    def rewind(self, length: int) -> None:
-        """Forget the tokens from position `length` on."""
-
-    def close(self) -> None:
-        """End the ranks."""
+# What runs the ranks.
+_DRIVERS: dict[str, Callable[..., Driver]] = {
+    "lockstep": lambda parallel, check_types: LockStepDriver(parallel.carried, check_types),
+    "gloo": lambda parallel, check_types: _processes(parallel, "gloo"),
+    "nccl": lambda parallel, check_types: _processes(parallel, "nccl"),
+}
 
 
-class LockStepDriver:
-    """All ranks in this process."""
-
-    def __init__(self, carried: ParallelProgram, check_types: bool = False) -> None:
-        self.mesh, self.programs = carried.mesh, carried.ranks()
-        self.weights = list(read_all_weights(self.programs, carried.source))
-        self.memories = [Memory(program) for program in self.programs]
-        self.executors: dict[int, list[Executor]] = {}
-        self.check_types, self.bytes_sent = check_types, [0] * len(self.programs)
-
-    @torch.no_grad()
-    def extend(self, inputs: Inputs, new: int) -> Any:
-        """Run all ranks on their part of the batch."""
-        dealt = deal(self.programs[0], inputs)
-        lengths = self.programs[0].bindings(dealt.hands[0][0])
-        if new not in self.executors:
-            if len(self.executors) == _MAX_EXECUTORS:
-                self.executors.clear()
-            self.executors[new] = [
-                Executor(program, lengths, check_types=self.check_types)
-                for program in self.programs
-            ]
-        generators = [
-            executor.run({**weights, **memory.begin(dealt.of(memory.program)[0], new)})
-            for executor, weights, memory in zip(
-                self.executors[new], self.weights, self.memories, strict=True
-            )
-        ]
-        results, self.bytes_sent = LockStep(self.mesh).run(generators)
-        return whole_outputs(self.programs[-1], [[result] for result in results], lengths)
-
-    def rewind(self, length: int) -> None:
-        """Forget the tokens from position `length` on, on every rank."""
-        for memory in self.memories:
-            memory.rewind(length)
-
-    def close(self) -> None:
-        """Let weights and cache go."""
-        self.weights, self.memories = [], []
-
-
-_MAX_EXECUTORS = 16  # one for each number of new tokens lately seen
-_DRIVERS: dict[str, Any] = {"lockstep": LockStepDriver}
+def _processes(parallel: ParallelProgram, backend: str) -> Driver:
+    """A process for each rank, which reads its program and weights from an artifact."""
+    if parallel.saved is not None:
+        folder, identity = parallel.saved.folder.path, parallel.identity
+        return ProcessDriver(load_carried, (folder,), backend=backend, identity=identity)
+    with tempfile.TemporaryDirectory(prefix="ringcompile-") as temporary:
+        parallel.save(Path(temporary) / "program")
+        return ProcessDriver(load_carried, (Path(temporary) / "program",), backend=backend)
 
 
 class Session:
@@ -86,12 +43,15 @@ class Session:
     Args:
         parallel: from `transform` with `cache`, or `load`.
         backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each).
+        check_types: hold every value against the type that its node declares, in lock-step.
 
     Raises:
         RingCompileError: the program has no cache, or ranks that do not join.
     """
 
-    def __init__(self, parallel: ParallelProgram, backend: str = "lockstep") -> None:
+    def __init__(
+        self, parallel: ParallelProgram, backend: str = "lockstep", *, check_types: bool = False
+    ) -> None:
         if parallel.carried is None:
             raise RingCompileError(
                 "the program was compiled without a cache",
@@ -101,12 +61,13 @@ class Session:
             raise RingCompileError(
                 f"unknown backend '{backend}'", hint=f"backends: {', '.join(_DRIVERS)}"
             )
+        parallel.ensure_verified()
         self.program: Program = parallel.carried.program
         capacity = self.program.length_range[1]
         assert capacity is not None
         self.capacity, self.length = capacity, 0
         self.batch = self.program.batch * parallel.mesh.size("dp")
-        self.driver: Driver | None = _DRIVERS[backend](parallel.carried)
+        self.driver: Driver | None = _DRIVERS[backend](parallel, check_types)
 
     def extend(self, inputs: Any, last: bool = False) -> Any:
         """Take in new tokens: a prompt, a part of a long one, the next turn, the next token.
@@ -132,12 +93,10 @@ class Session:
                 "more do not fit",
                 hint="compile with a larger cache, or rewind the session",
             )
-        outputs = self._open().extend(named, new)
+        outputs = self._open().extend(named, new, last)
         self.length += new
         leaves = pytree.tree_leaves(outputs)
-        if last:
-            outputs = pytree.tree_map(lambda x: _last(x, new), outputs)
-        return pytree.tree_leaves(outputs)[0] if len(leaves) == 1 else outputs
+        return leaves[0] if len(leaves) == 1 else outputs
 
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first `length`.
@@ -207,8 +166,3 @@ class Session:
                     f"{self.batch}",
                     hint="capture the model with the batch that is to be generated",
                 )
-
-
-def _last(x: torch.Tensor, new: int) -> torch.Tensor:
-    """The last token of an output [batch, new tokens, ...]."""
-    return x[:, -1:] if x.dim() > 1 and x.shape[1] == new else x

@@ -31,6 +31,8 @@ from ringcompile.mesh import Mesh
 
 VERSION = 2
 PROGRAM = "program.json"
+# What the names of the programs for the next tokens of a sequence begin with.
+CARRIED = "cached-"
 DIGESTS = "digests.json"
 REFERENCE = "reference.json"
 _HEX = re.compile(r"([0-9a-f]{64})*")
@@ -135,12 +137,15 @@ def _check_format(manifest: dict[str, Any]) -> None:
 def _check_complete(files: dict[str, Any], mesh: Mesh) -> None:
     for name in files:
         plain_name(name)
-    ranks = [name for name in files if name.startswith("rank") and name.endswith(".json")]
-    if len(ranks) != mesh.world_size:
-        raise RingCompileError(f"{len(ranks)} rank files for {mesh.world_size} ranks")
-    needed = {PROGRAM, DIGESTS, *(f"rank{rank}.json" for rank in range(mesh.world_size))}
-    if missing := needed - files.keys():
-        raise RingCompileError(f"'{min(missing)}' is not among the files")
+    sets = ["", *([CARRIED] if any(name.startswith(CARRIED) for name in files) else [])]
+    for prefix in sets:
+        ranks = [name for name in files
+                 if name.startswith(f"{prefix}rank") and name.endswith(".json")]
+        if len(ranks) != mesh.world_size:
+            raise RingCompileError(f"{len(ranks)} rank files for {mesh.world_size} ranks")
+        own = {f"{prefix}rank{rank}.json" for rank in range(mesh.world_size)}
+        if missing := {f"{prefix}{PROGRAM}", DIGESTS, *own} - files.keys():
+            raise RingCompileError(f"'{min(missing)}' is not among the files")
 
 
 def read_digests(folder: OpenFolder, record: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -3,6 +3,7 @@
 manifest.json           what was compiled, and the size and digest of every other file
 program.json            the program for all ranks, mesh coordinates as symbols
 rank0.json ...          each rank's own program
+cached-program.json ... with a cache, the same for the next tokens of a sequence
 reference.json          the model for one device, which `verify --numerics` compares the ranks with
 program.py, rank0.py    the same to read; never imported, and never read back
 weights.safetensors     weights, each once; weights-0001.safetensors and on if they are large
@@ -11,7 +12,7 @@ weights.safetensors     weights, each once; weights-0001.safetensors and on if t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -32,6 +33,7 @@ from ringcompile.artifact.files import (
 )
 from ringcompile.artifact.graph import program_from_json
 from ringcompile.artifact.manifest import (
+    CARRIED,
     DIGESTS,
     PROGRAM,
     REFERENCE,
@@ -69,6 +71,7 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     cross_checked: bool = False,
+    carried: tuple[Program, Iterable[Program]] | None = None,
 ) -> Path:
     """Write an artifact, whole or not at all.
 
@@ -87,6 +90,7 @@ def save(
         shard_bytes: the size at which another weight file is begun.
         cross_checked: whether the programs passed the check across ranks, so that runs need not
             repeat it.
+        carried: the program for the next tokens of a sequence, for all ranks and for each.
 
     Returns:
         the folder.
@@ -99,8 +103,8 @@ def save(
     with new_folder(target, overwrite) as temporary:
         files: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
-        names = [f"rank{rank}" for rank in range(mesh.world_size)]
-        for name, program in zip(["program", *names], chain([spmd], ranks), strict=True):
+        sets = [("", spmd, ranks), *([(CARRIED, *carried)] if carried else [])]
+        for name, program in chain(*(_named(*each) for each in sets)):
             _check_ops(program)
             text = json_text(program_to_json(program))
             files[f"{name}.json"] = write_text(temporary / f"{name}.json", text)
@@ -119,6 +123,15 @@ def save(
         manifest = manifest_of(spmd, mesh, written, options, files, cross_checked)
         write_text(temporary / MANIFEST, json_text(manifest))
     return target
+
+
+def _named(
+    prefix: str, spmd: Program, ranks: Iterable[Program]
+) -> Iterator[tuple[str, Program]]:
+    """The programs of a set, each with the name of its file."""
+    yield f"{prefix}program", spmd
+    for rank, program in enumerate(ranks):
+        yield f"{prefix}rank{rank}", program
 
 
 def _unknown_ops(program: Program) -> list[fx.Node]:
@@ -146,12 +159,21 @@ class Artifact:
         manifest: what `manifest.json` says.
         mesh: the parallel plan.
         source: the data of weights, whole (`source(name)`) or a piece (`source.share`).
+        prefix: what the names of the programs' files begin with.
     """
 
     folder: OpenFolder
     manifest: dict[str, Any]
     mesh: Mesh
     source: Weights
+    prefix: str = ""
+
+    @cached_property
+    def carried(self) -> Artifact | None:
+        """The programs for the next tokens of a sequence; None if there are none."""
+        if self.prefix or f"{CARRIED}{PROGRAM}" not in self.manifest["files"]:
+            return None
+        return replace(self, prefix=CARRIED)
 
     @property
     def identity(self) -> str:
@@ -178,9 +200,10 @@ class Artifact:
         Raises:
             RingCompileError: its file is damaged.
         """
-        program = self._read(PROGRAM)
+        name = f"{self.prefix}{PROGRAM}"
+        program = self._read(name)
         if program.coordinates is not None or program.mesh != self.mesh:
-            raise RingCompileError(f"'{PROGRAM}' is not the program for all ranks", hint=DAMAGED)
+            raise RingCompileError(f"'{name}' is not the program for all ranks", hint=DAMAGED)
         return program
 
     def rank(self, rank: int) -> Program:
@@ -193,11 +216,10 @@ class Artifact:
             raise RingCompileError(
                 f"rank {rank} does not exist", hint=f"ranks are 0 to {self.mesh.world_size - 1}"
             )
-        program = self._read(f"rank{rank}.json")
+        name = f"{self.prefix}rank{rank}.json"
+        program = self._read(name)
         if program.coordinates != self.mesh.coordinates(rank) or program.mesh != self.mesh:
-            raise RingCompileError(
-                f"'rank{rank}.json' is not the program of rank {rank}", hint=DAMAGED
-            )
+            raise RingCompileError(f"'{name}' is not the program of rank {rank}", hint=DAMAGED)
         return program
 
     @cached_property
@@ -227,9 +249,10 @@ class Artifact:
         for name, record in self.manifest["files"].items():
             if "sha256" in record:
                 read_checked(self.folder, name, record)
-        _ = self.spmd, self.reference
-        for rank in range(self.mesh.world_size):
-            self.rank(rank)
+        for programs in filter(None, (self, self.carried)):
+            _ = programs.spmd, programs.reference
+            for rank in range(self.mesh.world_size):
+                programs.rank(rank)
         for _ in self.source.check():
             pass
 
@@ -247,6 +270,21 @@ class Artifact:
             place = self.source.places.get(weight.name)
             if place is None or place.weight != weight:
                 raise RingCompileError(f"weight '{weight.name}' is not as in the manifest")
+
+
+def load_carried(folder: str | Path) -> Artifact:
+    """The programs of an artifact for the next tokens of a sequence.
+
+    Raises:
+        RingCompileError: as `load`; or it was saved without a cache.
+    """
+    found = load(folder).carried
+    if found is None:
+        raise RingCompileError(
+            f"'{folder}' was compiled without a cache",
+            hint="pass --cache N to `ringcompile transform`",
+        )
+    return found
 
 
 def load(folder: str | Path) -> Artifact:

@@ -28,7 +28,7 @@ from ringcompile.ir.printer import block_of, blocks, type_text
 from ringcompile.ir.program import Program
 from ringcompile.ops import schemas
 
-_RESERVED = {"inputs", "weights", "comm", "torch", "aten", "ours", "operator", "step"}
+_RESERVED = {"inputs", "state", "weights", "comm", "torch", "aten", "ours", "operator", "step"}
 _AFFIX = re.compile(r"_(default|tensor|scalar|dtype|int)(?=_\d+$|$)", re.IGNORECASE)
 _ROUNDING = re.compile(r"(?<![.\w])(ceil|floor)\(")
 _INDENT = " " * 4
@@ -52,11 +52,13 @@ def python_view(program: Program) -> str:
         "aten, ours = torch.ops.aten, torch.ops.ringcompile",
         "",
         "",
-        "def step(inputs, weights, comm):",
+        f"def step(inputs, {'state, ' if program.state else ''}weights, comm):",
         f'{_INDENT}"""One run on {rank_text(program)}.',
         "",
         f"{_INDENT}Args:",
         f"{_INDENT * 2}inputs: tensors by name; of what is split, this rank's share.",
+        *([f"{_INDENT * 2}state: what the rank keeps between calls, or is told for this one."]
+          if program.state else []),
         f"{_INDENT * 2}weights: tensors by qualified name.",
         f"{_INDENT * 2}comm: knows the lengths, and sends along the axes of the mesh.",
         f'{_INDENT}"""',
@@ -106,10 +108,13 @@ class _View:
 
     def _inputs(self) -> list[tuple[str, str]]:
         return [
-            (f'{self.names[node]} = inputs["{node.name}"]', self._note(node))
+            (f'{self.names[node]} = {self._taken_from(node)}["{node.name}"]', self._note(node))
             for node in self.program.graph.nodes
             if node.op == "placeholder" and node.name not in self.program.weights
         ]
+
+    def _taken_from(self, node: fx.Node) -> str:
+        return "state" if node.name in self.program.state else "inputs"
 
     def _length(self, name: str) -> tuple[str, str]:
         sequence, mesh = self.program.sequence, self.program.mesh
@@ -182,7 +187,7 @@ class _View:
         lines = []
         for code, note in statements:
             comment = f"  # {note}" if note else ""
-            if len(code) <= _MAX_CODE:
+            if len(code) <= _MAX_CODE or "(" not in code:
                 lines.append(f"{_INDENT}{code:<{width}}{comment}".rstrip())
                 continue
             head, rest = code.split("(", 1)

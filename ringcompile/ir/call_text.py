@@ -152,7 +152,10 @@ def _is_chunk(program: Program, node: fx.Node, value: Any) -> bool:
 
 
 def _is_length(program: Program, node: fx.Node, value: Any) -> bool:
-    return program.sequence is not None and _same_size(program, value, program.sequence.length)
+    sequence = program.sequence
+    return sequence is not None and value is not None and _same_size(
+        program, value, sequence.length
+    )
 
 
 def _is_head_dim(program: Program, node: fx.Node, value: Any) -> bool:

@@ -195,7 +195,8 @@ class _Carrier:
         return self.kept[name]
 
     def _of_call(self, kind: str, size: Size) -> fx.Node:
-        return self._state(f"cache_{kind}", kind, TensorType.whole(torch.int64, (size,)))
+        name = "used_places" if kind == "places" else f"new_{kind}"
+        return self._state(name, kind, TensorType.whole(torch.int64, (size,)))
 
     @property
     def positions(self) -> fx.Node:
@@ -302,7 +303,7 @@ class _Carrier:
         new = self._type(type_)
         shape = (*new.shape[:dim], self.capacity + 1, *new.shape[dim + 1 :])
         sums = self._state(
-            f"cache_{node.name}", "sums", TensorType(new.dtype, shape, new.layout)
+            f"cached_{node.name}", "sums", TensorType(new.dtype, shape, new.layout)
         )
         return self.builder.call(
             op("running_sum"), (self.builder.env[call["self"]], sums, self.positions), new,
@@ -326,7 +327,7 @@ class _Carrier:
         q, key_mask, mask, sink = (
             self.builder.mapped(call[name]) for name in ("q", "key_mask", "mask", "sink")
         )
-        new = [self._store(call[name], f"{node.name}_{name}") for name in ("k", "v")]
+        new = [self._store(call[name], what) for name, what in (("k", "keys"), ("v", "values"))]
         type_ = self._type(type_of(node))
         make = accumulator_type if self.ranks > 1 else state_type
         state = self.builder.call(
@@ -344,13 +345,13 @@ class _Carrier:
             op("finish"), (state, sink), type_, name=node.name, dtype=type_.dtype
         )
 
-    def _store(self, x: fx.Node, name: str) -> tuple[fx.Node, fx.Node]:
+    def _store(self, x: fx.Node, what: str) -> tuple[fx.Node, fx.Node]:
         """Keys or values of new tokens, written to the cache, and the cache; once for all."""
         if x not in self.stored:
             type_ = self._type(type_of(x))
             batch, heads, _, width = type_.shape
             kept = TensorType(type_.dtype, (batch, heads, self.slots + 1, width), type_.layout)
-            cache = self._state(f"cache_{name}", "cache", kept)
+            cache = self._state(f"cached_{what}_{len(self.stored) // 2}", "cache", kept)
             slots = self._of_call("slots", _NEW)
             self.stored[x] = (
                 self.builder.call(op("store"), (self.builder.env[x], cache, slots), type_), cache

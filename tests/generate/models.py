@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import ringcompile as rc
 from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.program import Program
-from ringcompile.session import LockStepDriver
 
 WIDTH, HEADS, VOCABULARY, CAPACITY = 24, 6, 40, 80
 
@@ -217,9 +216,7 @@ def checked_session(parallel: ParallelProgram) -> rc.Session:
     """A session in lock-step that holds every value against its type."""
     assert parallel.carried is not None
     parallel.carried.verify()
-    session = rc.Session(parallel)
-    session.driver = LockStepDriver(parallel.carried, check_types=True)
-    return session
+    return rc.Session(parallel, check_types=True)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

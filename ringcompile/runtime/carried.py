@@ -1,0 +1,166 @@
+"""Runs the ranks of a program with a cache, call by call: in this process, or one process each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from ringcompile.ir.expr import SEQUENCE, equal, symbol
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program
+from ringcompile.runtime.batches import deal, whole_outputs
+from ringcompile.runtime.cache import Memory
+from ringcompile.runtime.distributed import Parallel, RankRun, Session
+from ringcompile.runtime.executor import Executor
+from ringcompile.runtime.inprocess import read_all_weights
+from ringcompile.runtime.join import Rank
+from ringcompile.runtime.launcher import LocalRanks
+from ringcompile.runtime.lockstep import LockStep
+
+Inputs = dict[str, torch.Tensor]
+_MAX_EXECUTORS = 16  # one for each number of new tokens lately seen
+
+
+class Driver(Protocol):
+    """Runs all ranks for the new tokens of a call."""
+
+    def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
+        """Whole outputs for the new tokens, or for the last of them, nested as the model's."""
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+
+    def close(self) -> None:
+        """End the ranks."""
+
+
+def _outputs(
+    program: Program, shares: Sequence[Sequence[torch.Tensor]], lengths: dict[str, int], last: bool
+) -> Any:
+    """Whole outputs from each rank's share."""
+    bound = {**lengths, SEQUENCE: 1} if last else lengths
+    return whole_outputs(program, [[share] for share in shares], bound)
+
+
+def _kept(
+    program: Program, outputs: Sequence[torch.Tensor], last: bool
+) -> tuple[torch.Tensor, ...]:
+    """A rank's share of its outputs; of the last of the new tokens only, if that is wanted."""
+    if not last:
+        return tuple(outputs)
+    made = []
+    for node, x in zip(program.outputs, outputs, strict=True):
+        for dim, size in enumerate(type_of(node).shape):
+            if equal(size, symbol(SEQUENCE)):
+                x = x.narrow(dim, x.shape[dim] - 1, 1).clone()
+        made.append(x)
+    return tuple(made)
+
+
+class LockStepDriver:
+    """All ranks in this process.
+
+    Args:
+        parallel: the programs for the next tokens.
+        check_types: hold every value against the type that its node declares.
+    """
+
+    def __init__(self, parallel: Parallel, check_types: bool = False) -> None:
+        self.mesh = parallel.mesh
+        self.programs = [parallel.rank(rank) for rank in range(self.mesh.world_size)]
+        self.weights = list(read_all_weights(self.programs, parallel.source))
+        self.memories = [Memory(program) for program in self.programs]
+        self.executors: dict[int, list[Executor]] = {}
+        self.check_types, self.bytes_sent = check_types, [0] * len(self.programs)
+
+    @torch.no_grad()
+    def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
+        """See `Driver`."""
+        dealt = deal(self.programs[0], inputs)
+        lengths = self.programs[0].bindings(dealt.hands[0][0])
+        generators = [
+            executor.run({**weights, **memory.begin(dealt.of(memory.program)[0], new)})
+            for executor, weights, memory in zip(
+                self._executors(new, lengths), self.weights, self.memories, strict=True
+            )
+        ]
+        results, self.bytes_sent = LockStep(self.mesh).run(generators)
+        shares = [_kept(*pair, last) for pair in zip(self.programs, results, strict=True)]
+        return _outputs(self.programs[-1], shares, lengths, last)
+
+    def _executors(self, new: int, lengths: dict[str, int]) -> list[Executor]:
+        if new not in self.executors:
+            if len(self.executors) == _MAX_EXECUTORS:
+                self.executors.clear()
+            self.executors[new] = [
+                Executor(program, lengths, check_types=self.check_types)
+                for program in self.programs
+            ]
+        return self.executors[new]
+
+    def rewind(self, length: int) -> None:
+        """See `Driver`."""
+        for memory in self.memories:
+            memory.rewind(length)
+
+    def close(self) -> None:
+        """Let weights and caches go."""
+        self.weights, self.memories = [], []
+
+
+class ProcessDriver:
+    """A process of this machine for each rank, which keeps its weights and its cache.
+
+    Args:
+        load: as for `LocalRanks`; gives the programs for the next tokens.
+        args: likewise.
+        options: likewise.
+    """
+
+    def __init__(
+        self, load: Callable[..., Parallel], args: tuple[Any, ...], **options: Any
+    ) -> None:
+        self.ranks = LocalRanks(load, args, **options)
+        self.bytes_sent: list[int] = []
+        try:
+            self.ranks.call(_remember)
+        except BaseException:
+            self.ranks.kill()
+            raise
+
+    def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
+        """See `Driver`."""
+        lengths = self.ranks.program.bindings(deal(self.ranks.program, inputs).hands[0][0])
+        runs: list[RankRun] = self.ranks.call(extend_rank, inputs, new, last)
+        self.bytes_sent = [run.stats.bytes_sent for run in runs]
+        return _outputs(self.ranks.last, [run.outputs for run in runs], lengths, last)
+
+    def rewind(self, length: int) -> None:
+        """See `Driver`."""
+        self.ranks.call(_rewind, length)
+
+    def close(self) -> None:
+        """End the processes."""
+        self.ranks.close()
+
+
+def _remember(rank: Rank) -> None:
+    session: Session = rank.state
+    rank.state = session, Memory(session.program, rank.device)
+
+
+def extend_rank(rank: Rank, inputs: Inputs, new: int, last: bool) -> RankRun:
+    """The new tokens of a call on one rank, whose state is its session and its memory."""
+    session, memory = rank.state
+    dealt = deal(session.program, inputs)
+    lengths = session.program.bindings(dealt.hands[0][0])
+    values = memory.begin(dealt.of(session.program)[0], new)
+    run = session.run_share(values, lengths)
+    return replace(run, outputs=_kept(session.program, run.outputs, last))
+
+
+def _rewind(rank: Rank, length: int) -> None:
+    rank.state[1].rewind(length)
