@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ringcompile import artifact
-from ringcompile.compiler import ParallelProgram, load, recorded_model
+from ringcompile.compiler import ParallelProgram, recorded_model
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT
 from ringcompile.ir.expr import SEQUENCE, bind
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.numerics.check import Comparison, Numerics, Request
 from ringcompile.numerics.compare import outputs_by_name
 from ringcompile.numerics.files import read_input_file
 from ringcompile.options import BACKENDS, TRIES
 from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
-from ringcompile.runtime.join import (
-    JOIN_TIMEOUT,
-    join_torchrun,
-    pick_backend,
-    under_torchrun,
-)
-from ringcompile.runtime.launcher import LocalRanks
+from ringcompile.runtime.launcher import LocalRanks, LocalRun
+from ringcompile.runtime.outputs import Keep, positions_of
 
 
 @dataclass(frozen=True)
@@ -57,44 +49,100 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class RunReport:
-    """What `ringcompile run` prints."""
+class Share:
+    """What one rank has of the outputs of a run.
 
-    ranks: int
-    backend: str
-    seconds: float
-    bytes_sent: list[int]
-    outputs: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        rank: the rank.
+        outputs: its share of every output, nested as the model returns them; () on the ranks of
+            pipeline stages that return nothing.
+        positions: for every output, nested likewise, where in the sequence its rows stand (int64);
+            rows whose position is not below the length of the sequence are padding. None for an
+            output without a dim of the sequence.
+    """
+
+    rank: int
+    outputs: Any
+    positions: Any
 
 
-def run(parallel: ParallelProgram, inputs: Any, backend: str = "lockstep") -> Any:
-    """Run on whole inputs and return whole outputs, nested as the model returns them.
+def run(
+    parallel: ParallelProgram,
+    inputs: Any,
+    *,
+    backend: str = "lockstep",
+    last: int | None = None,
+    outputs: str = "whole",
+) -> Any:
+    """Run once on whole inputs.
 
     Args:
         parallel: what `transform` or `load` returned.
         inputs: by name, or in order.
         backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each).
+        last: compute outputs for so many last positions of the sequence only; hidden states of
+            other positions do not go through the head.
+        outputs: "whole" puts outputs together; "local" leaves each rank its share.
+
+    Returns:
+        whole outputs, nested as the model returns them; with "local" a list with a `Share` for each
+        rank.
 
     Raises:
         RingCompileError: inputs that do not fit, or ranks that fail or do not join.
     """
-    if backend not in BACKENDS:
-        raise RingCompileError(
-            f"unknown backend '{backend}'", hint=f"backends: {', '.join(BACKENDS)}"
-        )
+    for value, known, what in (
+        (backend, BACKENDS, "backend"), (outputs, ("whole", "local"), "form of outputs")
+    ):
+        if value not in known:
+            raise RingCompileError(f"unknown {what} '{value}'", hint=f"one of: {', '.join(known)}")
+    if last is not None and last < 1:
+        raise RingCompileError(f"last={last}: it must be at least 1")
     parallel.ensure_verified()
+    keep, whole = Keep(last), outputs == "whole"
     if backend == "lockstep":
-        return run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs).outputs
-    if parallel.saved is not None:
-        return _run_folder(parallel.saved.folder.path, inputs, backend, parallel.identity)
-    with tempfile.TemporaryDirectory(prefix="ringcompile-") as folder:
-        parallel.save(Path(folder) / "program")
-        return _run_folder(Path(folder) / "program", inputs, backend)
+        done = run_lockstep(
+            parallel.ranks(), parallel.mesh, parallel.source, inputs, keep=keep, whole=whole
+        )
+        found, runs, lengths = done.outputs, done.microbatches, done.lengths
+    else:
+        local = _on_processes(parallel, inputs, backend, keep, whole)
+        found, runs = local.outputs, [run.microbatches for run in local.runs]
+        lengths = local.runs[0].lengths
+    if whole:
+        return found
+    return [
+        _share(program, rank, runs[rank], lengths, last)
+        for rank, program in enumerate(parallel.ranks())
+    ]
 
 
-def _run_folder(folder: Path, inputs: Any, backend: str, identity: str | None = None) -> Any:
-    with LocalRanks(artifact.load, (folder,), backend=backend, identity=identity) as ranks:
-        return ranks.run(inputs).outputs
+def _share(
+    program: Program, rank: int, runs: Any, lengths: dict[str, int], last: int | None
+) -> Share:
+    joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*runs, strict=True)]
+    rows = [positions_of(program, type_of(node), lengths, last) for node in program.outputs]
+    if not program.outputs:
+        return Share(rank, (), ())
+    build = program.output_structure.build
+    return Share(rank, build(joined), build(rows))
+
+
+def _on_processes(
+    parallel: ParallelProgram, inputs: Any, backend: str, keep: Keep, whole: bool
+) -> LocalRun:
+    with contextlib.ExitStack() as stack:
+        if parallel.saved is None:
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="ringcompile-"))
+            folder = Path(made) / "program"
+            parallel.save(folder)
+        else:
+            folder = parallel.saved.folder.path
+        identity = parallel.identity if parallel.saved is not None else None
+        ranks = stack.enter_context(
+            LocalRanks(artifact.load, (folder,), backend=backend, identity=identity)
+        )
+        return ranks.run(inputs, keep=keep, whole=whole)
 
 
 def verify(
@@ -181,110 +229,3 @@ def random_inputs(program: Program, length: int) -> dict[str, torch.Tensor]:
         else:
             made[spec.name] = torch.randint(0, 2, shape, generator=generator).to(spec.type.dtype)
     return made
-
-
-def run_artifact(
-    folder: Path,
-    *,
-    nproc: int | None,
-    backend: str,
-    inputs: Path | None,
-    outputs: Path | None,
-    length: int,
-    timeout: float,
-    join_timeout: float = JOIN_TIMEOUT,
-    compiler: str | None = None,
-) -> RunReport | None:
-    """Run an artifact as `ringcompile run` does; None on ranks that have nothing to report.
-
-    Raises:
-        RingCompileError: files that cannot be read, a wrong number of ranks, ranks that fail.
-    """
-    parallel = load(folder)
-    parallel.ensure_verified()
-    whole = _read_inputs(inputs) if inputs else random_inputs(parallel.program, length)
-    if under_torchrun():
-        return _under_torchrun(
-            parallel, backend, whole, outputs, timeout, join_timeout, compiler
-        )
-    start = time.perf_counter()
-    if backend == "lockstep":
-        done = run_lockstep(
-            parallel.ranks(), parallel.mesh, parallel.source, whole, compiler=compiler
-        )
-        seconds = time.perf_counter() - start
-        return _report(parallel, backend, seconds, done.bytes_sent, done.outputs, outputs)
-    options: dict[str, Any] = {
-        "nproc": nproc, "backend": backend, "timeout": timeout, "join_timeout": join_timeout,
-        "compiler": compiler, "identity": parallel.identity,
-    }
-    with LocalRanks(artifact.load, (folder,), **options) as ranks:
-        found = ranks.run(whole)
-    return _report(
-        parallel,
-        pick_backend(backend, parallel.world_size),
-        max(stats.seconds for stats in found.stats),
-        [stats.bytes_sent for stats in found.stats],
-        found.outputs,
-        outputs,
-    )
-
-
-def _under_torchrun(
-    parallel: ParallelProgram,
-    backend: str,
-    whole: dict[str, torch.Tensor],
-    outputs: Path | None,
-    timeout: float,
-    join_timeout: float,
-    compiler: str | None,
-) -> RunReport | None:
-    rank = join_torchrun(
-        parallel.mesh, backend=backend, timeout=timeout, join_timeout=join_timeout
-    )
-    session = Session(parallel, rank, check_inputs=True, compiler=compiler)
-    done = session.run(whole)
-    everyone = session.everyones_stats(done)
-    found = session.assemble(done)
-    if rank.index != 0:
-        return None
-    return _report(
-        parallel,
-        dist.get_backend(),
-        max(stats.seconds for stats in everyone),
-        [stats.bytes_sent for stats in everyone],
-        found,
-        outputs,
-    )
-
-
-def _read_inputs(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise RingCompileError(
-            f"cannot read inputs from '{file}': {error}",
-            hint="write them with safetensors.torch.save_file({name: tensor}, file)",
-        ) from None
-
-
-def _report(
-    parallel: ParallelProgram,
-    backend: str,
-    seconds: float,
-    bytes_sent: list[int],
-    outputs: Any,
-    file: Path | None,
-) -> RunReport:
-    named = outputs_by_name(outputs)
-    if file is not None:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in named.items()}, file)
-        except (OSError, SafetensorError) as error:
-            raise RingCompileError(f"cannot write outputs to '{file}': {error}") from None
-    described = {
-        name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}, "
-        f"mean {float(t.double().mean()):+.6f}, largest {float(t.double().abs().max()):.6f}"
-        for name, t in named.items()
-    }
-    return RunReport(parallel.world_size, backend, seconds, bytes_sent, described)

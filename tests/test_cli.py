@@ -8,13 +8,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ringcompile import compiler, execution
 from ringcompile.cli import main
 from ringcompile.models import zoo
 from tests.support import TOLERANCE, difference
@@ -82,6 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an artifact `out` of llama-tiny at ring=2, and a user's module."""
     path = tmp_path_factory.mktemp("cli")
     (path / "mine.py").write_text(USER_CODE)
+    (path / "folder.pt").mkdir()
     done = ringcompile("transform", "llama-tiny", "-o", "out", "--parallel", "ring=2", cwd=path)
     assert done.returncode == 0, done.stderr
     assert "2 programs" in done.stdout
@@ -102,6 +107,40 @@ def test_run_gives_the_single_devices_numbers(folder: Path) -> None:
     with torch.no_grad():
         expected = module(*inputs)
     assert difference(load_file(folder / "res.safetensors")["output"], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npy"])
+def test_outputs_are_written_by_suffix(folder: Path, suffix: str) -> None:
+    done = ringcompile(
+        "run", "out", "--backend", "lockstep", "--seq", "40", "--last", "3",
+        "--outputs", f"last{suffix}", cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "output: float32 [1, 3, 512], mean" in done.stdout
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".safetensors": lambda path: load_file(path)["output"],
+        ".pt": lambda path: torch.load(path, weights_only=True)["output"],
+        ".npy": lambda path: torch.from_numpy(np.load(path)),
+    }
+    found = readers[suffix](folder / f"last{suffix}")
+    made = compiler.load(folder / "out")
+    expected = execution.run(made, execution.random_inputs(made.program, 40))[:, -3:]
+    assert difference(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npy"])
+def test_inputs_are_read_by_suffix(folder: Path, suffix: str) -> None:
+    tokens, path = torch.arange(33)[None], folder / f"tokens{suffix}"
+    writers: dict[str, Callable[[], Any]] = {
+        ".safetensors": lambda: save_file({"inputs": tokens}, path),
+        ".pt": lambda: torch.save({"inputs": tokens}, path),
+        ".npy": lambda: np.save(path, tokens.numpy()),
+    }
+    writers[suffix]()
+    done = ringcompile(
+        "run", "out", "--backend", "lockstep", "--inputs", path.name, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "[1, 33, 512]" in done.stdout
 
 
 def test_verify(folder: Path) -> None:
@@ -210,6 +249,26 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "no such rank": (["dump", "out", "--rank", "7"], 1, ["rank 7", "0 to 1"]),
     "unknown pass to dump after": (["dump", "out", "--after", "foo"], 1, ["unknown pass 'foo'"]),
     "inputs not there": (["run", "out", "--inputs", "no.safetensors"], 1, ["no.safetensors"]),
+    "outputs of an unknown kind": (
+        ["run", "out", "--outputs", "x.bin"], 1,
+        ["error: 'x.bin': unknown suffix '.bin'\n",
+         "  hint: name it with one of: .safetensors, .pt, .npy\n"]),
+    "outputs without a kind": (
+        ["run", "out", "--outputs", "x"], 1, ["'x' has no suffix, which says what kind of file"]),
+    "outputs in no folder": (
+        ["run", "out", "--outputs", "no/x.pt"], 1, ["cannot write 'no/x.pt': there is no folder"]),
+    "outputs over a folder": (
+        ["run", "out", "--outputs", "folder.pt"], 1, ["cannot write 'folder.pt': it is a folder"]),
+    "two kinds of inputs": (
+        ["run", "out", "--inputs", "a.pt", "--prompt", "b"], 2,
+        ["give one of --inputs, --prompt and --prompt-file"]),
+    "a prompt without a tokenizer": (
+        ["run", "out", "--prompt", "Once"], 1,
+        ["error: 'llama-tiny' is no checkpoint folder, so that there is no tokenizer for a prompt",
+         "  hint: name the folder with --tokenizer, or pass token ids with --inputs\n"]),
+    "a prompt that is not there": (
+        ["run", "out", "--prompt-file", "no.txt"], 1, ["cannot read the prompt from 'no.txt'"]),
+    "last of nothing": (["run", "out", "--last", "0"], 2, ["--last"]),
     "checkpoint that is none": (
         ["check", ".", "--parallel", "ring=2"], 1, ["not a Hugging Face checkpoint"]),
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,20 +14,49 @@ from ringcompile.later import Later
 from ringcompile.options import BACKENDS
 
 if TYPE_CHECKING:
-    from ringcompile import execution
+    import torch
+
+    from ringcompile import compiler, execution
+    from ringcompile.commands import job, prompts, tensor_files
+    from ringcompile.runtime import outputs as results
 else:
+    compiler = Later("ringcompile.compiler")
     execution = Later("ringcompile.execution")
+    job = Later("ringcompile.commands.job")
+    prompts = Later("ringcompile.commands.prompts")
+    tensor_files = Later("ringcompile.commands.tensor_files")
+    results = Later("ringcompile.runtime.outputs")
+
+
+def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What goes in: a file, a prompt, or random numbers of a length."""
+    path = click.Path(path_type=Path)
+    for option in reversed([
+        click.option("--inputs", type=path, help="Whole inputs by name: .safetensors or .pt; or "
+                     ".npy, for a model with one."),
+        click.option("--prompt", metavar="TEXT", help="Text for the checkpoint's tokenizer; "
+                     "prints the tokens that may follow."),
+        click.option("--prompt-file", type=path, help="A file with the prompt."),
+        click.option("--tokenizer", metavar="FOLDER", help="A checkpoint with the tokenizer, if "
+                     "the model's own is not where it was."),
+        click.option("--seq", type=click.IntRange(1), default=128, show_default=True,
+                     help="Length of random inputs, where none are given."),
+    ]):
+        command = option(command)
+    return command
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@_input_options
+@click.option("--outputs", type=click.Path(path_type=Path),
+              help="Where to write whole outputs: .safetensors, .pt, or .npy for one.")
+@click.option("--last", type=click.IntRange(1), metavar="N",
+              help="Compute outputs for the last N positions only; hidden states of others do not "
+              "go through the head.")
 @click.option("--nproc", type=click.IntRange(1), help="Number of local processes (world size).")
 @click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto",
               show_default=True)
-@click.option("--inputs", type=click.Path(path_type=Path), help="Whole inputs, safetensors.")
-@click.option("--outputs", type=click.Path(path_type=Path), help="Where to write whole outputs.")
-@click.option("--seq", type=click.IntRange(1), default=128, show_default=True,
-              help="Length of random inputs, where none are given.")
 @click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds.")
 @click.option("--join-timeout", type=float, default=120.0, show_default=True,
               help="Seconds to wait for all ranks, on all hosts, to be there.")
@@ -36,28 +65,72 @@ else:
 @JSON
 def run(
     out: Path,
+    inputs: Path | None,
+    prompt: str | None,
+    prompt_file: Path | None,
+    tokenizer: str | None,
+    seq: int,
+    outputs: Path | None,
+    last: int | None,
     nproc: int | None,
     backend: str,
-    inputs: Path | None,
-    outputs: Path | None,
-    seq: int,
     timeout: float,
     join_timeout: float,
     compiled: bool,
     as_json: bool,
 ) -> None:
-    """Run the artifact OUT on local processes; under torchrun, join the job that is there."""
-    found = execution.run_artifact(
-        out, nproc=nproc, backend=backend, inputs=inputs, outputs=outputs, length=seq,
-        timeout=timeout, join_timeout=join_timeout, compiler="inductor" if compiled else None,
+    """Run the artifact OUT on local processes; under torchrun, join the job that is there.
+
+    Without --outputs and --last no rank ever holds whole outputs: each adds up its own share.
+    """
+    if sum(given is not None for given in (inputs, prompt, prompt_file)) > 1:
+        raise click.UsageError("give one of --inputs, --prompt and --prompt-file")
+    parallel = compiler.load(out)
+    if outputs is not None:
+        tensor_files.check_writable(outputs, job.output_dtypes(parallel))
+    text = prompts.read_prompt(prompt_file) if prompt_file is not None else prompt
+    model = parallel.options.get("model")
+    words = None if text is None else prompts.load_tokenizer(tokenizer, model)
+    if text is not None and outputs is None:
+        last = last or 1
+    keep = results.Keep(last, outputs=outputs is not None or last is not None, summary=True)
+    found = job.run_job(
+        parallel,
+        _whole_inputs(parallel, inputs, text, words, seq),
+        job.Job(keep, nproc, backend, timeout, join_timeout, "inductor" if compiled else None),
     )
     if found is None:  # another rank of a torchrun job reports
         return
+    if outputs is not None:
+        tensor_files.write_tensors(outputs, found.tensors)
+    _report(found, prompts.next_tokens(found.tensors, words) if words is not None else "", as_json)
+
+
+def _whole_inputs(
+    parallel: compiler.ParallelProgram,
+    file: Path | None,
+    text: str | None,
+    tokenizer: Any,
+    length: int,
+) -> dict[str, torch.Tensor]:
+    program = parallel.program
+    if file is not None:
+        return tensor_files.read_tensors(file, [spec.name for spec in program.inputs])
+    if text is not None:
+        return prompts.prompt_inputs(program, tokenizer, text)
+    return execution.random_inputs(program, length)
+
+
+def _report(found: job.RunReport, following: str, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=2))
+        facts = {"ranks": found.ranks, "backend": found.backend, "seconds": found.seconds,
+                 "bytes_sent": found.bytes_sent, "outputs": found.outputs}
+        click.echo(json.dumps({**facts, **({"next": following} if following else {})}, indent=2))
         return
     click.echo(f"{found.ranks} ranks over {found.backend}, {found.seconds:.3f} s")
     for name, text in found.outputs.items():
         click.echo(f"  {name}: {text}")
     for rank, sent in enumerate(found.bytes_sent):
         click.echo(f"  rank {rank} sent {sent:,} bytes")
+    if following:
+        click.echo(f"next: {following}")

@@ -108,26 +108,30 @@ def _times(program: Program, name: str, tensor: torch.Tensor) -> int:
 
 
 def whole_outputs(
-    last: Program, everyones: Sequence[Sequence[Sequence[torch.Tensor]]], lengths: dict[str, int]
+    program: Program,
+    everyones: Sequence[Sequence[Sequence[torch.Tensor]]],
+    lengths: dict[str, int],
+    last: int | None = None,
 ) -> Any:
     """The outputs for the whole batch, nested as the model returns them.
 
     Args:
-        last: the program of the last rank, which is one of the last stage.
+        program: that of the last rank, which is one of the last stage.
         everyones: for each rank, of each of its microbatches, its share of every output.
         lengths: of the run.
+        last: the number of last positions that were kept; None for all.
 
     Raises:
         RingCompileError: there are several microbatches, and an output has no batch dim.
     """
-    mesh = last.mesh
+    mesh = program.mesh
     assert mesh is not None
     made = [
-        assemble_outputs(last, [runs[i] for runs in replica], lengths)
+        assemble_outputs(program, [runs[i] for runs in replica], lengths, last)
         for replica in by_replica(mesh, everyones)
         for i in range(len(replica[0]))
     ]
-    return made[0] if len(made) == 1 else _joined(last, made)
+    return made[0] if len(made) == 1 else _joined(program, made)
 
 
 def _joined(program: Program, outputs: Sequence[Any]) -> Any:

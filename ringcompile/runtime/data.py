@@ -16,6 +16,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.sequence import positions
+from ringcompile.runtime.tail import sequence_dim, windows
 
 
 def name_inputs(program: Program, inputs: Any) -> dict[str, torch.Tensor]:
@@ -131,7 +132,10 @@ def _piece(
 
 
 def assemble_outputs(
-    program: Program, shares: Sequence[Sequence[torch.Tensor]], lengths: dict[str, int]
+    program: Program,
+    shares: Sequence[Sequence[torch.Tensor]],
+    lengths: dict[str, int],
+    last: int | None = None,
 ) -> Any:
     """Whole outputs, nested as the model returned them.
 
@@ -140,28 +144,36 @@ def assemble_outputs(
         shares: for each rank of a replica that returns outputs, its share of every output; ranks
             in order, as `by_replica` gives them.
         lengths: from `program.bindings`.
+        last: of the sequence, the last positions that the shares hold; None where they hold all.
     """
     whole = [
-        _assemble(program, type_of(node), [share[i] for share in shares], lengths)
+        _assemble(program, type_of(node), [share[i] for share in shares], lengths, last)
         for i, node in enumerate(program.outputs)
     ]
     return program.output_structure.build(whole)
 
 
 def _assemble(
-    program: Program, type_: TensorType, shares: list[torch.Tensor], lengths: dict[str, int]
+    program: Program,
+    type_: TensorType,
+    shares: list[torch.Tensor],
+    lengths: dict[str, int],
+    last: int | None,
 ) -> torch.Tensor:
     """Every rank's share put in its place; padding is left out at the end."""
     if type_.layout.is_whole:
         return shares[0]
     mesh = program.mesh
     assert mesh is not None
-    atoms = [
-        replace(atom, size=int(bind(atom.size, lengths)))
-        for size, dim in zip(type_.shape, type_.layout.dims, strict=True)
-        for atom in (dim or (Atom(size),))
-    ]
+    dims = [dim or (Atom(size),) for size, dim in zip(type_.shape, type_.layout.dims, strict=True)]
+    atoms = [replace(atom, size=int(bind(atom.size, lengths))) for dim in dims for atom in dim]
     ranges = [_ranges(program, atom, lengths) for atom in atoms]
+    sizes = [int(atom.size) for atom in atoms]
+    shape = [int(bind(size, lengths)) for size in type_.shape]
+    if last is not None and (dim := sequence_dim(program, type_)) is not None:
+        window, at = windows(program, lengths, last), sum(map(len, dims[:dim]))
+        ranges[at] = {place: _within(rows, window) for place, rows in ranges[at].items()}
+        sizes[at] = shape[dim] = len(window)
     whole = shares[0].new_empty([max(r.stop for rows in each.values() for r in rows)
                                  for each in ranges])
     for coordinates, share in zip(_returning(mesh), shares, strict=True):
@@ -169,8 +181,13 @@ def _assemble(
                 for atom, each in zip(atoms, ranges, strict=True)]
         opened = share.reshape([sum(map(len, rows)) for rows in held])
         _put(whole, opened, held)
-    kept = whole[tuple(slice(0, int(atom.size)) for atom in atoms)]
-    return kept.reshape([int(bind(size, lengths)) for size in type_.shape])
+    return whole[tuple(slice(0, size) for size in sizes)].reshape(shape)
+
+
+def _within(rows: list[range], window: range) -> list[range]:
+    """The parts of runs that lie in a window, counted from its start."""
+    parts = [range(max(r.start, window.start), min(r.stop, window.stop)) for r in rows]
+    return [range(r.start - window.start, r.stop - window.start) for r in parts if len(r)]
 
 
 def _returning(mesh: Mesh) -> list[dict[str, int]]:
@@ -223,4 +240,5 @@ def _put(whole: torch.Tensor, share: torch.Tensor, held: list[list[range]]) -> N
                 _put(whole, share.narrow(dim, start, len(row)), one)
                 start += len(row)
             return
-    whole[tuple(slice(rows[0].start, rows[0].stop) for rows in held)] = share
+    if all(held):
+        whole[tuple(slice(rows[0].start, rows[0].stop) for rows in held)] = share

@@ -27,6 +27,8 @@ from ringcompile.runtime.handshake import agree, facts_of
 from ringcompile.runtime.inprocess import read_weights
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory
+from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary, from_numbers, to_numbers
+from ringcompile.runtime.tail import rows_by_rank
 
 _MAX_EXECUTORS = 16  # one for each combination of lengths lately seen
 
@@ -78,12 +80,14 @@ class RankRun:
         lengths: the lengths of the run.
         stats: what it cost, all microbatches together.
         others: the outputs of later microbatches.
+        summaries: of each microbatch, of this rank's share of every output, if they are kept.
     """
 
     outputs: tuple[torch.Tensor, ...]
     lengths: dict[str, int]
     stats: Stats
     others: tuple[tuple[torch.Tensor, ...], ...] = ()
+    summaries: tuple[tuple[Summary, ...], ...] = ()
 
     @property
     def microbatches(self) -> tuple[tuple[torch.Tensor, ...], ...]:
@@ -126,10 +130,14 @@ class Session:
         agree(rank, facts_of(parallel.identity, parallel.mesh.world_size))
         self.exchange = Exchange(parallel.mesh, rank, _joined(parallel))
         self.weights = read_weights(self.program, parallel.source, rank.device)
-        self._executors: dict[tuple[tuple[str, int], ...], Executor] = {}
+        self._executors: dict[Any, Executor] = {}
 
-    def run(self, inputs: Any) -> RankRun:
+    def run(self, inputs: Any, keep: Keep = EVERYTHING) -> RankRun:
         """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor.
+
+        Args:
+            inputs: the inputs.
+            keep: what is kept of the outputs.
 
         Raises:
             RingCompileError: inputs that do not fit, or a rank that was lost on the way.
@@ -140,24 +148,30 @@ class Session:
         if self.check_inputs:
             self.exchange.agree(_checksum(whole), "inputs")
         shares = [share_inputs(self.program, hand, lengths) for hand in dealt.of(self.program)]
-        return self.run_shares(shares, lengths)
+        return self.run_shares(shares, lengths, keep)
 
     def run_share(self, share: dict[str, torch.Tensor], lengths: dict[str, int]) -> RankRun:
         """Run once on this rank's share of the inputs, by placeholder name."""
         return self.run_shares([share], lengths)
 
     def run_shares(
-        self, shares: Sequence[dict[str, torch.Tensor]], lengths: dict[str, int]
+        self,
+        shares: Sequence[dict[str, torch.Tensor]],
+        lengths: dict[str, int],
+        keep: Keep = EVERYTHING,
     ) -> RankRun:
         """Run on this rank's shares of some microbatches, in order."""
-        executor, device = self._executor(lengths), self.rank.device
+        executor, device = self._executor(lengths, keep), self.rank.device
         self.exchange.bytes_sent, self.exchange.wait_seconds = 0, 0.0
-        started, outputs = time.perf_counter(), []
+        started, outputs, summaries = time.perf_counter(), [], []
         with torch.no_grad():
             for share in shares:
                 values = {name: tensor.to(device) for name, tensor in share.items()}
                 generator = executor.run({**self.weights, **values})
-                outputs.append(drive(generator, self.exchange.answer))
+                made = drive(generator, self.exchange.answer)
+                kept, summary = keep.of(self.program, made, lengths)
+                outputs.append(kept)
+                summaries.append(summary)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         stats = Stats(
@@ -167,7 +181,7 @@ class Session:
             self.exchange.wait_seconds,
             _peak_bytes(device),
         )
-        return RankRun(outputs[0], lengths, stats, tuple(outputs[1:]))
+        return RankRun(outputs[0], lengths, stats, tuple(outputs[1:]), tuple(summaries))
 
     def everyones_stats(self, run: RankRun) -> list[Stats]:
         """What the run cost each rank; all ranks have to call it."""
@@ -177,16 +191,26 @@ class Session:
             for rank, sent, seconds, waited, peak in rows
         ]
 
-    def assemble(self, run: RankRun) -> Any:
+    def everyones_summaries(self, run: RankRun) -> list[list[tuple[Summary, ...]]]:
+        """Of each rank a list of one: of all its microbatches, of every output.
+
+        All ranks have to call it.
+        """
+        mine = to_numbers(run.summaries, len(self.last.outputs))
+        return [[from_numbers(row)] for row in self.exchange.everyones(mine)]
+
+    def assemble(self, run: RankRun, keep: Keep = EVERYTHING) -> Any:
         """Whole outputs, nested as the model returned them, on rank 0; None on the others."""
-        microbatches = [self._collected(share, run.lengths) for share in run.microbatches]
+        microbatches = [
+            self._collected(share, run.lengths, keep.last) for share in run.microbatches
+        ]
         if self.rank.index != 0:
             return None
         everyones = list(zip(*microbatches, strict=True))
-        return whole_outputs(self.last, everyones, run.lengths)
+        return whole_outputs(self.last, everyones, run.lengths, keep.last)
 
     def _collected(
-        self, share: tuple[torch.Tensor, ...], lengths: dict[str, int]
+        self, share: tuple[torch.Tensor, ...], lengths: dict[str, int], last: int | None
     ) -> list[tuple[torch.Tensor, ...]]:
         """Every rank's share of every output of a microbatch, on rank 0.
 
@@ -203,19 +227,24 @@ class Session:
                 int(bind(size, lengths))
                 for size in local_shape(type_of(node), self.mesh, self.last.sequence)
             ]
+            rows = None if last is None else rows_by_rank(self.last, type_of(node), lengths, last)
+            if rows is not None:
+                shape[rows.dim] = max(rows.counts)
             mine = share[i] if share else torch.empty(
                 shape, dtype=type_of(node).dtype, device=self.rank.device
             )
-            columns.append(self.exchange.collect(mine))
+            everyones = self.exchange.collect(mine if rows is None else rows.padded(mine))
+            columns.append(everyones if rows is None else rows.cut(everyones))
         return list(zip(*columns, strict=True)) if self.rank.index == 0 else []
 
-    def _executor(self, lengths: dict[str, int]) -> Executor:
-        key = tuple(sorted(lengths.items()))
+    def _executor(self, lengths: dict[str, int], keep: Keep = EVERYTHING) -> Executor:
+        key = (tuple(sorted(lengths.items())), keep.last)
         if key not in self._executors:
             if len(self._executors) == _MAX_EXECUTORS:
                 self._executors.clear()
             self._executors[key] = Executor(
-                self.program, lengths, self.rank.device, compiler=self.compiler
+                keep.program(self.program, lengths), lengths, self.rank.device,
+                compiler=self.compiler,
             )
         return self._executors[key]
 

@@ -23,6 +23,7 @@ from ringcompile.runtime.data import (
 )
 from ringcompile.runtime.executor import Executor, Request, run_alone
 from ringcompile.runtime.lockstep import LockStep
+from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,24 @@ class Result:
     """What a run gives.
 
     Attributes:
-        outputs: whole outputs, nested as the model returns them.
-        shares: each rank's share of every output, of its first microbatch; a stage of a pipeline
-            that is not the last has none.
+        outputs: whole outputs, nested as the model returns them; None where none were kept.
+        microbatches: for each rank, of each of its microbatches, its share of every output; a stage
+            of a pipeline that is not the last has none.
         bytes_sent: by each rank.
+        summaries: for each rank, of each of its microbatches, of every output, if they are kept.
+        lengths: of the run.
     """
 
     outputs: Any
-    shares: list[tuple[torch.Tensor, ...]]
+    microbatches: list[tuple[tuple[torch.Tensor, ...], ...]]
     bytes_sent: list[int]
+    summaries: list[tuple[tuple[Summary, ...], ...]]
+    lengths: dict[str, int]
+
+    @property
+    def shares(self) -> list[tuple[torch.Tensor, ...]]:
+        """Each rank's share of every output, of its first microbatch."""
+        return [runs[0] for runs in self.microbatches]
 
 
 def read_weights(
@@ -86,6 +96,8 @@ def run_lockstep(
     device: torch.device | str = "cpu",
     check_types: bool = False,
     compiler: str | None = None,
+    keep: Keep = EVERYTHING,
+    whole: bool = True,
 ) -> Result:
     """Run all ranks in this process.
 
@@ -97,30 +109,36 @@ def run_lockstep(
         device: where all ranks compute.
         check_types: hold every value against the type its node declares.
         compiler: as for `Executor`.
+        keep: what is kept of the outputs.
+        whole: whether outputs that are kept are put together.
     """
     first, last = programs[0], programs[-1]
     dealt = deal(first, name_inputs(first, inputs))
     lengths = first.bindings(dealt.hands[0][0])
     generators = []
     for program, weights in zip(programs, read_all_weights(programs, source, device), strict=True):
-        executor = Executor(program, lengths, device, check_types, compiler=compiler)
+        kept = keep.program(program, lengths)
+        executor = Executor(kept, lengths, device, check_types, compiler=compiler)
         values = [
             {**weights,
              **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}
             for hand in dealt.of(program)
         ]
-        generators.append(_one_after_another(executor, values))
+        generators.append(_one_after_another(executor, values, keep))
     results, sent = LockStep(mesh).run(generators)
-    return Result(whole_outputs(last, results, lengths), [runs[0] for runs in results], sent)
+    shares = [tuple(outputs for outputs, _ in runs) for runs in results]
+    together = whole_outputs(last, shares, lengths, keep.last) if keep.outputs and whole else None
+    return Result(together, shares, sent, [tuple(s for _, s in runs) for runs in results], lengths)
 
 
 def _one_after_another(
-    executor: Executor, microbatches: Sequence[dict[str, torch.Tensor]]
+    executor: Executor, microbatches: Sequence[dict[str, torch.Tensor]], keep: Keep
 ) -> Generator[Request, Any, Any]:
-    """A rank's program on each of its microbatches in order; returns the outputs of each."""
+    """A rank's program on each of its microbatches in order; returns what is kept of each."""
     done = []
     for values in microbatches:
-        done.append((yield from executor.run(values)))
+        outputs = yield from executor.run(values)
+        done.append(keep.of(executor.program, outputs, executor.lengths))
     return tuple(done)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ringcompile.errors import RingCompileError
@@ -11,6 +11,7 @@ from ringcompile.runtime.batches import deal, whole_outputs
 from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.distributed import Parallel, RankRun, Session, Stats
 from ringcompile.runtime.join import EXCHANGE_TIMEOUT, Rank, check_world_size
+from ringcompile.runtime.outputs import EVERYTHING, Keep
 from ringcompile.runtime.processes import Processes
 
 
@@ -40,10 +41,17 @@ def launch(
 
 @dataclass(frozen=True)
 class LocalRun:
-    """Whole outputs, nested as the model returned them, and each rank's cost."""
+    """What a run gave, and what it cost each rank.
+
+    Attributes:
+        outputs: whole outputs, nested as the model returns them; None where none were kept.
+        stats: one a rank.
+        runs: what each rank kept.
+    """
 
     outputs: Any
     stats: list[Stats]
+    runs: list[RankRun] = field(default_factory=list)
 
 
 class LocalRanks(Processes):
@@ -89,17 +97,29 @@ class LocalRanks(Processes):
             self.kill()
             raise _replaced()
 
-    def run(self, inputs: Any, *, timeout: float | None = None) -> LocalRun:
+    def run(
+        self, inputs: Any, *, timeout: float | None = None, keep: Keep = EVERYTHING,
+        whole: bool = True,
+    ) -> LocalRun:
         """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor.
+
+        Args:
+            inputs: the inputs.
+            timeout: as for `call`.
+            keep: what is kept of the outputs.
+            whole: whether outputs that are kept are put together.
 
         Raises:
             RingCompileError: inputs that do not fit (the ranks stay), or as `call`.
         """
-        whole = name_inputs(self.program, inputs)
-        lengths = self.program.bindings(deal(self.program, whole).hands[0][0])
-        runs: list[RankRun] = self.call(_run, whole, timeout=timeout)
-        outputs = whole_outputs(self.last, [run.microbatches for run in runs], lengths)
-        return LocalRun(outputs, [run.stats for run in runs])
+        named = name_inputs(self.program, inputs)
+        lengths = self.program.bindings(deal(self.program, named).hands[0][0])
+        runs: list[RankRun] = self.call(_run, named, keep, timeout=timeout)
+        outputs = None
+        if keep.outputs and whole:
+            everyones = [run.microbatches for run in runs]
+            outputs = whole_outputs(self.last, everyones, lengths, keep.last)
+        return LocalRun(outputs, [run.stats for run in runs], runs)
 
 
 def _replaced() -> RingCompileError:
@@ -117,5 +137,5 @@ def _open(
     return parallel.identity
 
 
-def _run(rank: Rank, inputs: Any) -> RankRun:
-    return rank.state.run(inputs)
+def _run(rank: Rank, inputs: Any, keep: Keep) -> RankRun:
+    return rank.state.run(inputs, keep)
