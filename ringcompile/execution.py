@@ -19,7 +19,6 @@ from ringcompile.ir.expr import SEQUENCE, bind
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.numerics.check import Comparison, Numerics, Request
-from ringcompile.numerics.compare import outputs_by_name
 from ringcompile.numerics.files import read_input_file
 from ringcompile.options import BACKENDS, TRIES
 from ringcompile.runtime.data import name_inputs

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 
 from ringcompile import artifact
 from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
+from ringcompile.numerics.compare import outputs_by_name
 from ringcompile.runtime.batches import deal
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
@@ -96,7 +96,7 @@ def run_job(
         max(stats.seconds for stats in found.stats),
         [stats.bytes_sent for stats in found.stats],
         described(parallel, inputs, job.keep, [run.summaries for run in found.runs]),
-        named(found.outputs),
+        outputs_by_name(found.outputs),
     )
 
 
@@ -110,7 +110,7 @@ def _in_lockstep(
     )
     return RunReport(
         parallel.world_size, job.backend, time.perf_counter() - start, done.bytes_sent,
-        described(parallel, inputs, job.keep, done.summaries), named(done.outputs),
+        described(parallel, inputs, job.keep, done.summaries), outputs_by_name(done.outputs),
     )
 
 
@@ -133,7 +133,7 @@ def _under_torchrun(
         max(stats.seconds for stats in everyone),
         [stats.bytes_sent for stats in everyone],
         described(parallel, inputs, job.keep, summaries),
-        named(found),
+        outputs_by_name(found),
     )
 
 
@@ -173,16 +173,5 @@ def output_dtypes(parallel: ParallelProgram) -> dict[str, torch.dtype]:
 def output_names(program: Program) -> list[str]:
     """A name for each output, in order: its path in what the model returns."""
     marks = program.output_structure.build(torch.empty(0) for _ in program.outputs)
-    return list(named(marks))
+    return list(outputs_by_name(marks))
 
-
-def named(outputs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of nested outputs, by their path."""
-    if torch.is_tensor(outputs):
-        return {"output": outputs}
-    paths = pytree.tree_flatten_with_path(outputs)[0]
-    return {
-        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
-        for path, leaf in paths
-        if torch.is_tensor(leaf)
-    }

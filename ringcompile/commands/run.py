@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from ringcompile import compiler, execution
     from ringcompile.commands import job, prompts, tensor_files
+    from ringcompile.numerics import files
+    from ringcompile.runtime import data
     from ringcompile.runtime import outputs as results
 else:
     compiler = Later("ringcompile.compiler")
@@ -25,6 +27,8 @@ else:
     job = Later("ringcompile.commands.job")
     prompts = Later("ringcompile.commands.prompts")
     tensor_files = Later("ringcompile.commands.tensor_files")
+    files = Later("ringcompile.numerics.files")
+    data = Later("ringcompile.runtime.data")
     results = Later("ringcompile.runtime.outputs")
 
 
@@ -115,7 +119,7 @@ def _whole_inputs(
 ) -> dict[str, torch.Tensor]:
     program = parallel.program
     if file is not None:
-        return tensor_files.read_tensors(file, [spec.name for spec in program.inputs])
+        return data.name_inputs(program, files.read_input_file(file))
     if text is not None:
         return prompts.prompt_inputs(program, tokenizer, text)
     return execution.random_inputs(program, length)
