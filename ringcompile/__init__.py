@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ringcompile.capture.export import capture
     from ringcompile.compiler import ParallelProgram, check, load, transform
     from ringcompile.execution import run, verify
+    from ringcompile.extension import register_op
     from ringcompile.generation import generate
+    from ringcompile.kernel_extension import register_kernel
     from ringcompile.session import Session
     from ringcompile.tokenwise import tokenwise
 
@@ -36,6 +38,8 @@ __all__ = [
     "check",
     "generate",
     "load",
+    "register_kernel",
+    "register_op",
     "run",
     "tokenwise",
     "transform",
@@ -51,6 +55,8 @@ _MODULES = {
     "check": "ringcompile.compiler",
     "generate": "ringcompile.generation",
     "load": "ringcompile.compiler",
+    "register_kernel": "ringcompile.kernel_extension",
+    "register_op": "ringcompile.extension",
     "run": "ringcompile.execution",
     "tokenwise": "ringcompile.tokenwise",
     "transform": "ringcompile.compiler",

@@ -20,7 +20,7 @@ FLOORS = [
     {"numerics"},
     {"compiler"},
     {"runtime"},
-    {"artifact", "capture", "cost", "dump", "passes", "tokenwise"},
+    {"artifact", "capture", "cost", "dump", "extension", "kernel_extension", "passes", "tokenwise"},
     {"ops"},
     {"ir"},
     {"mesh", "options"},

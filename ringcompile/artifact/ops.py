@@ -15,8 +15,6 @@ from ringcompile.ir.rules import RULES
 from ringcompile.ir.serialize import PYTHON_OPS
 from ringcompile.ops.schemas import NAMESPACE, SCHEMAS
 
-_NAMESPACES = ("aten", NAMESPACE)
-
 
 def allowed_ops() -> frozenset[str]:
     """The rule table's ops, our own, and picking one of an op's several results."""
@@ -33,7 +31,7 @@ def resolve(name: str) -> Callable[..., Any]:
     if name in PYTHON_OPS:
         return PYTHON_OPS[name]
     parts = name.split(".")
-    if len(parts) != 3 or parts[0] not in _NAMESPACES:
+    if len(parts) != 3 or not (name in RULES or parts[0] == NAMESPACE):
         raise RingCompileError(f"'{name}' is not the name of an op")
     try:
         target = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])

@@ -48,22 +48,24 @@ def _matmul(call: Call) -> Factors:
 def _einsum(call: Call) -> Factors:
     """The equation itself; dims that `...` stands for are counted from the right."""
     inputs, arrow, output = call["equation"].replace(" ", "").partition("->")
-    given = [_letters(term) for term in inputs.split(",")]
+    given = [letters(term) for term in inputs.split(",")]
     if arrow:
-        wanted = _letters(output)
+        wanted = letters(output)
     else:  # dims under the ellipsis, then letters that occur once, in order of the alphabet
-        letters = [c for term in given for c in term if c != "..."]
-        once = sorted(c for c in set(letters) if letters.count(c) == 1)
+        held = [c for term in given for c in term if c != "..."]
+        once = sorted(c for c in set(held) if held.count(c) == 1)
         wanted = (["..."] if any("..." in term for term in given) else []) + once
-    operands = (_spelled(t, len(shape)) for t, shape in zip(given, shapes(call), strict=True))
-    return Factors(tuple(operands), _spelled(wanted, rank_of(call)))
+    operands = (spelled(t, len(shape)) for t, shape in zip(given, shapes(call), strict=True))
+    return Factors(tuple(operands), spelled(wanted, rank_of(call)))
 
 
-def _letters(term: str) -> list[str]:
+def letters(term: str) -> list[str]:
+    """The names in one term of an equation, `...` among them."""
     return re.findall(r"\.\.\.|[A-Za-z]", term)
 
 
-def _spelled(term: list[str], rank: int) -> Names:
+def spelled(term: list[str], rank: int) -> Names:
+    """A name for each of `rank` dims; those that `...` stands for are numbered from the right."""
     if "..." not in term:
         return tuple(term)
     where, count = term.index("..."), rank - len(term) + 1

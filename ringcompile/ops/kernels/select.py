@@ -17,7 +17,7 @@ from ringcompile.ops.kernels.plain import MATH
 
 # The first that fits is taken, so faster ones stand first; `math` fits whatever attend admits.
 # cuDNN stands behind the kernel that takes all it takes: it has to be asked for.
-_PROVIDERS = (CUDA_FLASH, HOPPER, TRITON, FFPA, CUDA_CUDNN, CUDA_EFFICIENT, CPU_FLASH, MATH)
+_PROVIDERS = [CUDA_FLASH, HOPPER, TRITON, FFPA, CUDA_CUDNN, CUDA_EFFICIENT, CPU_FLASH, MATH]
 
 
 def attend(
@@ -113,6 +113,17 @@ def attend_merge(
 def providers() -> tuple[str, ...]:
     """The names `attend` takes as `provider`, in the order in which it tries them."""
     return tuple(provider.name for provider in _PROVIDERS)
+
+
+def put_first(provider: Provider) -> None:
+    """Have a kernel tried before all others.
+
+    Raises:
+        RingCompileError: there is one of that name.
+    """
+    if provider.name in providers():
+        raise RingCompileError(f"there is an attention provider named {provider.name!r} already")
+    _PROVIDERS.insert(0, provider)
 
 
 def _checked(
