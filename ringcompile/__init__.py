@@ -45,7 +45,7 @@ __all__ = [
     "transform",
     "verify",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # What needs torch is imported when it is first used; tests hold this table against the imports.
 _MODULES = {

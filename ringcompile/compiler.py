@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -311,6 +311,7 @@ def transform(
     check: bool = True,
     checked: dict[Any, Any] | None = None,
     schedule: Schedule | None = None,
+    passes: Sequence[Pass] = (),
     **options: Unpack[Given],
 ) -> ParallelProgram:
     """Compile a captured program for a mesh.
@@ -325,6 +326,8 @@ def transform(
         check: whether programs are checked behind every pass.
         checked: what is known of the model's regions from earlier calls; added to.
         schedule: orders each rank's program, so that transfers overlap with more.
+        passes: rewrites of your own, run on the model's program once attention and masks are
+            recognized and before anything is divided.
         options: the fields of `Options`: `order`, `capacity`, `ring`, `tp_sequence`, `stages`,
             `length`, `gather_unknown`, `cache`.
 
@@ -335,6 +338,7 @@ def transform(
     chosen = with_plan(Options.of(options), plan)
     told = plan.told("tp") if plan else None
     front = front_passes(mesh, chosen, told, checked)
+    front[_NUM_COMMON:_NUM_COMMON] = passes
     done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
     placed = Pipeline(front[done:], observe, check).run(_with_origin(program))
     if chosen.length is not None:
@@ -343,6 +347,7 @@ def transform(
     made = ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
     if chosen.cache is not None:
         front = front_passes(mesh, chosen, told, checked, carried=True)
+        front[_NUM_COMMON:_NUM_COMMON] = passes
         next_tokens = Pipeline(front[done:], observe, check).run(program)
         made.carried = ParallelProgram(next_tokens, mesh, kept, observe, check=check)
     return made
