@@ -35,7 +35,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     if transformers is None:  # a Hugging Face model cannot exist without it
         yield
         return
-    _register()
+    registries = _registries()
     saved = [
         (config, name, getattr(config, name))
         for config in _configs(model, transformers)
@@ -43,12 +43,16 @@ def prepared(model: nn.Module) -> Iterator[None]:
         if hasattr(config, name)
     ]
     by_hand = _attending_by_hand(model, transformers)
+    for registry, function in registries:
+        registry[_NAME] = function
     try:
         for config, name, value in saved:
             kept = name == "_attn_implementation" and id(config) in by_hand
             setattr(config, name, value if kept else _SETTINGS[name])
         yield
     finally:
+        for registry, _ in registries:
+            del registry[_NAME]
         for config, name, value in saved:
             setattr(config, name, value)
 
@@ -94,14 +98,17 @@ def _attending_by_hand(model: nn.Module, transformers: Any) -> set[int]:
     }
 
 
-def _register() -> None:
+def _registries() -> tuple[tuple[Any, Any], ...]:
+    """Where transformers looks functions up by the name in a config, and ours."""
     from transformers import masking_utils
     from transformers.integrations import moe
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
-    masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
-    moe.ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
+    return (
+        (ALL_ATTENTION_FUNCTIONS, attention),
+        (masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, mask),
+        (moe.ALL_EXPERTS_FUNCTIONS, experts),
+    )
 
 
 def _configs(model: nn.Module, transformers: Any) -> list[Any]:

@@ -4,26 +4,56 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ringcompile.capture.snapshot import Snapshot
+
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore attributes that modules set while they run: what was traced would stay in them."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """While inside, a model may be run and traced; it and torch's settings are restored behind."""
+    settings = _settings()
+    before = Snapshot(model)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.filterwarnings("ignore", "(?s).*assigned during export")
             yield
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        before.restore()
+        for restore in settings:
+            restore()
+
+
+def _settings() -> list[Callable[[], Any]]:
+    """How to set again, as it is now, what a forward may set for the whole process."""
+    restore: list[Callable[[], Any]] = [
+        partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+        partial(torch.set_default_dtype, torch.get_default_dtype()),
+        partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
+        partial(
+            torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()),
+        partial(random.setstate, random.getstate()),
+    ]
+    for device in ("cpu", "cuda"):
+        restore += [
+            partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)),
+            partial(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device)),
+        ]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        restore.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    return restore
 
 
 @contextlib.contextmanager
