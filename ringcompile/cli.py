@@ -13,6 +13,7 @@ from ringcompile.commands.bench import bench
 from ringcompile.commands.calibrate import calibrate
 from ringcompile.commands.check import check
 from ringcompile.commands.dump import dump
+from ringcompile.commands.generate import generate
 from ringcompile.commands.models import models
 from ringcompile.commands.plan import plan
 from ringcompile.commands.run import run
@@ -51,6 +52,6 @@ def main() -> None:
 
 
 for _command in (
-    bench, calibrate, check, dump, models, plan, run, simulate, transform, verify
+    bench, calibrate, check, dump, generate, models, plan, run, simulate, transform, verify
 ):
     cli.add_command(_command)

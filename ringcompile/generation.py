@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -148,13 +149,18 @@ def stream(
     new = input_ids
     for _ in range(max_new_tokens):
         for part in new.split(chunk or new.shape[1], 1):
-            logits = _logits(session.extend(feed.inputs(part), last=True))
-        token = sampling.choose(logits[:, -1], random).masked_fill(ended, padding)
+            outputs = session.extend(feed.inputs(part), last=True)
+        chosen = session.agreed(partial(_chosen, outputs, sampling, random))
+        token = chosen.masked_fill(ended, padding)
         yield token
         ended |= torch.isin(token, torch.tensor(ends, dtype=token.dtype))
         if bool(ended.all()):
             return
         new = token.unsqueeze(1)
+
+
+def _chosen(outputs: object, sampling: Sampling, random: torch.Generator) -> torch.Tensor:
+    return sampling.choose(_logits(outputs)[:, -1], random)
 
 
 def _check(session: Session, ids: torch.Tensor, max_new_tokens: int, chunk: int | None) -> None:

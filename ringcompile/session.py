@@ -16,19 +16,27 @@ from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.runtime.cache import token_dim
-from ringcompile.runtime.carried import Driver, LockStepDriver, ProcessDriver
+from ringcompile.runtime.carried import Driver, JobDriver, LockStepDriver, ProcessDriver
 from ringcompile.runtime.data import name_inputs
+from ringcompile.runtime.join import join_torchrun, under_torchrun
 
 # What runs the ranks.
 _DRIVERS: dict[str, Callable[..., Driver]] = {
     "lockstep": lambda parallel, check_types: LockStepDriver(parallel.carried, check_types),
     "gloo": lambda parallel, check_types: _processes(parallel, "gloo"),
     "nccl": lambda parallel, check_types: _processes(parallel, "nccl"),
+    "auto": lambda parallel, check_types: _processes(parallel, "auto"),
 }
 
 
 def _processes(parallel: ParallelProgram, backend: str) -> Driver:
-    """A process for each rank, which reads its program and weights from an artifact."""
+    """A process for each rank, which reads its program and weights from an artifact.
+
+    Under torchrun the processes are there already: this one is a rank of its job.
+    """
+    assert parallel.carried is not None
+    if under_torchrun():
+        return JobDriver(parallel.carried, join_torchrun(parallel.mesh, backend=backend))
     if parallel.saved is not None:
         folder, identity = parallel.saved.folder.path, parallel.identity
         return ProcessDriver(load_carried, (folder,), backend=backend, identity=identity)
@@ -42,7 +50,9 @@ class Session:
 
     Args:
         parallel: from `transform` with `cache`, or `load`.
-        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each).
+        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each), or
+            "auto", the latter of them where there are enough GPUs. Under torchrun a process is one
+            rank of its job: all of them make the same calls, and rank 0 has the outputs.
         check_types: hold every value against the type that its node declares, in lock-step.
 
     Raises:
@@ -97,6 +107,15 @@ class Session:
         self.length += new
         leaves = pytree.tree_leaves(outputs)
         return leaves[0] if len(leaves) == 1 else outputs
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process has the outputs: all but the later ranks of a torchrun job."""
+        return not isinstance(self.driver, JobDriver) or self.driver.rank.index == 0
+
+    def agreed(self, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The tokens [batch] that `choose` gives, called once for all ranks."""
+        return self._open().agreed(choose, self.batch)
 
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first `length`.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from ringcompile.ir.expr import SEQUENCE, equal, symbol
 from ringcompile.ir.nodes import type_of
@@ -32,6 +33,9 @@ class Driver(Protocol):
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
+
+    def agreed(self, choose: Callable[[], torch.Tensor], batch: int) -> torch.Tensor:
+        """The tokens [batch] that are chosen once, for all ranks."""
 
     def close(self) -> None:
         """End the ranks."""
@@ -106,6 +110,10 @@ class LockStepDriver:
         for memory in self.memories:
             memory.rewind(length)
 
+    def agreed(self, choose: Callable[[], torch.Tensor], batch: int) -> torch.Tensor:
+        """See `Driver`: the next call hands them to all ranks."""
+        return choose()
+
     def close(self) -> None:
         """Let weights and caches go."""
         self.weights, self.memories = [], []
@@ -142,9 +150,52 @@ class ProcessDriver:
         """See `Driver`."""
         self.ranks.call(_rewind, length)
 
+    def agreed(self, choose: Callable[[], torch.Tensor], batch: int) -> torch.Tensor:
+        """See `Driver`: the next call hands them to all ranks."""
+        return choose()
+
     def close(self) -> None:
         """End the processes."""
         self.ranks.close()
+
+
+class JobDriver:
+    """This process as one rank of a job that torchrun started; all ranks make the same calls.
+
+    Args:
+        parallel: the programs for the next tokens.
+        rank: this process' place.
+    """
+
+    def __init__(self, parallel: Parallel, rank: Rank) -> None:
+        rank.state = Session(parallel, rank, check_inputs=True)
+        _remember(rank)
+        self.rank = rank
+
+    def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
+        """See `Driver`; outputs on rank 0, None on the others."""
+        session: Session = self.rank.state[0]
+        run = extend_rank(self.rank, inputs, new, last)
+        lengths = {**run.lengths, SEQUENCE: 1} if last else run.lengths
+        return session.assemble(replace(run, lengths=lengths))
+
+    def rewind(self, length: int) -> None:
+        """See `Driver`."""
+        _rewind(self.rank, length)
+
+    def agreed(self, choose: Callable[[], torch.Tensor], batch: int) -> torch.Tensor:
+        """See `Driver`: rank 0 chooses, and tells the others."""
+        tokens = torch.empty(batch, dtype=torch.int64)
+        if self.rank.index == 0:
+            tokens = choose()
+        on_device = tokens.to(self.rank.device)
+        if self.rank.world_size > 1:
+            dist.broadcast(on_device, 0)
+        return on_device.cpu()
+
+    def close(self) -> None:
+        """Let weights and cache go; the process stays in the job."""
+        self.rank.state = None
 
 
 def _remember(rank: Rank) -> None:
