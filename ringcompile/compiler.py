@@ -36,6 +36,7 @@ from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.halves import Halves
+from ringcompile.passes.limit_ids import LimitIds
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
@@ -84,6 +85,7 @@ def front_passes(
         RecognizeAttention(),
         RecognizeMasks(),
         CleanUp(),
+        LimitIds(),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
         *([CheckBatch(mesh, known)] if mesh.size("dp") * mesh.size("pp") > 1 else []),
         place,

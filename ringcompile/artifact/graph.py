@@ -34,7 +34,7 @@ from ringcompile.axes import base_axis
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import LOCAL, OWN, SEQUENCE, Size, depends_on_data, is_symbolic, symbol
 from ringcompile.ir.layout import Atom, Layout
-from ringcompile.ir.program import Input, Program, Structure, Weight
+from ringcompile.ir.program import IdLimit, Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
 from ringcompile.ir.state import STATE_KINDS
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType
@@ -298,7 +298,18 @@ class _Reader:
 
     def input(self, value: Any) -> Input:
         data = expect(value, dict, "an input")
-        return Input(member(data, "name", str), self.tensor_type(data.get("type")))
+        limits = member(data, "limits", list) if "limits" in data else []
+        return Input(
+            member(data, "name", str), self.tensor_type(data.get("type")),
+            tuple(map(self._limit, limits)),
+        )
+
+    def _limit(self, value: Any) -> IdLimit:
+        data = expect(value, dict, "a limit of ids")
+        low, high = member(data, "low", int), member(data, "high", int)
+        if not max(abs(low), abs(high)) < MAX_INT:
+            raise RingCompileError("a limit of ids is out of range")
+        return IdLimit(low, high, self._location(data.get("location")))
 
     @staticmethod
     def _location(value: Any) -> SourceLocation:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import SEQUENCE, Size, bind
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.types import SequenceSplit, TensorType
@@ -39,11 +39,26 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class IdLimit:
+    """Which ids a table has rows for, and the line that looks them up.
+
+    Attributes:
+        low, high: the smallest and the largest id.
+        location: of the look-up.
+    """
+
+    low: int
+    high: int
+    location: SourceLocation = field(default_factory=SourceLocation)
+
+
+@dataclass(frozen=True)
 class Input:
-    """One tensor the caller passes: its name and its global type."""
+    """One tensor the caller passes: its name, its global type, and what ids it may hold."""
 
     name: str
     type: TensorType
+    limits: tuple[IdLimit, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import Size, equal, parse, simplify, to_text
 from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import error_at
-from ringcompile.ir.program import Program, Structure, Weight
+from ringcompile.ir.program import IdLimit, Program, Structure, Weight
 from ringcompile.ir.types import SequenceSplit, ValueType
 
 # The values that stand as {kind: name}.
@@ -128,8 +128,18 @@ def _sequence_to_json(sequence: SequenceSplit) -> dict[str, Any]:
 
 
 def inputs_to_json(program: Program) -> list[dict[str, Any]]:
-    """What the caller passes: names and global types."""
-    return [{"name": spec.name, "type": _type_to_json(spec.type)} for spec in program.inputs]
+    """What the caller passes: names, global types, and the ids that tables have rows for."""
+    return [
+        {
+            "name": spec.name, "type": _type_to_json(spec.type),
+            **({"limits": list(map(_limit_to_json, spec.limits))} if spec.limits else {}),
+        }
+        for spec in program.inputs
+    ]
+
+
+def _limit_to_json(limit: IdLimit) -> dict[str, Any]:
+    return {"low": limit.low, "high": limit.high, "location": _location_to_json(limit.location)}
 
 
 def _node_to_json(node: fx.Node, types: _Table, locations: _Table) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from ringcompile.passes.attention_rows import (
     repeats,
 )
 from ringcompile.passes.base import Pass
+from ringcompile.passes.limit_ids import ids_of
 from ringcompile.passes.one_origin import with_one_origin
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
 from ringcompile.passes.tensor_requests import TP, TensorRequests, cuts_running_sum, has_tp
@@ -248,7 +249,7 @@ class _Splitter(TensorRequests):
     def _vocabulary(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
         """A table of tokens, and the head, by the rows of their weights; logits stay split."""
         if node.target is aten.embedding.default:
-            place, other, splits = 0, 1, self._reads_input(call.operands[1])
+            place, other, splits = 0, 1, self._is_of_ids(node, call.operands[1])
         elif node.target is aten.linear.default and len(operands) == 2:
             place, other, splits = 1, 0, self._is_head(node)
         else:
@@ -307,6 +308,19 @@ class _Splitter(TensorRequests):
         while node.op != "placeholder":
             (node,) = node.all_input_nodes
         return self.weights[node.name].name
+
+    def _is_of_ids(self, node: fx.Node, ids: fx.Node) -> bool:
+        """Whether a table may be split by its rows: its ids are checked where inputs are shared.
+
+        Computed ids are not. Of a split table, one that no rank has would be read as zeros; of a
+        whole one, the look-up itself fails.
+        """
+        if ids_of(ids, self.program) is not None:
+            return True
+        if self._reads_input(ids):
+            self._note(node, "ids that the model computes cannot be checked before it runs: their "
+                             "table is replicated")
+        return False
 
     def _reads_input(self, node: fx.Node) -> bool:
         """Whether a value is computed from what the caller passes: tokens, not positions."""

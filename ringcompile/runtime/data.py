@@ -12,7 +12,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import bind
 from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import type_of
-from ringcompile.ir.program import Program
+from ringcompile.ir.program import Input, Program
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.sequence import positions
@@ -23,7 +23,7 @@ def name_inputs(program: Program, inputs: Any) -> dict[str, torch.Tensor]:
     """Inputs by name, from a mapping, a sequence in order, or one tensor.
 
     Raises:
-        RingCompileError: too many, too few, or unknown names.
+        RingCompileError: too many, too few, or unknown names; ids that a table has no row for.
     """
     names = [spec.name for spec in program.inputs]
     if torch.is_tensor(inputs):
@@ -37,7 +37,31 @@ def name_inputs(program: Program, inputs: Any) -> dict[str, torch.Tensor]:
             f"the program takes the inputs {names}, got {list(inputs)}",
             hint="pass all of them, in this order or by name",
         )
+    for spec in program.inputs:
+        _check_ids(spec, inputs[spec.name])
     return {name: inputs[name] for name in names}
+
+
+def _check_ids(spec: Input, tensor: torch.Tensor) -> None:
+    """Raise RingCompileError for ids that a table has no row for, at the line that looks them up.
+
+    It is done here, on whole inputs, so that every rank says the same before any of them starts;
+    for tensors on a GPU it waits for their smallest and largest entry.
+    """
+    if not spec.limits or tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(tensor))
+    for limit in spec.limits:
+        wrong = low if low < limit.low else high
+        if limit.low <= wrong <= limit.high:
+            continue
+        where = (tensor == wrong).nonzero()[0].tolist()
+        raise RingCompileError(
+            f"input '{spec.name}' holds {wrong} at {where}: the table that it indexes has rows for "
+            f"{limit.low} to {limit.high}",
+            hint="pass ids that the model knows",
+            location=limit.location,
+        )
 
 
 def share_inputs(
