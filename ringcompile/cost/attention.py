@@ -1,6 +1,6 @@
-"""The kernels behind an attention op: which rows go over which columns, and what they see.
+"""The kernel calls of an attention op: their rows, their columns, and the visible pairs.
 
-The same cases as in `ops/attention.py`; a test holds both against each other.
+The cases are those of `ops/attention.py`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Block:
 
     Attributes:
         kind: "attention", "attention_causal" or "attention_masked".
-        rows, columns: queries and keys that it goes over.
-        visible: pairs of them that the band lets through.
+        rows, columns: the numbers of queries and keys.
+        visible: the number of (query, key) pairs inside the band.
     """
 
     kind: str
@@ -40,17 +40,17 @@ def blocks(
     band: Band,
     masked: bool,
 ) -> list[Block]:
-    """The kernel calls of an attention over a block.
+    """The kernel calls of attention over a block of keys.
 
     Args:
-        queries: which chunks the rows are, as for `block_attention`.
-        keys: which chunks the columns are.
-        num_rows: how many queries there are.
-        num_columns: how many keys.
-        chunk: length of a chunk.
-        limit: positions from here on are padding.
-        band: what queries see, by position.
-        masked: whether there are masks besides.
+        queries: the chunks that the rows belong to, as for `block_attention`.
+        keys: the chunks that the columns belong to.
+        num_rows: the number of queries.
+        num_columns: the number of keys.
+        chunk: the length of a chunk.
+        limit: the true length; positions from here on are padding.
+        band: the range of q - k that is visible.
+        masked: whether there are masks besides the band.
     """
     rows = pieces(queries, chunk, _NO_LIMIT, num_rows)
     columns = pieces(keys, chunk, limit, num_columns)
@@ -89,7 +89,7 @@ def _seen(
 
 
 def _visible(row: Piece, column: Piece, band: Band) -> int:
-    """Pairs i, j with lower <= (row.start + i) - (column.start + j) <= upper."""
+    """The number of pairs i, j with lower <= (row.start + i) - (column.start + j) <= upper."""
     apart = row.start - column.start
     below = row.length * column.length
     if band.lower is not None:
@@ -101,7 +101,7 @@ def _visible(row: Piece, column: Piece, band: Band) -> int:
 
 
 def _closer(rows: int, columns: int, distance: int) -> int:
-    """Pairs with i - j < distance, for i below rows and j below columns."""
+    """The number of pairs with i - j < distance, for i < rows and j < columns."""
     # Row i has the columns j > i - distance, so min(columns, columns - 1 - (i - distance)) of them.
     full = min(max(distance, 0), rows)  # rows i < distance see all columns j >= 0
     first, last = max(distance, 0), min(rows, columns + distance - 1)

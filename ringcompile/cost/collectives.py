@@ -1,6 +1,6 @@
-"""The seconds of exchanges between ranks, by algorithm and by the links they go over.
+"""The time of communication between ranks, by algorithm and by the links that it uses.
 
-Sizes follow the usual algorithms: p ranks that bring B bytes each send (p-1) B in an all-gather,
+Sizes follow the usual algorithms: p ranks with B bytes each send (p-1) B in an all-gather,
 (p-1)/p B in a reduce-scatter or an all-to-all, twice that in an all-reduce (Patarasuk and Yuan,
 "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
 """
@@ -19,17 +19,17 @@ _FIGURES = {"gather": "all_gather", "reduce_scatter": "all_gather", "all_reduce"
 
 
 def message_seconds(cluster: Cluster, source: int, to: int, num_bytes: int) -> float:
-    """One message from a rank to another, once both are ready."""
+    """The time of one message between two ranks, once both are ready."""
     link = cluster.link(source, to)
     return link.value("startup") + link.seconds(num_bytes)
 
 
 def collective_seconds(cluster: Cluster, exchange: Collective) -> float:
-    """An exchange, once all ranks of its group are ready.
+    """The time of a collective, once all ranks of its group are ready.
 
-    In a group that spans nodes with several ranks in each, what goes between nodes goes over all
-    of their links at once: an all-reduce is a reduce-scatter within the nodes, an all-reduce
-    between them, an all-gather within.
+    If a group spans nodes with several ranks each, all links between the nodes are used at once:
+    an all-reduce is a reduce-scatter within the nodes, an all-reduce between them, and an
+    all-gather within.
     """
     kind, brought, group = exchange.kind, exchange.brought, exchange.group
     if len(group) == 1 or not brought:
@@ -61,7 +61,7 @@ def collective_seconds(cluster: Cluster, exchange: Collective) -> float:
 
 
 def _flat(kind: str, brought: float, num_ranks: int, link: Link) -> float:
-    """An exchange in which all links are alike."""
+    """The time of a collective whose links are all alike."""
     share = (num_ranks - 1) / num_ranks
     whole = brought * num_ranks if kind == "gather" else brought
     sent = whole * share * (2 if kind == "all_reduce" else 1)
@@ -75,18 +75,18 @@ def _rate(kind: str, num_bytes: float, link: Link) -> float:
 
 
 def num_steps(kind: str, num_ranks: int) -> int:
-    """Steps behind the first: of a tree, there and back for an all-reduce.
+    """The number of steps after the first one: a tree has log2 p, an all-reduce twice as many.
 
     Args:
         kind: the collective's name.
-        num_ranks: ranks of the group.
+        num_ranks: the number of ranks in the group.
     """
     depth = ceil(log2(num_ranks))
     return 2 * depth - 1 if kind == "all_reduce" else depth - 1
 
 
 def held_up(cluster: Cluster, rank: int, shift: Shift, num_bytes: int) -> float:
-    """The compute seconds that a rank loses while so many bytes of a transfer go by."""
+    """The compute time that a rank loses while a transfer uses its memory."""
     peer = shift.to if shift.to is not None else shift.source
     if peer is None:
         return 0.0

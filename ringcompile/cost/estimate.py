@@ -1,8 +1,9 @@
-"""Estimates of one variant: quickly, from one block and one rank, or closely, from all that differ.
+"""Estimates of one variant: a quick one, or a close one from all ranks whose programs differ.
 
-A quick one stands for all ranks by the one with most to do, whose peers are taken to be where it
-is; long rings are estimated from short ones with as many tokens a rank, and a pipeline from stages
-that are costed alone. A close one has every place of the ring and every stage as they are emitted.
+A quick estimate compiles one block of layers and simulates one rank, the one with the most work,
+whose peers are assumed to be at the same point as it is. A long ring is estimated from two short
+rings with as many tokens on each rank, and a pipeline from stages that are costed alone. A close
+estimate simulates every place of the ring and every stage with the programs that are emitted.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ Compile = Callable[[Variant, int], Parallel]
 
 @dataclass(frozen=True)
 class Model:
-    """What has to be known of a model before it is compiled.
+    """What the planner knows of a model before it compiles it.
 
     Attributes:
         stack: the layers that repeat, if they do.
-        weight_bytes: of all weights.
+        weight_bytes: the size of all weights in bytes.
         length_range: the smallest and largest length that its code is valid for.
-        order: of positions, under which its attention is the same work for all ranks.
+        order: the order of positions that gives all ranks the same attention work.
     """
 
     stack: Stack | None
@@ -67,23 +68,23 @@ class Model:
 
     @property
     def outer_bytes(self) -> int:
-        """Of the weights that are in no block of the stack: those of embeddings, mostly."""
+        """The bytes of the weights outside the repeated blocks: embeddings, mostly."""
         return self.weight_bytes - (self.stack.num_bytes if self.stack else 0)
 
     def repeats(self, stages: int) -> bool:
-        """Whether a program with a block for each stage stands for a pipeline of so many."""
+        """Whether a program with one block per stage can represent a whole pipeline."""
         return self.stack is not None and self.stack.stands_for(stages)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is to be planned.
+    """The question that the planner answers.
 
     Attributes:
         num_gpus: how many devices.
-        cluster: of which kind.
+        cluster: the hardware.
         length: tokens of a sequence.
-        batch: sequences of a step.
+        batch: the number of sequences in a step.
     """
 
     num_gpus: int
@@ -93,25 +94,25 @@ class Ask:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """The number of tokens that a step processes."""
         return self.length * self.batch
 
     @property
     def room(self) -> float:
-        """Bytes that a rank may hold."""
+        """The number of bytes that a rank may hold."""
         device = self.cluster.device
         return device.value("memory") - device.value("reserved")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What came out of simulations.
+    """The result of a simulation.
 
     Attributes:
-        seconds: of a step of all tokens, the pipeline being full.
-        latency: from a step's start to its end.
+        seconds: the time of a step of all tokens, with the pipeline full.
+        latency: the time from the start of a step to its end, in seconds.
         path: seconds on the longest path, by what they are spent on.
-        memory_bytes: the most that a rank holds.
+        memory_bytes: the peak memory of the rank that holds most.
     """
 
     seconds: float
@@ -121,12 +122,12 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        """What most of the longest path is spent on."""
+        """The kind of work on which most of the critical path is spent."""
         return max(self.path, key=lambda kind: self.path[kind], default="nothing")
 
 
 def on_line(a: Estimate, b: Estimate, at: float) -> Estimate:
-    """On the line through two estimates, a at 0 and b at 1, at some other place."""
+    """Extrapolate linearly from two estimates, `a` at 0 and `b` at 1."""
 
     def line(x: float, y: float) -> float:
         return max(x + at * (y - x), 0.0)
@@ -141,10 +142,10 @@ def on_line(a: Estimate, b: Estimate, at: float) -> Estimate:
 
 
 class FarError(Exception):
-    """A part of the work alone takes longer than asked about.
+    """A lower bound already exceeds the time limit.
 
     Attributes:
-        least: the estimate of that part.
+        least: the lower bound.
     """
 
     def __init__(self, message: str, least: Estimate) -> None:
@@ -153,10 +154,10 @@ class FarError(Exception):
 
 
 class TooLargeError(Exception):
-    """A rank holds more than there is room for.
+    """A rank needs more memory than a device has.
 
     Attributes:
-        memory_bytes: what it holds.
+        memory_bytes: the memory that it needs.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -166,12 +167,12 @@ class TooLargeError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """What is compiled at once.
+    """The programs that one compilation yields.
 
     Attributes:
         variant: the spec and its options.
-        length: of the sequence.
-        ranks: whose programs are costed.
+        length: the sequence length in tokens.
+        ranks: the ranks whose programs are costed.
     """
 
     variant: Variant
@@ -181,7 +182,7 @@ class Part:
 
 @dataclass
 class Estimator:
-    """Estimates variants of one model for one ask.
+    """Estimates the variants of one model.
 
     Args:
         model: what is known of the model.
@@ -196,11 +197,11 @@ class Estimator:
     _costs: dict[Part, list[RankCost] | RingCompileError] = field(default_factory=dict, init=False)
 
     def prepare(self, variants: Iterable[Variant], *, close: bool = False) -> None:
-        """Compile now, several at a time, what estimates of these variants begin with.
+        """Compile now, several at a time, the programs that these variants' estimates need first.
 
         Args:
             variants: specs with their options.
-            close: whether close estimates will be asked for.
+            close: whether close estimates will follow.
         """
         if close:
             parts = [self._whole(v) for v in variants if self.can_be_close(v)]
@@ -210,15 +211,15 @@ class Estimator:
         self._costs.update(zip(missing, forks.mapped(self._compiled, missing), strict=True))
 
     def quick(self, variant: Variant, limit: float) -> Estimate:
-        """An estimate within some percent.
+        """A quick estimate, accurate to a few percent.
 
         Args:
             variant: the spec and its options.
-            limit: seconds; a variant that takes longer is not followed to the end.
+            limit: the time limit in seconds; the estimate is abandoned once it is exceeded.
 
         Raises:
             RingCompileError: the compiler refuses it.
-            TooLargeError: there is no room for it.
+            TooLargeError: it needs more memory than a device has.
             FarError: it takes longer than the limit.
         """
         one, *two = self._rings(variant)
@@ -240,12 +241,12 @@ class Estimator:
         return found
 
     def can_be_close(self, variant: Variant) -> bool:
-        """Whether a close estimate is quick enough to be made."""
+        """Whether a close estimate can be made in reasonable time."""
         ring, pp = variant.mesh.size("ring"), variant.mesh.size(PIPELINE)
         return ring <= _WHOLE_RING and ring * pp <= _MOST_RANKS
 
     def close(self, variant: Variant) -> Estimate:
-        """An estimate from the programs of all ranks that do different things.
+        """An estimate from all ranks whose programs differ.
 
         Raises:
             RingCompileError: the compiler refuses it.
@@ -255,7 +256,7 @@ class Estimator:
         return self._with_layers(variant, partial(self._repeated, costs), self._run, self.ask.room)
 
     def _rings(self, variant: Variant) -> list[tuple[Variant, int]]:
-        """The variant and the length; of a long ring, two short ones and theirs."""
+        """The variant and its length; for a long ring, two shorter rings and their lengths."""
         ring, length = variant.mesh.size("ring"), self.ask.length
         sizes = short_rings(variant.mesh, self.ask.cluster)
         shorter = [-(-length * size // ring) for size in sizes]
@@ -278,19 +279,19 @@ class Estimator:
         return pp == 1 or self.model.repeats(pp)
 
     def _slowest(self, variant: Variant, length: int) -> Part:
-        """One rank, of one stage by itself, which is the same in many meshes.
+        """The slowest rank of one stage alone, which many meshes have in common.
 
-        Of each stage where stages are not alike.
+        Where stages differ, the slowest rank of each stage.
         """
         variant = one_stage(variant) if self._stages_alike(variant) else variant
         return _part(variant, length, [slowest_place(variant, self.ask.cluster)])
 
     def _whole(self, variant: Variant) -> Part:
-        """Every place of the ring, of all stages."""
+        """The ranks at every place of the ring, in all stages."""
         return _part(variant, self.ask.length, range(variant.mesh.size("ring")))
 
     def _costs_of(self, variant: Variant, part: Part) -> list[RankCost]:
-        """What the ranks of a part of a variant cost, with as many sequences as it has at once."""
+        """The costs of the ranks of a part, for the number of sequences in one microbatch."""
         if part not in self._costs:
             self._costs[part] = self._compiled(part)
         found = self._costs[part]
@@ -308,7 +309,7 @@ class Estimator:
     def _staged(
         self, variant: Variant, costs: Sequence[RankCost], length: int, blocks: int
     ) -> list[RankCost]:
-        """The busiest stage of a pipeline; all of the model where there is none."""
+        """The stage with the most work; without a pipeline, the whole model."""
         (one,), pp = self._repeated(costs, blocks), variant.mesh.size(PIPELINE)
         if pp == 1:
             return [one]
@@ -321,7 +322,7 @@ class Estimator:
         return [busiest_stage(one, pp, apart, crossing)]
 
     def _hidden_bytes(self) -> int:
-        """What crosses between stages, of a whole sequence; read off a pipeline of two."""
+        """The bytes that cross between stages for one sequence, taken from a two-stage pipeline."""
         if self._hidden is None:
             made = self.compile_(Variant(Mesh(((PIPELINE, 2),))), self.ask.length)
             self._hidden = crossing_bytes(cost_of(made.rank(0), self.ask.length))
@@ -338,9 +339,9 @@ class Estimator:
         run: Callable[[Variant, list[RankCost]], Estimate],
         room: float,
     ) -> Estimate:
-        """All layers of a stage where they are few whole blocks; else from some and from one more.
+        """Cost all layers of a stage, or extrapolate from a few blocks and one block more.
 
-        What there is no room for is not run.
+        Raises TooLargeError before anything that does not fit in memory is simulated.
         """
         stack, pp = self.model.stack, variant.mesh.size(PIPELINE)
         blocks = stack.blocks(pp) if stack is not None and self.model.repeats(pp) else 1
@@ -354,19 +355,19 @@ class Estimator:
         return on_line(found, longer[0], blocks - low) if longer else found
 
     def _batch(self, variant: Variant) -> int:
-        """How many times the sequences of one run of its program a variant has at once."""
+        """How often the program's own batch fits into one microbatch."""
         runs = variant.microbatches * variant.mesh.size("dp") * variant.sequences
         return self.ask.batch // runs
 
     def _run_stage(self, variant: Variant, costs: list[RankCost]) -> Estimate:
-        """A pipeline goes at the pace of its stages, and a step goes through all of them."""
+        """Simulate a pipeline: its slowest stage sets the pace, and a step passes all stages."""
         found = simulate(costs, self.ask.cluster, How(merged=True))
         count, stages = variant.microbatches, variant.mesh.size(PIPELINE)
         latency = found.seconds * (count + stages - 1)
         return Estimate(found.seconds * count, latency, found.path, found.memory_bytes)
 
     def _run(self, variant: Variant, costs: list[RankCost]) -> Estimate:
-        """One step for its latency, several for a full pipeline."""
+        """Simulate one step for the latency and several for the pace of a full pipeline."""
         mesh, count = variant.mesh, variant.microbatches
         one = simulate(costs, self.ask.cluster, How(count, merged=True))
         seconds = one.seconds

@@ -1,7 +1,7 @@
-"""Calls of one function in as many processes as there are processors.
+"""Map a function over items in as many processes as there are usable CPUs.
 
-They are forked off this process, so that what it knows need not be sent to them: only what they are
-called with and what they return. Where processes cannot be forked safely, the calls are made here.
+The processes are forked from this one and share its memory, so only the items and the results are
+sent. Where forking is unsafe, the calls are made in this process, one after another.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _function: Callable[[Any], Any] | None = None
 
 
 def mapped(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """What a function returns for each of some items, in their order.
+    """Call a function for each item and return the results in the order of the items.
 
     Args:
-        function: may hold anything; what it changes stays in the process that calls it.
-        items: can be pickled, as can what is returned for them.
+        function: any callable; its side effects stay in the process that calls it.
+        items: the arguments; they and the results must be picklable.
 
     Raises:
-        RingCompileError: a process was ended from outside.
+        RingCompileError: a process was killed.
         Exception: what the function raises.
     """
     global _function
@@ -60,12 +60,12 @@ def mapped(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list
 
 
 def _processors() -> int:
-    """That this process may use; one where others may hold locks that a fork would inherit."""
+    """The number of usable CPUs; 1 where forking is unsafe because a thread may hold a lock."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
 def _start() -> None:
-    """An interrupt is for the parent to see; threads of torch do not outlive a fork."""
+    """Ignore interrupts, which the parent handles; torch's threads do not survive a fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 

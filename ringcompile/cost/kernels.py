@@ -1,4 +1,4 @@
-"""A kernel: what it computes and moves, and the seconds that takes on a device."""
+"""Kernels: their FLOPs and bytes, and the time they take on a device."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _HEADS, _FULL = 16, 64 * 128
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch.
+    """One kernel launch.
 
     Attributes:
         kind: a field of a device: "matmul", "attention", "attention_causal", "attention_masked",
-            "stream", "strided", "special" or "reduction"; "scan", a running sum of `rows` steps;
-            or "merge", bringing a block into the accumulator, which is nothing where the attention
+            "stream", "strided", "special" or "reduction"; "scan", a prefix sum of `rows` steps;
+            or "merge", which folds a block into the accumulator, and is free where the attention
             kernel does it.
-        dtype: of its operands.
-        num_bytes: read and written, each operand and result once.
-        flops: multiplications and additions in matrix products, of visible pairs in attention;
-            what pointwise ops compute is not counted.
-        rows, inner, columns: of a matrix product; queries, head_dim, keys of attention; of a
-            merge, `inner` is the head_dim.
-        batch: matrix products side by side; heads, over the batch, of attention.
+        dtype: the dtype of its operands.
+        num_bytes: the bytes read and written, each operand and result once.
+        flops: the FLOPs of a matmul, or of the visible pairs in attention; pointwise
+            arithmetic is not counted.
+        rows, inner, columns: the sizes of a matmul; of attention the numbers of queries,
+            head_dim and keys; of a merge, `inner` is the head_dim.
+        batch: the number of matmuls; of attention, heads times batch.
     """
 
     kind: str
@@ -48,13 +48,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a kernel, and what they are spent on.
+    """The time of a kernel and what limits it.
 
     Attributes:
-        seconds: on the device.
-        bound: "matmul" or "attention" (arithmetic), "weights" (operands of a product), "memory"
-            (other bytes), "steps" (one after the other, of a running sum) or "launch" (neither: it
-            is too small).
+        seconds: the time on the device.
+        bound: "matmul" or "attention" (arithmetic), "weights" (operands of a matmul), "memory"
+            (other bytes), "steps" (of a prefix sum, one after another) or "launch" (the kernel is
+            too small to be limited by either).
     """
 
     seconds: float
@@ -62,7 +62,7 @@ class Time:
 
 
 def time_of(kernel: Kernel, device: Device) -> Time:
-    """The seconds of a kernel: of arithmetic, of memory, or of a launch, whichever is longest.
+    """The time of a kernel: the longest of its arithmetic, its memory traffic and a launch.
 
     Raises:
         RingCompileError: the device's table does not have what is needed.
@@ -96,9 +96,9 @@ def _matmul(kernel: Kernel, device: Device) -> float:
 
 
 def _attention(kernel: Kernel, device: Device) -> float:
-    """With a mask, all pairs are gone through, whether they are visible or not.
+    """The time of attention; with a mask tensor, pairs that are hidden take time as well.
 
-    The rate is that of as many pairs in a square, but on a GPU fewer rows are fewer tiles of work.
+    The rate is that of a square block with as many pairs. On a GPU, fewer rows give fewer tiles.
     """
     masked = kernel.kind == "attention_masked"
     pairs = kernel.batch * kernel.rows * kernel.columns

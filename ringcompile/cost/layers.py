@@ -1,9 +1,9 @@
-"""Layers that repeat: a program cut to a few of them, and a rank's cost with them repeated again.
+"""Repeated layers: cut a program to a few of them, and repeat them again in a rank's cost.
 
-A plan for 80 equal layers is costed from one. That layers are equal is seen in the captured graph:
-the same ops on the same shapes, reading the layer before in the same places. Where every so many
-layers are alike (five with a window, one without), so many together are what repeats, a block;
-layers that come before the pattern are left out of it.
+A model with 80 equal layers is costed from one. Two layers are equal if the captured graph has the
+same ops on the same shapes in both, reading the previous layer in the same places. Some models
+repeat a pattern of several layers (five with a window, one without); such a group is called a
+block. Layers before the first block are not part of the pattern.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _INDEX = re.compile(r"^(?P<stack>[^0-9.][^.]*(?:\.[^0-9.][^.]*)*)\.(?P<index>\d+
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of a model that repeat, one by one or in blocks of several.
+    """The repeated layers of a model, one layer or several in a block.
 
     Attributes:
         name: their common module path, such as "model.layers".
         num_layers: how many there are.
-        block_bytes: of the weights of the first block.
-        num_bytes: of the weights of all blocks.
-        period: layers of a block; the last block may have fewer.
-        first: layers of that name that come before.
+        block_bytes: the bytes of the first block's weights.
+        num_bytes: the bytes of all blocks' weights.
+        period: the number of layers in a block; the last block may have fewer.
+        first: the number of layers of that name before the first block.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Stack:
     first: int = 0
 
     def index(self, layer: str) -> int | None:
-        """Which of the blocks a module path lies in."""
+        """The index of the block that a module path lies in."""
         found = _INDEX.match(layer)
         if found is None or found["stack"] != self.name or int(found["index"]) < self.first:
             return None
@@ -55,29 +55,29 @@ class Stack:
 
     @property
     def whole_blocks(self) -> int:
-        """Blocks with all of their layers."""
+        """The number of complete blocks."""
         return self.num_layers // self.period
 
     def stands_for(self, stages: int) -> bool:
-        """Whether a block for each stage stands for a pipeline of so many stages.
+        """Whether a program with one block per stage can represent the whole pipeline.
 
-        It does not where a stage is less than a block, nor where the first has other layers.
+        It cannot if a stage holds less than a block, or if the model begins with other layers.
         """
         return stages == 1 or (stages <= self.whole_blocks and self.first == 0)
 
     def starts(self, stages: int) -> tuple[str, ...]:
-        """The layers that stages of one block begin with, but for the first."""
+        """With one block per stage, the first layer of each stage but the first."""
         if not self.stands_for(stages):
             return ()
         return tuple(f"{self.name}.{stage * self.period}" for stage in range(1, stages))
 
     def blocks(self, stages: int = 1) -> float:
-        """Of a stage of a pipeline, the one with most layers; a part of a block counts as such."""
+        """How many blocks, possibly not a whole number, the largest pipeline stage holds."""
         return -(-self.num_layers // stages) / self.period
 
 
 def find_stack(program: Program) -> Stack | None:
-    """The stack of layers that most of a captured program is; None where nothing repeats."""
+    """The repeated layers that make up most of a captured program; None if nothing repeats."""
     paths = (_INDEX.match(location_of(n).layer) for n in program.graph.nodes)
     counts = Counter(found["stack"] for found in paths if found)
     if not counts:
@@ -98,16 +98,16 @@ def find_stack(program: Program) -> Stack | None:
 
 
 def _pattern(layers: Sequence[list[fx.Node]]) -> tuple[int, int] | None:
-    """After how many layers, a third at most, others repeat, and in blocks of how many.
+    """The number of layers before the pattern (at most a third of all) and the length of a block.
 
-    The fewest of both.
+    The smallest numbers that fit are returned.
     """
     count = len(layers)
     texts = [_signature(layers, i) for i in range(count)]
     inner = [_signature(layers, i, inner=True) for i in range(count)]
 
     def repeats(first: int, period: int) -> bool:
-        """The first layer reads something else than those that are like it."""
+        """Whether blocks of `period` layers repeat from layer `first`, which may read others."""
         return (
             inner[first] == inner[first + period]
             and all(texts[i] == texts[i + period] for i in range(first + 1, count - period))
@@ -125,7 +125,7 @@ def _pattern(layers: Sequence[list[fx.Node]]) -> tuple[int, int] | None:
 
 
 def _follow(blocks: Sequence[list[fx.Node]]) -> bool:
-    """Whether each block hands the same on to the next one, and nothing to others."""
+    """Whether each block passes the same values to the next block, and to no other."""
     handed_on = {tuple(map(_type_text, _read_later(block))) for block in blocks}
     return len(handed_on) == 1 and all(
         user in block or user in following
@@ -136,15 +136,15 @@ def _follow(blocks: Sequence[list[fx.Node]]) -> bool:
 
 
 def _read_later(block: list[fx.Node]) -> list[fx.Node]:
-    """What of a block others read."""
+    """The values of a block that later blocks read."""
     here = set(block)
     return [node for node in block if any(user not in here for user in node.users)]
 
 
 def cut(program: Program, stack: Stack, count: int) -> Program:
-    """The program with one block of the stack for each of `count` stages, if that stands for them.
+    """The program cut to one block for each of `count` stages, if that can represent them.
 
-    What came behind the last layer reads the last one that is kept.
+    The ops after the last layer read the last layer that is kept.
     """
     groups = list(_groups(program, stack).values())
     if count >= len(groups) or not stack.stands_for(count):
@@ -172,12 +172,12 @@ def cut(program: Program, stack: Stack, count: int) -> Program:
 
 
 def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
-    """The cost with each of the rank's blocks of a stack repeated.
+    """Repeat each block in a rank's cost as often as the whole model has it.
 
     Args:
-        cost: of a program with one block, or with one for each stage of a pipeline.
-        stack: its layers.
-        times: how often each block is there in the whole model.
+        cost: the cost of a program with one block, or with one block per pipeline stage.
+        stack: the repeated layers.
+        times: how often the whole model has each block.
     """
     steps: list[Step] = []
     between = {step.name for step in cost.steps if _crosses(step)}
@@ -197,12 +197,12 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
 
 
 def _crosses(step: Step) -> bool:
-    """Whether a step hands on to another stage, or takes: once, however many layers there are."""
+    """Whether a step sends to or receives from another stage, which happens once per run."""
     return isinstance(step.communicates, Shift) and step.communicates.channel == PIPELINE
 
 
 def _joined(runs: list[tuple[bool, list[Step]]]) -> list[tuple[bool, list[Step]]]:
-    """From the first step inside to the last one all is one run; shared steps first."""
+    """The steps from the first to the last one inside a block, as one run."""
     inside = [i for i, (flag, _) in enumerate(runs) if flag]
     if not inside:
         return runs
@@ -231,12 +231,12 @@ def _groups(program: Program, stack: Stack) -> dict[int, list[fx.Node]]:
 
 
 def _signature(groups: Sequence[list[fx.Node]], index: int, *, inner: bool = False) -> str:
-    """What a layer computes: equal for layers that do the same with what they read.
+    """A signature of what a layer computes; equal layers have equal signatures.
 
     Args:
         groups: the layers' nodes.
         index: which layer.
-        inner: leave out what is read from the layer before, which the first does not have.
+        inner: leave out values read from the previous layer, since the first layer has none.
     """
     here = {node: f"%{i}" for i, node in enumerate(groups[index])}
     before = {} if inner or not index else {n: f"<{i}" for i, n in enumerate(groups[index - 1])}
@@ -256,6 +256,6 @@ def _signature(groups: Sequence[list[fx.Node]], index: int, *, inner: bool = Fal
 
 
 def _type_text(node: fx.Node) -> str:
-    """Of its type; what a check of the captured code returns has none."""
+    """The type of a node as text; empty for checks in the captured code, which return nothing."""
     type_ = node.meta.get("type")
     return "" if type_ is None else format_type(type_)

@@ -1,4 +1,4 @@
-"""What no plan can pass: the work that a model has to do, at the rates of its kernels."""
+"""An upper bound for every plan: the model's work at the rates of its kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ringcompile.ir.program import Program
 def kernel_limit(
     program: Program, length: int, num_gpus: int, *, matmul: float, attention: float, top: int = 0
 ) -> float:
-    """Tokens a second if products and attention ran at these rates and nothing else took time.
+    """Tokens per second if matmuls and attention ran at these rates and all else were free.
 
     Args:
         program: of one device and one sequence, prepared (`compiler.prepare`).

@@ -17,7 +17,7 @@ _SIDE, _REPEATS = 512, 3
 
 
 def product_seconds(repeats: int = _REPEATS) -> float:
-    """Of one product of two square matrices, now: the mean of some behind one more."""
+    """The time of one matmul of two square matrices now: the mean of a few, after a warm-up."""
     x = torch.ones(_SIDE, _SIDE)
     torch.mm(x, x)
     start = time.perf_counter()
@@ -28,17 +28,17 @@ def product_seconds(repeats: int = _REPEATS) -> float:
 
 @dataclass
 class Pace:
-    """Brings seconds to one pace, that of the first product; `best` says what to the best."""
+    """Scales times to one pace of the CPU, that of the first matmul that was timed."""
 
     _first: float | None = field(default=None, init=False)
     _least: float = field(default=inf, init=False)
 
     def steady(self, seconds: float, product: float) -> float:
-        """The seconds at the pace of the first product.
+        """The time scaled to the pace of the first matmul.
 
         Args:
-            seconds: what was measured.
-            product: the seconds of a product at that time.
+            seconds: the measured time.
+            product: the time of a matmul at that moment, in seconds.
         """
         self._least = min(self._least, product)
         self._first = self._first or product
@@ -46,5 +46,5 @@ class Pace:
 
     @property
     def best(self) -> float:
-        """How long all takes at the best pace seen, over the pace of the first product."""
+        """The factor from the pace of the first matmul to the best pace seen."""
         return self._least / self._first if self._first else 1.0

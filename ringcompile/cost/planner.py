@@ -1,8 +1,9 @@
-"""Ranks the parallel specs that a cluster allows by what the cost model says of them.
+"""Ranks all parallel specs for a cluster by their estimated speed.
 
-Every mesh of the given size is considered. What cannot be is rejected as early as it can be
-known, with the reason: by divisibility, by the bytes of the weights, by the compiler's own refusal,
-because it is far from the best. The rest is estimated quickly, and the best of them closely.
+Every mesh of the given size is considered. Specs that cannot work are rejected as early as
+possible, with the reason: sizes that do not divide, weights that do not fit, a refusal of the
+compiler, or a time that is far from the best. The others get a quick estimate, and the best of them
+a close one.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ _OVERLAPPED = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """A spec and what became of it.
+    """A parallel spec with its estimate, or with the reason why it was rejected.
 
     Attributes:
         variant: the spec with its options.
-        tps: tokens a second, the pipeline being full; None where it was rejected.
-        seconds: of a step of all tokens, likewise.
-        latency: from a step's start to its end.
-        bound: what most of the longest path is spent on.
-        memory_bytes: the most that a rank holds.
-        fits: whether it can be run.
-        why: what the time goes to, or why it was rejected.
-        close: whether all ranks that differ were looked at.
-        least: seconds that a step takes at least; None where that is not known.
-        shares: of them, by what they are spent on.
+        tps: tokens per second with the pipeline full; None if it was rejected.
+        seconds: the time of a step of all tokens with the pipeline full; None if it was rejected.
+        latency: the time from the start of a step to its end, in seconds.
+        bound: the kind of work on which most of the critical path is spent.
+        memory_bytes: the peak memory of the rank that holds most.
+        fits: whether it can run on this cluster.
+        why: where the time goes, or why it was rejected.
+        close: whether the estimate is a close one, from all ranks whose programs differ.
+        least: a lower bound for the time of a step in seconds; None if there is none.
+        shares: the fraction of the critical path for each kind of work.
     """
 
     variant: Variant
@@ -73,7 +74,7 @@ class Plan:
     shares: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As `plan --json` prints it."""
+        """The fields that `plan --json` prints."""
         return {
             "spec": str(self.variant.mesh),
             "tps": self.tps,
@@ -89,11 +90,11 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Plans for one model and one ask.
+    """Ranks the plans of one model for one question.
 
     Args:
-        model: what is known of the model.
-        ask: what is to be planned.
+        model: the facts about the model.
+        ask: the number of GPUs, the cluster, the length and the batch.
         compile_: see `estimate.Compile`.
     """
 
@@ -111,7 +112,7 @@ class Planner:
         self._best = dict.fromkeys(("exact", "local"), inf)
 
     def run(self) -> list[Plan]:
-        """All plans: those that fit by tokens a second, then the rejected.
+        """All plans: those that fit, fastest first, and then the rejected ones.
 
         Raises:
             RingCompileError: nothing fits.
@@ -127,7 +128,7 @@ class Planner:
         return plans
 
     def _meshes(self) -> list[Mesh]:
-        """Even ones first: they are mostly among the best, which spares others a closer look."""
+        """All meshes, even factorizations first: they are often the best and prune the others."""
         meshes = list(factorisations(self.ask.num_gpus))
         if self.ask.cluster.num_nodes > 1:
             per_node = self.ask.cluster.per_node
@@ -135,7 +136,7 @@ class Planner:
         return sorted(meshes, key=lambda mesh: max(size for _, size in mesh.axes))
 
     def _all_plans(self) -> list[Plan]:
-        """The first form of every mesh, and then the others of each, from the fastest mesh on."""
+        """Estimate the first variant of each mesh, then other variants of the fastest meshes."""
         rejected: list[Plan] = []
         forms: list[list[Variant]] = []
         meshes = self._meshes()
@@ -154,7 +155,7 @@ class Planner:
         return rejected + [first for first, _ in found] + others
 
     def _promising(self, first: Plan, rest: list[Variant]) -> Iterator[Variant]:
-        """The other forms of a mesh that will be estimated, as far as the first can tell."""
+        """The other variants of a mesh that its first variant does not rule out."""
         seen = {first.variant: first}
         for variant in rest:
             local = replace(variant, capacity="local")
@@ -169,7 +170,7 @@ class Planner:
             yield seen[variant]
 
     def _variants(self, mesh: Mesh) -> list[Variant]:
-        """Those that count capacity by each rank first: they are never slower."""
+        """The variants of a mesh; local capacity comes first, because it is never slower."""
         found = list(variants(mesh, self.ask.batch, self.model.order))
         if not any(size > 1 and AXES[axis].own_tokens for axis, size in mesh.axes):
             return found
@@ -179,7 +180,7 @@ class Planner:
         return [replace(v, capacity=capacity) for v in found for capacity in capacities]
 
     def _told_apart(self, variant: Variant) -> tuple[str, ...] | None:
-        """The capacity modes that make a difference to this model; None if that cannot be told."""
+        """The capacity modes whose costs differ for this model; None if that is not known."""
         plans = [self._quickly(replace(variant, capacity=c)) for c in ("local", "exact")]
         local, exact = (plan.seconds for plan in plans)
         if local is None:
@@ -188,13 +189,13 @@ class Planner:
         return ("exact",) if exact == local else ("local", "exact")
 
     def _hopeless(self, seen: dict[Variant, Plan], variant: Variant) -> Plan | None:
-        """A form of a mesh, rejected since another form of it is far from the best.
+        """Reject a variant because a related variant of the same mesh is far from the best.
 
-        That is the first form of the mesh; for one with exact capacity the same with local
-        capacity, and half of what counting took longer in the mesh where that was tried. In another
-        order transfers are others, and attention is shared out otherwise, though never better if
-        all of it is causal; a ring that gathers may spare all transfers and attend in fewer
-        kernels. What may be spared is not counted.
+        The related variant is the first one of the mesh. For exact capacity it is the one with
+        local capacity, plus half of the extra time that counting took where both were tried. The
+        time that the rejected variant could save is not counted against it: another order changes
+        the transfers and divides attention in another way (never better if all of it is causal),
+        and a ring that gathers may avoid all transfers and use fewer kernels.
         """
         local = replace(variant, capacity="local")
         other = seen.get(local) or next(iter(seen.values()))
@@ -219,7 +220,7 @@ class Planner:
         return replace(_rejected(variant, why), least=takes)
 
     def _spared(self, variant: Variant, other: Variant) -> dict[str, float]:
-        """What parts of the path a form may do without that another one of the mesh has."""
+        """The parts of the critical path that a variant could save, as fractions by kind."""
         if variant.tp_sequence and not other.tp_sequence:
             return {"memory": 1 - 1 / variant.mesh.size("tp")}
         if (variant.order, variant.ring) == (other.order, other.ring):
@@ -229,7 +230,7 @@ class Planner:
         return transfers if causal else {**transfers, "attention": 1.0}
 
     def _impossible(self, mesh: Mesh) -> str | None:
-        """Why a mesh cannot be, from its sizes alone or from one of its axes by itself."""
+        """Why a mesh cannot work, judging by its sizes or by one axis alone; None if it can."""
         batch, dp, pp = self.ask.batch, mesh.size("dp"), mesh.size("pp")
         if batch % dp:
             return f"a batch of {batch} does not divide over dp={dp}"
@@ -244,13 +245,13 @@ class Planner:
         return next(filter(None, refusals), None)
 
     def _probe(self, meshes: Iterable[Mesh]) -> None:
-        """Ask the compiler whether each axis of some meshes can be, on its own; a ring can."""
+        """Compile each axis of these meshes alone to see if it can work; a ring always can."""
         asked = {(axis, mesh.size(axis)) for mesh in meshes for axis in mesh.names}
         probes = sorted((axis, size) for axis, size in asked if axis != "ring" and size > 1)
         self._refused.update(zip(probes, forks.mapped(self._probed, probes), strict=True))
 
     def _probed(self, probe: tuple[str, int]) -> str:
-        """Empty where the axis is good for something."""
+        """Why this axis is useless for the model; empty if it helps."""
         axis, size = probe
         try:
             made = self.compile_(Variant(Mesh(((axis, size),))), self.ask.length)
@@ -263,7 +264,7 @@ class Planner:
         return "" if held < whole else f"{axis}={size} finds no weights of the model to divide"
 
     def _whole_weights(self, stages: int) -> int:
-        """The bytes of the weights of the program for so many stages, on one device."""
+        """The weight bytes on one device of the program that has one block per stage."""
         stack = self.model.stack
         if stack is None or not self.model.repeats(stages):
             return self.model.weight_bytes
@@ -295,7 +296,7 @@ class Planner:
             return self._too_large(variant, error)
 
     def _overlapping(self, plans: list[Plan]) -> list[Plan]:
-        """The best plans of each capacity again, with more overlap."""
+        """The best plans of each capacity mode once more, with more overlap."""
         made = []
         for capacity in self._best:
             best = [p for p in plans if p.fits and p.close and p.variant.capacity == capacity]
@@ -308,7 +309,7 @@ class Planner:
         return [self._closely(variant) for variant in made]
 
     def _fastest(self, plans: list[Plan]) -> Iterator[int]:
-        """Where the best plans of each capacity are, as far as they can be estimated closely."""
+        """The indices of the best plans of each capacity mode that can be estimated closely."""
         seen = dict.fromkeys(self._best, 0)
         for i, plan in enumerate(plans):
             capacity = plan.variant.capacity
@@ -352,7 +353,7 @@ def _rejected(variant: Variant, reason: str) -> Plan:
 
 
 def _shares(found: Estimate) -> dict[str, float]:
-    """What parts of the longest path are spent on what, largest first."""
+    """The fraction of the critical path that each kind of work takes, largest first."""
     total = sum(found.path.values()) or 1.0
     parts = sorted(found.path.items(), key=lambda entry: -entry[1])
     return {kind: seconds / total for kind, seconds in parts}

@@ -1,6 +1,6 @@
-"""The cost of one rank's program: its steps in order, what they exchange, what it holds in memory.
+"""The cost of one rank's program: its steps in order, their communication, and its memory.
 
-Everything is read off the graph that is emitted for the rank, at a given length.
+Everything is derived from the graph that is emitted for the rank, at a given length.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PIPELINE = "pp"
 
 @dataclass(frozen=True)
 class Shift:
-    """A transfer that a rank starts: what it sends to one peer, and whom it takes from.
+    """A transfer that a rank starts: it sends to one peer and receives from another.
 
     Attributes:
         channel: the mesh axis; transfers on one axis follow one another.
         to, source: global ranks.
-        sent, taken: bytes.
+        sent, taken: the number of bytes sent and received.
     """
 
     channel: str
@@ -50,13 +50,13 @@ class Shift:
 
 @dataclass(frozen=True)
 class Collective:
-    """An exchange among a group.
+    """A collective over a group of ranks.
 
     Attributes:
-        kind: the op's short name.
+        kind: the short name of the op.
         channel: the mesh axes, as one text.
-        group: global ranks.
-        brought: bytes of this rank's operand.
+        group: the global ranks that take part.
+        brought: the bytes of this rank's operand.
     """
 
     kind: str
@@ -67,22 +67,22 @@ class Collective:
 
 @dataclass(frozen=True)
 class Wait:
-    """Waits for the transfer that a step started, given by the step's name."""
+    """A wait for the transfer that the step of this name started."""
 
     of: str
 
 
 @dataclass(frozen=True)
 class Step:
-    """A node that does something on its rank.
+    """A node that computes or communicates.
 
     Attributes:
-        name: of the node.
+        name: the name of the node.
         op: the short name of its operator.
-        layer: of the model.
-        kernels: what it launches, before it communicates if it does.
-        communicates: what it exchanges.
-        reads: names of the collectives whose results it is the first to read.
+        layer: the module path.
+        kernels: the kernels that it launches, before any communication.
+        communicates: its communication, if it has any.
+        reads: the collectives whose results it is the first to read, by name.
     """
 
     name: str
@@ -95,14 +95,14 @@ class Step:
 
 @dataclass(frozen=True)
 class RankCost:
-    """A rank's program as the timeline needs it.
+    """A rank's program in the form that the timeline needs.
 
     Attributes:
         rank: its number on the mesh.
-        steps: in order.
-        weights: names and bytes of its shares of the weights.
-        peak_bytes: weights, inputs and values at the moment when they are most.
-        num_nodes: calls of the program, views included: what a host that runs it node by node does.
+        steps: the steps in order.
+        weights: the names and bytes of its shares of the weights.
+        peak_bytes: its peak memory: weights, inputs and values.
+        num_nodes: the number of calls that a host runs, views included.
     """
 
     rank: int
@@ -113,22 +113,22 @@ class RankCost:
 
     @property
     def weight_bytes(self) -> int:
-        """All of its shares of the weights."""
+        """The bytes of its shares of all weights."""
         return sum(num_bytes for _, num_bytes in self.weights)
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of matrix products and of attention."""
+        """The FLOPs of matmuls and attention."""
         return sum(kernel.flops for step in self.steps for kernel in step.kernels)
 
     @property
     def bytes_sent(self) -> int:
-        """What has to leave the rank, whatever the algorithm."""
+        """The bytes that the rank sends, by the minimum that any algorithm needs."""
         return sum(map(sent_by, self.steps))
 
 
 def sent_by(step: Step) -> int:
-    """The bytes that a step has to send, as `ir/communication.py` counts them."""
+    """The bytes that a step sends, counted as in `ir/communication.py`."""
     match step.communicates:
         case Shift(sent=sent):
             return sent
@@ -138,7 +138,7 @@ def sent_by(step: Step) -> int:
 
 
 def cost_of(program: Program, length: int | None = None) -> RankCost:
-    """Read the cost of a rank's program off its graph.
+    """Compute the cost of a rank's program from its graph.
 
     Args:
         program: of one rank.
@@ -206,7 +206,7 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 
 def _first_reads(nodes: list[fx.Node]) -> Mapping[fx.Node, tuple[str, ...]]:
-    """For each node, the collectives whose results no node before it needs in memory."""
+    """For each node, the collectives whose results it is the first to read."""
     pending: dict[fx.Node, str] = {}  # a collective's result, and views of it
     found: dict[fx.Node, tuple[str, ...]] = {}
     for node in nodes:
@@ -233,7 +233,7 @@ def _weights(values: Values) -> tuple[tuple[str, int], ...]:
 
 
 def _peak_bytes(values: Values) -> int:
-    """Memory is freed behind the last node that reads it, or a view of it; weights stay."""
+    """The peak memory: a value is freed after the last node that reads it or a view of it."""
     frees = _frees(values)
     held: dict[int, int] = {}
     now = peak = 0
@@ -248,7 +248,7 @@ def _peak_bytes(values: Values) -> int:
 
 
 def _frees(values: Values) -> dict[int, list[int]]:
-    """What memory is freed behind which node, by its place; a transfer holds what it sends."""
+    """The memory that is freed after each node; a transfer keeps what it sends until its wait."""
     last: dict[int, int] = {}
     for i, node in enumerate(values.of):
         read = [node, *node.all_input_nodes]

@@ -1,4 +1,4 @@
-"""Costs of what was not compiled, from what was: other batches, other ranks, pipeline stages."""
+"""Derives costs that were not compiled from ones that were: batches, ranks, pipeline stages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ringcompile.cost.rank import PIPELINE, Collective, RankCost, Shift, Step, W
 
 
 def with_batch(cost: RankCost, batch: int) -> RankCost:
-    """The cost for so many sequences at once, from that for one; weights are still read once.
+    """The cost of a batch, derived from the cost of one sequence; weights are still read once.
 
     Args:
-        cost: of a program for one sequence.
-        batch: sequences.
+        cost: the cost of a program for one sequence.
+        batch: the number of sequences.
     """
     if batch == 1:
         return cost
@@ -48,7 +48,7 @@ def _more(
 
 
 def moved(cost: RankCost, by: int) -> RankCost:
-    """The same on a rank further on, and all that it meets likewise."""
+    """The same cost on another rank, with all of its peers shifted by as much."""
 
     def there(exchange: Shift | Collective | Wait | None) -> Shift | Collective | Wait | None:
         match exchange:
@@ -67,14 +67,14 @@ def moved(cost: RankCost, by: int) -> RankCost:
 
 
 def as_stage(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: int) -> RankCost:
-    """A stage of a pipeline at its place, with what crosses from the one before and to the next.
+    """Add the transfers from the previous pipeline stage and to the next one to a stage's cost.
 
     Args:
-        cost: of the stage by itself, as of a rank of the first.
-        stage: its number.
-        last: whether none comes behind it.
-        apart: the distance between a rank and the one with its place in the next stage.
-        hidden_bytes: what a rank hands on.
+        cost: the cost of the stage alone, on a rank of the first stage.
+        stage: the number of the stage.
+        last: whether it is the last stage.
+        apart: the difference between a rank and its counterpart in the next stage.
+        hidden_bytes: the bytes that a rank sends to the next stage.
     """
     here = moved(cost, stage * apart)
     before, after = here.rank - apart, here.rank + apart
@@ -87,7 +87,7 @@ def as_stage(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: i
 
 
 def busiest_stage(cost: RankCost, num_stages: int, apart: int, hidden_bytes: int) -> RankCost:
-    """A stage that hands on what it gets, by itself; of two stages the first."""
+    """The cost of one stage with the transfers that it sends, as the first of two stages."""
     return as_stage(cost, 1 if num_stages > 2 else 0, False, apart, hidden_bytes)
 
 
@@ -97,6 +97,6 @@ def _crossing(name: str, shift: Shift) -> list[Step]:
 
 
 def crossing_bytes(cost: RankCost) -> int:
-    """What a stage's program hands to the next one."""
+    """The bytes that a stage's program sends to the next stage."""
     shifts = (step.communicates for step in cost.steps)
     return sum(s.sent for s in shifts if isinstance(s, Shift) and s.channel == PIPELINE)

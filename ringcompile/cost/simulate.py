@@ -1,4 +1,4 @@
-"""What a timeline says: seconds of a step, what they go to, and what each rank waits and holds."""
+"""Summarizes a timeline: the time of a step, where it goes, and each rank's waits and memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ringcompile.cost.timeline import COMPUTE, How, Timeline, timeline
 
 @dataclass(frozen=True)
 class RankReport:
-    """What a rank does in the time that was simulated.
+    """One rank's share of a simulated step.
 
     Attributes:
         rank: its number.
-        compute_seconds: in kernels; on a CPU also in the host's part of a node.
-        exposed_seconds: its compute stands still for a transfer, or for those who take part in it.
-        bubble_seconds: it stands still for another stage of the pipeline, or has nothing left.
-        flops: of products and attention, in one run of its program.
-        bytes_sent: in one run.
-        weight_bytes: of its share of the weights.
-        memory_bytes: the most that it holds, weights included.
+        compute_seconds: the time in kernels; on a CPU also the host's time for each node.
+        exposed_seconds: the time in which compute waits for a transfer or for its peers.
+        bubble_seconds: the time in which it waits for another pipeline stage or has no work left.
+        flops: the FLOPs of matmuls and attention in one run of its program.
+        bytes_sent: the bytes that it sends in one run.
+        weight_bytes: the bytes of its share of the weights.
+        memory_bytes: its peak memory, weights included.
     """
 
     rank: int
@@ -38,15 +38,15 @@ class RankReport:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A step, simulated.
+    """A simulated step.
 
     Attributes:
-        seconds: of one step from its first start to its last end; with microbatches, of all.
-        period: seconds from one microbatch's end to the next one's, the pipeline being full;
-            without a pipeline, the seconds of a step.
-        path: seconds on the longest path by what they are spent on, largest first.
-        ranks: of those that were simulated.
-        timeline: everything, in time.
+        seconds: the time from the first start to the last end, over all microbatches.
+        period: the time between the ends of two microbatches with the pipeline full, in
+            seconds; without a pipeline, the time of a step.
+        path: the seconds on the critical path by kind of work, largest first.
+        ranks: a report for each rank that was simulated.
+        timeline: all events.
     """
 
     seconds: float
@@ -57,27 +57,27 @@ class Simulation:
 
     @property
     def bound(self) -> str:
-        """What most of the longest path is spent on."""
+        """The kind of work on which most of the critical path is spent."""
         return next(iter(self.path), "nothing")
 
     @property
     def memory_bytes(self) -> int:
-        """The most that any rank holds."""
+        """The peak memory of the rank that holds most, in bytes."""
         return max(rank.memory_bytes for rank in self.ranks)
 
     @property
     def exposed_seconds(self) -> float:
-        """The longest that any rank's compute stands still for transfers."""
+        """The longest time that any rank's compute waits for transfers, in seconds."""
         return max(rank.exposed_seconds for rank in self.ranks)
 
 
 def simulate(costs: Sequence[RankCost], cluster: Cluster, how: How | None = None) -> Simulation:
-    """Run programs on a cluster's tables.
+    """Simulate programs on a cluster.
 
     Args:
-        costs: of all ranks, or of some that stand for all, see `timeline`.
+        costs: the costs of all ranks, or of some that represent all; see `timeline`.
         cluster: the hardware.
-        how: how they are run.
+        how: the way in which programs are run.
 
     Raises:
         RingCompileError: the cluster's tables lack what is needed.
@@ -94,7 +94,7 @@ def simulate(costs: Sequence[RankCost], cluster: Cluster, how: How | None = None
 
 
 def _period(found: Timeline, microbatches: int) -> float:
-    """From the middle on: by then a pipeline is full."""
+    """The time per microbatch, measured from the middle on, when the pipeline is full."""
     ends = [0.0] * microbatches
     for event, end in zip(found.events, found.ends, strict=True):
         ends[event.microbatch] = max(ends[event.microbatch], end)
@@ -136,6 +136,6 @@ def _report(cost: RankCost, found: Timeline) -> RankReport:
 
 
 def _awaited(found: Timeline, number: int) -> str:
-    """The axis of the transfer that a wait came right behind."""
+    """The mesh axis of the transfer that delayed a wait."""
     before = found.last[number]
     return "" if before is None else found.events[before].stream

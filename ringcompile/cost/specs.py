@@ -1,4 +1,4 @@
-"""All the ways to lay out a number of ranks over the mesh axes, and what each is called."""
+"""Enumerates the parallel specs, and their variants, for a number of ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ACROSS = tuple(axis.name for axis in AXES.values() if axis.has_ranks)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a model.
+    """A parallel spec with the options under which it is compiled and run.
 
     Attributes:
         mesh: the parallel spec; axes of size 1 are left out.
@@ -26,7 +26,7 @@ class Variant:
         ring: "rotate" or "gather".
         tp_sequence: whether `tp` divides the sequence between layers.
         capacity: "exact" or "local".
-        microbatches: into how many parts the batch is cut.
+        microbatches: the number of parts that the batch is cut into.
         overlap: "none", "schedule", or "halves", see `passes/schedule.py` and `passes/halves.py`.
     """
 
@@ -39,19 +39,19 @@ class Variant:
     overlap: str = "none"
 
     def choices(self, length: int | None = None, stages: tuple[str, ...] = ()) -> Given:
-        """The keywords of `transform` that make its program."""
+        """The keywords of `transform` that compile this variant."""
         return Options(
             self.order, self.capacity, self.ring, self.tp_sequence, stages, length
         ).given()
 
     @property
     def sequences(self) -> int:
-        """How many sequences one run of its program takes."""
+        """The number of sequences in one run of the program."""
         return 2 if self.overlap == "halves" else 1
 
     @property
     def options(self) -> dict[str, object]:
-        """What is not in the mesh and not as it is by default."""
+        """The options that differ from their defaults, the mesh excluded."""
         default = Variant(self.mesh)
         fields = ("order", "ring", "tp_sequence", "capacity", "microbatches", "overlap")
         return {name: getattr(self, name) for name in fields
@@ -62,14 +62,14 @@ class Variant:
 
 
 def factorisations(num_ranks: int) -> Iterator[Mesh]:
-    """All meshes of so many ranks, in a fixed order."""
+    """All meshes with this number of ranks, in a fixed order."""
     for sizes in _factors(num_ranks, len(_ACROSS)):
         axes = tuple((name, size) for name, size in zip(_ACROSS, sizes, strict=True) if size > 1)
         yield Mesh(axes or (("ring", 1),))
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All tuples of so many factors whose product is the number."""
+    """All tuples of `count` factors that multiply to a number."""
     if count == 1:
         yield (number,)
         return
@@ -79,13 +79,13 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 
 def reordered(mesh: Mesh, per_node: int) -> Iterator[Mesh]:
-    """The mesh, and, where it divides the sequence over two axes, with these the other way round.
+    """The mesh itself, and with `ring` and `ulysses` swapped where their order matters.
 
-    Where both do not fit on one node it matters which of the two stays within it.
+    It matters if the two do not fit on one node together: the inner one then stays within a node.
 
     Args:
         mesh: the parallel spec.
-        per_node: devices of a node.
+        per_node: the number of devices on a node.
     """
     yield mesh
     names = mesh.names
@@ -99,12 +99,12 @@ def reordered(mesh: Mesh, per_node: int) -> Iterator[Mesh]:
 
 
 def variants(mesh: Mesh, batch: int, order: str = "zigzag") -> Iterator[Variant]:
-    """The variants of a mesh; which capacities there are is for the caller to know.
+    """The variants of a mesh, for one capacity mode; the caller adds the others.
 
     Args:
         mesh: the parallel spec.
-        batch: sequences of a step.
-        order: the one that is tried first.
+        batch: the number of sequences in a step.
+        order: the order of positions that is tried first.
     """
     ring, tp, pp = (mesh.size(axis) for axis in ("ring", "tp", "pp"))
     share = batch // mesh.size("dp")
@@ -120,10 +120,10 @@ def variants(mesh: Mesh, batch: int, order: str = "zigzag") -> Iterator[Variant]
 
 
 def ranks_of(mesh: Mesh, places: Iterable[int], stages: Iterable[int]) -> list[int]:
-    """Ranks at places of the ring and stages of the pipeline.
+    """The ranks at given places of the ring and stages of the pipeline, one rank for each.
 
-    Ranks that differ in `tp` or `dp` do the same on other parts; of those that differ in
-    `ulysses` or `ep`, the last holds the last positions.
+    Ranks that differ only in `tp` or `dp` do equal work, so the first of them is taken. Of ranks
+    that differ in `ulysses` or `ep`, the last is taken, since it holds the last positions.
 
     Args:
         mesh: the parallel spec.
@@ -139,14 +139,15 @@ def ranks_of(mesh: Mesh, places: Iterable[int], stages: Iterable[int]) -> list[i
 
 
 def slowest_place(variant: Variant, cluster: Cluster) -> int:
-    """The place of a ring that stands for all: the last that gets what it takes from another node.
+    """The place of a ring whose rank is the slowest, which a quick estimate simulates.
 
-    If all are on one node, the one with most to do. Under zigzag all have as much to compute, but
-    the first has it in kernels of the fewest queries: all others' chunks are seen by its last only.
+    It is the last place that receives from another node. If all places are on one node, it is the
+    one with most work. Under zigzag all have equal work, but the first place has it in kernels with
+    the fewest queries, because only its last chunk sees the chunks of other places.
 
     Args:
         variant: the spec.
-        cluster: says which ranks are on one node.
+        cluster: the hardware, which says what ranks share a node.
     """
     ring = variant.mesh.size("ring")
     ranks = ranks_of(variant.mesh, range(ring), [0])
@@ -156,19 +157,19 @@ def slowest_place(variant: Variant, cluster: Cluster) -> int:
 
 
 def with_ring(variant: Variant, size: int) -> Variant:
-    """The variant on a ring of another size."""
+    """The variant with a ring of another size."""
     axes = tuple((name, size if name == "ring" else n) for name, n in variant.mesh.axes)
     return replace(variant, mesh=Mesh(axes))
 
 
 def one_stage(variant: Variant) -> Variant:
-    """One stage of the variant by itself, of one replica, whatever its microbatches."""
+    """The variant without `pp`, `dp` and microbatches: one stage of one replica."""
     axes = tuple((name, n) for name, n in variant.mesh.axes if name not in ("pp", "dp"))
     return replace(variant, mesh=Mesh(axes or (("ring", 1),)), microbatches=1)
 
 
 def short_rings(mesh: Mesh, cluster: Cluster) -> tuple[int, int]:
-    """Sizes of two rings from which a long one is estimated: both go from node to node, too."""
+    """The sizes of two short rings to extrapolate a long one from; they span nodes as it does."""
     names = mesh.names
     inner = names[names.index("ring") + 1 :] if "ring" in names else []
     stride = prod(mesh.size(name) for name in inner)
@@ -177,7 +178,7 @@ def short_rings(mesh: Mesh, cluster: Cluster) -> tuple[int, int]:
 
 
 def overlapping(variant: Variant, batch: int) -> list[Variant]:
-    """The variant with more overlap, where it has transfers that can overlap.
+    """The variant with more overlap, if it has transfers that can overlap.
 
     Args:
         variant: the spec and its options.

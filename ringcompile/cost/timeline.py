@@ -1,11 +1,11 @@
-"""When everything happens: a graph of events over all ranks, and the longest path through it.
+"""Places all kernels and transfers in time: a graph of events and its critical path.
 
-Each rank has a compute stream, on which its kernels follow one another, and a stream for each mesh
-axis that it communicates on. As with torch.distributed over NCCL, a transfer starts when what was
-computed before it in the program is done and the transfer before it on its axis is through; a
-message goes when both its ends have started. Compute goes on until the wait. A collective holds the
-compute up where it stands in the program. What overlaps is thus what the schedule of the programs
-allows, no more, unless waits are deferred, which is as far as any runtime could go.
+Each rank has a compute stream, on which its kernels run one after another, and a stream for each
+mesh axis that it communicates on. As with torch.distributed over NCCL, a transfer starts once the
+kernels before it in the program and the previous transfer on its axis are done. A message travels
+once both of its ends have started. Compute continues until the wait. A collective blocks compute
+at its place in the program. So only what the order of the program allows overlaps. With deferred
+waits, compute continues until a result is read, which is the most that any runtime could overlap.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ HOST = "host"
 
 @dataclass(frozen=True)
 class Event:
-    """Something that takes time on a stream of a rank.
+    """A period of time on a stream of a rank.
 
     Attributes:
-        rank: the rank; of what several share, the first.
+        rank: the rank; for events that several ranks share, the first of them.
         stream: "compute", "host", or the mesh axis of a transfer.
-        name: of the node, or of what a rank waits for.
-        kind: what the time is spent on: "matmul", "attention", "weights", "memory", "launch",
+        name: the name of the node, or of the event that a rank waits for.
+        kind: the kind of work: "matmul", "attention", "weights", "memory", "launch",
             "host", "communication", "interference" or "wait" (which takes none itself).
-        seconds: how long it takes.
-        layer: of the model.
-        microbatch: of which repetition of the program.
-        parts: of several kernels in one event, the seconds by kind.
+        seconds: the duration.
+        layer: the module path of the node.
+        microbatch: the number of the microbatch.
+        parts: the seconds by kind, where one event stands for several kernels.
     """
 
     rank: int
@@ -52,10 +52,10 @@ class Event:
 
 @dataclass(frozen=True)
 class How:
-    """How programs are run.
+    """How the programs are run.
 
     Attributes:
-        microbatches: how often each rank repeats its program, one behind the other.
+        microbatches: how often each rank repeats its program.
         eager: whether the host issues node by node; otherwise, as with CUDA graphs, it is not
             waited for. Where host and device are one, as on a CPU, nodes cost their host's time
             in any case.
@@ -74,13 +74,13 @@ class How:
 
 @dataclass
 class Timeline:
-    """All events with their start and end, and which one each had to wait for.
+    """All events, with their start and end times and the event that each waited for.
 
     Attributes:
-        graph: a networkx graph of the numbers of events; an edge is "not before".
-        events: by number.
-        ends: seconds from the start of the step.
-        last: the event that each came right behind, None for those that began at once.
+        graph: a networkx graph of event numbers; an edge leads from an event to one after it.
+        events: the events by number.
+        ends: the end of each event in seconds from the start of the step.
+        last: for each event the one that delayed its start; None if it started at once.
     """
 
     graph: nx.DiGraph
@@ -90,15 +90,15 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """From the first start to the last end."""
+        """The time from the first start to the last end."""
         return max(self.ends, default=0.0)
 
     def start(self, number: int) -> float:
-        """When an event began."""
+        """The start of an event in seconds from the start of the step."""
         return self.ends[number] - self.events[number].seconds
 
     def critical_path(self) -> list[int]:
-        """The events of the longest path, in order."""
+        """The events on the critical path, in order."""
         if not self.ends:
             return []
         at: int | None = max(range(len(self.ends)), key=lambda i: self.ends[i])
@@ -110,13 +110,13 @@ class Timeline:
 
 
 def timeline(costs: Sequence[RankCost], cluster: Cluster, how: How | None = None) -> Timeline:
-    """Put the programs of ranks on their streams.
+    """Simulate the programs of ranks on their streams.
 
     Args:
-        costs: of all ranks, or of some: what the others would do is then taken to happen when
-            the rank itself is ready for it, which is exact where all ranks are alike.
-        cluster: what they run on.
-        how: how they are run.
+        costs: the costs of all ranks, or of some. Peers that are left out are assumed to be
+            ready when the rank itself is, which is exact if all ranks are alike.
+        cluster: the hardware.
+        how: the way in which programs are run.
 
     Raises:
         RingCompileError: the cluster's tables lack what is needed.
@@ -126,7 +126,7 @@ def timeline(costs: Sequence[RankCost], cluster: Cluster, how: How | None = None
 
 @dataclass
 class _Started:
-    """A transfer on its way: when both ends have started, and when this end is through."""
+    """A transfer: the event at which both ends have started, and the one at which it is done."""
 
     begin: int
     done: int
@@ -135,7 +135,7 @@ class _Started:
 
 @dataclass
 class _Rank:
-    """How far a rank has been put on its streams."""
+    """The state of a rank's streams during the simulation."""
 
     compute: int | None = None
     host: int | None = None
@@ -192,7 +192,7 @@ class _Builder:
                 self._meet(cost, rank, step, collective, microbatch)
 
     def _collect(self, cost: RankCost, rank: _Rank, step: Step) -> None:
-        """Keep a step's kernels for one event with those behind it."""
+        """Collect a step's kernels, to merge them with the next ones into one event."""
         if not self.cluster.device.asynchronous:
             rank.parts[HOST] = rank.parts.get(HOST, 0.0) + self._host_seconds(cost)
         for kernel in step.kernels:
@@ -227,7 +227,7 @@ class _Builder:
         return self.times[kernel]
 
     def _host_seconds(self, cost: RankCost) -> float:
-        """The host's time for a step, that for the views around it included."""
+        """The host's time for a step in seconds, including the views around it."""
         return self.cluster.device.value("issue") * cost.num_nodes / max(len(cost.steps), 1)
 
     def _begin(self, cost: RankCost, rank: _Rank, step: Step, channel: str, mb: int) -> int:
@@ -285,7 +285,7 @@ class _Builder:
             self._wait(cost, rank, step, done, mb)
 
     def _messages(self) -> None:
-        """Each message between the n-th sending and the n-th taking end of a pair of ranks."""
+        """Pair the n-th send with the n-th receive for each pair of ranks."""
         for (channel, source, to), entries in self.sent.items():
             others = self.taken.pop((channel, source, to), []) if to in self.ranks else entries
             for begun, expected in zip(entries, others, strict=True):
