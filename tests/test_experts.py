@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
 
 import ringcompile as rc
+from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
+from ringcompile.compiler import transform
 from ringcompile.ir.expr import bind
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.moe import MoE
@@ -38,6 +43,12 @@ def made(name: str) -> tuple[Style, nn.Module]:
     return style, style.factory().eval().to(style.dtype)
 
 
+@cache
+def captured(name: str) -> Program:
+    style, module = made(name)
+    return capture(module, (tokens(style, CAPTURED),))
+
+
 def tokens(style: Style, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return alike(torch.randn(2, length, SIZE, generator=generator)).to(style.dtype)
@@ -55,7 +66,7 @@ def alike(x: torch.Tensor) -> torch.Tensor:
 def test_every_style(name: str, order: str) -> None:
     """The single device's numbers, whatever ops the mixture is written in, at several lengths."""
     style, module = made(name)
-    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4", order=order)
+    parallel = transform(captured(name), "ring=4", order=order)
     tolerance = TOLERANCE if style.dtype == torch.float32 else 2e-2
     for length in (27, 4, 3):
         x = tokens(style, length, seed=length)
@@ -67,8 +78,7 @@ def test_every_style(name: str, order: str) -> None:
 @pytest.mark.parametrize("name", ON_OWN_TOKENS)
 def test_tokens_stay_where_they_are(name: str) -> None:
     """No features are gathered; where capacity is exact, counts of slots are."""
-    style, module = made(name)
-    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    parallel = transform(captured(name), "ring=4")
     found = counts(parallel, 1)
     assert {k: v for k, v in found.items() if k == "gather"} == ON_OWN_TOKENS[name]
     gathered = [n for n in parallel.rank(1).graph.nodes
@@ -80,8 +90,7 @@ def test_tokens_stay_where_they_are(name: str) -> None:
 @pytest.mark.parametrize("name", BY_RULE)
 def test_what_needs_nothing(name: str) -> None:
     """Every expert over every token, or weights by token: rules alone keep it split."""
-    style, module = made(name)
-    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    parallel = transform(captured(name), "ring=4")
     assert counts(parallel, 1) == {}
     assert parallel.program.notes == ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -27,6 +28,12 @@ class OneRank:
         return {**self.weights, **self.share}
 
 
+@cache
+def captured(name: str, dtype: str | None) -> Program:
+    module, example = zoo.build(name, sequence=24, dtype=dtype)
+    return capture(module, example)
+
+
 def one_rank(
     name: str,
     parallel: str = "ring=4",
@@ -37,8 +44,7 @@ def one_rank(
     dtype: str | None = None,
     **options: str,
 ) -> OneRank:
-    module, example = zoo.build(name, sequence=24, dtype=dtype)
-    made = transform(capture(module, example), parallel, **options)  # type: ignore[arg-type]
+    made = transform(captured(name, dtype), parallel, **options)  # type: ignore[arg-type]
     program = made.rank(rank)
     _, inputs = zoo.build(name, sequence=length, seed=3, dtype=dtype)
     whole = name_inputs(program, inputs)
