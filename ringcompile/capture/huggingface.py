@@ -44,7 +44,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     ]
     by_hand = _attending_by_hand(model, transformers)
     for registry, function in registries:
-        registry[_NAME] = function
+        registry.register(_NAME, function)  # a mask that is registered elsewise is left out
     try:
         for config, name, value in saved:
             kept = name == "_attn_implementation" and id(config) in by_hand
@@ -52,7 +52,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for registry, _ in registries:
-            del registry[_NAME]
+            type(registry)._global_mapping.pop(_NAME, None)
         for config, name, value in saved:
             setattr(config, name, value)
 
