@@ -32,6 +32,7 @@ from ringcompile.passes.score_chain import (
     Sink,
     short,
 )
+from ringcompile.passes.score_fills import hides, kept_as_numbers
 from ringcompile.passes.views import (
     cast,
     expanded,
@@ -44,8 +45,6 @@ from ringcompile.passes.views import (
 
 aten = torch.ops.aten
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
-# From here on a score put in place of another leaves no weight beside any that a model computes.
-_HIDES = -1e4
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,9 @@ class RecognizeAttention(Pass):
     ->  y = attention(q, k, v, None, where(mask, bias, -inf), scale=0.5)
 
     for matmul, bmm and einsum, 2 to 5 dims, grouped heads, soft caps and sinks. Scores are in
-    float32 in the kernels whatever the model casts them to. A number of -10000 or less in place of
-    scores hides them as -inf does; a row of nothing else weighs all of its keys evenly, here too.
+    float32 in the kernels whatever the model casts them to. The lowest number of a dtype in place
+    of scores hides them as -inf does; a row of nothing else weighs all of its keys evenly, here
+    too. Other numbers stay numbers (score_fills.py).
     A row of -inf alone, NaN in the model, is 0. Attention that does more than this, or whose
     weights are used elsewhere, stays as it is, with the reason in `why_not` of q k^T's node.
     """
@@ -180,7 +180,17 @@ class _Writer:
         q, k, v = self._operands(found, heads)
         for factor in scores.factors:
             q = self._scaled(q, factor, found.shapes[0][:-2], heads)
-        q, mask = self._masks(scores, q, k, heads, found.zeroed)
+        flags = [self._visible(fill, heads) for fill in scores.fills]
+        bias = self._bias(scores, heads)
+        lasting = [hides(fill, type_of(found.scores.node).dtype) for fill in scores.fills]
+        if not all(lasting):
+            if lasting != sorted(lasting) or found.zeroed or scores.order != sorted(scores.order):
+                raise NotUnderstoodError("a number in place of its scores is changed afterwards")
+            count = lasting.count(False)
+            pairs = list(zip(scores.fills, flags, strict=True))[:count]
+            k, bias = kept_as_numbers(self.builder, k, pairs, bias)
+            scores.fills, flags = scores.fills[count:], flags[count:]
+        q, mask = self._masks(scores, q, k, flags, bias, found.zeroed)
         sink = self._sink(scores.sink, found.shapes[-1][:-2], heads)
         softcap = scores.bend
         out = self.builder.call(
@@ -323,15 +333,11 @@ class _Writer:
         scores: _Scores,
         q: fx.Node,
         k: fx.Node,
-        heads: tuple[Size, Size],
+        flags: list[fx.Node],
+        bias: fx.Node | None,
         zeroed: Sequence[fx.Node],
     ) -> tuple[fx.Node, fx.Node | None]:
         """One mask of all that is added and filled in; queries are 0 where all keys are even."""
-        flags = [self._visible(fill, heads) for fill in scores.fills]
-        bias = self._bias(scores, heads)
-        if any(fill.value > _HIDES for fill in scores.fills):
-            value = max(fill.value for fill in scores.fills)
-            raise NotUnderstoodError(f"{value:g} in place of a score leaves it some weight")
         finite = {fill.value for fill in scores.fills if fill.value != -inf}
         even = [fill.node for fill in scores.fills if fill.value != -inf]
         square = equal(type_of(q).shape[2], type_of(k).shape[2])
