@@ -20,6 +20,7 @@ from ringcompile.commands.run import run
 from ringcompile.commands.simulate import simulate
 from ringcompile.commands.transform import transform
 from ringcompile.commands.verify import verify
+from ringcompile.commands.view import view
 from ringcompile.errors import RingCompileError
 
 
@@ -52,6 +53,6 @@ def main() -> None:
 
 
 for _command in (
-    bench, calibrate, check, dump, generate, models, plan, run, simulate, transform, verify
+    bench, calibrate, check, dump, generate, models, plan, run, simulate, transform, verify, view,
 ):
     cli.add_command(_command)

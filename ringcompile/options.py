@@ -22,7 +22,7 @@ TRIES = 2
 # How far transfers may overlap with compute.
 NONE, SCHEDULE, HALVES = OVERLAPS = ("none", "schedule", "halves")
 # What people and other tools read of a program.
-FORMATS = ("text", "json", "python")
+FORMATS = ("text", "json", "python", "dot", "graphml")
 
 
 def _option(

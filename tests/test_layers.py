@@ -17,7 +17,7 @@ FLOORS = [
     {"commands"},
     {"calibration", "planning", "prompts"},
     {"generation"},
-    {"execution", "session"},
+    {"execution", "session", "view"},
     {"numerics"},
     {"compiler"},
     {"runtime"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ringcompile.dump.graphs import dot, graphml
 from ringcompile.dump.json_ import json_
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
@@ -12,7 +13,7 @@ from ringcompile.ir.program import Program
 from ringcompile.options import FORMATS
 
 _FORMATS: dict[str, Callable[[Program], str]] = dict(
-    zip(FORMATS, (print_program, json_, python_view), strict=True)
+    zip(FORMATS, (print_program, json_, python_view, dot, graphml), strict=True)
 )
 
 
