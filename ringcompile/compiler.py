@@ -18,7 +18,7 @@ from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import LoadedModel, load_model
 from ringcompile.dump import report
 from ringcompile.dump.python_view import python_view
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.crosscheck import cross_check
 from ringcompile.ir.origin import check_origin
@@ -174,7 +174,8 @@ class ParallelProgram:
         Raises:
             RingCompileError: naming the ranks and nodes that do not fit together.
         """
-        cross_check(self.ranks(), self.mesh)
+        with one_error("comparing the ranks", self.saved is not None):
+            cross_check(self.ranks(), self.mesh)
         if self.saved is not None and self.saved.made_here:
             for rank, program in enumerate(self.ranks()):
                 check_origin(rank, program, self._derived(rank))
@@ -183,15 +184,8 @@ class ParallelProgram:
 
     def _derived(self, rank: int) -> Program:
         """What follows for a rank from a program for all ranks that may be anything."""
-        try:
+        with one_error(f"making rank {rank}'s program from the program for all ranks"):
             return self._lower(rank)
-        except RingCompileError:
-            raise
-        except Exception as error:
-            raise RingCompileError(
-                f"the program for all ranks cannot be made rank {rank}'s: "
-                f"{type(error).__name__}: {error}", hint="transform the model again",
-            ) from error
 
     def ensure_verified(self) -> None:
         """Check an artifact's ranks against each other, unless these programs passed that before.
@@ -227,6 +221,10 @@ class ParallelProgram:
 
     def plan(self) -> Plan:
         """What splits each weight and why, and where stages begin; to edit and feed back."""
+        with one_error("making a plan of the program", self.program.from_file):
+            return self._plan()
+
+    def _plan(self) -> Plan:
         firsts: dict[int, str] = {}
         for node in self.program.graph.nodes:
             if "stage" in node.meta and (layer := block_of(node)):

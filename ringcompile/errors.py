@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import linecache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -16,8 +18,12 @@ class SourceLocation:
 
     @property
     def text(self) -> str:
-        """The source line itself, stripped; empty when the file is not at hand."""
-        return linecache.getline(self.file, self.line).strip() if self.file else ""
+        """The source line itself, stripped; empty when the file is not at hand.
+
+        Only Python's files are looked into, for a saved program may name any.
+        """
+        source = self.file.endswith(".py") or self.file.startswith("<")
+        return linecache.getline(self.file, self.line).strip() if source else ""
 
     @property
     def short(self) -> str:
@@ -28,6 +34,31 @@ class SourceLocation:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.file else ""
+
+
+@contextmanager
+def one_error(what: str, strange: bool = True) -> Iterator[None]:
+    """Whatever goes wrong with something that came from a file is one error of ours.
+
+    Args:
+        what: what is being done, as the subject of the message.
+        strange: whether it did come from a file; where not, an error is a bug, and stays as it is.
+
+    Raises:
+        RingCompileError: in place of any other exception.
+    """
+    try:
+        yield
+    except RingCompileError:
+        raise
+    except Exception as error:
+        if not strange:
+            raise
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        raise RingCompileError(
+            f"{what} failed: {type(error).__name__}: {said}",
+            hint="do not use this artifact; if it is as ringcompile saved it, this is a bug",
+        ) from error
 
 
 class RingCompileError(Exception):

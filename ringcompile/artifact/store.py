@@ -44,11 +44,11 @@ from ringcompile.artifact.manifest import (
     read_digests,
     read_manifest,
 )
-from ringcompile.artifact.opened import DAMAGED, OpenFolder
+from ringcompile.artifact.opened import DAMAGED, OpenFolder, unreadable
 from ringcompile.artifact.ops import allowed_ops
 from ringcompile.artifact.shards import SHARD_BYTES, write_weights
 from ringcompile.artifact.weights import Weights, open_weight_files
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import Program, Weight, WeightSource
 from ringcompile.ir.serialize import op_name, program_to_json
@@ -259,11 +259,12 @@ class Artifact:
     def _read(self, name: str) -> Program:
         content = read_checked(self.folder, name, self.manifest["files"][name])
         try:
-            program = program_from_json(parse_json(content), allowed_ops())
+            with one_error("reading the program"):
+                program = program_from_json(parse_json(content), allowed_ops())
             self._check_weights(program)
         except RingCompileError as error:
             raise in_file(self.folder.path / name, error) from None
-        return replace(program, source=self.source)
+        return replace(program, source=self.source, from_file=True)
 
     def _check_weights(self, program: Program) -> None:
         for weight in program.weights.values():
@@ -295,10 +296,11 @@ def load(folder: str | Path) -> Artifact:
             or names files outside the folder.
     """
     folder = Path(folder)
-    try:
-        return _open(folder)
-    except OSError as error:
-        raise RingCompileError(f"cannot read '{folder}': {error.strerror or error}") from error
+    with one_error(f"reading '{folder}'"):
+        try:
+            return _open(folder)
+        except OSError as error:
+            raise unreadable(folder, error) from error
 
 
 def _open(folder: Path) -> Artifact:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ringcompile.dump.graphs import dot, graphml
 from ringcompile.dump.json_ import json_
 from ringcompile.dump.python_view import python_view
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.options import FORMATS
@@ -32,4 +32,5 @@ def render(program: Program, format: str) -> str:  # noqa: A002 - the option's n
         raise RingCompileError(
             f"unknown format '{format}'", hint=f"formats are: {', '.join(_FORMATS)}"
         )
-    return _FORMATS[format](program).rstrip("\n")
+    with one_error("printing the program", program.from_file):
+        return _FORMATS[format](program).rstrip("\n")

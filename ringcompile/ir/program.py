@@ -117,6 +117,7 @@ class Program:
         state: placeholder name -> the kind of state, of a program with a cache: see `ir/state.py`.
         fixed_batch: sequences of a batch change each other's results, so that none other than the
             captured one can be dealt out.
+        from_file: it was read from a file, which may ask for anything.
         captured: the program that this one was made from, as it was before any pass.
     """
 
@@ -138,6 +139,7 @@ class Program:
     tp_plan: dict[str, str] = field(default_factory=dict)
     state: dict[str, str] = field(default_factory=dict)
     fixed_batch: bool = False
+    from_file: bool = False
     captured: Program | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:

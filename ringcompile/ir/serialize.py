@@ -22,6 +22,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import Size, equal, parse, simplify, to_text
+from ringcompile.ir.expression_bounds import is_bounded
 from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import IdLimit, Program, Structure, Weight
@@ -36,9 +37,8 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 # Functions that are no torch op; `str` of the others is their name.
 PYTHON_OPS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem}
 MAX_INT = 2**63
-# Short, and no long numbers or towers of powers: reading an expression must not take for ever.
+# Short, and no long numbers: reading an expression must not take for ever (see `is_bounded`).
 _EXPRESSION = re.compile(r"(?!.*\d[A-Za-z_])(?!.*\d{20})[\w+\-*/(), ]{1,1000}", re.ASCII)
-_MAX_POWERS = 3
 
 
 def dtype_to_json(dtype: torch.dtype) -> str:
@@ -208,9 +208,9 @@ def size_from_text(text: str) -> Size:
     """A size expression of a file, which may be anything.
 
     Raises:
-        RingCompileError: it is none, or its numbers do not fit 64 bits.
+        RingCompileError: it is none, or too large, or its numbers do not fit 64 bits.
     """
-    if not _EXPRESSION.fullmatch(text) or text.count("**") > _MAX_POWERS:
+    if not _EXPRESSION.fullmatch(text) or not is_bounded(text):
         raise RingCompileError(f"'{text[:80]}' is not a size expression")
     try:
         value = parse(text)

@@ -21,6 +21,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops import schemas
 from ringcompile.ops.bodies import CREATION, body_of
+from ringcompile.runtime.budget import check_memory
 from ringcompile.runtime.collectives import Collective, asked, used
 from ringcompile.runtime.piecewise import in_pieces
 from ringcompile.runtime.steps import Slot, Step, holds_slot
@@ -68,6 +69,10 @@ class Executor:
         compiler: a backend of torch.compile, such as "inductor", for what is computed between
             communications; None to run op by op. See `piecewise`.
         watch: called in place of every op that does not communicate.
+
+    Raises:
+        RingCompileError: a program from a file would take more memory than there is, or than its
+            types say.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class Executor:
         self.steps = [
             self._prepare(node, frees.get(node, [])) for node in nodes if node.op == "call_function"
         ]
+        if program.from_file:
+            check_memory(nodes, self.steps, self._local_shape, self.device)
         self.watch, self.num_slots = watch, len(nodes)
         if compiler is not None:
             kept = [self.slots[node] for node in program.outputs]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import TensorType
@@ -115,19 +115,23 @@ def run_lockstep(
     first, last = programs[0], programs[-1]
     dealt = deal(first, name_inputs(first, inputs))
     lengths = first.bindings(dealt.hands[0][0])
-    generators = []
-    for program, weights in zip(programs, read_all_weights(programs, source, device), strict=True):
-        kept = keep.program(program, lengths)
-        executor = Executor(kept, lengths, device, check_types, compiler=compiler)
-        values = [
-            {**weights,
-             **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}
-            for hand in dealt.of(program)
-        ]
-        generators.append(_one_after_another(executor, values, keep))
-    results, sent = LockStep(mesh).run(generators)
-    shares = [tuple(outputs for outputs, _ in runs) for runs in results]
-    together = whole_outputs(last, shares, lengths, keep.last) if keep.outputs and whole else None
+    with one_error("running the program", first.from_file):
+        generators = []
+        read = read_all_weights(programs, source, device)
+        for program, weights in zip(programs, read, strict=True):
+            kept = keep.program(program, lengths)
+            executor = Executor(kept, lengths, device, check_types, compiler=compiler)
+            values = [
+                {**weights,
+                 **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}
+                for hand in dealt.of(program)
+            ]
+            generators.append(_one_after_another(executor, values, keep))
+        results, sent = LockStep(mesh).run(generators)
+        shares = [tuple(outputs for outputs, _ in runs) for runs in results]
+        together = (
+            whole_outputs(last, shares, lengths, keep.last) if keep.outputs and whole else None
+        )
     return Result(together, shares, sent, [tuple(s for _, s in runs) for runs in results], lengths)
 
 

@@ -296,6 +296,13 @@ def test_an_argument_without_json_is_refused_by_its_node(value: Any) -> None:
         "s\n+n",
         "s\x00",
         "s # n",
+        "Mod((s+n)**8, (n+m)**8+1)",
+        "Mod(Mod((s+n)**4, m), (n+m+1)**4)",
+        "(s+n+m+ring)**8",
+        "(s+n)**8*(s+m)**8",
+        "((s+1)*(n+1)*(m+1)*(ring+1)*(tp+1)*(pp+1)*(ep+1)*(dp+1)*(ulysses+1))",
+        "Max(s, n, m, 2, 3)",
+        "+".join(["floor(s/7)"] * 30),
     ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:

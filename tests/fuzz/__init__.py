@@ -1,0 +1,1 @@
+"""Artifacts that were damaged, or made by somebody who means harm, each from a seed."""

@@ -1,0 +1,99 @@
+"""Spoilt artifacts are refused in one way, quickly, with nothing else opened; or mean the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ringcompile import compiler, execution
+from ringcompile.errors import RingCompileError, SourceLocation
+from tests.artifact.test_damage import resign
+from tests.fuzz.case import judge, pristine
+
+
+@pytest.mark.parametrize("first", range(350, 500, 50))
+def test_fifty_cases(first: int) -> None:
+    verdicts = [judge(seed) for seed in range(first, first + 50)]
+    assert [verdict for verdict in verdicts if verdict.failed] == []
+    assert {verdict.outcome for verdict in verdicts} > {"refused"}, "some are used to the end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 6000, 500))
+def test_five_hundred_cases(first: int) -> None:
+    verdicts = [judge(seed) for seed in range(first, first + 500)]
+    assert [verdict for verdict in verdicts if verdict.failed] == []
+
+
+def edited(folder: Path, tmp_path: Path, change: Any) -> Path:
+    """A copy with both ranks' programs changed alike, and signed again."""
+    made = compiler.load(folder)
+    made.save(tmp_path / "out")
+    for rank in range(2):
+        path = tmp_path / "out" / f"rank{rank}.json"
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+    resign(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What running says, where nothing is checked before."""
+    monkeypatch.setattr(compiler.ParallelProgram, "ensure_verified", lambda self: None)
+    start = time.perf_counter()
+    with pytest.raises(RingCompileError) as caught:
+        execution.run(compiler.load(folder), pristine("small").inputs)
+    assert time.perf_counter() - start < 5
+    return str(caught.value)
+
+
+def test_an_argument_that_asks_for_more_than_the_type_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(data: Any) -> None:
+        node = next(n for n in data["nodes"] if n["op"] == "aten.mul.Tensor")
+        node.update(op="aten.full.default", args=[[10**11], 1.0],
+                    kwargs={"dtype": {"dtype": "float32"}})
+
+    said = run(edited(pristine("small").folder, tmp_path, change), monkeypatch)
+    assert "would take 372.5 GiB, its type says 0.0 GiB" in said
+
+
+def test_a_type_that_no_machine_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(data: Any) -> None:
+        node = next(n for n in data["nodes"] if n["op"] == "aten.mul.Tensor")
+        data["types"].append({"dtype": "float32", "shape": [10**13]})
+        node.update(op="aten.full.default", args=[[10**13], 1.0], type=len(data["types"]) - 1,
+                    kwargs={"dtype": {"dtype": "float32"}})
+
+    said = run(edited(pristine("small").folder, tmp_path, change), monkeypatch)
+    assert "takes 37,252.9 GiB, there are" in said
+    assert "hint: use more ranks, a shorter sequence or a smaller batch" in said
+
+
+def test_a_count_of_our_own_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(data: Any) -> None:
+        node = next(n for n in data["nodes"] if n["op"] == "ringcompile.positions.default")
+        node["kwargs"]["chunk"] = 10**12
+
+    said = run(edited(pristine("small").folder, tmp_path, change), monkeypatch)
+    assert "is 1000000000000, and no tensor is that long" in said
+
+
+def test_sources_that_are_no_python_are_not_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("password\n")
+    (tmp_path / "code.py").write_text("x = 1\n")
+    assert SourceLocation(str(tmp_path / "secret"), 1).text == ""
+    assert SourceLocation(str(tmp_path / "code.py"), 1).text == "x = 1"
+
+
+def test_the_memory_of_honest_programs_is_let_through() -> None:
+    clean = pristine("llama-tiny")
+    for length in (12, 200):
+        execution.run(compiler.load(clean.folder), (torch.arange(length)[None],))
