@@ -201,7 +201,8 @@ class _Stage:
         leaving = (
             crossing(self.program, self.stage, self.free) if self.stage < self.last else []
         )
-        wanted = leaving or list(self.program.outputs)
+        # A stage of masks and positions alone may send nothing: later ones make these themselves.
+        wanted = leaving if self.stage < self.last else list(self.program.outputs)
         needed = self._needed(wanted, set(arriving))
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node in needed:
@@ -215,7 +216,8 @@ class _Stage:
         for node in leaving:
             self.builder.at(node)
             self._cross(node, self.builder.env[node], "to", self.stage + 1)
-        ends = () if leaving else tuple(self.builder.env[node] for node in wanted)
+        returned = [] if self.stage < self.last else wanted
+        ends = tuple(self.builder.env[node] for node in returned)
         self.builder.output(ends)
         names = {node.name for node in needed if node.op == "placeholder"}
         return self.program.with_graph(
