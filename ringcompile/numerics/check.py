@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import fx, nn
@@ -24,7 +25,7 @@ from ringcompile.numerics.compare import (
 )
 from ringcompile.numerics.draw import Draw, draw_inputs, token_mask
 from ringcompile.numerics.gain import Jolted, Strengthened
-from ringcompile.numerics.lengths import lengths_to_try, longer
+from ringcompile.numerics.lengths import LONGEST, lengths_to_try, longer, windows
 from ringcompile.numerics.reference import Eager, Reference
 from ringcompile.numerics.roles import MASK, Role, roles_of
 from ringcompile.numerics.widen import WideSource, wide_by_default, wide_tensors, widened
@@ -182,12 +183,21 @@ class Comparison:
             return
         sequence = self.parallel.program.sequence
         num_ranks, chunks = (sequence.num_ranks, sequence.num_chunks) if sequence else (1, 1)
-        planned = lengths_to_try([self.program, *self.parallel.ranks()], num_ranks, chunks)
-        yield from planned
-        for length in longer(max(planned), self.program.length_range[1]):
-            if not self._one_sided:
-                return
+        every = [self.program, *self.parallel.ranks()]
+        self.notes += [
+            f"a window of {width} tokens was not reached; --seq {width + 2} reaches it"
+            for width in sorted(set(windows(every))) if width >= LONGEST
+        ]
+        planned = lengths_to_try(every, num_ranks, chunks)
+        yield planned[0]
+        reached, waits = planned[0], bool(self._one_sided)
+        for length in chain(planned[1:], longer(max(planned), self.program.length_range[1])):
+            if length not in planned and not self._one_sided:
+                break
             yield length
+            reached = max(reached, length)
+        if waits and not self._one_sided:  # the first rank alone has to reach it as well
+            yield from longer(reached, self.program.length_range[1], num_ranks)
 
     def _drawn(self, length: int, seed: int) -> Numerics:
         """Inputs of a length and a seed, as many-sided as the model takes them."""

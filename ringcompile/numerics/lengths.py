@@ -45,10 +45,25 @@ def lengths_to_try(programs: Sequence[Program], num_ranks: int, num_chunks: int)
     return list(dict.fromkeys(n if high is None else min(n, high) for n in wanted))
 
 
-def longer(length: int, high: int | None) -> Iterator[int]:
-    """Ever longer lengths up to the longest that is tried unasked; none that divides evenly."""
-    while (length := 2 * length + 1) <= min(high or LONGEST, LONGEST):
+def longer(length: int, high: int | None, times: int | None = None) -> Iterator[int]:
+    """Longer lengths, up to the longest that is tried unasked; none that divides evenly.
+
+    Args:
+        length: what was tried already.
+        high: the longest that the program takes, if it says so.
+        times: one length that is so many times as long; by default ever longer ones.
+    """
+    while (length := (times or 2) * length + 1) <= min(high or LONGEST, LONGEST):
         yield length
+        if times is not None:
+            return
+
+
+def windows(programs: Iterable[Program]) -> Iterator[int]:
+    """How far attention sees back or ahead, wherever that is limited."""
+    for program in programs:
+        for node in program.graph.nodes:
+            yield from _bands(node)
 
 
 def thresholds(programs: Iterable[Program]) -> Iterator[int]:
@@ -62,11 +77,15 @@ def thresholds(programs: Iterable[Program]) -> Iterator[int]:
 def _numbers(node: fx.Node) -> Iterator[int]:
     if str(node.target) in _CUTS:
         yield from (arg for arg in node.args if type(arg) is int)
-    for name in _BANDS:
-        bound: Any = node.kwargs.get(name)
-        if type(bound) is int:
-            yield abs(bound)
+    yield from _bands(node)
     for leaf in pytree.tree_leaves((node.args, node.kwargs)):
         if is_symbolic(leaf):
             for cut in leaf.atoms(sympy.Min, sympy.Max, sympy.floor, sympy.ceiling, sympy.Mod):
                 yield from (int(number) for number in cut.atoms(sympy.Integer))
+
+
+def _bands(node: fx.Node) -> Iterator[int]:
+    for name in _BANDS:
+        bound: Any = node.kwargs.get(name)
+        if type(bound) is int and bound:
+            yield abs(bound)
