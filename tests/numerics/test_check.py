@@ -64,8 +64,9 @@ def test_a_threshold_that_is_not_reached_is_a_note() -> None:
 
 
 def damaged(parallel: rc.ParallelProgram) -> rc.ParallelProgram:
-    """The same with other scales of attention on one rank."""
-    node = next(n for n in parallel.rank(1).graph.nodes if "scale" in n.kwargs)
+    """The same with another scale of attention, on all ranks alike."""
+    parallel = rc.ParallelProgram(parallel.program, parallel.mesh, parallel.options)
+    node = next(n for n in parallel.program.graph.nodes if "scale" in n.kwargs)
     node.kwargs = {**node.kwargs, "scale": 0.4}
     return parallel
 
