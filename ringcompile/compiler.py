@@ -187,6 +187,19 @@ class ParallelProgram:
         with one_error(f"making rank {rank}'s program from the program for all ranks"):
             return self._lower(rank)
 
+    def with_cache(self) -> ParallelProgram:
+        """The programs for the next tokens of a sequence.
+
+        Raises:
+            RingCompileError: there are none.
+        """
+        if self.carried is None:
+            raise RingCompileError(
+                "the program was compiled without a cache",
+                hint="pass cache=N to transform, or --cache N on the command line",
+            )
+        return self.carried
+
     def ensure_verified(self) -> None:
         """Check an artifact's ranks against each other, unless these programs passed that before.
 

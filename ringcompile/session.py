@@ -22,7 +22,7 @@ from ringcompile.runtime.join import join_torchrun, under_torchrun
 
 # What runs the ranks.
 _DRIVERS: dict[str, Callable[..., Driver]] = {
-    "lockstep": lambda parallel, check_types: LockStepDriver(parallel.carried, check_types),
+    "lockstep": lambda parallel, check_types: LockStepDriver(parallel.with_cache(), check_types),
     "gloo": lambda parallel, check_types: _processes(parallel, "gloo"),
     "nccl": lambda parallel, check_types: _processes(parallel, "nccl"),
     "auto": lambda parallel, check_types: _processes(parallel, "auto"),
@@ -34,9 +34,8 @@ def _processes(parallel: ParallelProgram, backend: str) -> Driver:
 
     Under torchrun the processes are there already: this one is a rank of its job.
     """
-    assert parallel.carried is not None
     if under_torchrun():
-        return JobDriver(parallel.carried, join_torchrun(parallel.mesh, backend=backend))
+        return JobDriver(parallel.with_cache(), join_torchrun(parallel.mesh, backend=backend))
     if parallel.saved is not None:
         folder, identity = parallel.saved.folder.path, parallel.identity
         return ProcessDriver(load_carried, (folder,), backend=backend, identity=identity)
@@ -62,17 +61,13 @@ class Session:
     def __init__(
         self, parallel: ParallelProgram, backend: str = "lockstep", *, check_types: bool = False
     ) -> None:
-        if parallel.carried is None:
-            raise RingCompileError(
-                "the program was compiled without a cache",
-                hint="pass cache=N to transform, or --cache N on the command line",
-            )
+        carried = parallel.with_cache()
         if backend not in _DRIVERS:
             raise RingCompileError(
                 f"unknown backend '{backend}'", hint=f"backends: {', '.join(_DRIVERS)}"
             )
         parallel.ensure_verified()
-        self.program: Program = parallel.carried.program
+        self.program: Program = carried.program
         capacity = self.program.length_range[1]
         assert capacity is not None
         self.capacity, self.length = capacity, 0

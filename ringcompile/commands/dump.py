@@ -27,9 +27,16 @@ else:
               default="text",
               show_default=True)
 @click.option("--after", metavar="PASS", help="As it was behind this pass.")
-def dump(out: Path, rank: int | None, format_: str, after: str | None) -> None:
+@click.option("--cached", is_flag=True, help="The program for the next tokens, with a cache.")
+def dump(
+    out: Path, rank: int | None, format_: str, after: str | None, cached: bool
+) -> None:
     """Print a program of the artifact OUT; the formats html and plan are of all its ranks."""
+    if cached and after is not None:
+        raise click.UsageError("--cached and --after cannot be combined")
     made = compiler.load(out)
+    if cached:
+        made = made.with_cache()
     if format_ == "plan":
         click.echo(made.plan().to_text(), nl=False)
         return

@@ -351,7 +351,8 @@ class _Carrier:
             type_ = self._type(type_of(x))
             batch, heads, _, width = type_.shape
             kept = TensorType(type_.dtype, (batch, heads, self.slots + 1, width), type_.layout)
-            cache = self._state(f"cached_{what}_{len(self.stored) // 2}", "cache", kept)
+            number = sum(name.startswith(f"cached_{what}_") for name in self.kept)
+            cache = self._state(f"cached_{what}_{number}", "cache", kept)
             slots = self._of_call("slots", _NEW)
             self.stored[x] = (
                 self.builder.call(op("store"), (self.builder.env[x], cache, slots), type_), cache

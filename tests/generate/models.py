@@ -156,6 +156,21 @@ class Counted(Decoder):
         return x + x.cumsum(1) / count[:, None]
 
 
+class Shared(Rotary):
+    """Two attentions of a layer over the same values, two others over the same keys."""
+
+    def run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layers:
+            at = layer.attention
+            q = at.q(layer.norm(x)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                    for t in at.kv(layer.norm(x)).chunk(2, -1))
+            pairs = ((k, v), (self.turn(k), v), (k, -v), (k.flip(-1), -v))
+            y = sum(F.scaled_dot_product_attention(q, *pair, is_causal=True) for pair in pairs)
+            x = x + at.out(y.transpose(1, 2).flatten(2))
+        return x
+
+
 class LastToken(Rotary):
     """Logits of the last token alone."""
 
@@ -175,7 +190,7 @@ class Padded(Rotary):
 
 ALL: dict[str, Callable[[], Decoder]] = {
     **{kind.__name__: kind for kind in (
-        Learned, Table, Rotary, Window, Alibi, Chunked, Documents, Counted,
+        Learned, Table, Rotary, Window, Alibi, Chunked, Documents, Counted, Shared,
     )},
     "grouped": lambda: Rotary(groups=2),
     "one KV head": lambda: Alibi(groups=1),
