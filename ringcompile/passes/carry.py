@@ -207,11 +207,11 @@ class _Carrier:
 
     def _call(self, node: fx.Node) -> fx.Node:
         """The same op, on the new tokens or for all positions that there may be."""
-        if node.target is operator.getitem:
-            return self.builder.copy(node)
-        rule = check_call(node)
         new = self.builder.copy(node)
         new.meta["type"] = self._type(node.meta["type"])
+        if node.target is operator.getitem:
+            return new
+        rule = check_call(node)
         new.args, new.kwargs = map_values(
             (new.args, dict(new.kwargs)), lambda v: self._size(v) if is_symbolic(v) else v
         )
