@@ -53,7 +53,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.ops.slots import slots_of
 from ringcompile.passes.base import Builder, Pass, refuse
-from ringcompile.passes.carried_dims import check_call, is_last
+from ringcompile.passes.carried_dims import check_call, is_last, is_positions
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
 
 aten = torch.ops.aten
@@ -212,6 +212,7 @@ class _Carrier:
         if node.target is operator.getitem:
             return new
         rule = check_call(node)
+        self._check_table(node)
         new.args, new.kwargs = map_values(
             (new.args, dict(new.kwargs)), lambda v: self._size(v) if is_symbolic(v) else v
         )
@@ -220,6 +221,17 @@ class _Carrier:
                 new, new.args, dict(new.kwargs), rule.shape_argument, spelled(type_of(new).shape)
             )
         return new
+
+    def _check_table(self, node: fx.Node) -> None:
+        """Raise RingCompileError where positions are looked up in a table that has too few rows."""
+        if node.target is not aten.embedding.default:
+            return
+        index, rows = Call(node)["indices"], type_of(Call(node)["weight"]).shape[0]
+        if is_positions(index) and isinstance(rows, int) and rows < self.capacity:
+            raise error_at(
+                node, f"a cache for {self.capacity} tokens: the table of positions has {rows} rows",
+                hint=f"pass a cache of {rows} tokens or fewer",
+            )
 
     def _arange(self, node: fx.Node) -> fx.Node:
         call, type_ = Call(node), type_of(node)

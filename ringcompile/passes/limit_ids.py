@@ -6,6 +6,7 @@ is outside of a table. So ids are checked on the host, where inputs are shared o
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -60,6 +61,8 @@ def ids_of(node: fx.Node, program: Program) -> tuple[str, int] | None:
     """The input whose entries are all ids, and what is added to them; None for computed ids."""
     added = 0
     while node.op == "call_function":
+        if node.target is operator.getitem:  # one of several results: sorted, picked
+            return None
         call = Call(node)
         if node.target in (aten.add.Scalar, aten.add.Tensor, aten.sub.Scalar, aten.sub.Tensor):
             other, alpha = call["other"], call["alpha"]

@@ -82,7 +82,15 @@ class LockStepDriver:
 
     @torch.no_grad()
     def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
-        """See `Driver`."""
+        """See `Driver`; after an error the tokens before the call are still there."""
+        before = self.memories[0].length
+        try:
+            return self._extended(inputs, new, last)
+        except BaseException:
+            self.rewind(before)
+            raise
+
+    def _extended(self, inputs: Inputs, new: int, last: bool) -> Any:
         dealt = deal(self.programs[0], inputs)
         lengths = self.programs[0].bindings(dealt.hands[0][0])
         generators = [

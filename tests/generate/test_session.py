@@ -245,6 +245,24 @@ def test_an_encoder_is_refused() -> None:
         cached(Encoder, "tp=2")
 
 
+def test_a_table_with_fewer_positions_than_the_cache() -> None:
+    with pytest.raises(rc.RingCompileError, match="the table of positions has 128 rows"):
+        cached(Learned, "ring=2", cache=129)
+
+
+def test_an_error_on_the_way_leaves_the_tokens_before() -> None:
+    module, parallel = cached(Learned, "ring=4")
+    with checked_session(parallel) as session:
+        session.extend(ids(30)[:, :20])
+        weights = session.driver.weights[3]
+        name = next(iter(weights))
+        kept, weights[name] = weights[name], weights[name][:0]
+        with pytest.raises(rc.RingCompileError, match="failed"):
+            session.extend(ids(30)[:, 20:])
+        weights[name] = kept
+        assert worst(session, module, ids(30), (10,)) < EXACT
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
