@@ -22,6 +22,7 @@ from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.guards import allowed_lengths
 from ringcompile.capture.importer import Importer
 from ringcompile.capture.regions import written_out
+from ringcompile.capture.same_as_eager import compare
 from ringcompile.capture.source_lines import all_frames
 from ringcompile.capture.surroundings import unchanged, without_casts_of_modules, without_logs
 from ringcompile.errors import RingCompileError
@@ -35,6 +36,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
+    compare_with_eager: bool = True,
 ) -> Program:
     """Capture a model for any sequence length.
 
@@ -44,16 +46,21 @@ def capture(
             length; every other input dim (but dim 0) of that size is taken to be one too.
         kwargs: example inputs by name; their tensors come behind those of `args`.
         name: what to call the program; the module's class by default.
+        compare_with_eager: run the example through the model and through what was captured, and
+            refuse where they differ; two forward passes. Not done where weights are not loaded,
+            which a note says.
 
     Raises:
         RingCompileError: the model cannot be captured: control flow or sizes that depend on data, a
-            length that the code fixes, state that a call would change.
+            length that the code fixes, state that a call would change; or what was captured
+            computes something else than the model does when it is called.
     """
     model = unwrapped(model)
-    return _capture(FlatCall(model, args, kwargs or {}), name or type(model).__name__)
+    call = FlatCall(model, args, kwargs or {})
+    return _capture(call, name or type(model).__name__, compare_with_eager)
 
 
-def _capture(call: FlatCall, name: str) -> Program:
+def _capture(call: FlatCall, name: str, compare_with_eager: bool) -> Program:
     model = call.model
     length = _example_length(call.example)
     notes = huggingface.caveats(model, call.example)
@@ -69,6 +76,9 @@ def _capture(call: FlatCall, name: str) -> Program:
         with _tracing():
             exported = written_out(exported)
     program = Importer(exported, call).program(name)
+    if compare_with_eager:
+        with without_logs(), unchanged(model), huggingface.without_cache(model):
+            notes = (*notes, *compare(call, exported))
     return program.with_graph(
         program.graph, notes=notes, length_range=lengths, tp_plan=huggingface.tp_plan(model)
     )

@@ -36,12 +36,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
         yield
         return
     registries = _registries()
-    saved = [
-        (config, name, getattr(config, name))
-        for config in _configs(model, transformers)
-        for name in _SETTINGS
-        if hasattr(config, name)
-    ]
+    saved = _saved(model, transformers, _SETTINGS)
     by_hand = _attending_by_hand(model, transformers)
     for registry, function in registries:
         registry.register(_NAME, function)  # a mask that is registered elsewise is left out
@@ -55,6 +50,32 @@ def prepared(model: nn.Module) -> Iterator[None]:
             type(registry)._global_mapping.pop(_NAME, None)
         for config, name, value in saved:
             setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """While inside, Hugging Face modules run as they are, but return no cache."""
+    transformers = sys.modules.get("transformers")
+    saved = [] if transformers is None else _saved(model, transformers, ("use_cache",))
+    try:
+        for config, name, _ in saved:
+            setattr(config, name, False)
+        yield
+    finally:
+        for config, name, value in saved:
+            setattr(config, name, value)
+
+
+def _saved(
+    model: nn.Module, transformers: Any, names: Collection[str]
+) -> list[tuple[Any, str, Any]]:
+    """What the configs of a model say of these settings."""
+    return [
+        (config, name, getattr(config, name))
+        for config in _configs(model, transformers)
+        for name in names
+        if hasattr(config, name)
+    ]
 
 
 def caveats(model: nn.Module, arguments: Collection[str]) -> tuple[str, ...]:
@@ -76,10 +97,15 @@ def caveats(model: nn.Module, arguments: Collection[str]) -> tuple[str, ...]:
     return (caveat,)
 
 
+def is_model(model: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
 def tp_plan(model: nn.Module) -> dict[str, str]:
     """How the model's own layers split under tensor parallelism, by pattern of layer names."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if not is_model(model):
         return {}
     return dict(getattr(model, "_tp_plan", None) or {})
 

@@ -23,13 +23,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     settings = _settings()
     before = Snapshot(model)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        with warnings.catch_warnings(), torch.random.fork_rng(_cuda_devices()):
             warnings.filterwarnings("ignore", "(?s).*assigned during export")
             yield
     finally:
         before.restore()
         for restore in settings:
             restore()
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def _settings() -> list[Callable[[], Any]]:
