@@ -29,10 +29,10 @@ from ringcompile.ir.serialize import program_to_json
 from ringcompile.mesh import Mesh
 from ringcompile.options import DEFAULT, Given, Options
 from ringcompile.passes.base import Pass, Pipeline
-from ringcompile.passes.batch_rows import CheckBatch, mixed, routing
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.carry import Carry, carried_mesh
 from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.deal_batch import DealBatch
 from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.halves import Halves
@@ -87,7 +87,7 @@ def front_passes(
         CleanUp(),
         LimitIds(),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
-        *([CheckBatch(mesh, known)] if mesh.size("dp") * mesh.size("pp") > 1 else []),
+        *([DealBatch(mesh, known), CleanUp()] if mesh.size("dp") * mesh.size("pp") > 1 else []),
         place,
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
@@ -288,30 +288,18 @@ def _with_origin(program: Program) -> Program:
 _NUM_COMMON = [step.name for step in front_passes(Mesh(()))].index(Place.name)
 
 
-def in_halves(whole: Program | None, half: Program, capacity: str = "exact") -> Program:
+def in_halves(program: Program, capacity: str = "exact") -> Program:
     """A program that computes the halves of a batch apart, for schedules that overlap them.
 
     Args:
-        whole: the model captured with the whole batch, to check that this gives the same; None
-            where only costs are of interest.
-        half: the model captured with half of it.
+        program: from `capture`, for any batch.
         capacity: "local" where each half may count a capacity of experts alone.
 
     Raises:
-        RingCompileError: at the op that mixes the sequences of a batch.
+        RingCompileError: at the op that mixes the sequences of a batch, or the batch is fixed.
     """
-    if whole is not None:
-        prepared = prepare(whole)
-        error = mixed(prepared, routing(prepared, {}) if capacity == "local" else [])
-        if error is not None:
-            raise RingCompileError(
-                f"{error.message}, so that halves of it cannot be computed apart",
-                hint="leave out --overlap halves; with a capacity of experts, --capacity local "
-                "counts it by each half alone",
-                location=error.location, node=error.node,
-            )
-    made = Pipeline([Halves()]).run(prepare(half))
-    return made.with_graph(made.graph, captured=whole)
+    made = Pipeline([Halves(capacity)]).run(prepare(program))
+    return made.with_graph(made.graph, captured=program)
 
 
 def transform(
@@ -354,6 +342,7 @@ def transform(
     front[_NUM_COMMON:_NUM_COMMON] = passes
     done = _NUM_COMMON if RecognizeMasks.name in program.passes else 0
     placed = Pipeline(front[done:], observe, check).run(_with_origin(program))
+    placed = placed.with_graph(placed.graph, microbatches=chosen.microbatches)
     if chosen.length is not None:
         placed = placed.with_graph(placed.graph, lengths=_lengths(placed, chosen.length))
     kept = {"parallel": str(mesh), **Options.of(options).record(), **(record or {})}

@@ -15,12 +15,13 @@ from ringcompile import artifact
 from ringcompile.compiler import ParallelProgram, recorded_model
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT
-from ringcompile.ir.expr import SEQUENCE, bind
+from ringcompile.ir.expr import BATCH, SEQUENCE, bind
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.numerics.check import Comparison, Numerics, Request
 from ringcompile.numerics.files import read_input_file
 from ringcompile.options import BACKENDS, TRIES
+from ringcompile.runtime.batches import joined
 from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.launcher import LocalRanks, LocalRun
@@ -103,15 +104,15 @@ def run(
         done = run_lockstep(
             parallel.ranks(), parallel.mesh, parallel.source, inputs, keep=keep, whole=whole
         )
-        found, runs, lengths = done.outputs, done.microbatches, done.lengths
+        found, runs, dealt = done.outputs, done.microbatches, done.dealt
     else:
         local = _on_processes(parallel, inputs, backend, keep, whole)
         found, runs = local.outputs, [run.microbatches for run in local.runs]
-        lengths = local.runs[0].lengths
+        dealt = local.runs[0].dealt
     if whole:
         return found
     return [
-        _share(program, rank, runs[rank], lengths, last)
+        _share(program, rank, runs[rank], dealt.lengths, last)
         for rank, program in enumerate(parallel.ranks())
     ]
 
@@ -119,12 +120,11 @@ def run(
 def _share(
     program: Program, rank: int, runs: Any, lengths: dict[str, int], last: int | None
 ) -> Share:
-    joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*runs, strict=True)]
     rows = [positions_of(program, type_of(node), lengths, last) for node in program.outputs]
     if not program.outputs:
         return Share(rank, (), ())
     build = program.output_structure.build
-    return Share(rank, build(joined), build(rows))
+    return Share(rank, build(joined(program, runs, lengths)), build(rows))
 
 
 def _on_processes(
@@ -210,17 +210,22 @@ def _request(
     return Request(inputs=name_inputs(parallel.program, inputs))
 
 
-def random_inputs(program: Program, length: int) -> dict[str, torch.Tensor]:
+def random_inputs(
+    program: Program, length: int, batch: int | None = None
+) -> dict[str, torch.Tensor]:
     """Whole inputs by name: small token ids, masks of ones, normal floats; seeded.
 
-    With `dp`, a batch of the captured size for each replica.
+    Args:
+        program: any rank's.
+        length: of the sequences, in tokens.
+        batch: how many sequences; by default one for each replica.
     """
     generator = torch.Generator().manual_seed(0)
+    replicas = 1 if program.mesh is None else program.mesh.size("dp")
+    known = {SEQUENCE: length, BATCH: batch or max(replicas, program.batch_range[0])}
     made = {}
     for spec in program.inputs:
-        shape = [int(bind(size, {SEQUENCE: length})) for size in spec.type.shape]
-        if len(shape) > 1 and program.mesh is not None:
-            shape[0] *= program.mesh.size("dp")
+        shape = [int(bind(size, known)) for size in spec.type.shape]
         if spec.type.dtype.is_floating_point:
             made[spec.name] = torch.randn(shape, generator=generator).to(spec.type.dtype)
         elif "mask" in spec.name:

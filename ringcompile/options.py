@@ -55,6 +55,8 @@ class Options:
         tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
             reduce-scatter and an all-gather in place of each all-reduce.
         stages: the layer that each pipeline stage but the first begins with; cut by cost if empty.
+        microbatches: in how many parts a pipeline runs each replica's share of a batch; by default
+            one for each sequence, up to four for each stage.
         length: fix the sequence length in tokens; blocks out of a window's reach are then dropped
             from the graphs, and other lengths refused. By default one program serves all lengths.
         gather_unknown: compute what has no rule whole on every rank instead of refusing it.
@@ -84,6 +86,10 @@ class Options:
         (), "Where pipeline stages but the first begin, for example model.layers.16.",
         metavar="LAYERS",
     )
+    microbatches: int | None = _option(
+        None, "In how many parts a pipeline runs a replica's sequences; else one for each, up to "
+        "four a stage.",
+    )
     length: int | None = _option(None, "Fix the sequence length (else any).", flag="seq")
     gather_unknown: bool = _option(False, "Compute ops without a rule whole.")
     cache: int | None = _option(
@@ -97,6 +103,8 @@ class Options:
                 raise RingCompileError(
                     f"unknown {option.name} '{value}'", hint=f"one of: {', '.join(choices)}"
                 )
+        if self.microbatches is not None and self.microbatches < 1:
+            raise RingCompileError(f"{self.microbatches} microbatches: it must be at least 1")
         if self.length is not None and self.length < 1:
             raise RingCompileError(f"sequence length {self.length}: it must be at least 1")
         if self.cache is not None and self.cache < 1:
@@ -142,6 +150,7 @@ class Given(TypedDict, total=False):
     ring: str
     tp_sequence: bool
     stages: tuple[str, ...] | list[str]
+    microbatches: int | None
     length: int | None
     gather_unknown: bool
     cache: int | None

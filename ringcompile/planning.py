@@ -49,10 +49,10 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     """
     loaded = load_model(model, dtype=dtype, weights=":" in model)
     whole = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
-    if whole.batch != 1:
+    if isinstance(whole.batch, int) and whole.batch != 1:
         raise RingCompileError(
-            f"the example of '{model}' has {whole.batch} sequences, plans are made from one",
-            hint="return an example with one sequence; --batch says how many a step has",
+            f"the batch of '{model}' is fixed at {whole.batch}, plans are made from one sequence",
+            hint="; ".join(whole.notes) or None,
         )
     stack = find_stack(whole)
     prepared, checked = dict[tuple[int, bool], Program](), dict[Any, Any]()
@@ -63,7 +63,7 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
         if (stages, halves) not in prepared:
             program = cut(whole, stack, stages) if stack is not None and stages else whole
             prepared[stages, halves] = (
-                compiler.in_halves(None, program) if halves else compiler.prepare(program)
+                compiler.in_halves(program, "local") if halves else compiler.prepare(program)
             )
         return prepared[stages, halves]
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.artifact import load_carried
 from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.expr import BATCH, symbol
 from ringcompile.ir.program import Program
 from ringcompile.runtime.cache import token_dim
 from ringcompile.runtime.carried import Driver, JobDriver, LockStepDriver, ProcessDriver
@@ -71,7 +72,8 @@ class Session:
         capacity = self.program.length_range[1]
         assert capacity is not None
         self.capacity, self.length = capacity, 0
-        self.batch = self.program.batch * parallel.mesh.size("dp")
+        # Of the first call, where the program is for any batch.
+        self.batch = self.program.batch if isinstance(self.program.batch, int) else None
         self.driver: Driver | None = _DRIVERS[backend](parallel, check_types)
 
     def extend(self, inputs: Any, last: bool = False) -> Any:
@@ -91,7 +93,7 @@ class Session:
         """
         named = name_inputs(self.program, inputs)
         new = self._new_tokens(named)
-        self._check_batch(named)
+        batch = self._check_batch(named)
         if self.length + new > self.capacity:
             raise RingCompileError(
                 f"the cache is for {self.capacity} tokens: {self.length} are in it, and {new} "
@@ -99,7 +101,7 @@ class Session:
                 hint="compile with a larger cache, or rewind the session",
             )
         outputs = self._open().extend(named, new, last)
-        self.length += new
+        self.length, self.batch = self.length + new, batch
         leaves = pytree.tree_leaves(outputs)
         return leaves[0] if len(leaves) == 1 else outputs
 
@@ -171,12 +173,17 @@ class Session:
             )
         return next(iter(counts.values()))
 
-    def _check_batch(self, inputs: Mapping[str, torch.Tensor]) -> None:
+    def _check_batch(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """How many sequences the inputs bring: as many in all of them, and in every call."""
+        batch = self.batch
         for spec in self.program.inputs:
-            shape, wanted = inputs[spec.name].shape, spec.type.shape
-            if len(wanted) > 1 and wanted[0] == self.program.batch and shape[0] != self.batch:
-                raise RingCompileError(
-                    f"input '{spec.name}' has {shape[0]} sequences, the session is for "
-                    f"{self.batch}",
-                    hint="capture the model with the batch that is to be generated",
-                )
+            for size, wanted in zip(inputs[spec.name].shape, spec.type.shape, strict=True):
+                if wanted != symbol(BATCH):
+                    continue
+                batch = size if batch is None else batch
+                if size != batch:
+                    raise RingCompileError(
+                        f"input '{spec.name}' has {size} sequences, the session is for {batch}",
+                        hint="open another session for another batch",
+                    )
+        return batch or 1

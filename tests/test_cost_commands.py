@@ -19,7 +19,6 @@ from ringcompile.calibration import usual
 from ringcompile.cli import cli
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.errors import RingCompileError
-from ringcompile.models import zoo
 from tests.cost.clusters import figure, table
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +86,7 @@ def test_replicas_and_microbatches_are_counted(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert invoke("transform", "dense-4l-tiny", "-o", out, "--parallel", "dp=2,pp=2",
                   "--batch", "3").exit_code == 0
-    found = told("simulate", out, "--cluster", "h100x16", "--seq", "128")
+    found = told("simulate", out, "--cluster", "h100x16", "--seq", "128", "--batch", "3")
     assert found["tokens"] == 128 * 3 * 2
     done = run("bench", out, "--seq", "16", "--batch", "12", "--steps", "1", "--warm-up", "0",
                "--json")
@@ -98,8 +97,8 @@ def test_replicas_and_microbatches_are_counted(tmp_path: Path) -> None:
     assert [row["bytes_sent"] for row in found["ranks"]] == [6 * hidden, 0] * 2
     assert found["predicted"] == {
         "cluster": None, "why_not": "cluster 'cpu' has 1 x 2 devices, 4 are asked for"}
-    message = refused("bench", out, "--batch", "4")
-    assert "a batch of 4 is no multiple of 6: the captured one for each of 2 replicas" in message
+    message = refused("bench", out, "--batch", "1")
+    assert "a batch of 1 is too small for dp=2" in message
 
 
 def test_simulate_refuses(ring: str, tmp_path: Path) -> None:
@@ -132,15 +131,21 @@ def test_plan_prints_the_best_and_the_rejected() -> None:
     assert "rejected 1: a batch of 1 does not divide over dp=2" in result.stdout
 
 
+class Pair(nn.Module):
+    """Its code works on two sequences, and no other number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x
+        return torch.stack([first + second, first - second])
+
+
 def pair() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    """A model whose example has two sequences."""
-    module, inputs = zoo.build("dense-4l-tiny", sequence=24, batch=2)
-    return module, inputs
+    return Pair(), (torch.randn(2, 24, 8),)
 
 
 def test_plan_refuses(tmp_path: Path) -> None:
     message = refused("plan", "tests.test_cost_commands:pair", "--gpus", "2", "--cluster", "cpu")
-    assert "has 2 sequences, plans are made from one" in message
+    assert "is fixed at 2, plans are made from one sequence" in message
     assert "unknown cluster" in refused("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "x")
     assert "2 x 8 devices, 12 are asked for" in refused(
         "plan", "dense-4l-tiny", "--gpus", "12", "--cluster", "h100x8x2")
@@ -166,7 +171,6 @@ def test_halves_of_a_batch_are_compiled_and_verified(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batch", "3", "--overlap", "halves"], "a batch of 3 has no two halves"),
         (["--overlap", "schedule", "--overlap-on", "x"], "unknown cluster 'x'"),
         (["--parallel", "ring=4", "--overlap", "schedule", "--overlap-on", "cpu"],
          "cluster 'cpu' has 1 x 2 devices, 4 are asked for"),
@@ -176,6 +180,13 @@ def test_overlap_refuses(args: list[str], message: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     given = ("transform", "dense-4l-tiny", "-o", out, "--parallel", "ring=2")
     assert message in refused(*given, *args)
+
+
+def test_halves_of_an_odd_batch_are_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert invoke("transform", "dense-4l-tiny", "-o", out, "--parallel", "ring=2", "--overlap",
+                  "halves").exit_code == 0
+    assert "a batch of 3 has no two halves" in refused("bench", out, "--batch", "3")
 
 
 # -- on processes ---------------------------------------------------------------------------------

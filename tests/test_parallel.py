@@ -19,6 +19,7 @@ from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
 from ringcompile.runtime.launcher import LocalRanks
 from tests.support import TOLERANCE, difference, run
@@ -156,7 +157,8 @@ def test_batches_are_dealt(spec: str, name: str) -> None:
     """To replicas, and to pipelines in microbatches: a capacity counts the tokens of one."""
     module, program = captured(name, 2)
     given = inputs(name, LENGTH, 2 * DEALT[spec])
-    found = run(transform(program, spec), given).outputs
+    microbatches = DEALT[spec] // Mesh.parse(spec).size("dp")
+    found = run(transform(program, spec, microbatches=microbatches), given).outputs
     expected = torch.cat([
         module(*(x[2 * i : 2 * i + 2] for x in given)) for i in range(DEALT[spec])
     ])
@@ -262,12 +264,10 @@ def test_stages_that_are_refused(stages: tuple[str, ...]) -> None:
 
 
 BATCHES = {
-    ("dp=2", 3): "a batch of 3 times the captured one does not divide over dp=2\n"
-    "  hint: pass a multiple of 2 times the captured batch",
-    ("dp=2,pp=2", 1): "a batch of 1 times the captured one does not divide over dp=2\n"
-    "  hint: pass a multiple of 2 times the captured batch",
-    ("tp=2", 2): "input 'inputs' has shape [2, 37, 64], the program takes [1, s, 64]\n"
-    "  hint: lengths may change from run to run; other sizes are fixed at capture",
+    ("dp=2", 1): "a batch of 1 is too small for dp=2\n"
+    "  hint: pass at least 2 sequences, one for each replica",
+    ("dp=3,pp=2", 2): "a batch of 2 is too small for dp=3\n"
+    "  hint: pass at least 3 sequences, one for each replica",
 }
 
 

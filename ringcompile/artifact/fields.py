@@ -72,14 +72,15 @@ def weight_from_json(name: str, data: Any) -> Weight:
     return Weight(name, dtype_from_json(data.get("dtype")), shape)
 
 
-def length_range_from_json(data: dict[str, Any]) -> tuple[int, int | None]:
-    """The member `length_range`: the smallest length, and the largest or null."""
-    limits = member(data, "length_range", list)
+def range_from_json(data: dict[str, Any], name: str) -> tuple[int, int | None]:
+    """A member such as `length_range`: the smallest size, and the largest or null."""
+    limits = member(data, name, list)
     if len(limits) != 2:
-        raise RingCompileError("'length_range' is not a pair")
+        raise RingCompileError(f"'{name}' is not a pair")
     low, high = limits
-    largest = None if high is None else count(high, "the largest length")
-    return count(low, "the smallest length"), largest
+    what = name.removesuffix("_range")
+    largest = None if high is None else count(high, f"the largest {what}")
+    return count(low, f"the smallest {what}"), largest
 
 
 def mesh_from_json(spec: str) -> Mesh:

@@ -21,10 +21,10 @@ from ringcompile.artifact.fields import (
     count,
     dtype_from_json,
     expect,
-    length_range_from_json,
     member,
     mesh_from_json,
     numbers,
+    range_from_json,
     structure_from_json,
     texts,
     weight_from_json,
@@ -32,7 +32,15 @@ from ringcompile.artifact.fields import (
 from ringcompile.artifact.ops import check_arguments, resolve
 from ringcompile.axes import base_axis
 from ringcompile.errors import RingCompileError, SourceLocation
-from ringcompile.ir.expr import LOCAL, OWN, SEQUENCE, Size, depends_on_data, is_symbolic, symbol
+from ringcompile.ir.expr import (
+    PART_AXIS,
+    SEQUENCE,
+    SIZE_NAMES,
+    Size,
+    depends_on_data,
+    is_symbolic,
+    symbol,
+)
 from ringcompile.ir.layout import Atom, Layout
 from ringcompile.ir.program import IdLimit, Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
@@ -44,7 +52,6 @@ from ringcompile.options import ORDERS
 
 _DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,3})?")
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_LENGTHS = frozenset({SEQUENCE, LOCAL, OWN})
 
 
 def program_from_json(data: Any, allowed: Collection[str]) -> Program:
@@ -76,7 +83,7 @@ def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
         },
         weights={k: _weight(k, v) for k, v in member(data, "weights", dict).items()},
         output_structure=structure_from_json(data.get("output_structure")),
-        length_range=length_range_from_json(data),
+        length_range=range_from_json(data, "length_range"),
         name=member(data, "name", str),
         mesh=mesh,
         sequence=None if data.get("sequence") is None else _sequence(data, reader),
@@ -85,10 +92,16 @@ def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
         notes=texts(data, "notes"),
         lengths=numbers(data, "lengths"),
         state={key: _state(kind) for key, kind in member(data, "state", dict).items()},
-        fixed_batch=member(data, "fixed_batch", bool),
+        batch_range=range_from_json(data, "batch_range"),
+        returns=tuple(map(reader.tensor_type, member(data, "returns", list))),
+        microbatches=_microbatches(data.get("microbatches")),
     )
     _check(program)
     return program
+
+
+def _microbatches(value: Any) -> int | None:
+    return None if value is None else count(value, "'microbatches'")
 
 
 def _weight(placeholder: str, data: Any) -> Weight:
@@ -161,7 +174,7 @@ class _Reader:
 
     def __post_init__(self) -> None:
         self.axes = frozenset(self.mesh.names if self.mesh is not None else ())
-        self.symbols = _LENGTHS if self.specialized else _LENGTHS | self.axes
+        self.symbols = SIZE_NAMES if self.specialized else SIZE_NAMES | self.axes
 
     def read(self, data: dict[str, Any]) -> None:
         self.types = [self.type(row) for row in member(data, "types", list)]
@@ -292,7 +305,7 @@ class _Reader:
     def _atom(self, value: Any) -> Atom:
         data = expect(value, dict, "a part of a layout")
         axes = texts(data, "axes")
-        if not self.axes.issuperset(map(base_axis, axes)):
+        if axes != (PART_AXIS,) and not self.axes.issuperset(map(base_axis, axes)):
             raise RingCompileError(f"a tensor is split over {axes}, the mesh is {self.mesh}")
         return Atom(self.size(data.get("size")), axes, data.get("sequence") is True)
 

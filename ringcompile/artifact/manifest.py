@@ -60,6 +60,7 @@ def manifest_of(
         "order": None if spmd.sequence is None else spmd.sequence.order,
         "inputs": inputs_to_json(spmd),
         "length_range": list(spmd.length_range),
+        "batch_range": list(spmd.batch_range),
         "lengths": dict(spmd.lengths),
         "weights": {name: place.to_json() for name, place in written.places.items()},
         "options": dict(options),

@@ -1,7 +1,7 @@
 """From an nn.Module to a Program: torch.export, then our own graph without torch's symbols.
 
-Capture is non-strict and runs no decomposition, so that `linear` and attention stay whole. Lengths
-stay symbolic. Weights become names: no data is copied or even read.
+Capture is non-strict and runs no decomposition, so that `linear` and attention stay whole. Batch
+and length stay symbolic. Weights become names: no data is copied or even read.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram, export
 
 from ringcompile.capture import huggingface
-from ringcompile.capture.export_errors import FixedLengthError, explained
+from ringcompile.capture.dims import BATCH, SEQUENCE, Dims, Example, read_example, widened
+from ringcompile.capture.export_errors import explained
 from ringcompile.capture.flat_call import FlatCall, unwrapped
-from ringcompile.capture.guards import allowed_lengths
+from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer
 from ringcompile.capture.regions import written_out
 from ringcompile.capture.same_as_eager import compare
+from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
 from ringcompile.capture.source_lines import all_frames
+from ringcompile.capture.specialised import sizes_of_one_are_not_special, specialised
 from ringcompile.capture.surroundings import unchanged, without_casts_of_modules, without_logs
-from ringcompile.errors import RingCompileError
-from ringcompile.ir.expr import depends_on_data, unbacked
+from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.program import Program
 
 
@@ -36,93 +39,157 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
+    dims: Dims | None = None,
     compare_with_eager: bool = True,
 ) -> Program:
-    """Capture a model for any sequence length.
+    """Capture a model for any batch and any sequence length.
 
     Args:
         model: an ordinary module, in eval mode; its parameters may be fake tensors.
-        args: example inputs by position. The length of dim 1 of the first tensor is the sequence
-            length; every other input dim (but dim 0) of that size is taken to be one too.
+        args: example inputs by position; one sequence is enough. Without `dims`, the first tensor
+            is taken to be [batch, sequence, ...] (one of four dims for images, whose length is the
+            model's own), and dims of other inputs to be the batch or the sequence where their sizes
+            are the same and the code treats them so.
         kwargs: example inputs by name; their tensors come behind those of `args`.
         name: what to call the program; the module's class by default.
+        dims: for inputs by name what their dims are: "batch", "sequence" or "fixed"; dims that are
+            not listed are fixed, inputs that are not listed are read as above.
         compare_with_eager: run the example through the model and through what was captured, and
             refuse where they differ; two forward passes. Not done where weights are not loaded,
             which a note says.
 
     Raises:
-        RingCompileError: the model cannot be captured: control flow or sizes that depend on data, a
-            length that the code fixes, state that a call would change; or what was captured
-            computes something else than the model does when it is called.
+        RingCompileError: the model cannot be captured: control flow or sizes that depend on data,
+            state that a call would change, or `dims` that do not fit the inputs; or what was
+            captured computes something else than the model does when it is called.
     """
     model = unwrapped(model)
     call = FlatCall(model, args, kwargs or {})
-    return _capture(call, name or type(model).__name__, compare_with_eager)
-
-
-def _capture(call: FlatCall, name: str, compare_with_eager: bool) -> Program:
-    model = call.model
-    length = _example_length(call.example)
-    notes = huggingface.caveats(model, call.example)
+    example = read_example(call.example, dims)
+    caveats = huggingface.caveats(model, call.example)
     with without_logs(), unchanged(model), huggingface.prepared(model):
-        try:
-            exported = _export(call, _dynamic_shapes(call.example, length))
-            lengths = _allowed_lengths(exported, length)
-        except FixedLengthError as error:
-            exported = _export(call, _dynamic_shapes(call.example, None))
-            lengths = _length_range(exported)
-            where = f"{error.location.short}: " if error.location else ""
-            notes = (*notes, f"{where}{error.message}, {length}")
+        found = _settled(call, example, (*caveats, *example.notes))
         with _tracing():
-            exported = written_out(exported)
-    program = Importer(exported, call).program(name)
+            exported = written_out(found.exported)
+    program = Importer(exported, call, found.sizes.symbols).program(name or type(model).__name__)
+    notes = found.notes
     if compare_with_eager:
         with without_logs(), unchanged(model), huggingface.without_cache(model):
             notes = (*notes, *compare(call, exported))
     return program.with_graph(
-        program.graph, notes=notes, length_range=lengths, tp_plan=huggingface.tp_plan(model)
+        program.graph,
+        notes=notes,
+        length_range=found.ranges.get(SEQUENCE, (2, None)),
+        batch_range=found.ranges.get(BATCH, (1, None)),
+        tp_plan=huggingface.tp_plan(model),
     )
 
 
-def _example_length(example: Mapping[str, torch.Tensor]) -> int | None:
-    """The length of the example sequence; None where the first input holds no tokens."""
-    first = next(iter(example.values()), None)
-    if first is None or first.dim() < 2:
-        raise RingCompileError(
-            "the first example input must be a tensor with the sequence as its dim 1",
-            hint="pass for example token ids of shape [batch, sequence]",
-        )
-    if first.dim() > 3:  # an image: how many tokens it becomes is the model's to say
-        return None
-    length = first.shape[1]
-    if length < 2:
-        raise RingCompileError(f"the example sequence has length {length}; use at least 2")
-    return int(length)
+@dataclass(frozen=True)
+class _Captured:
+    """A model as torch.export gives it, and for which sizes it is right."""
+
+    exported: ExportedProgram
+    sizes: Sizes
+    ranges: dict[str, Range]
+    notes: tuple[str, ...]
 
 
-def _dynamic_shapes(
-    example: Mapping[str, torch.Tensor], length: int | None
-) -> dict[str, dict[int, Any] | None]:
-    """What torch.export takes for a length, by input and dim."""
-    return {name: _dynamic_dims(tensor, length) for name, tensor in example.items()}
+def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captured:
+    """Export, and again for what the code turns out to fix, until nothing else is."""
+    with specialised() as lines:
+        try:
+            exported, tried = _exported(call, example)
+        except _AloneError as error:
+            note = f"the batch is fixed to that of the example, 1: with more, {error.message}"
+            where = f"{error.location.short}: " if error.location else ""
+            return _settled(call, example.fixed(BATCH), (*notes, where + note))
+    sizes = read_sizes(exported, tried)
+    ranges, fixed, asked = _ranges(exported, tried, sizes)
+    if BATCH in ranges and example.batch == 1 < ranges[BATCH][0]:
+        fixed.append(BATCH)  # the example itself is computed in another way
+    if not fixed and not sizes.loose:
+        return _Captured(exported, sizes, ranges, notes)
+    for role in fixed:
+        line = lines.first(tried.dims_of(role)) or asked.get(role)
+        number = example.batch if role == BATCH else example.length
+        notes = (*notes, f"{line.short + ': ' if line else ''}{_FIXES[role]}, {number}")
+        example = example.fixed(role)
+    return _settled(call, example.without_batch(sizes.loose), notes)
 
 
-def _dynamic_dims(tensor: torch.Tensor, length: int | None) -> dict[int, Any] | None:
-    if length is None:
-        return None
-    found = {i: Dim.DYNAMIC for i, size in enumerate(tensor.shape) if i and size == length}
-    if tensor.is_floating_point() and tensor.dim() == 3 and len(found) > 1:
-        raise RingCompileError(
-            f"the example length {length} is also a feature size: which dim is the sequence?",
-            hint="choose an example length that no other size of the inputs equals",
-        )
-    return found
+_FIXES = {
+    BATCH: "the model's code fixes the batch to that of the example",
+    SEQUENCE: "the model's code fixes the sequence length to that of the example",
+}
 
 
-def _export(call: FlatCall, shapes: Mapping[str, Any]) -> ExportedProgram:
-    example = tuple(call.example.values())
+def _exported(call: FlatCall, example: Example) -> tuple[ExportedProgram, Example]:
+    """The exported model, and the example it was exported with.
+
+    With one sequence torch.export would see no batch: the example is widened, as far as the code
+    takes several sequences.
+
+    Raises:
+        RingCompileError: the model cannot be exported; an _AloneError where that may be because
+            the example was widened.
+    """
+    if example.batch != 1:
+        return _export(call, example), example
+    wide = widened(example, call)
+    try:
+        return _export(call, wide), wide
+    except RingCompileError:
+        wide = widened(example, call, sure=True)
+    try:
+        return _export(call, wide), wide
+    except RingCompileError as error:
+        raise _AloneError(error.message, location=error.location) from error
+
+
+class _AloneError(RingCompileError):
+    """What torch.export says of an example that was widened."""
+
+
+def _ranges(
+    exported: ExportedProgram, example: Example, sizes: Sizes
+) -> tuple[dict[str, Range], list[str], Mapping[str, SourceLocation]]:
+    """For each role the sizes that the code is right for; the roles that it fixes; some lines."""
+    known = {BATCH: example.batch, SEQUENCE: example.length}
+    roles = {role: size for role, size in known.items() if role in sizes.names.values() and size}
+    guards = Guards(exported, sizes.names, roles)
+    fixed, squeezed = sorted(sizes.numbers, reverse=True), read_squeezed(exported, sizes)
+    ranges: dict[str, Range] = {}
+    for role in roles:
+        low, high = _limits(exported, sizes, role)
+        allowed = guards.allowed(role, max(low, 2) if role in squeezed else low, high)
+        if allowed is None:
+            fixed.append(role)
+        else:
+            ranges[role] = allowed
+    if not fixed and not guards.independent(ranges):
+        fixed.append(BATCH)
+    return ranges, fixed, guards.lines
+
+
+def _limits(exported: ExportedProgram, sizes: Sizes, role: str) -> Range:
+    """The range that torch gives the symbols of a role."""
+    low, high = _SMALLEST[role], None
+    for free, limits in exported.range_constraints.items():
+        if str(sizes.symbols.get(free.name)) == SYMBOLS[role]:
+            low = max(low, int(limits.lower)) if limits.lower.is_Integer else low
+            high = int(limits.upper) if limits.upper.is_Integer else high
+    return low, high if high is None or high < 2**40 else None
+
+
+_SMALLEST = {BATCH: 1, SEQUENCE: 2}
+
+
+def _export(call: FlatCall, example: Example) -> ExportedProgram:
+    tensors = tuple(leaf.tensor for leaf in example.leaves)
+    shapes = {leaf.name: leaf.dynamic for leaf in example.leaves}
     with _tracing(), without_casts_of_modules(), all_frames():
-        return export(call, example, dynamic_shapes=dict(shapes), strict=False)
+        return export(call, tensors, dynamic_shapes=shapes, strict=False)
 
 
 @contextlib.contextmanager
@@ -132,7 +199,7 @@ def _tracing() -> Iterator[None]:
     try:
         with (
             contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
-            torch.no_grad(), warnings.catch_warnings(),
+            torch.no_grad(), warnings.catch_warnings(), sizes_of_one_are_not_special(),
         ):
             warnings.filterwarnings("ignore", module=r"torch\.")  # of torch's own making
             warnings.simplefilter("ignore", FutureWarning)
@@ -142,28 +209,3 @@ def _tracing() -> Iterator[None]:
     except Exception as error:  # torch.export raises many kinds; each becomes one of ours
         raise explained(error) from error
     print(printed.getvalue(), end="")
-
-
-def _allowed_lengths(exported: ExportedProgram, example: int | None) -> tuple[int, int | None]:
-    """The lengths that the captured code is right for; where there is no example, any."""
-    found = _length_range(exported)
-    if example is None:
-        return found
-    allowed = allowed_lengths(exported, example, *found)
-    if allowed is None:
-        raise FixedLengthError(
-            "the model's code fixes the sequence length to that of the example",
-            hint="a size was turned into a number: torch.export kept "
-            f"{'; '.join(exported._guards_code)[:200]}",
-        )
-    return allowed
-
-
-def _length_range(exported: ExportedProgram) -> tuple[int, int | None]:
-    """What torch says of the sizes of inputs; sizes that data tell have ranges too."""
-    low, high = 2, None
-    for free, limits in exported.range_constraints.items():
-        if not depends_on_data(unbacked(free.name)):
-            low = max(low, int(limits.lower)) if limits.lower.is_Integer else low
-            high = int(limits.upper) if limits.upper.is_Integer else None
-    return low, high if high is None or high < 2**40 else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,17 +12,12 @@ from ringcompile.capture.source_lines import location_of_error
 from ringcompile.errors import RingCompileError
 
 
-class FixedLengthError(RingCompileError):
-    """The model can be captured for the length of the example only."""
-
-
 class _Row(NamedTuple):
     """A kind of failure: how torch's error is told by its class and text, and what is said."""
 
     told_by: re.Pattern[str]
     message: str
     hint: str
-    kind: Callable[..., RingCompileError] = RingCompileError
 
 
 def _pattern(*words: str) -> re.Pattern[str]:
@@ -40,12 +34,6 @@ _ROWS = (
         ),
         "control flow or a size depends on the values of a tensor, not on shapes",
         "compute both ways and choose with torch.where, or keep the size fixed",
-    ),
-    _Row(
-        _pattern("^ConstraintViolation", "specialized"),
-        "the model's code fixes the sequence length to that of the example",
-        "use sizes taken from the inputs (x.shape[1]) instead of a constant",
-        FixedLengthError,
     ),
     _Row(
         _pattern("is mutated in the forward method"),
@@ -69,7 +57,7 @@ def explained(error: Exception) -> RingCompileError:
     text = f"{type(error).__name__}: {error}".strip()
     for row in _ROWS:
         if row.told_by.search(text):
-            return row.kind(row.message, hint=row.hint, location=location)
+            return RingCompileError(row.message, hint=row.hint, location=location)
     return RingCompileError(
         f"torch.export cannot capture the model: {text.splitlines()[0][:300]}", location=location
     )

@@ -1,55 +1,146 @@
-"""What torch.export assumed of the sequence length, beyond the range it reports.
+"""What torch.export assumed of the sizes of inputs, beyond the ranges it reports.
 
 Code may turn a length into a constant without a word (`one_hot(slot, capacity)` does): what it was
 then remains as a guard, a line of Python over the sizes of inputs. An exported program is right for
-the lengths that pass its guards, and for no others.
+the sizes that pass its guards, and for no others.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import CodeType
+from typing import Any
 
+import sympy
+import torch
 from torch.export import ExportedProgram
+
+from ringcompile.errors import SourceLocation
 
 _INPUT_SIZE = re.compile(r"L(?:\[[^\]]*\]|\.\w+)+\.size\(\)\[\d+\]")
 _NAMES = {"max": max, "min": min, "math": math}
-# Every small length, where rounding shows, and a few large ones.
-_SAMPLES = (*range(2, 400), 511, 512, 1000, 4096, 4097, 65536, 100003)
-# A range of fewer lengths than this is no range: the code means one length.
+# Every small size, where rounding shows, and a few large ones.
+_SAMPLES = (*range(1, 400), 511, 512, 1000, 4096, 4097, 65536, 100003)
+_FEW_SAMPLES = (1, 2, 3, 5, 8, 17, 64)
+# A range of fewer sizes than this is no range: the code means one size.
 _FEWEST = 8
 
+Range = tuple[int, int | None]
 
-def allowed_lengths(
-    exported: ExportedProgram, example: int, low: int, high: int | None
-) -> tuple[int, int | None] | None:
-    """The lengths around that of the example for which all guards hold; None where they are few.
+
+class Guards:
+    """The guards of an exported program, as conditions on the sizes that vary.
 
     Args:
         exported: as torch.export made it, before anything rewrote it.
-        example: the length of the example, for which they hold.
-        low: the smallest length that torch allows.
-        high: the largest one, if there is one.
+        names: an input's dim, as guards write it -> the name of the size that it is.
+        example: the sizes of the example by these names, for which all guards hold.
+
+    Attributes:
+        lines: where the model's code asks whether a size is 1, by its name.
     """
-    guards = [
-        _INPUT_SIZE.sub("s", guard)
-        for guard in getattr(exported, "_guards_code", None) or ()
-        if ".size()" in guard
-    ]
-    ends = () if high is None else (high - 1, high)
-    samples = sorted(s for s in {*_SAMPLES, *ends} if s >= low and (high is None or s <= high))
-    violated = [s for s in samples if not all(_holds(guard, s) for guard in guards)]
-    low = max([low, *(s + 1 for s in violated if s < example)])
-    above = [s - 1 for s in violated if s > example]
-    if above:
-        high = min(above)
-    few = example in violated or (high is not None and high - low + 1 < _FEWEST)
-    return None if few and violated else (low, high)
+
+    def __init__(
+        self, exported: ExportedProgram, names: Mapping[str, str], example: Mapping[str, int]
+    ) -> None:
+        written = [g for g in getattr(exported, "_guards_code", None) or () if ".size()" in g]
+        default, asked = next(iter(example), ""), _asked_by_the_user(exported, names)
+        self.lines = asked
+        self.example = dict(example)
+        texts = {
+            _INPUT_SIZE.sub(lambda found: names.get(found[0], default), guard) for guard in written
+        }
+        self.conditions = [
+            compile(text, "<guard>", "eval") for text in sorted(texts)
+            if (name := _not_one(text)) is None or name in asked
+        ]
+
+    def allowed(self, name: str, low: int, high: int | None) -> Range | None:
+        """The values around that of the example for which all guards hold; None where few are.
+
+        Args:
+            name: which size varies; the others are as in the example.
+            low: the smallest value that torch allows.
+            high: the largest one, if there is one.
+        """
+        known = self.example[name]
+        ends = () if high is None else (high - 1, high)
+        samples = sorted(
+            s for s in {*_SAMPLES, *ends} if s >= low and (high is None or s <= high)
+        )
+        violated = [s for s in samples if not self._hold({**self.example, name: s})]
+        low = max([low, *(s + 1 for s in violated if s < known)])
+        above = [s - 1 for s in violated if s > known]
+        if above:
+            high = min(above)
+        few = known in violated or (high is not None and high - low + 1 < _FEWEST)
+        return None if few and violated else (low, high)
+
+    def independent(self, ranges: Mapping[str, Range]) -> bool:
+        """Whether all combinations of sizes within these ranges pass, as far as samples tell."""
+        def within(name: str) -> Sequence[int]:
+            low, high = ranges[name]
+            return [s for s in _FEW_SAMPLES if s >= low and (high is None or s <= high)]
+
+        if len(ranges) < 2:
+            return True
+        first, second = list(ranges)[:2]
+        return all(
+            self._hold({**self.example, first: a, second: b})
+            for a in within(first) for b in within(second)
+        )
+
+    def _hold(self, sizes: Mapping[str, int]) -> bool:
+        return all(_holds(condition, sizes) for condition in self.conditions)
 
 
-def _holds(guard: str, length: int) -> bool:
+def _not_one(text: str) -> str | None:
+    """The size that a condition says is not 1, and says no more."""
+    found = re.fullmatch(r"1 != (\w+)|(\w+) != 1", text)
+    return None if found is None else found[1] or found[2]
+
+
+def _asked_by_the_user(
+    exported: ExportedProgram, names: Mapping[str, str]
+) -> dict[str, SourceLocation]:
+    """The sizes of which the model's own code asks whether they are 1, and where it does.
+
+    torch asks that as well, of what may be broadcast, and computes the same in either case.
+    """
+    asked: dict[str, SourceLocation] = {}
+    for node in exported.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if node.op == "placeholder" and mode is not None and mode.shape_env is not None:
+            env = mode.shape_env
+            break
+    else:
+        return asked
+    for guard in env.guards:
+        if not isinstance(guard.expr, sympy.Ne | sympy.Eq) or 1 not in guard.expr.args:
+            continue
+        frame = guard.sloc.framework_loc
+        if not _in_torch(frame):
+            line = SourceLocation(getattr(frame, "filename", ""), getattr(frame, "lineno", 0) or 0)
+            for free in guard.expr.free_symbols:
+                for source in env.var_to_sources.get(free, ()):
+                    asked.setdefault(names.get(_name(source), ""), line)
+    return asked
+
+
+def _name(source: Any) -> str:
+    return source.name() if callable(source.name) else source.name
+
+
+def _in_torch(frame: Any) -> bool:
+    return str(getattr(frame, "filename", "")).startswith(str(Path(torch.__file__).parent))
+
+
+def _holds(guard: CodeType, sizes: Mapping[str, int]) -> bool:
     """Whether a guard of torch's own making holds; one that cannot be read does not."""
     try:
-        return bool(eval(guard, {"__builtins__": {}}, {**_NAMES, "s": length}))
+        return bool(eval(guard, {"__builtins__": {}}, {**_NAMES, **sizes}))
     except Exception:
         return False

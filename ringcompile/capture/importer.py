@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ringcompile.capture.flat_call import FlatCall, own_name
 from ringcompile.capture.source_lines import location_of
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import SEQUENCE, from_torch, symbol
+from ringcompile.ir.expr import from_torch
 from ringcompile.ir.program import Input, Program, Weight, WeightSource
 from ringcompile.ir.types import TensorType
 
@@ -33,36 +34,14 @@ class Importer:
 
     exported: ExportedProgram
     call: FlatCall
+    symbols: Mapping[str, sympy.Symbol]
 
     def __post_init__(self) -> None:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
-        self.symbols = self._name_symbols()
         self.inputs: list[Input] = []
         self.placeholders: dict[str, str] = {}
         self.weights: dict[str, Weight] = {}
-
-    def _name_symbols(self) -> dict[str, sympy.Symbol]:
-        """Torch's symbols for input sizes: all were one length in the example, so all are `s`."""
-        return {
-            free.name: symbol(SEQUENCE)
-            for node in self._user_inputs()
-            for size in node.meta["val"].shape
-            if isinstance(size, torch.SymInt)
-            for free in size.node.expr.free_symbols
-        }
-
-    def _user_inputs(self) -> list[fx.Node]:
-        names = {
-            spec.arg.name: spec
-            for spec in self.exported.graph_signature.input_specs
-            if spec.kind is InputKind.USER_INPUT
-        }
-        return [
-            node
-            for node in self.exported.graph.nodes
-            if node.op == "placeholder" and node.name in names and torch.is_tensor(node.meta["val"])
-        ]
 
     def program(self, name: str) -> Program:
         """The graph as a program, without a range of lengths."""

@@ -73,11 +73,16 @@ def location_of(node: fx.Node) -> SourceLocation:
     return SourceLocation(frame.file, frame.line, layer)
 
 
+def line_of_stack(frames: Sequence[traceback.FrameSummary]) -> SourceLocation | None:
+    """The user's line of a stack, outermost frame first; None where no code of theirs runs."""
+    inside = _inside_the_model(frames)
+    frame = _user_line(Frame(f.filename, f.lineno or 0, f.name) for f in inside)
+    return SourceLocation(frame.file, frame.line) if frame else None
+
+
 def location_of_error(error: BaseException) -> SourceLocation | None:
     """The user's line at which an exception was raised; None where no code of theirs ran."""
-    frames = _inside_the_model(traceback.extract_tb(error.__traceback__))
-    frame = _user_line(Frame(f.filename, f.lineno or 0, f.name) for f in frames)
-    return SourceLocation(frame.file, frame.line) if frame else None
+    return line_of_stack(traceback.extract_tb(error.__traceback__))
 
 
 def _line_of_trace(stack_trace: str | None) -> Frame | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ringcompile.cost import simulate as simulation
     from ringcompile.cost import timeline
     from ringcompile.ir import expr
-    from ringcompile.runtime import join, launcher
+    from ringcompile.runtime import batches, join, launcher
     from ringcompile.runtime.distributed import Stats
 else:
     torch = Later("torch")
@@ -36,6 +36,7 @@ else:
     simulation = Later("ringcompile.cost.simulate")
     timeline = Later("ringcompile.cost.timeline")
     expr = Later("ringcompile.ir.expr")
+    batches = Later("ringcompile.runtime.batches")
     join = Later("ringcompile.runtime.join")
     launcher = Later("ringcompile.runtime.launcher")
 
@@ -47,7 +48,7 @@ _PERCENTILES = (10, 50, 90, 99)
 @click.option("--seq", type=click.IntRange(1), default=1024, show_default=True,
               help="Tokens of a sequence, if the artifact serves any length.")
 @click.option("--batch", type=click.IntRange(1),
-              help="Sequences of a step; with dp or pp a multiple of the captured batch.")
+              help="Sequences of a step; by default one for each replica.")
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--warm-up", type=click.IntRange(0), default=2, show_default=True,
               help="Steps that are not counted.")
@@ -78,19 +79,12 @@ def bench(
     """
     made = compiler.load(out)
     length = made.program.lengths.get(expr.SEQUENCE, seq)
-    least = made.program.batch * made.mesh.size("dp")
-    batch = batch or least
-    if batch % least:
-        replicas = f" for each of {made.mesh.size('dp')} replicas" if made.mesh.has("dp") else ""
-        raise RingCompileError(
-            f"a batch of {batch} is no multiple of {least}: the captured one{replicas}"
-        )
-    count = batch // least
-    predicted = _predicted(made, cluster, length, count, batch * length)
-    inputs = {
-        name: torch.cat([tensor] * count) if tensor.dim() > 1 else tensor
-        for name, tensor in execution.random_inputs(made.program, length).items()
-    }
+    fixed = made.program.batch if isinstance(made.program.batch, int) else None
+    if fixed is not None and batch not in (None, fixed):
+        raise RingCompileError(f"'{out}' is for a batch of {fixed}, --batch asks for {batch}")
+    batch = fixed or batch or max(made.mesh.size("dp"), made.program.batch_range[0])
+    predicted = _predicted(made, cluster, length, batch)
+    inputs = execution.random_inputs(made.program, length, batch)
     picked = join.pick_backend(backend, made.world_size)
     with CONSOLE.status(f"running {made.world_size} ranks"):
         options: dict[str, Any] = {"backend": picked, "threads": threads, "timeout": timeout}
@@ -141,13 +135,15 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def _predicted(
-    made: compiler.ParallelProgram, cluster: str | None, length: int, count: int, tokens: int
+    made: compiler.ParallelProgram, cluster: str | None, length: int, batch: int
 ) -> dict[str, Any]:
-    """The same quantities by the cost model, of so many microbatches.
+    """The same quantities by the cost model.
 
     Where no cluster is named, the table of a CPU is tried, and what it lacks is said.
     """
-    costs = [ranks_cost.cost_of(program, length) for program in made.ranks()]
+    count, each = batches.runs_of(made.program, batch)
+    costs = [ranks_cost.cost_of(program, length, each) for program in made.ranks()]
+    tokens = length * batch
     try:
         hardware = load_cluster(cluster or "cpu").sized(made.world_size)
         found = simulation.simulate(costs, hardware, timeline.How(count))

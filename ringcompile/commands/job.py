@@ -145,14 +145,15 @@ def described(
 ) -> dict[str, str]:
     """A line for each output, from what the ranks counted and added up."""
     program = parallel.rank(parallel.world_size - 1)
-    hands = deal(program, inputs).hands
-    lengths, times = program.bindings(dict(hands[0][0])), sum(map(len, hands))
+    lengths = deal(program, inputs).lengths
     found = combined(program, everyones)
     return {
-        name: _line(str(type_of(node).dtype), shape_of(
-            program, type_of(node), lengths, times, keep.last), summary)
-        for name, node, summary in zip(
-            output_names(program), program.outputs, found, strict=True)
+        name: _line(
+            str(type_of(node).dtype), shape_of(program, i, lengths, keep.last), summary
+        )
+        for i, (name, node, summary) in enumerate(
+            zip(output_names(program), program.outputs, found, strict=True)
+        )
     }
 
 

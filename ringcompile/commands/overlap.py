@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ringcompile.cost.hardware import load_cluster
-from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import NONE, OVERLAPS
 
 if TYPE_CHECKING:
-    from ringcompile import compiler
     from ringcompile.cost import node_times
     from ringcompile.ir.program import Program
     from ringcompile.passes import schedule
 else:
-    compiler = Later("ringcompile.compiler")
     node_times = Later("ringcompile.cost.node_times")
     schedule = Later("ringcompile.passes.schedule")
 
@@ -62,23 +59,3 @@ def schedule_for(
     taken = length or max(low, min(NOMINAL_LENGTH, high or NOMINAL_LENGTH))
     times = node_times.node_times(load_cluster(cluster).sized(mesh.world_size), taken)
     return schedule.Schedule(times)
-
-
-def halved(whole: Program, capture_at: Callable[[int], Program], batch: int, how: str) -> Program:
-    """A program that computes the halves of a batch apart.
-
-    Args:
-        whole: the model captured with the whole batch.
-        capture_at: captures it with another one.
-        batch: the whole batch.
-        how: the capacity mode; "local" lets each half count alone.
-
-    Raises:
-        RingCompileError: the batch has no halves, or its sequences are mixed in the model.
-    """
-    if batch % 2:
-        raise RingCompileError(
-            f"a batch of {batch} has no two halves", hint="pass an even --batch with --overlap "
-            "halves"
-        )
-    return compiler.in_halves(whole, capture_at(batch // 2), how)

@@ -76,7 +76,10 @@ def prompt_inputs(program: Program, tokenizer: Any, text: str) -> dict[str, torc
     if not ids:
         raise RingCompileError("the prompt has no tokens")
     replicas = program.mesh.size("dp") if program.mesh is not None else 1
-    tokens = torch.tensor([ids] * (program.batch * replicas))
+    batch = program.batch if isinstance(program.batch, int) else max(
+        replicas, program.batch_range[0]
+    )
+    tokens = torch.tensor([ids] * batch)
     known = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),

@@ -43,6 +43,8 @@ else:
 @CLUSTER
 @click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, if the artifact serves "
               "any length; by default 16384.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
+              help="Sequences that each replica runs at a time.")
 @click.option("--microbatches", type=click.IntRange(1), default=1, show_default=True,
               help="How often every rank repeats its program, one behind the other.")
 @EAGER
@@ -55,6 +57,7 @@ def simulate(
     out: Path,
     cluster: str,
     seq: int | None,
+    batch: int,
     microbatches: int,
     eager: bool,
     deferred: bool,
@@ -67,13 +70,16 @@ def simulate(
     length = made.program.lengths.get(expr.SEQUENCE) or seq or 16384
     if seq is not None and seq != length:
         raise RingCompileError(f"'{out}' is for {length} tokens, --seq asks for {seq}")
+    batch = max(batch, made.program.batch_range[0])
+    if isinstance(made.program.batch, int):
+        batch = made.program.batch
     with CONSOLE.status(f"simulating {made.world_size} ranks"):
-        costs = [ranks.cost_of(program, length) for program in made.ranks()]
+        costs = [ranks.cost_of(program, length, batch) for program in made.ranks()]
         found = simulation.simulate(costs, hardware, timeline.How(microbatches, eager, deferred))
     if trace is not None:
         _write(trace, traces.to_trace(found.timeline, f"{out.name}: {made.mesh}, {length} tokens"))
-    batch = made.program.batch * made.mesh.size("dp")  # of all replicas, in one microbatch
-    facts = _facts(made, hardware, length, batch, found)
+    # Of all replicas, in one microbatch.
+    facts = _facts(made, hardware, length, batch * made.mesh.size("dp"), found)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ringcompile.commands.options import BATCH, CONSOLE, DTYPE, JSON, PARALLEL, compile_options
-from ringcompile.commands.overlap import halved, overlap_options, schedule_for
+from ringcompile.commands.overlap import overlap_options, schedule_for
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
@@ -81,10 +81,7 @@ def transform(
     with CONSOLE.status("capturing"):
         program = export.capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
         if overlap == HALVES:
-            program = halved(
-                program, lambda half: _captured_at(half, loaded, model, options.length, dtype),
-                batch, options.capacity,
-            )
+            program = compiler.in_halves(program, options.capacity)
     told = None if plan is None else plans.read_plan(plan, program, mesh)
     if passes is not None:
         every = compiler.front_passes(
@@ -113,14 +110,6 @@ def transform(
         for name, spent in seconds.items():
             click.echo(f"{name:16} {spent:8.3f} s", err=True)
     _print_summary(out, made, as_json)
-
-
-def _captured_at(
-    batch: int, loaded: loaders.LoadedModel, model: str, seq: int | None, dtype: str | None
-) -> Program:
-    """The same module over example inputs of another batch; weights are not loaded again."""
-    other = loaders.load_model(model, batch=batch, length=seq, dtype=dtype, weights=":" in model)
-    return export.capture(loaded.module, other.args, other.kwargs, name=loaded.name)
 
 
 def _run_passes(

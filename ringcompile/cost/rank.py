@@ -137,17 +137,20 @@ def sent_by(step: Step) -> int:
     return 0
 
 
-def cost_of(program: Program, length: int | None = None) -> RankCost:
+def cost_of(
+    program: Program, length: int | None = None, batch: int | None = None
+) -> RankCost:
     """Compute the cost of a rank's program from its graph.
 
     Args:
         program: of one rank.
         length: of the whole sequence; None where the program fixes it.
+        batch: sequences that the program runs at a time; None for the fewest.
 
     Raises:
         RingCompileError: the length does not fit the program, or an op is not known.
     """
-    values = Values(program, bind_lengths(program, length))
+    values = Values(program, bind_lengths(program, length, batch))
     assert program.coordinates is not None
     mesh = program.mesh or Mesh(())
     rank = mesh.rank(program.coordinates)

@@ -18,7 +18,7 @@ from ringcompile.cost.kinds import is_elementwise, looks_at
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.communication import DISPATCH
-from ringcompile.ir.expr import OWN, SEQUENCE, Size, bind, is_symbolic
+from ringcompile.ir.expr import BATCH, FIRST, OWN, PART, SEQUENCE, Size, bind, is_symbolic
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
@@ -28,12 +28,15 @@ Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 _MERGES = frozenset({"ringcompile.merge.default", "ringcompile.attend_merge.default"})
 
 
-def bind_lengths(program: Program, length: int | None) -> dict[str, int]:
+def bind_lengths(
+    program: Program, length: int | None, batch: int | None = None
+) -> dict[str, int]:
     """The values of all size symbols of a rank's program for a sequence length.
 
     Args:
         program: of one rank, or of a single device.
         length: of the whole sequence; None where the program fixes it.
+        batch: sequences that the program runs at a time; None for the fewest.
 
     Raises:
         RingCompileError: the program needs a length and none is given, or it is fixed to another.
@@ -42,6 +45,8 @@ def bind_lengths(program: Program, length: int | None) -> dict[str, int]:
     if fixed is not None and length not in (None, fixed):
         raise RingCompileError(f"the program is for {fixed} tokens, {length} are asked for")
     known = {SEQUENCE: length} if length is not None else dict(program.lengths)
+    sequences = max(batch or 1, program.batch_range[0])
+    known |= {BATCH: sequences, PART: sequences, FIRST: 0}
     low, high = program.length_range
     if length is not None and (length < low or (high is not None and length > high)):
         raise RingCompileError(

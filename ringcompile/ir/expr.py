@@ -1,7 +1,8 @@
 """Sizes, offsets and mesh coordinates as integer expressions.
 
 A graph's arguments hold numbers that are known (an int) or not known yet (a sympy expression): the
-global sequence length `s`, the length `n` of one rank's share, a mesh coordinate such as `ring`.
+global sequence length `s`, the length `n` of one rank's share, the sequences `b` of the whole batch
+and `k` of one part of it, a mesh coordinate such as `ring`.
 `bind` fills symbols in; what remains symbolic stays symbolic. Expressions are written to files as
 text and read back by a small parser that knows five functions and never evaluates anything.
 """
@@ -61,7 +62,9 @@ _FROM_TORCH: dict[Any, Callable[..., Any]] = {
 
 @lru_cache
 def symbol(name: str) -> sympy.Symbol:
-    """The positive integer symbol of that name."""
+    """The positive integer symbol of that name; the first of some sequences may be number 0."""
+    if name == FIRST:
+        return sympy.Symbol(name, integer=True, nonnegative=True)
     return sympy.Symbol(name, integer=True, positive=True)
 
 
@@ -125,6 +128,11 @@ def bind(value: Size, values: Mapping[str, int]) -> Size:
     if isinstance(value, int):
         return value
     return _bind(value, tuple(sorted(values.items())))
+
+
+def bind_to(value: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression with other expressions in place of symbols; anything else as it is."""
+    return simplify(value.xreplace(dict(values))) if is_symbolic(value) else value
 
 
 def divide(a: Size, b: Size) -> Size | None:
@@ -194,7 +202,7 @@ def _build(node: ast.AST) -> Any:
     match node:
         case ast.Constant(value=int() as number) if not isinstance(number, bool):
             return sympy.Integer(number)
-        case ast.Name(id=name) if name in _SIZE_NAMES:
+        case ast.Name(id=name) if name in SIZE_NAMES:
             return symbol(name)
         case ast.Name(id=name) if name in AXES:
             return coordinate(name)
@@ -219,9 +227,14 @@ def _build(node: ast.AST) -> Any:
 _MAX_POWER = 8
 _TOO_LARGE = 2**63
 
-# Lengths have these names; the only other ones in an expression are mesh axes, for coordinates.
+# Sizes have these names; the only other ones in an expression are mesh axes, for coordinates.
 SEQUENCE = "s"
 LOCAL = "n"
 OWN = "m"
-_SIZE_NAMES = frozenset({SEQUENCE, LOCAL, OWN})
+BATCH = "b"
+PART = "k"
+FIRST = "k0"
+# The axis of layouts along the batch; a part is what one replica runs at a time.
+PART_AXIS = "part"
+SIZE_NAMES = frozenset({SEQUENCE, LOCAL, OWN, BATCH, PART, FIRST})
 _UNBACKED = re.compile(r"u\d{1,6}")

@@ -98,6 +98,18 @@ def _lengths(program: Program) -> _Entries:
         )
 
 
+def _batches(program: Program) -> _Entries:
+    used = _symbols(program)
+    low, high = program.batch_range
+    allowed = f"{low} to {high}" if high is not None else f"at least {low}"
+    if expr.BATCH in used:
+        yield _term(program, expr.BATCH), f"sequences of the whole batch, {allowed}"
+    if expr.PART in used:
+        yield expr.PART, "sequences of one part of the batch: a replica's, or a microbatch's"
+    if expr.FIRST in used:
+        yield expr.FIRST, "number in the batch of the first sequence of this part"
+
+
 def _own_sizes(program: Program) -> _Entries:
     used = _symbols(program)
     if expr.OWN in used:
@@ -207,8 +219,8 @@ def _notes(program: Program) -> _Entries:
 
 
 _ENTRIES = (
-    _lengths, _own_sizes, _split_dims, _axes, _chunks, _transfers, _attention, _experts, _weights,
-    _lines, _notes,
+    _lengths, _batches, _own_sizes, _split_dims, _axes, _chunks, _transfers, _attention, _experts,
+    _weights, _lines, _notes,
 )
 
 

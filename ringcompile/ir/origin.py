@@ -66,7 +66,9 @@ _PARTS: dict[str, Callable[[Program], Any]] = {
     "takes inputs at": lambda program: program.placeholders,
     "takes the weights": lambda program: program.weights,
     "returns outputs nested as": lambda program: program.output_structure,
-    "has a batch that is fixed:": lambda program: program.fixed_batch,
+    "serves the batches": lambda program: program.batch_range,
+    "returns for the whole batch": lambda program: program.returns,
+    "runs microbatches": lambda program: program.microbatches,
 }
 
 

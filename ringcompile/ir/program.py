@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
-from ringcompile.ir.expr import SEQUENCE, Size, bind
+from ringcompile.ir.expr import BATCH, SEQUENCE, Size, bind, symbol
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
@@ -107,6 +107,11 @@ class Program:
         output_structure: how the flat outputs are nested for the caller.
         source: where the data of weights comes from, when something needs it.
         length_range: smallest and largest sequence length the captured code is valid for.
+        batch_range: the same of the number of sequences in a batch.
+        returns: where the program is for a part of a batch, the outputs' types with their layouts
+            along the batch; placeholders that come in parts have `k` sequences.
+        microbatches: in how many parts each replica runs its share of a batch; None leaves it to
+            the batch.
         mesh, sequence: the parallel plan, once `place` has run.
         coordinates: this rank's place on the mesh, once `specialize` has run.
         passes: the passes that ran, in order.
@@ -115,8 +120,6 @@ class Program:
         lengths: symbols whose value is fixed.
         tp_plan: what the model says of how its layers split, by pattern of layer names.
         state: placeholder name -> the kind of state, of a program with a cache: see `ir/state.py`.
-        fixed_batch: sequences of a batch change each other's results, so that none other than the
-            captured one can be dealt out.
         from_file: it was read from a file, which may ask for anything.
         captured: the program that this one was made from, as it was before any pass.
     """
@@ -127,6 +130,9 @@ class Program:
     weights: dict[str, Weight]
     output_structure: Structure
     length_range: tuple[int, int | None] = (2, None)
+    batch_range: tuple[int, int | None] = (1, None)
+    returns: tuple[TensorType, ...] = ()
+    microbatches: int | None = None
     name: str = "model"
     source: WeightSource | None = None
     mesh: Mesh | None = None
@@ -138,7 +144,6 @@ class Program:
     lengths: dict[str, int] = field(default_factory=dict)
     tp_plan: dict[str, str] = field(default_factory=dict)
     state: dict[str, str] = field(default_factory=dict)
-    fixed_batch: bool = False
     from_file: bool = False
     captured: Program | None = field(default=None, repr=False, compare=False)
 
@@ -150,9 +155,11 @@ class Program:
         return replace(self, graph=graph, **changes)
 
     @property
-    def batch(self) -> int:
-        """The sequences of the captured batch: the first dim of what the caller passes."""
-        shapes = (spec.type.shape for spec in self.inputs)
+    def batch(self) -> Size:
+        """The sequences of a batch: `b`, or where that is fixed, the first dim of the inputs."""
+        shapes = [spec.type.shape for spec in self.inputs]
+        if any(size == symbol(BATCH) for shape in shapes for size in shape):
+            return symbol(BATCH)
         sizes = [shape[0] for shape in shapes if len(shape) > 1 and isinstance(shape[0], int)]
         return max(sizes, default=1)
 
@@ -198,6 +205,18 @@ class Program:
                 f"sequence length {length} is outside {low}..{high if high is not None else ''}",
                 hint="the model's own code fixes this range (a position table, or a guard)",
             )
+        low, high = self.batch_range
+        batch = lengths.get(BATCH)
+        if batch is not None and (batch < low or (high is not None and batch > high)):
+            raise RingCompileError(
+                f"a batch of {batch} is outside {low}..{high if high is not None else ''}",
+                hint="the model's own code fixes this range",
+            )
+        if batch is not None and batch % 2 and "halves" in self.passes:
+            raise RingCompileError(
+                f"a batch of {batch} has no two halves",
+                hint="pass an even batch, or compile without --overlap halves",
+            )
         if self.sequence is not None:
             lengths.update(self.sequence.bindings(length))
         return lengths
@@ -213,5 +232,6 @@ def _match(
         raise RingCompileError(
             f"input '{name}' has shape {shape}, the program takes {expected}"
             + (f" with {lengths}" if lengths else ""),
-            hint="lengths may change from run to run; other sizes are fixed at capture",
+            hint="batch and length may change from run to run, other sizes are fixed at capture; "
+            "capture(..., dims=...) says which dims vary where shapes alone do not",
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ringcompile.ir.expr import SEQUENCE, bind
+from ringcompile.ir.expr import BATCH, SEQUENCE, bind
 from ringcompile.ir.program import Input, Program
 from ringcompile.numerics.roles import INDEX, MASK, NUMBERS, PAIRS, POSITIONS, Role
 
@@ -52,15 +52,16 @@ def draw_inputs(
         program: says which inputs there are.
         roles: of its inputs.
         draw: length and seed.
-        replicas: the captured batch is drawn so often.
+        replicas: one sequence is drawn for each, and one more.
         shares: into how many parts ranks divide a vocabulary.
     """
     generator = torch.Generator().manual_seed(draw.seed)
     found = {}
+    low, high = program.batch_range
+    batch = max(low, replicas, min(replicas + 1, high or replicas + 1))
+    known = {SEQUENCE: draw.length, BATCH: batch}
     for spec in program.inputs:
-        shape = [int(bind(size, {SEQUENCE: draw.length})) for size in spec.type.shape]
-        if len(shape) > 1:
-            shape[0] *= replicas
+        shape = [int(bind(size, known)) for size in spec.type.shape]
         role = roles[spec.name]
         values = _DRAWN.get(role.kind, _small)(spec, shape, role, draw, generator)
         if role.kind == INDEX:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
@@ -42,11 +41,7 @@ class Reference:
         return [node for node, seen in self.outcomes.items() if len(seen) < 2]
 
     def run(self, inputs: Inputs, source: WeightSource | None) -> Any:
-        """The outputs, nested; a batch larger than the captured one goes through in parts."""
-        parts = [self._part(part, source) for part in self._parts(inputs)]
-        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
-
-    def _part(self, inputs: Inputs, source: WeightSource | None) -> Any:
+        """The outputs, nested."""
         program = self.program
         executor = Executor(program, program.bindings(dict(inputs)), watch=self._watch)
         values = read_weights(program, source)
@@ -60,19 +55,6 @@ class Reference:
         if len(self.outcomes.get(node, (True, False))) < 2 and result.numel():
             self.outcomes[node] |= {bool(result.any()), bool(result.all())}
         return result
-
-    def _parts(self, inputs: Inputs) -> list[dict[str, torch.Tensor]]:
-        sizes = {spec.name: spec.type.shape for spec in self.program.inputs}
-        times = {
-            name: x.shape[0] // sizes[name][0]
-            if x.dim() > 1 and isinstance(sizes[name][0], int) else 1
-            for name, x in inputs.items()
-        }
-        count = max(times.values(), default=1)
-        return [
-            {name: x.chunk(count)[i] if times[name] > 1 else x for name, x in inputs.items()}
-            for i in range(count)
-        ]
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class _Carrier:
         type_ = type_of(node)
         new = self.builder.placeholder(node.name, self._type(type_))
         if node.name in self.program.placeholders and TIME not in type_.layout.axes:
-            long = [size for size in type_.shape if is_symbolic(size)]
+            long = [size for size in type_.shape if _of_tokens(size)]
             if len(long) > 1:
                 raise RingCompileError(
                     f"input '{self.program.placeholders[node.name]}' holds pairs of tokens: "
@@ -180,8 +180,8 @@ class _Carrier:
         return new
 
     def _output(self, node: fx.Node) -> fx.Node:
-        if any(is_symbolic(size) for size in type_of(self.builder.env[node]).shape) or not any(
-            is_symbolic(size) for size in type_of(node).shape
+        if any(map(_of_tokens, type_of(self.builder.env[node]).shape)) or not any(
+            map(_of_tokens, type_of(node).shape)
         ):
             return self.builder.env[node]
         raise error_at(node, "an output is made of positions alone, for the whole sequence",
@@ -394,6 +394,13 @@ class _Carrier:
                 "position over keys of another length",
             )
         return self._call(node)
+
+
+def _of_tokens(size: Size) -> bool:
+    """Whether a size grows with the sequence."""
+    return is_symbolic(size) and not {_NEW, symbol(LOCAL), symbol(OWN)}.isdisjoint(
+        size.free_symbols
+    )
 
 
 def _check_length(program: Program, capacity: int) -> None:

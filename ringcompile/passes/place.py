@@ -168,8 +168,11 @@ def _sequence_length(program: Program) -> Size | None:
             if equal(queries, keys):
                 lengths[queries] += 1
     if not lengths:
-        fixed = not any(is_symbolic(size) for spec in program.inputs for size in spec.type.shape)
-        return None if fixed else symbol(SEQUENCE)
+        varies = any(
+            is_symbolic(size) and symbol(SEQUENCE) in size.free_symbols
+            for spec in program.inputs for size in spec.type.shape
+        )
+        return symbol(SEQUENCE) if varies else None
     return max(lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)))
 
 

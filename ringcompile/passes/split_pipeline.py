@@ -17,7 +17,7 @@ from torch import fx
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import COMMUNICATION
-from ringcompile.ir.expr import SEQUENCE, Size, bind, product
+from ringcompile.ir.expr import BATCH, PART, SEQUENCE, Size, bind, product
 from ringcompile.ir.nodes import location_of, results_of, type_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program
@@ -160,7 +160,7 @@ _WITHOUT_RANKS = {"ringcompile.ring_attention.default": "ringcompile.attention.d
 
 
 def _number(size: Size) -> float:
-    known: Any = bind(size, {SEQUENCE: _NOMINAL_LENGTH})
+    known: Any = bind(size, {SEQUENCE: _NOMINAL_LENGTH, BATCH: 1, PART: 1})
     if isinstance(known, int):
         return float(known)
     return float(known.xreplace(dict.fromkeys(known.free_symbols, _NOMINAL_LENGTH)))

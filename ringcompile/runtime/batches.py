@@ -1,116 +1,160 @@
-"""Batches larger than the captured one: dealt to replicas (`dp`), to a pipeline in microbatches.
+"""A batch dealt out in parts: to replicas (`dp`), and to a pipeline in microbatches.
 
-A program is compiled for the batch that the model was captured with. A mesh with `dp` or `pp` takes
-any multiple of it: every replica gets as many rows, and runs them in microbatches of the captured
-size, in order, so that the stages of a pipeline work on different ones at the same time.
+Which dims of inputs and outputs belong to the batch is in their types: a placeholder that comes in
+parts has `k` sequences, and `Program.returns` holds the layout of every output. Parts are as even
+as can be: of five sequences, two replicas get three and two. Every replica runs the same number of
+microbatches, in order, so that the stages of a pipeline work on different ones at the same time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.expr import BATCH, FIRST, PART, bind, symbol
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
-from ringcompile.runtime.data import assemble_outputs, by_replica
+from ringcompile.ir.types import TensorType
+from ringcompile.runtime.data import assembled, by_replica
 
 Inputs = dict[str, torch.Tensor]
+# So many microbatches for each stage, if there are as many sequences: stages idle for a fifth.
+_PER_STAGE = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one replica runs at a time.
+
+    Attributes:
+        count: of how many sequences; 0 where the batch is not dealt out.
+        first: the number of the first of them.
+        lengths: of the run, with these two.
+    """
+
+    count: int
+    first: int
+    lengths: dict[str, int]
+
+    def needed(self, numbered: bool) -> dict[str, int]:
+        """The lengths that a program needs: most do not depend on which sequences these are.
+
+        Args:
+            numbered: from `uses_numbers`.
+        """
+        if numbered:
+            return self.lengths
+        return {name: value for name, value in self.lengths.items() if name != FIRST}
 
 
 @dataclass(frozen=True)
 class Deal:
-    """Whole inputs, dealt.
+    """A batch, dealt.
 
     Attributes:
+        lengths: of the run, the batch included.
         hands: for each replica its microbatches, in order.
     """
 
-    hands: tuple[tuple[Inputs, ...], ...]
+    lengths: dict[str, int]
+    hands: tuple[tuple[Part, ...], ...]
 
-    def of(self, program: Program) -> tuple[Inputs, ...]:
+    def of(self, program: Program) -> tuple[Part, ...]:
         """The microbatches of the replica that a rank's program belongs to."""
         return self.hands[(program.coordinates or {}).get("dp", 0)]
 
 
 def deal(program: Program, inputs: Mapping[str, torch.Tensor]) -> Deal:
-    """Deal whole inputs out.
+    """Deal a batch out.
 
     Args:
         program: any rank's program.
-        inputs: by name; those with a batch dim of a multiple of the captured size are dealt, others
-            are the same for all.
+        inputs: whole inputs by name.
 
     Raises:
-        RingCompileError: the batch is no multiple, or not one for all inputs, or does not divide
-            over `dp`.
+        RingCompileError: inputs that do not fit the program, or fewer sequences than replicas.
     """
+    lengths = program.bindings(dict(inputs))
     mesh = program.mesh
     replicas = mesh.size("dp") if mesh is not None else 1
-    if mesh is None or replicas * mesh.size("pp") == 1:
-        return Deal(((dict(inputs),),))
-    times = {name: _times(program, name, tensor) for name, tensor in inputs.items()}
-    counts = {count for count in times.values() if count > 1}
-    if len(counts) > 1:
+    if mesh is None or not program.returns:
+        return Deal(lengths, ((Part(0, 0, lengths),),) * replicas)
+    batch = lengths[BATCH]
+    if batch < replicas:
         raise RingCompileError(
-            f"inputs differ in their batch: {', '.join(f'{n}: {t}' for n, t in times.items())} "
-            "times the captured one"
+            f"a batch of {batch} is too small for dp={replicas}",
+            hint=f"pass at least {replicas} sequences, one for each replica",
         )
-    count = counts.pop() if counts else 1
-    _check_dealt(program, inputs, count)
-    if count % replicas:
-        raise RingCompileError(
-            f"a batch of {count} times the captured one does not divide over dp={replicas}",
-            hint=f"pass a multiple of {replicas} times the captured batch",
-        )
+    runs = num_microbatches(program, batch)
+    firsts = [i * batch // (replicas * runs) for i in range(replicas * runs + 1)]
     parts = [
-        {name: tensor.chunk(count)[i] if times[name] > 1 else tensor
-         for name, tensor in inputs.items()}
-        for i in range(count)
+        Part(end - first, first, {**lengths, PART: end - first, FIRST: first})
+        for first, end in pairwise(firsts)
     ]
-    each = count // replicas
-    return Deal(tuple(tuple(parts[i * each : (i + 1) * each]) for i in range(replicas)))
+    return Deal(
+        lengths, tuple(tuple(parts[i * runs : (i + 1) * runs]) for i in range(replicas))
+    )
 
 
-def _check_dealt(program: Program, inputs: Mapping[str, torch.Tensor], count: int) -> None:
-    """Raise RingCompileError where rows would be paired with those of another sequence."""
-    if count > 1 and program.fixed_batch:
-        raise RingCompileError(
-            f"a batch of {count} times the captured one cannot be dealt out: the model's sequences "
-            "change each other's results",
-            hint=f"pass {program.batch} sequences, as captured",
-        )
-    for spec in program.inputs:
-        shape = spec.type.shape
-        rows = inputs[spec.name].shape[:1]
-        if len(shape) > 1 and shape[0] == program.batch > 1 and rows != (count * program.batch,):
-            raise RingCompileError(
-                f"input '{spec.name}' has shape {list(inputs[spec.name].shape)}, others have "
-                f"{count * program.batch} sequences",
-                hint="pass the same sequences in all inputs",
-            )
+def num_microbatches(program: Program, batch: int) -> int:
+    """In how many parts each replica of a program runs its share of a batch.
 
-
-def _times(program: Program, name: str, tensor: torch.Tensor) -> int:
-    """How many captured batches an input holds; 1 where its first dim is as captured, or no batch.
-
-    What does not fit is left to `Program.bindings` to refuse.
+    As many as the program was compiled for, if it was; else one for each sequence, up to four for
+    each stage of a pipeline.
     """
-    shape = next(spec.type.shape for spec in program.inputs if spec.name == name)
-    if not shape or tensor.dim() != len(shape) or not isinstance(shape[0], int) or not shape[0]:
+    mesh = program.mesh
+    assert mesh is not None
+    if program.state:  # a cache holds all sequences of a replica
         return 1
-    times, rest = divmod(tensor.shape[0], shape[0])
-    return 1 if rest or len(shape) < 2 else max(times, 1)
+    stages = mesh.size("pp")
+    wanted = program.microbatches or (_PER_STAGE * stages if stages > 1 else 1)
+    return max(1, min(batch // mesh.size("dp"), wanted))
+
+
+def runs_of(program: Program, batch: int) -> tuple[int, int]:
+    """How many microbatches each replica runs of a batch, and how many sequences the largest has.
+
+    Args:
+        program: any rank's program.
+        batch: sequences of all replicas together.
+    """
+    if not program.returns or program.mesh is None:
+        return 1, batch
+    count = num_microbatches(program, batch)
+    return count, -(-batch // (count * program.mesh.size("dp")))
+
+
+def uses_numbers(program: Program) -> bool:
+    """Whether a program depends on which sequences of the batch its part has."""
+    return any(
+        symbol(FIRST) in getattr(value, "free_symbols", ())
+        for node in program.graph.nodes
+        for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+    )
+
+
+def part_of(program: Program, inputs: Mapping[str, torch.Tensor], part: Part) -> Inputs:
+    """What a part has of whole inputs, by placeholder name."""
+    types = {n.name: type_of(n) for n in program.graph.nodes if n.op == "placeholder"}
+    taken = {}
+    for placeholder, name in program.placeholders.items():
+        tensor, shape = inputs[name], types[placeholder].shape
+        for dim, size in enumerate(shape):
+            if size == symbol(PART):
+                tensor = tensor.narrow(dim, part.first, part.count)
+        taken[placeholder] = tensor
+    return taken
 
 
 def whole_outputs(
     program: Program,
     everyones: Sequence[Sequence[Sequence[torch.Tensor]]],
-    lengths: dict[str, int],
+    dealt: Deal,
     last: int | None = None,
 ) -> Any:
     """The outputs for the whole batch, nested as the model returns them.
@@ -118,35 +162,47 @@ def whole_outputs(
     Args:
         program: that of the last rank, which is one of the last stage.
         everyones: for each rank, of each of its microbatches, its share of every output.
-        lengths: of the run.
+        dealt: of the run.
         last: the number of last positions that were kept; None for all.
-
-    Raises:
-        RingCompileError: there are several microbatches, and an output has no batch dim.
     """
     mesh = program.mesh
     assert mesh is not None
     made = [
-        assemble_outputs(program, [runs[i] for runs in replica], lengths, last)
-        for replica in by_replica(mesh, everyones)
-        for i in range(len(replica[0]))
+        assembled(program, [runs[i] for runs in replica], part.lengths, last)
+        for replica, hand in zip(by_replica(mesh, everyones), dealt.hands, strict=True)
+        for i, part in enumerate(hand)
     ]
-    return made[0] if len(made) == 1 else _joined(program, made)
+    return program.output_structure.build(joined(program, made, dealt.lengths))
 
 
-def _joined(program: Program, outputs: Sequence[Any]) -> Any:
-    """Outputs of all microbatches along their batch dim."""
-    batches = {spec.type.shape[0] for spec in program.inputs if len(spec.type.shape) > 1}
-    for node in program.outputs:
-        shape = type_of(node).shape
-        if not shape or shape[0] not in batches:
-            raise RingCompileError(
-                f"the output {type_of(node)} has no batch dim: it cannot be put together from "
-                "microbatches",
-                hint="run one batch of the captured size, without dp",
-            )
+def joined(
+    program: Program, parts: Sequence[Sequence[torch.Tensor]], lengths: Mapping[str, int]
+) -> list[torch.Tensor]:
+    """Outputs of all parts along their batch dims; what has none is the same for all.
 
-    def joined(*parts: Any) -> Any:  # what is no tensor is a constant, or None
-        return torch.cat(parts) if torch.is_tensor(parts[0]) else parts[0]
+    Args:
+        program: that of the last rank.
+        parts: of each part, in order, every output: whole, or one rank's share of it.
+        lengths: of the run.
+    """
+    if not program.returns:
+        return list(parts[0])
+    return [
+        _joined(type_, [outputs[i] for outputs in parts], lengths)
+        for i, type_ in enumerate(program.returns)
+    ]
 
-    return pytree.tree_map(joined, outputs[0], *outputs[1:])
+
+def _joined(
+    type_: TensorType, parts: Sequence[torch.Tensor], lengths: Mapping[str, int]
+) -> torch.Tensor:
+    for dim, atoms in enumerate(type_.layout.dims):
+        for place, atom in enumerate(atoms):
+            if atom.axes:
+                before = [int(bind(a.size, lengths)) for a in atoms[:place]]
+                behind = [int(bind(a.size, lengths)) for a in atoms[place + 1 :]]
+                opened = [part.unflatten(dim, (*before, -1, *behind)) if len(atoms) > 1 else part
+                          for part in parts]
+                whole = torch.cat(opened, dim + place)
+                return whole.flatten(dim, dim + len(atoms) - 1) if len(atoms) > 1 else whole
+    return parts[0]

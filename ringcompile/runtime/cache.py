@@ -7,18 +7,22 @@ from collections.abc import Mapping
 import torch
 
 from ringcompile.axes import KEEP_TOKENS
-from ringcompile.ir.expr import bind, is_symbolic
+from ringcompile.ir.expr import SEQUENCE, bind, is_symbolic, symbol
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops.slots import Ledger, slots_of
+from ringcompile.runtime.batches import Part, part_of
 
 _KEPT = ("cache", "sums")
 
 
 def token_dim(type_: TensorType) -> int | None:
     """The dim with an entry for each token, or None."""
-    return next((i for i, size in enumerate(type_.shape) if is_symbolic(size)), None)
+    return next(
+        (i for i, size in enumerate(type_.shape)
+         if is_symbolic(size) and symbol(SEQUENCE) in size.free_symbols), None
+    )
 
 
 class Memory:
@@ -41,8 +45,8 @@ class Memory:
         self.capacity, self.slots = capacity, slots_of(capacity, self.ranks)
         self.ledger = Ledger(self.ranks)
         self.places = torch.empty(self.slots, dtype=torch.int64, device=self.device)
-        self.kept = {name: self._zeros(name) for name, kind in program.state.items()
-                     if kind in _KEPT}
+        self.sizes: dict[str, int] | None = None
+        self.kept: dict[str, torch.Tensor] = {}
         self.history: dict[str, torch.Tensor] = {}
 
     @property
@@ -59,17 +63,25 @@ class Memory:
 
     def _zeros(self, name: str) -> torch.Tensor:
         type_, program = self.types[name], self.program
-        shape = [int(bind(size, program.lengths))
+        assert self.sizes is not None
+        shape = [int(bind(size, {**self.sizes, **program.lengths}))
                  for size in local_shape(type_, program.mesh, program.sequence)]
         return torch.zeros(shape, dtype=type_.dtype, device=self.device)
 
-    def begin(self, inputs: Mapping[str, torch.Tensor], new: int) -> dict[str, torch.Tensor]:
+    def begin(
+        self, inputs: Mapping[str, torch.Tensor], new: int, part: Part
+    ) -> dict[str, torch.Tensor]:
         """Take in the new tokens of a call: what the program reads besides weights, by placeholder.
 
         Args:
-            inputs: the replica's inputs by name, with an entry for each new token.
+            inputs: whole inputs by name, with an entry for each new token.
             new: how many tokens are new; there has to be room for them.
+            part: of the batch, what the replica has; always the same.
         """
+        if self.sizes is None:
+            self.sizes = part.lengths
+            self.kept = {name: self._zeros(name) for name, kind in self.program.state.items()
+                         if kind in _KEPT}
         start, used = self.length, self.ledger.count(self.rank)
         slots = torch.full((new,), self.slots, dtype=torch.int64)
         for owner, first, end in self.ledger.extend(new):
@@ -85,8 +97,8 @@ class Memory:
         }
         values = {name: of_call[kind] for name, kind in self.program.state.items()
                   if kind in of_call}
-        for placeholder, name in self.program.placeholders.items():
-            values[placeholder] = inputs[name].to(self.device)
+        for placeholder, tensor in part_of(self.program, inputs, part).items():
+            values[placeholder] = tensor.to(self.device)
             if self.program.state.get(placeholder) == "history":
                 values[placeholder] = self._remembered(placeholder, values[placeholder], start)
         return {**values, **self.kept}

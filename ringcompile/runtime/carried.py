@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ringcompile.ir.expr import SEQUENCE, equal, symbol
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
-from ringcompile.runtime.batches import deal, whole_outputs
+from ringcompile.runtime.batches import Deal, deal, whole_outputs
 from ringcompile.runtime.cache import Memory
 from ringcompile.runtime.distributed import Parallel, RankRun, Session
 from ringcompile.runtime.executor import Executor
@@ -42,11 +42,16 @@ class Driver(Protocol):
 
 
 def _outputs(
-    program: Program, shares: Sequence[Sequence[torch.Tensor]], lengths: dict[str, int], last: bool
+    program: Program, shares: Sequence[Sequence[torch.Tensor]], dealt: Deal, last: bool
 ) -> Any:
     """Whole outputs from each rank's share."""
-    bound = {**lengths, SEQUENCE: 1} if last else lengths
-    return whole_outputs(program, [[share] for share in shares], bound)
+    if last:
+        hands = tuple(
+            tuple(replace(part, lengths={**part.lengths, SEQUENCE: 1}) for part in hand)
+            for hand in dealt.hands
+        )
+        dealt = Deal({**dealt.lengths, SEQUENCE: 1}, hands)
+    return whole_outputs(program, [[share] for share in shares], dealt)
 
 
 def _kept(
@@ -77,7 +82,7 @@ class LockStepDriver:
         self.programs = [parallel.rank(rank) for rank in range(self.mesh.world_size)]
         self.weights = list(read_all_weights(self.programs, parallel.source))
         self.memories = [Memory(program) for program in self.programs]
-        self.executors: dict[int, list[Executor]] = {}
+        self.executors: dict[Any, list[Executor]] = {}
         self.check_types, self.bytes_sent = check_types, [0] * len(self.programs)
 
     @torch.no_grad()
@@ -92,26 +97,26 @@ class LockStepDriver:
 
     def _extended(self, inputs: Inputs, new: int, last: bool) -> Any:
         dealt = deal(self.programs[0], inputs)
-        lengths = self.programs[0].bindings(dealt.hands[0][0])
         generators = [
-            executor.run({**weights, **memory.begin(dealt.of(memory.program)[0], new)})
+            executor.run({**weights, **memory.begin(inputs, new, dealt.of(memory.program)[0])})
             for executor, weights, memory in zip(
-                self._executors(new, lengths), self.weights, self.memories, strict=True
+                self._executors(dealt), self.weights, self.memories, strict=True
             )
         ]
         results, self.bytes_sent = LockStep(self.mesh).run(generators)
         shares = [_kept(*pair, last) for pair in zip(self.programs, results, strict=True)]
-        return _outputs(self.programs[-1], shares, lengths, last)
+        return _outputs(self.programs[-1], shares, dealt, last)
 
-    def _executors(self, new: int, lengths: dict[str, int]) -> list[Executor]:
-        if new not in self.executors:
+    def _executors(self, dealt: Deal) -> list[Executor]:
+        key = tuple(dealt.lengths.items())
+        if key not in self.executors:
             if len(self.executors) == _MAX_EXECUTORS:
                 self.executors.clear()
-            self.executors[new] = [
-                Executor(program, lengths, check_types=self.check_types)
+            self.executors[key] = [
+                Executor(program, dealt.of(program)[0].lengths, check_types=self.check_types)
                 for program in self.programs
             ]
-        return self.executors[new]
+        return self.executors[key]
 
     def rewind(self, length: int) -> None:
         """See `Driver`."""
@@ -149,10 +154,10 @@ class ProcessDriver:
 
     def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
         """See `Driver`."""
-        lengths = self.ranks.program.bindings(deal(self.ranks.program, inputs).hands[0][0])
+        dealt = deal(self.ranks.program, inputs)
         runs: list[RankRun] = self.ranks.call(extend_rank, inputs, new, last)
         self.bytes_sent = [run.stats.bytes_sent for run in runs]
-        return _outputs(self.ranks.last, [run.outputs for run in runs], lengths, last)
+        return _outputs(self.ranks.last, [run.outputs for run in runs], dealt, last)
 
     def rewind(self, length: int) -> None:
         """See `Driver`."""
@@ -215,9 +220,8 @@ def extend_rank(rank: Rank, inputs: Inputs, new: int, last: bool) -> RankRun:
     """The new tokens of a call on one rank, whose state is its session and its memory."""
     session, memory = rank.state
     dealt = deal(session.program, inputs)
-    lengths = session.program.bindings(dealt.hands[0][0])
-    values = memory.begin(dealt.of(session.program)[0], new)
-    run = session.run_share(values, lengths)
+    (part,) = dealt.of(session.program)
+    run = session.run_shares(dealt, [(memory.begin(inputs, new, part), part)])
     return replace(run, outputs=_kept(session.program, run.outputs, last))
 
 

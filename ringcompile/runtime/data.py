@@ -74,10 +74,24 @@ def share_inputs(
         inputs: whole inputs by name.
         lengths: from `program.bindings`.
     """
+    whole = {placeholder: inputs[name] for placeholder, name in program.placeholders.items()}
+    return shares_of(program, whole, lengths)
+
+
+def shares_of(
+    program: Program, inputs: Mapping[str, torch.Tensor], lengths: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
+    """One rank's share of what its placeholders take, of the whole sequence.
+
+    Args:
+        program: the program of that rank.
+        inputs: by placeholder name, of the whole batch or of one part of it.
+        lengths: of that part.
+    """
     types = {n.name: type_of(n) for n in program.graph.nodes if n.op == "placeholder"}
     return {
-        placeholder: share_of(program, inputs[name], types[placeholder], lengths)
-        for placeholder, name in program.placeholders.items()
+        placeholder: share_of(program, tensor, types[placeholder], lengths)
+        for placeholder, tensor in inputs.items()
     }
 
 
@@ -155,13 +169,13 @@ def _piece(
     return tensor.index_select(dim, positions(chunks, chunk, limit, tensor.device))
 
 
-def assemble_outputs(
+def assembled(
     program: Program,
     shares: Sequence[Sequence[torch.Tensor]],
     lengths: dict[str, int],
     last: int | None = None,
-) -> Any:
-    """Whole outputs, nested as the model returned them.
+) -> list[torch.Tensor]:
+    """Whole outputs, in order.
 
     Args:
         program: of a rank of the last stage.
@@ -170,11 +184,10 @@ def assemble_outputs(
         lengths: from `program.bindings`.
         last: of the sequence, the last positions that the shares hold; None where they hold all.
     """
-    whole = [
+    return [
         _assemble(program, type_of(node), [share[i] for share in shares], lengths, last)
         for i, node in enumerate(program.outputs)
     ]
-    return program.output_structure.build(whole)
 
 
 def _assemble(

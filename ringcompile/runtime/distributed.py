@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import fx
 
 from ringcompile.ir.communication import COLLECTIVES
 from ringcompile.ir.expr import bind
@@ -18,8 +20,8 @@ from ringcompile.ir.nodes import layout_of, type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.batches import deal, whole_outputs
-from ringcompile.runtime.data import name_inputs, share_inputs
+from ringcompile.runtime.batches import Deal, Part, deal, part_of, uses_numbers, whole_outputs
+from ringcompile.runtime.data import name_inputs, shares_of
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Executor
@@ -73,18 +75,18 @@ class Stats:
 
 @dataclass(frozen=True)
 class RankRun:
-    """A rank's share of every output, the lengths of the run, and its cost.
+    """A rank's share of every output, how the batch of the run was dealt, and its cost.
 
     Attributes:
         outputs: of the first microbatch; a stage of a pipeline that is not the last has none.
-        lengths: the lengths of the run.
+        dealt: the lengths of the run, and the parts of its batch.
         stats: what it cost, all microbatches together.
         others: the outputs of later microbatches.
         summaries: of each microbatch, of this rank's share of every output, if they are kept.
     """
 
     outputs: tuple[torch.Tensor, ...]
-    lengths: dict[str, int]
+    dealt: Deal
     stats: Stats
     others: tuple[tuple[torch.Tensor, ...], ...] = ()
     summaries: tuple[tuple[Summary, ...], ...] = ()
@@ -130,6 +132,7 @@ class Session:
         agree(rank, facts_of(parallel.identity, parallel.mesh.world_size))
         self.exchange = Exchange(parallel.mesh, rank, _joined(parallel))
         self.weights = read_weights(self.program, parallel.source, rank.device)
+        self.numbered = uses_numbers(self.program)
         self._executors: dict[Any, Executor] = {}
 
     def run(self, inputs: Any, keep: Keep = EVERYTHING) -> RankRun:
@@ -144,32 +147,39 @@ class Session:
         """
         whole = name_inputs(self.program, inputs)
         dealt = deal(self.program, whole)
-        lengths = self.program.bindings(dealt.hands[0][0])
         if self.check_inputs:
             self.exchange.agree(_checksum(whole), "inputs")
-        shares = [share_inputs(self.program, hand, lengths) for hand in dealt.of(self.program)]
-        return self.run_shares(shares, lengths, keep)
+        parts = dealt.of(self.program)
+        shares = [
+            shares_of(self.program, part_of(self.program, whole, part), part.lengths)
+            for part in parts
+        ]
+        return self.run_shares(dealt, list(zip(shares, parts, strict=True)), keep)
 
     def run_share(self, share: dict[str, torch.Tensor], lengths: dict[str, int]) -> RankRun:
         """Run once on this rank's share of the inputs, by placeholder name."""
-        return self.run_shares([share], lengths)
+        part = Part(0, 0, lengths)
+        dealt = Deal(lengths, ((part,),) * self.mesh.size("dp"))
+        return self.run_shares(dealt, [(share, part)])
 
     def run_shares(
         self,
-        shares: Sequence[dict[str, torch.Tensor]],
-        lengths: dict[str, int],
+        dealt: Deal,
+        shares: Sequence[tuple[dict[str, torch.Tensor], Part]],
         keep: Keep = EVERYTHING,
     ) -> RankRun:
         """Run on this rank's shares of some microbatches, in order."""
-        executor, device = self._executor(lengths, keep), self.rank.device
+        device = self.rank.device
+        lengths = [part.needed(self.numbered) for _, part in shares]
+        executors = [self._executor(needed, keep) for needed in lengths]
         self.exchange.bytes_sent, self.exchange.wait_seconds = 0, 0.0
         started, outputs, summaries = time.perf_counter(), [], []
         with torch.no_grad():
-            for share in shares:
+            for executor, (share, _), needed in zip(executors, shares, lengths, strict=True):
                 values = {name: tensor.to(device) for name, tensor in share.items()}
                 generator = executor.run({**self.weights, **values})
                 made = drive(generator, self.exchange.answer)
-                kept, summary = keep.of(self.program, made, lengths)
+                kept, summary = keep.of(self.program, made, needed)
                 outputs.append(kept)
                 summaries.append(summary)
         if device.type == "cuda":
@@ -181,7 +191,7 @@ class Session:
             self.exchange.wait_seconds,
             _peak_bytes(device),
         )
-        return RankRun(outputs[0], lengths, stats, tuple(outputs[1:]), tuple(summaries))
+        return RankRun(outputs[0], dealt, stats, tuple(outputs[1:]), tuple(summaries))
 
     def everyones_stats(self, run: RankRun) -> list[Stats]:
         """What the run cost each rank; all ranks have to call it."""
@@ -202,20 +212,21 @@ class Session:
     def assemble(self, run: RankRun, keep: Keep = EVERYTHING) -> Any:
         """Whole outputs, nested as the model returned them, on rank 0; None on the others."""
         microbatches = [
-            self._collected(share, run.lengths, keep.last) for share in run.microbatches
+            self._collected(share, [hand[i] for hand in run.dealt.hands], keep.last)
+            for i, share in enumerate(run.microbatches)
         ]
         if self.rank.index != 0:
             return None
         everyones = list(zip(*microbatches, strict=True))
-        return whole_outputs(self.last, everyones, run.lengths, keep.last)
+        return whole_outputs(self.last, everyones, run.dealt, keep.last)
 
     def _collected(
-        self, share: tuple[torch.Tensor, ...], lengths: dict[str, int], last: int | None
+        self, share: tuple[torch.Tensor, ...], parts: Sequence[Part], last: int | None
     ) -> list[tuple[torch.Tensor, ...]]:
         """Every rank's share of every output of a microbatch, on rank 0.
 
         Ranks that return nothing take part with an empty tensor; what all hold whole stays where
-        it is.
+        it is. Replicas may differ by a sequence: all bring as much as the largest of them.
         """
         replicated = self.mesh.size("dp") * self.mesh.size("pp") == 1
         columns = []
@@ -223,19 +234,32 @@ class Session:
             if replicated and layout_of(node).is_whole:
                 columns.append([share[i]] * self.rank.world_size)
                 continue
-            shape = [
-                int(bind(size, lengths))
-                for size in local_shape(type_of(node), self.mesh, self.last.sequence)
-            ]
+            lengths = parts[0].lengths
             rows = None if last is None else rows_by_rank(self.last, type_of(node), lengths, last)
-            if rows is not None:
-                shape[rows.dim] = max(rows.counts)
+            shapes = [self._shape_of(node, part, rows) for part in parts]
             mine = share[i] if share else torch.empty(
-                shape, dtype=type_of(node).dtype, device=self.rank.device
+                0, dtype=type_of(node).dtype, device=self.rank.device
             )
-            everyones = self.exchange.collect(mine if rows is None else rows.padded(mine))
+            mine = mine if rows is None or not share else rows.padded(mine)
+            flat = mine.new_zeros(max(map(math.prod, shapes)))
+            flat[: mine.numel()] = mine.reshape(-1)
+            everyones = [
+                x[: math.prod(shape)].reshape(shape)
+                for rank, x in enumerate(self.exchange.collect(flat))
+                for shape in [shapes[self.mesh.coordinates(rank).get("dp", 0)]]
+            ]
             columns.append(everyones if rows is None else rows.cut(everyones))
         return list(zip(*columns, strict=True)) if self.rank.index == 0 else []
+
+    def _shape_of(self, node: fx.Node, part: Part, rows: Any) -> list[int]:
+        """Of a rank's share of an output, padded where ranks hold unlike numbers of rows."""
+        shape = [
+            int(bind(size, part.lengths))
+            for size in local_shape(type_of(node), self.mesh, self.last.sequence)
+        ]
+        if rows is not None:
+            shape[rows.dim] = max(rows.counts)
+        return shape
 
     def _executor(self, lengths: dict[str, int], keep: Keep = EVERYTHING) -> Executor:
         key = (tuple(sorted(lengths.items())), keep.last)

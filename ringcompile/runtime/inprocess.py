@@ -13,13 +13,13 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
-from ringcompile.runtime.batches import deal, whole_outputs
+from ringcompile.runtime.batches import Deal, deal, part_of, uses_numbers, whole_outputs
 from ringcompile.runtime.data import (
     name_inputs,
-    share_inputs,
     share_keys,
     share_of,
     share_slices,
+    shares_of,
 )
 from ringcompile.runtime.executor import Executor, Request, run_alone
 from ringcompile.runtime.lockstep import LockStep
@@ -36,14 +36,14 @@ class Result:
             of a pipeline that is not the last has none.
         bytes_sent: by each rank.
         summaries: for each rank, of each of its microbatches, of every output, if they are kept.
-        lengths: of the run.
+        dealt: how the batch was dealt out, and the lengths of the run.
     """
 
     outputs: Any
     microbatches: list[tuple[tuple[torch.Tensor, ...], ...]]
     bytes_sent: list[int]
     summaries: list[tuple[tuple[Summary, ...], ...]]
-    lengths: dict[str, int]
+    dealt: Deal
 
     @property
     def shares(self) -> list[tuple[torch.Tensor, ...]]:
@@ -113,34 +113,38 @@ def run_lockstep(
         whole: whether outputs that are kept are put together.
     """
     first, last = programs[0], programs[-1]
-    dealt = deal(first, name_inputs(first, inputs))
-    lengths = first.bindings(dealt.hands[0][0])
+    named = name_inputs(first, inputs)
+    dealt = deal(first, named)
     with one_error("running the program", first.from_file):
         generators = []
         read = read_all_weights(programs, source, device)
         for program, weights in zip(programs, read, strict=True):
-            kept = keep.program(program, lengths)
-            executor = Executor(kept, lengths, device, check_types, compiler=compiler)
-            values = [
-                {**weights,
-                 **{p: x.to(device) for p, x in share_inputs(program, hand, lengths).items()}}
-                for hand in dealt.of(program)
-            ]
-            generators.append(_one_after_another(executor, values, keep))
+            executors: dict[Any, Executor] = {}
+            microbatches, numbered = [], uses_numbers(program)
+            for part in dealt.of(program):
+                needed = part.needed(numbered)
+                key = tuple(needed.items())
+                if key not in executors:
+                    executors[key] = Executor(
+                        keep.program(program, needed), needed, device, check_types,
+                        compiler=compiler,
+                    )
+                share = shares_of(program, part_of(program, named, part), part.lengths)
+                values = {**weights, **{p: x.to(device) for p, x in share.items()}}
+                microbatches.append((executors[key], values))
+            generators.append(_one_after_another(microbatches, keep))
         results, sent = LockStep(mesh).run(generators)
         shares = [tuple(outputs for outputs, _ in runs) for runs in results]
-        together = (
-            whole_outputs(last, shares, lengths, keep.last) if keep.outputs and whole else None
-        )
-    return Result(together, shares, sent, [tuple(s for _, s in runs) for runs in results], lengths)
+        together = whole_outputs(last, shares, dealt, keep.last) if keep.outputs and whole else None
+    return Result(together, shares, sent, [tuple(s for _, s in runs) for runs in results], dealt)
 
 
 def _one_after_another(
-    executor: Executor, microbatches: Sequence[dict[str, torch.Tensor]], keep: Keep
+    microbatches: Sequence[tuple[Executor, dict[str, torch.Tensor]]], keep: Keep
 ) -> Generator[Request, Any, Any]:
     """A rank's program on each of its microbatches in order; returns what is kept of each."""
     done = []
-    for values in microbatches:
+    for executor, values in microbatches:
         outputs = yield from executor.run(values)
         done.append(keep.of(executor.program, outputs, executor.lengths))
     return tuple(done)

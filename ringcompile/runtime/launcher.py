@@ -113,12 +113,12 @@ class LocalRanks(Processes):
             RingCompileError: inputs that do not fit (the ranks stay), or as `call`.
         """
         named = name_inputs(self.program, inputs)
-        lengths = self.program.bindings(deal(self.program, named).hands[0][0])
+        dealt = deal(self.program, named)
         runs: list[RankRun] = self.call(_run, named, keep, timeout=timeout)
         outputs = None
         if keep.outputs and whole:
             everyones = [run.microbatches for run in runs]
-            outputs = whole_outputs(self.last, everyones, lengths, keep.last)
+            outputs = whole_outputs(self.last, everyones, dealt, keep.last)
         return LocalRun(outputs, [run.stats for run in runs], runs)
 
 

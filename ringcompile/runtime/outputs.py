@@ -137,21 +137,22 @@ def _owners(mesh: Mesh, type_: TensorType) -> list[int]:
 
 
 def shape_of(
-    program: Program, type_: TensorType, lengths: Mapping[str, int], times: int, last: int | None
+    program: Program, index: int, lengths: Mapping[str, int], last: int | None
 ) -> list[int]:
     """The shape of a whole output.
 
     Args:
-        program: any rank's.
-        type_: the output's.
-        lengths: of the run.
-        times: how many times the captured batch was run.
+        program: that of the last rank.
+        index: which output.
+        lengths: of the run, the batch included.
         last: the number of last positions that were kept; None for all.
     """
-    shape = [int(bind(size, lengths)) for size in type_.shape]
+    type_ = type_of(program.outputs[index])
+    whole = program.returns[index] if program.returns else type_
+    shape = [int(bind(size, lengths)) for size in whole.shape]
     if last is not None and (dim := sequence_dim(program, type_)) is not None:
         shape[dim] = len(windows(program, lengths, last))
-    return [shape[0] * times, *shape[1:]] if shape else shape
+    return shape
 
 
 def positions_of(

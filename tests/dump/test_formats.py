@@ -154,7 +154,7 @@ def check_view(program: Program) -> None:
     assert early == set()
     assert len(bound) == len(set(bound))
     assert not set(bound) & {*dir(builtins), "inputs", "weights", "comm", "torch", "aten", "ours"}
-    sizes = [name for name in bound if name in {"s", "n", "ring"}]
+    sizes = [name for name in bound if name in {"s", "n", "b", "ring"}]
     assert len(bound) - len(sizes) == num_calls(program) + len(program.placeholders)
     read = {n.slice.value for n in ast.walk(function)
             if isinstance(n, ast.Subscript) and getattr(n.value, "id", "") == "weights"}

@@ -151,7 +151,7 @@ def test_only_used_symbols_are_explained(stages: Any) -> None:
         head = print_program(stages["zigzag"][stage]).split("\n\n")[0]
         return {line[3:].split("  ")[0] for line in head.splitlines() if line[3:4].strip()}
 
-    always = {"model decoder", "passes", "s", "@name", "file:line"}
+    always = {"model decoder", "passes", "s", "b", "@name", "file:line"}
     assert terms("capture") == always
     assert terms("place") == {*always, "s/ring", "n", "causal"}
     assert terms("every") == {*always, "s/ring", "n", "causal", "ring", "ring.op", "chunks"}
@@ -173,9 +173,9 @@ def test_a_fixed_length_stands_in_the_types(stages: Any) -> None:
     text = print_program(replace(program, lengths=program.sequence.bindings(4094)))
     assert re.search(r"\n// s = 4094 +length of the sequence in tokens, fixed", text)
     assert re.search(r"\n// n = 2048 +tokens that a rank holds", text)
-    assert "f32[1, 4094/ring, 8]" in text
-    assert "shape=[1, 2048, 2, 4]" in text
-    assert f"{2 * 4 * 4 * 2048:,} bytes" in text
+    assert "f32[b, 4094/ring, 8]" in text
+    assert "shape=[b, 2048, 2, 4]" in text
+    assert f"{2 * 4 * 4 * 2048}*b bytes" in text
     assert not re.search(r"[\[ ]s[/,\]]", text.split("\n\n", 1)[1])
 
 

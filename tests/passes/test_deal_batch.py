@@ -15,7 +15,7 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import load, prepare, transform
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
-from ringcompile.passes.batch_rows import mixed, routing
+from ringcompile.passes.deal_batch import deal_out, routing
 from tests.support import TOLERANCE, difference, run
 
 
@@ -71,35 +71,38 @@ def test_any_number_of_sequences() -> None:
     transform(program, "dp=2,pp=2")
 
 
-def test_a_pipeline_takes_such_a_batch_as_it_was_captured(tmp_path: Any) -> None:
+def test_a_pipeline_takes_such_a_batch_as_one_microbatch(tmp_path: Any) -> None:
     module = centred()
     transform(capture(module, (torch.randn(2, 12, 8),)), "pp=2").save(tmp_path / "program")
-    parallel, given = load(tmp_path / "program"), torch.randn(2, 9, 8)
-    with torch.no_grad():
-        assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
-    with pytest.raises(RingCompileError, match="cannot be dealt out") as caught:
-        run(parallel, (torch.randn(4, 9, 8),))
-    assert caught.value.hint == "pass 2 sequences, as captured"
-    assert artifact.load(tmp_path / "program").rank(0).fixed_batch
+    parallel = load(tmp_path / "program")
+    for batch in (1, 4):
+        given = torch.randn(batch, 9, 8)
+        with torch.no_grad():
+            assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
+    assert not artifact.load(tmp_path / "program").rank(0).returns
+    (note,) = parallel.program.notes
+    assert "sequences of a batch are mixed here" in note
+    assert "a pipeline takes every batch as one microbatch" in note
 
 
 def test_rows_of_another_sequence_are_mixing() -> None:
     program = prepare(capture(Paired(), (torch.randn(2, 12, 8), torch.ones(2, 12).long())))
-    error = mixed(program, routing(program, {}))
-    assert error is not None
-    assert "flip" in str(error) or "index" in str(error)
+    with pytest.raises(RingCompileError, match="looked up by number") as caught:
+        deal_out(program, routing(program, {}))
+    assert "flip(0)" in str(caught.value)
 
 
-def test_one_sequence_tells_nothing() -> None:
-    notes = transform(capture(centred(), (torch.randn(1, 12, 8),)), "dp=2").program.notes
-    assert any("is taken for granted" in note for note in notes)
-    assert not transform(capture(centred(), (torch.randn(1, 12, 8),)), "ring=2").program.notes
+def test_one_sequence_is_enough_to_see_it() -> None:
+    program = capture(centred(), (torch.randn(1, 12, 8),))
+    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+        transform(program, "dp=2")
+    assert not transform(program, "ring=2").program.notes
 
 
 def test_a_capacity_is_noted() -> None:
     program = capture(*zoo.build("moe-4l-tiny", sequence=24, batch=2))
     notes = transform(program, "dp=2,pp=2").program.notes
-    said = "with dp=2,pp=2, the capacity of experts is counted for each batch of 2 alone"
+    said = "with dp=2,pp=2, the capacity of experts is counted for each microbatch alone"
     assert any(said in note for note in notes)
 
 
@@ -136,5 +139,5 @@ def test_padded_sentences_are_dealt_with_their_masks(spec: str) -> None:
 def test_a_mask_of_fewer_sequences_is_refused() -> None:
     ids, mask = padded(2)
     program = capture(llama(), (ids,), {"attention_mask": mask})
-    with pytest.raises(RingCompileError, match=r"has shape \[2, 21\], others have 4 seq"):
+    with pytest.raises(RingCompileError, match=r"has shape \[2, 21\], the program takes \[b, s\]"):
         run(transform(program, "dp=2"), (padded(4)[0], mask))
