@@ -30,7 +30,7 @@ from ringcompile.ir.expr import (
 )
 from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import layout_of, type_of
-from ringcompile.ir.program import Input, Program
+from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
@@ -134,7 +134,9 @@ class _Dealer:
         given = {name: layouts[node] for node, name in reversed(self.program.placeholders.items())}
         return self.program.with_graph(
             self.builder.graph,
-            inputs=tuple(Input(x.name, given.get(x.name, x.type)) for x in self.program.inputs),
+            inputs=tuple(
+                replace(x, type=given.get(x.name, x.type)) for x in self.program.inputs
+            ),
             returns=tuple(type_of(node) for node in self.program.outputs),
         )
 

@@ -6,7 +6,7 @@ the weights, and what does not depend on the batch is computed once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import append
 from ringcompile.ir.expr import BATCH, divide, simplify, symbol
 from ringcompile.ir.nodes import type_of
-from ringcompile.ir.program import Input, Program
+from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.deal_batch import deal_out, routing
@@ -95,7 +95,7 @@ class _Joiner:
         low, high = self.program.batch_range
         return self.program.with_graph(
             self.builder.graph,
-            inputs=tuple(Input(x.name, _whole(x.type)) for x in self.program.inputs),
+            inputs=tuple(replace(x, type=_whole(x.type)) for x in self.program.inputs),
             placeholders=self.halves[0].placeholders,
             batch_range=(max(low, 2), high),
         )
