@@ -112,7 +112,7 @@ class Session:
 
     def agreed(self, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tokens [batch] that `choose` gives, called once for all ranks."""
-        return self._open().agreed(choose, self.batch)
+        return self._open().agreed(choose, self.batch or 1)
 
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first `length`.

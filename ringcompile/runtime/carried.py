@@ -45,13 +45,17 @@ def _outputs(
     program: Program, shares: Sequence[Sequence[torch.Tensor]], dealt: Deal, last: bool
 ) -> Any:
     """Whole outputs from each rank's share."""
-    if last:
-        hands = tuple(
-            tuple(replace(part, lengths={**part.lengths, SEQUENCE: 1}) for part in hand)
-            for hand in dealt.hands
-        )
-        dealt = Deal({**dealt.lengths, SEQUENCE: 1}, hands)
-    return whole_outputs(program, [[share] for share in shares], dealt)
+    kept = _of_last(dealt) if last else dealt
+    return whole_outputs(program, [[share] for share in shares], kept)
+
+
+def _of_last(dealt: Deal) -> Deal:
+    """How the batch was dealt, with one token of each sequence."""
+    hands = tuple(
+        tuple(replace(part, lengths={**part.lengths, SEQUENCE: 1}) for part in hand)
+        for hand in dealt.hands
+    )
+    return Deal({**dealt.lengths, SEQUENCE: 1}, hands)
 
 
 def _kept(
@@ -189,8 +193,7 @@ class JobDriver:
         """See `Driver`; outputs on rank 0, None on the others."""
         session: Session = self.rank.state[0]
         run = extend_rank(self.rank, inputs, new, last)
-        lengths = {**run.lengths, SEQUENCE: 1} if last else run.lengths
-        return session.assemble(replace(run, lengths=lengths))
+        return session.assemble(replace(run, dealt=_of_last(run.dealt)) if last else run)
 
     def rewind(self, length: int) -> None:
         """See `Driver`."""
