@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ _DEVICE = re.compile(r"(cpu|cuda|meta)(:\d{1,3})?")
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
-def program_from_json(data: Any, allowed: Collection[str]) -> Program:
+def program_from_json(data: Any, allowed: Container[str]) -> Program:
     """A program, without `source`, from what `program_to_json` gave.
 
     Args:
@@ -70,7 +70,7 @@ def program_from_json(data: Any, allowed: Collection[str]) -> Program:
         raise RingCompileError("the program is nested too deeply") from None
 
 
-def _read_program(data: dict[str, Any], allowed: Collection[str]) -> Program:
+def _read_program(data: dict[str, Any], allowed: Container[str]) -> Program:
     mesh = None if data.get("mesh") is None else mesh_from_json(member(data, "mesh", str))
     reader = _Reader(mesh, allowed, specialized=data.get("coordinates") is not None)
     reader.read(data)
@@ -164,7 +164,7 @@ class _Reader:
     """Rebuilds the graph of one program."""
 
     mesh: Mesh | None
-    allowed: Collection[str]
+    allowed: Container[str]
     specialized: bool
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
@@ -214,7 +214,7 @@ class _Reader:
         if op not in self.allowed:
             raise RingCompileError(
                 f"'{op[:80]}' is not an op that a program may hold",
-                hint="only the ops of the rule table and ringcompile's own are allowed",
+                hint="only torch's functions of tensors and ringcompile's own ops are allowed",
             )
         target = resolve(op)
         args = tuple(map(self.argument, member(row, "args", list)))

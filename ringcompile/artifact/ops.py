@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import Any
 
@@ -11,14 +11,25 @@ import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.pure_ops import is_pure_name
 from ringcompile.ir.rules import RULES
 from ringcompile.ir.serialize import PYTHON_OPS
 from ringcompile.ops.schemas import NAMESPACE, SCHEMAS
 
 
 def allowed_ops() -> frozenset[str]:
-    """The rule table's ops, our own, and picking one of an op's several results."""
+    """The ops by name: the rule table's, our own, and picking one of an op's several results."""
     return frozenset({*RULES, *PYTHON_OPS, *(f"{NAMESPACE}.{name}.default" for name in SCHEMAS)})
+
+
+class AllowedOps(Container[str]):
+    """`allowed_ops`, and torch's functions of their operands alone, which need no row."""
+
+    def __init__(self) -> None:
+        self.named = allowed_ops()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.named or (isinstance(name, str) and is_pure_name(name))
 
 
 @lru_cache(maxsize=4096)
@@ -31,7 +42,8 @@ def resolve(name: str) -> Callable[..., Any]:
     if name in PYTHON_OPS:
         return PYTHON_OPS[name]
     parts = name.split(".")
-    if len(parts) != 3 or not (name in RULES or parts[0] == NAMESPACE):
+    known = name in RULES or parts[0] == NAMESPACE or is_pure_name(name)
+    if len(parts) != 3 or not known:
         raise RingCompileError(f"'{name}' is not the name of an op")
     try:
         target = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])

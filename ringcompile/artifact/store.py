@@ -45,7 +45,7 @@ from ringcompile.artifact.manifest import (
     read_manifest,
 )
 from ringcompile.artifact.opened import DAMAGED, OpenFolder, unreadable
-from ringcompile.artifact.ops import allowed_ops
+from ringcompile.artifact.ops import AllowedOps
 from ringcompile.artifact.shards import SHARD_BYTES, write_weights
 from ringcompile.artifact.weights import Weights, open_weight_files
 from ringcompile.errors import RingCompileError, one_error
@@ -136,7 +136,7 @@ def _named(
 
 def _unknown_ops(program: Program) -> list[fx.Node]:
     """The calls of ops that an artifact may not hold."""
-    allowed = allowed_ops()
+    allowed = AllowedOps()
     calls = (node for node in program.graph.nodes if node.op == "call_function")
     return [node for node in calls if op_name(node.target) not in allowed]
 
@@ -145,8 +145,9 @@ def _check_ops(program: Program) -> None:
     for node in _unknown_ops(program):
         raise error_at(
             node,
-            f"'{op_name(node.target)}' has no rule, and a saved program holds no such op",
-            hint="run the program without saving it, or give the op a rule",
+            f"'{op_name(node.target)}' is not one of torch's functions of tensors, and has no "
+            "rule: a saved program holds no such op",
+            hint="run the program without saving it, or register the op with rc.register_op",
         )
 
 
@@ -260,7 +261,7 @@ class Artifact:
         content = read_checked(self.folder, name, self.manifest["files"][name])
         try:
             with one_error("reading the program"):
-                program = program_from_json(parse_json(content), allowed_ops())
+                program = program_from_json(parse_json(content), AllowedOps())
             self._check_weights(program)
         except RingCompileError as error:
             raise in_file(self.folder.path / name, error) from None

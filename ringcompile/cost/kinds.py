@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops.schemas import NAMESPACE
 
@@ -33,6 +34,8 @@ def kind_of(target: Any) -> str:
     """
     name, rule = str(target), find_rule(target)
     kind = _OURS.get(name) if rule is None else rule.cost
+    if kind is None and is_pure(target):
+        return "stream"  # read and written once, which is the least that it can cost
     if kind is None:
         raise RingCompileError(f"nothing is known of what {name} costs")
     return kind

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from ringcompile.ir.pure_ops import is_pure
+from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, cached, schemas
 from ringcompile.ops.experts import expert_linear, route
 from ringcompile.ops.sequence import positions
@@ -70,4 +74,14 @@ CREATION = frozenset(
 def body_of(target: Any) -> Callable[..., Any]:
     """What runs an op that does not communicate: our body, or torch's operator itself."""
     name = schemas.name_of(target)
-    return BODIES[name] if name is not None else _FOR_TORCH.get(str(target), target)
+    if name is not None:
+        return BODIES[name]
+    if find_rule(target) is None and is_pure(target):
+        return partial(_on_dense, target)
+    return _FOR_TORCH.get(str(target), target)
+
+
+def _on_dense(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """An op of which nothing is known: some want dense operands, and copies were removed."""
+    dense = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
+    return target(*dense[0], **dense[1])

@@ -22,6 +22,7 @@ from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, simplify, sy
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
+from ringcompile.ir.pure_ops import draws, is_pure
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
@@ -240,9 +241,9 @@ class _Placer(Requests):
         if node.target is operator.getitem:
             source, index = node.args
             return self.pick(self._value(source), index, node.name)  # type: ignore[arg-type]
-        rule = self._rule(node)
         call = Call(node)
         operands = list(map(self._value, call.operands))
+        rule = self._rule(node, operands)
         if node.target is _ATTENTION:
             return self._attention(node, operands)
         placement = self._placement(node, rule, call, [layout_of(n) for n in operands])
@@ -263,18 +264,28 @@ class _Placer(Requests):
     def _wanted(self, node: fx.Node, layout: Layout) -> fx.Node:
         return self.request(self._value(node), layout)
 
-    def _rule(self, node: fx.Node) -> Rule:
+    def _rule(self, node: fx.Node, operands: Sequence[fx.Node]) -> Rule:
+        """The op's row; one that has none needs none where nothing that it reads is split."""
         rule = find_rule(node.target)
         if rule is not None:
             return rule
-        if self.gather_unknown and "type" in node.meta:
+        if draws(node.target):
+            raise error_at(
+                node,
+                f"{node.target} draws random numbers: every rank would draw others",
+                hint="pass random numbers in as an input",
+            )
+        split = not all(layout_of(operand).is_whole for operand in operands)
+        if self.gather_unknown and split and "type" in node.meta:
             self._note(node, f"{node.target} has no rule: computed whole on every rank")
+            return _WHOLE_RULE
+        if is_pure(node.target) and not split and "type" in node.meta:
             return _WHOLE_RULE
         raise error_at(
             node,
             f"{node.target} has no rule for split tensors",
-            hint="add a row to ringcompile/ir/rules/table.py, or pass --gather-unknown to compute "
-            "it whole on every rank",
+            hint="say with rc.register_op how its dims correspond, or pass --gather-unknown to "
+            "compute it whole on every rank",
         )
 
     def _placement(

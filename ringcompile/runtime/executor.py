@@ -110,7 +110,7 @@ class Executor:
 
     def _prepare(self, node: fx.Node, frees: list[int]) -> Step:
         args, kwargs = map_values((list(node.args), dict(node.kwargs)), self._argument)
-        if str(node.target) in CREATION:
+        if str(node.target) in CREATION or _makes_anew(node):
             kwargs["device"] = self.device
         name = schemas.name_of(node.target)
         communicates = name if name in schemas.COMMUNICATION else None
@@ -209,6 +209,12 @@ class Executor:
                 f"%{node.name} ({node.target}) is {tensor.dtype} {list(tensor.shape)}, "
                 f"its type says {type_}, here {expected}"
             )
+
+
+def _makes_anew(node: fx.Node) -> bool:
+    """Whether an op reads no tensor and has to be told the device."""
+    arguments = node.target._schema.arguments if hasattr(node.target, "_schema") else ()
+    return not node.all_input_nodes and any(a.name == "device" for a in arguments)
 
 
 def _with_own(program: Program, lengths: dict[str, int]) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """The rule table: one row an op, by the op's full name.
 
 An op that is not here is an error that names the op, the layer and the user's line; it is never
-treated as pointwise. The table is also the allowlist of ops that a saved graph may contain.
+treated as pointwise. Where nothing that it reads is split it needs no row: see `ir/pure_ops.py`,
+which with this table is the allowlist of ops that a saved graph may contain.
 """
 
 from __future__ import annotations
