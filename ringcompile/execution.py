@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from ringcompile import artifact
 from ringcompile.compiler import ParallelProgram, recorded_model
 from ringcompile.errors import RingCompileError
+from ringcompile.held import scratch
 from ringcompile.ir.communication import SHIFT
 from ringcompile.ir.expr import BATCH, SEQUENCE, bind
 from ringcompile.ir.nodes import type_of
@@ -132,8 +132,7 @@ def _on_processes(
 ) -> LocalRun:
     with contextlib.ExitStack() as stack:
         if parallel.saved is None:
-            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="ringcompile-"))
-            folder = Path(made) / "program"
+            folder = stack.enter_context(scratch()) / "program"
             parallel.save(folder)
         else:
             folder = parallel.saved.folder.path

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.artifact import load_carried
 from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
+from ringcompile.held import scratch
 from ringcompile.ir.expr import BATCH, symbol
 from ringcompile.ir.program import Program
 from ringcompile.runtime.cache import token_dim
@@ -40,9 +39,9 @@ def _processes(parallel: ParallelProgram, backend: str) -> Driver:
     if parallel.saved is not None:
         folder, identity = parallel.saved.folder.path, parallel.identity
         return ProcessDriver(load_carried, (folder,), backend=backend, identity=identity)
-    with tempfile.TemporaryDirectory(prefix="ringcompile-") as temporary:
-        parallel.save(Path(temporary) / "program")
-        return ProcessDriver(load_carried, (Path(temporary) / "program",), backend=backend)
+    with scratch() as temporary:
+        parallel.save(temporary / "program")
+        return ProcessDriver(load_carried, (temporary / "program",), backend=backend)
 
 
 class Session:

@@ -46,10 +46,10 @@ def edited(folder: Path, tmp_path: Path, change: Any) -> Path:
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What running says, where nothing is checked before."""
     monkeypatch.setattr(compiler.ParallelProgram, "ensure_verified", lambda self: None)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RingCompileError) as caught:
         execution.run(compiler.load(folder), pristine("small").inputs)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     return str(caught.value)
 
 

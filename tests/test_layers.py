@@ -26,7 +26,7 @@ FLOORS = [
     {"ir"},
     {"mesh", "options"},
     {"axes"},
-    {"errors", "later"},
+    {"errors", "held", "later"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}

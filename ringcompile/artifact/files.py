@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ from typing import Any
 from ringcompile.artifact.fields import count, expect, member
 from ringcompile.artifact.opened import DAMAGED, OpenFile, OpenFolder
 from ringcompile.errors import RingCompileError
+from ringcompile.held import hold, is_held, left_over, new_held, remove_left_over
 
 MANIFEST = "manifest.json"
 FORMAT = "ringcompile artifact"
+_SWAP_SECONDS = 2.0
+_log = logging.getLogger("ringcompile")
 _line = json.JSONEncoder(allow_nan=False).encode
 _PLAIN = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)
 
@@ -112,21 +117,62 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         RingCompileError: `target` is in the way, or the system refuses to write.
     """
     try:
-        _check_free(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _sibling(target, "tmp")
-        temporary.mkdir()
-        try:
+        tidy(target)
+        _check_free(target, overwrite)
+        with new_held(target.parent, _prefix(target, "tmp")) as temporary:
             yield temporary
+            _to_disk(temporary)
             _swap(temporary, target, overwrite)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            sync(target.parent)
     except OSError as error:
         raise RingCompileError(f"cannot write '{target}': {error.strerror or error}") from error
 
 
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+def tidy(target: Path) -> None:
+    """Remove what saves that were killed left, and put back a version that one had moved aside.
+
+    A save moves the old version aside, and then the new one to its place. Killed between the two,
+    it leaves no version under the name.
+    """
+    aside = left_over(target.parent, _prefix(target, "old"))
+    if aside is not None and not target.exists():
+        with hold(aside) as free:
+            if free:
+                aside.rename(target)
+                _log.warning(
+                    "a save of '%s' was cut short; the version before it was put back", target
+                )
+    for kind in ("tmp", "old"):
+        remove_left_over(target.parent, _prefix(target, kind))
+
+
+def await_swap(target: Path) -> None:
+    """Wait while a save is between moving the old version aside and the new one to its place."""
+    deadline = time.monotonic() + _SWAP_SECONDS
+    while not target.exists() and time.monotonic() < deadline:
+        if not is_held(target.parent, _prefix(target, "old")):
+            return
+        time.sleep(0.01)
+
+
+def _to_disk(folder: Path) -> None:
+    """Have the system write the files of a folder, which then survive a loss of power."""
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}-"
 
 
 def _check_free(target: Path, overwrite: bool) -> None:
@@ -169,12 +215,13 @@ def _swap(temporary: Path, target: Path, overwrite: bool) -> None:
     if not (overwrite and target.exists()):
         temporary.rename(target)
         return
-    old = _sibling(target, "old")
-    try:
-        target.rename(old)
-        temporary.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    old = target.with_name(f"{_prefix(target, 'old')}{secrets.token_hex(8)}")
+    with hold(target):  # whoever comes by sees that this save still runs
+        try:
+            target.rename(old)
+            temporary.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)

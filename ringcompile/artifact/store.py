@@ -24,11 +24,13 @@ from torch import fx
 
 from ringcompile.artifact.files import (
     MANIFEST,
+    await_swap,
     check_size,
     json_text,
     new_folder,
     parse_json,
     read_checked,
+    tidy,
     write_text,
 )
 from ringcompile.artifact.graph import program_from_json
@@ -305,6 +307,9 @@ def load(folder: str | Path) -> Artifact:
 
 
 def _open(folder: Path) -> Artifact:
+    if not folder.exists():
+        await_swap(folder.absolute())
+        tidy(folder.absolute())
     if not folder.is_dir():
         raise RingCompileError(
             f"there is no folder '{folder}'", hint="`ringcompile transform MODEL -o OUT` writes one"

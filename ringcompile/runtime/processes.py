@@ -15,17 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import torch
 
 from ringcompile.errors import RingCompileError
+from ringcompile.held import scratch
 from ringcompile.runtime.join import (
     EXCHANGE_TIMEOUT,
     JOIN_TIMEOUT,
@@ -65,7 +65,8 @@ class Processes:
         join_timeout: float = JOIN_TIMEOUT,
     ) -> None:
         self.num_ranks, self.timeout = num_ranks, timeout
-        self._folder = Path(tempfile.mkdtemp(prefix="ringcompile-"))
+        self._scratch = ExitStack()
+        self._folder = self._scratch.enter_context(scratch())
         self._processes: list[ForkServerProcess] = []
         self._connections: list[connection.Connection] = []
         self._context = multiprocessing.get_context("forkserver")
@@ -144,7 +145,7 @@ class Processes:
         for end in self._connections:
             end.close()
         self._processes, self._connections = [], []
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     def __enter__(self) -> Self:
         return self

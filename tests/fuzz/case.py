@@ -55,7 +55,7 @@ class Verdict:
         changes: what was done to the artifact.
         signed: whether its digests were made to fit again.
         outcome: "refused", "same", "other numbers", or what must never be.
-        seconds: how long using it took.
+        seconds: of computing that using it took.
     """
 
     seed: int
@@ -111,10 +111,10 @@ def judge(seed: int) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="fuzz-case-") as place:
         folder = Path(place) / "out"
         changes, signed = spoil(clean.folder, folder, seed)
-        before, start = _peak(), time.perf_counter()
+        before, start = _peak(), time.process_time()
         with _watched(Path(place)) as outside:
             outcome = _outcome(folder, clean)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if outside:
             outcome = f"opened {outside[0]}"
         elif seconds > SECONDS:
