@@ -75,7 +75,9 @@ def between(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 def end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    process.communicate()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def test_a_save_killed_between_its_renames(
