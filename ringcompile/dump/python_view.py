@@ -13,6 +13,7 @@ import keyword
 import operator
 import re
 import textwrap
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -22,6 +23,7 @@ from torch import fx
 
 from ringcompile.ir import expr
 from ringcompile.ir.call_text import elided, given_arguments, is_ours, op_name, symbols_of
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.legend import legend, rank_text, title
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.printer import block_of, blocks, type_text
@@ -205,12 +207,13 @@ def _function(node: fx.Node) -> str:
         return f"comm.{schemas.name_of(node.target)}"
     if not hasattr(node.target, "_schema"):
         return op_name(node)
-    namespace, name = str(node.target).split(".")[:2]
+    namespace, name = target_name(node.target).split(".")[:2]
     if is_ours(node):
         return f"ours.{name}"
     return f"{namespace}.{name}" if namespace == "aten" else f"torch.ops.{namespace}.{name}"
 
 
+@lru_cache(maxsize=65536)  # sympy takes long to print; a program has few sizes, many times
 def _size(size: sympy.Expr) -> str:
     """A size as Python; quotients outside functions are whole numbers."""
     if size.atoms(Application):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
-from ringcompile.ir.calls import Call, map_values
-from ringcompile.ir.expr import Size, bind, equal, is_symbolic
+from ringcompile.ir.calls import Call, target_name
+from ringcompile.ir.expr import Size, bind, equal, is_symbolic, symbols_in, to_text
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import DTYPE_NAMES, TensorType
 
@@ -27,7 +29,7 @@ _TO_THE_END = 2**63 - 1
 
 def is_ours(node: fx.Node) -> bool:
     """Whether a node calls one of ringcompile's own ops."""
-    return str(node.target).startswith("ringcompile.")
+    return target_name(node.target).startswith("ringcompile.")
 
 
 def op_name(node: fx.Node) -> str:
@@ -40,7 +42,7 @@ def op_name(node: fx.Node) -> str:
     if not hasattr(target, "_schema"):
         module = getattr(target, "__module__", "").removeprefix("_")
         return f"{module}.{getattr(target, '__name__', target)}"
-    namespace, name = str(target).split(".")[:2]
+    namespace, name = target_name(target).split(".")[:2]
     if is_ours(node):
         axis = Call(node).get("axis")
         return f"{axis}.{name.removeprefix(f'{axis}_')}" if axis else name
@@ -71,17 +73,38 @@ def given_arguments(node: fx.Node) -> list[Argument]:
             *(Argument(name, value, False, True) for name, value in node.kwargs.items()),
         ]
     values, given, gap = Call(node).arguments, [], False
-    for schema in target._schema.arguments:
-        value, optional = values[schema.name], schema.has_default_value()
-        if optional and _equals(value, schema.default_value):
+    for known in _parameters(target):
+        value = values[known.name]
+        if known.optional and _equals(value, known.default):
             gap = True
             continue
-        kind = str(schema.type)
-        number = kind == "number" and not schema.kwarg_only
-        operand = "Tensor" in kind or number
-        named = gap or schema.kwarg_only or not operand or (optional and is_ours(node))
-        given.append(Argument(schema.name, value, operand, named))
+        named = (
+            gap or known.keyword_only or not known.is_operand or (known.optional and is_ours(node))
+        )
+        given.append(Argument(known.name, value, known.is_operand, named))
     return given
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """What an op's schema says of an argument."""
+
+    name: str
+    optional: bool
+    default: Any
+    keyword_only: bool
+    is_operand: bool
+
+
+@lru_cache(maxsize=4096)
+def _parameters(target: Any) -> tuple[_Parameter, ...]:
+    found = []
+    for schema in target._schema.arguments:
+        kind, optional = str(schema.type), schema.has_default_value()
+        operand = "Tensor" in kind or (kind == "number" and not schema.kwarg_only)
+        default = schema.default_value if optional else None
+        found.append(_Parameter(schema.name, optional, default, schema.kwarg_only, operand))
+    return tuple(found)
 
 
 def _equals(value: Any, default: Any) -> bool:
@@ -116,7 +139,7 @@ def value_text(program: Program, value: Any, names: Mapping[fx.Node, str]) -> st
         text = f"{value:.6g}"
         return f"{text}.0" if text.lstrip("-").isdigit() else text
     if is_symbolic(value):
-        return str(bind(value, program.lengths))
+        return to_text(bind(value, program.lengths))
     return str(value).removeprefix("torch.")
 
 
@@ -192,9 +215,10 @@ def symbols_of(node: fx.Node) -> set[str]:
     """The names of the symbols in a call's arguments."""
     found: set[str] = set()
 
-    def visit(value: Any) -> None:
+    def visit(value: Any) -> Any:
         if is_symbolic(value):
-            found.update(symbol.name for symbol in value.free_symbols)
+            found.update(symbols_in(value))
+        return value
 
-    map_values((list(node.args), dict(node.kwargs)), visit)
+    map_aggregate((node.args, node.kwargs), visit)
     return found

@@ -18,6 +18,12 @@ def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...]:
     )
 
 
+@lru_cache(maxsize=4096)
+def target_name(target: Any) -> str:
+    """The text of a node's target, `aten.linear.default`; torch puts it together at every `str`."""
+    return str(target)
+
+
 class Call:
     """A call node seen through its operator's schema; arguments at their default are filled in."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import sympy
 from torch import fx
 
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.expr import Size, product, simplify
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import local_shape
@@ -49,12 +50,12 @@ def collective_bytes(kind: str, num_bytes: Size, num_ranks: int) -> Size:
 
 def short_name(node: fx.Node) -> str:
     """`all_reduce` of `ringcompile.all_reduce.default`."""
-    return str(node.target).split(".")[1]
+    return target_name(node.target).split(".")[1]
 
 
 def bytes_of(program: Program, node: fx.Node) -> Size:
     """The bytes that this rank sends in a node: whole buffers to a peer, what it must in others."""
-    target = str(node.target)
+    target = target_name(node.target)
     if target == SHIFT and node.kwargs["to"] is not None:
         return num_bytes(program, node.args[0])  # type: ignore[arg-type]
     if target in COLLECTIVES:

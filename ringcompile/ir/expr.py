@@ -174,7 +174,18 @@ def from_torch(expression: sympy.Expr, renamed: Mapping[str, sympy.Symbol]) -> S
 
 def to_text(value: Size) -> str:
     """The expression as text that `parse` reads back."""
-    return str(value)
+    return str(value) if isinstance(value, int) else _text(value)
+
+
+@lru_cache(maxsize=65536)  # sympy takes long to print; a program has few expressions, many times
+def _text(expression: sympy.Expr) -> str:
+    return str(expression)
+
+
+@lru_cache(maxsize=65536)
+def symbols_in(value: sympy.Expr) -> frozenset[str]:
+    """The names of an expression's symbols."""
+    return frozenset(symbol.name for symbol in value.free_symbols)
 
 
 @lru_cache(maxsize=65536)

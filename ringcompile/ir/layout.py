@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ringcompile.axes import ONLY_SEQUENCE, AxisRef, base_axis, refs, size_of
-from ringcompile.ir.expr import Size, divide, equal, product
+from ringcompile.ir.expr import Size, divide, equal, product, to_text
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,15 @@ class Layout:
 def format_dim(size: Size | None, dim: DimLayout) -> str:
     """`4096/ring`, `2*(s/ring)`, or the bare size of a whole dim."""
     if not dim:
-        return "*" if size is None else str(size)
+        return "*" if size is None else to_text(size)
+    sizes = [to_text(atom.size) for atom in dim]
     if len(dim) == 1:
-        text = f"({dim[0].size})" if "+" in str(dim[0].size) else str(dim[0].size)
+        text = f"({sizes[0]})" if "+" in sizes[0] else sizes[0]
         return "/".join([text, *dim[0].axes])
-    return "*".join(f"({a.size}/{'/'.join(a.axes)})" if a.axes else str(a.size) for a in dim)
+    return "*".join(
+        f"({size}/{'/'.join(atom.axes)})" if atom.axes else size
+        for size, atom in zip(sizes, dim, strict=True)
+    )
 
 
 def regroup(

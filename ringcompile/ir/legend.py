@@ -23,7 +23,7 @@ from ringcompile.ir.call_text import (
     op_name,
     symbols_of,
 )
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType, bind_type, state_type
@@ -192,7 +192,7 @@ _EXPERTS = "ringcompile.expert_linear.default"
 
 
 def _experts(program: Program) -> _Entries:
-    if any(str(node.target) == _EXPERTS for node in _calls(program)):
+    if any(target_name(node.target) == _EXPERTS for node in _calls(program)):
         yield "expert_linear", "each row times the matrix of its own expert"
 
 
@@ -248,10 +248,10 @@ def _split_atoms(program: Program) -> Iterator[Any]:
 def _symbols(program: Program) -> set[str]:
     """The names of all symbols in the program's types and arguments."""
     found = {name for node in program.graph.nodes for name in symbols_of(node)}
-    for type_ in _types(program):
+    for type_ in set(_types(program)):
         atoms = [atom.size for dim in type_.layout.dims for atom in dim]
         sizes = (size for size in (*type_.shape, *atoms) if expr.is_symbolic(size))
-        found.update(symbol.name for size in sizes for symbol in size.free_symbols)
+        found.update(name for size in sizes for name in expr.symbols_in(size))
     return found
 
 
@@ -270,7 +270,7 @@ def summary(program: Program) -> list[str]:
 def _communication(program: Program, calls: list[fx.Node]) -> list[str]:
     rows = []
     for target, describe in _TRAFFIC.items():
-        nodes = [node for node in calls if str(node.target) == target]
+        nodes = [node for node in calls if target_name(node.target) == target]
         if nodes:
             rows.append((op_name(nodes[0]), describe(program, nodes)))
     if not rows:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import COLLECTIVES, COMMUNICATION, SHIFT, short_name
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
@@ -88,7 +89,7 @@ class Messages:
         started: dict[fx.Node, Start] = {}
         events: list[Event] = []
         for node in program.graph.nodes:
-            target = str(node.target) if node.op == "call_function" else ""
+            target = target_name(node.target) if node.op == "call_function" else ""
             if target not in COMMUNICATION:
                 continue
             if target in COLLECTIVES:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.program import Program
 
 _WHOLE = frozenset({"ringcompile.attention.default", "ringcompile.ring_attention.default"})
@@ -21,6 +21,7 @@ _BLOCKS = frozenset({
     "ringcompile.cached_attention.default",
 })
 _FINISH = "ringcompile.finish.default"
+_ATTENTION = _WHOLE | {_FINISH}
 # Where the states are that a state was merged from, also those of other ranks.
 _FROM = ("state", "block", "packed", "x")
 _OPTIONAL = ("key_mask", "mask", "sink")
@@ -33,7 +34,7 @@ def attention_operands(program: Program) -> dict[str, frozenset[str]]:
     return {
         node.name: _given(node)
         for node in program.graph.nodes
-        if str(node.target) in _WHOLE or str(node.target) == _FINISH
+        if target_name(node.target) in _ATTENTION
     }
 
 
@@ -53,7 +54,7 @@ def lost_operand(
 
 def _given(node: fx.Node) -> frozenset[str]:
     call = Call(node)
-    if str(node.target) != _FINISH:
+    if target_name(node.target) != _FINISH:
         return frozenset(name for name in _OPTIONAL if call[name] is not None)
     given = set(_OPTIONAL[:2])
     for block in _blocks(call["state"]):
@@ -66,8 +67,8 @@ def _blocks(state: fx.Node) -> list[fx.Node]:
     found, work = [], [state]
     while work:
         node = work.pop()
-        if str(node.target) in _BLOCKS:
+        if target_name(node.target) in _BLOCKS:
             found.append(node)
-        if str(node.target) not in _BLOCKS or "state" in Call(node).arguments:
+        if target_name(node.target) not in _BLOCKS or "state" in Call(node).arguments:
             work += [n for n in map(Call(node).get, _FROM) if n is not None]
     return found

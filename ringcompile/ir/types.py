@@ -61,19 +61,25 @@ class TensorType:
         return replace(self, layout=layout)
 
     def __str__(self) -> str:
-        dims = (
-            format_dim(size, dim) for size, dim in zip(self.shape, self.layout.dims, strict=True)
-        )
-        text = f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(dims)}]"
-        return text + self.layout.partial_text
+        return _text(self)
 
 
+@lru_cache(maxsize=65536)  # types repeat from layer to layer, and from rank to rank
+def _text(type_: TensorType) -> str:
+    sizes = zip(type_.shape, type_.layout.dims, strict=True)
+    dims = ", ".join(format_dim(size, dim) for size, dim in sizes)
+    dtype = DTYPE_NAMES.get(type_.dtype, str(type_.dtype))
+    return f"{dtype}[{dims}]{type_.layout.partial_text}"
+
+
+@lru_cache(maxsize=65536)
 def state_type(out: TensorType) -> tuple[TensorType, TensorType]:
     """The type of a state (out, lse) of attention whose result is `out` [B,H,S,E]."""
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     return out, TensorType(dtype, out.shape[:3], Layout(out.layout.dims[:3]))
 
 
+@lru_cache(maxsize=65536)
 def accumulator_type(out: TensorType) -> tuple[TensorType, TensorType]:
     """The type of a state that blocks were merged into: out is as precise as lse."""
     lse = state_type(out)[1]
@@ -240,7 +246,7 @@ def local_size(atom: Atom, mesh: Mesh | None, sequence: SequenceSplit | None) ->
     return divide(atom.size, product(mesh.size(axis) for axis in atom.axes))
 
 
-@lru_cache(maxsize=65536)  # types repeat from layer to layer, and from rank to rank
+@lru_cache(maxsize=65536)
 def local_shape(
     type_: TensorType, mesh: Mesh | None, sequence: SequenceSplit | None
 ) -> tuple[Size, ...]:
@@ -257,9 +263,15 @@ def bind_type(type_: ValueType, values: dict[str, int]) -> ValueType:
     """Fill known lengths into a type."""
     if isinstance(type_, tuple):
         return tuple(bind_type(t, values) for t in type_)  # type: ignore[misc]
+    return _bound(type_, tuple(sorted(values.items())))
+
+
+@lru_cache(maxsize=65536)
+def _bound(type_: TensorType, values: tuple[tuple[str, int], ...]) -> TensorType:
+    known = dict(values)
     dims = tuple(
-        tuple(replace(atom, size=bind(atom.size, values)) for atom in dim)
+        tuple(replace(atom, size=bind(atom.size, known)) for atom in dim)
         for dim in type_.layout.dims
     )
     layout = Layout(dims, type_.layout.partial)
-    return TensorType(type_.dtype, tuple(bind(s, values) for s in type_.shape), layout)
+    return TensorType(type_.dtype, tuple(bind(s, known) for s in type_.shape), layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.program import Program
 
 # Their first operand is updated in place, so nothing else may read it.
@@ -40,10 +41,12 @@ def _problem(program: Program, node: fx.Node) -> str | None:
         return None if known else "is neither a weight, an input nor state"
     if node.op != "call_function":
         return f"is a {node.op}"
-    target = str(node.target)
+    target = target_name(node.target)
     if target in CONSUMING and isinstance(node.args[0], fx.Node) and len(node.args[0].users) > 1:
         return f"uses up %{node.args[0].name}, which others read"
-    waits = [user for user in node.users if str(user.target) == _WAITS]
-    if target == _STARTS and len(waits) != 1:
-        return f"starts a transfer that {len(waits)} nodes wait for"
-    return None
+    return _unawaited(node) if target == _STARTS else None
+
+
+def _unawaited(start: fx.Node) -> str | None:
+    waits = [user for user in start.users if target_name(user.target) == _WAITS]
+    return None if len(waits) == 1 else f"starts a transfer that {len(waits)} nodes wait for"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.program import Program
 from ringcompile.ir.verifier import CONSUMING
 from ringcompile.passes.base import Builder, Pass
@@ -15,6 +16,7 @@ from ringcompile.passes.base import Builder, Pass
 _EFFECTS = frozenset({
     "ringcompile.shift_start.default", "ringcompile.wait.default", "ringcompile.store.default",
 })
+_APART = _EFFECTS | CONSUMING
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class CleanUp(Pass):
 def _live(program: Program) -> set[fx.Node]:
     live: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
-        if node.op == "output" or node in live or str(node.target) in _EFFECTS:
+        if node.op == "output" or node in live or target_name(node.target) in _EFFECTS:
             live.add(node)
             live.update(node.all_input_nodes)
     return live
@@ -65,9 +67,9 @@ def _first(program: Program) -> dict[fx.Node, fx.Node]:
 
 def _key(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> Any:
     """Equal for nodes that compute the same value; None for nodes that must stay apart."""
-    if node.op != "call_function" or str(node.target) in _EFFECTS | CONSUMING:
+    if node.op != "call_function" or target_name(node.target) in _APART:
         return None
-    if any(str(user.target) in CONSUMING for user in node.users):
+    if any(target_name(user.target) in CONSUMING for user in node.users):
         return None
     return (
         node.target,
