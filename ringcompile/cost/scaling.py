@@ -87,7 +87,7 @@ def as_stage(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: i
 
 
 def busiest_stage(cost: RankCost, num_stages: int, apart: int, hidden_bytes: int) -> RankCost:
-    """The cost of one stage with the transfers that it sends, as the first of two stages."""
+    """The cost of a middle stage, which receives and sends; of two stages, the first."""
     return as_stage(cost, 1 if num_stages > 2 else 0, False, apart, hidden_bytes)
 
 
