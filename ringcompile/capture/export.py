@@ -1,7 +1,7 @@
 """From an nn.Module to a Program: torch.export, then our own graph without torch's symbols.
 
-Capture is non-strict and runs no decomposition, so that `linear` and attention stay whole. Batch
-and length stay symbolic. Weights become names: no data is copied or even read.
+Capture is non-strict and takes apart no op that has a rule, so that `linear` and attention stay
+whole. Batch and length stay symbolic. Weights become names: no data is copied or even read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import ExportedProgram, export
 
 from ringcompile.capture import huggingface
+from ringcompile.capture.decompose import known_ops_only
 from ringcompile.capture.dims import BATCH, SEQUENCE, Dims, Example, read_example, widened
 from ringcompile.capture.export_errors import explained
 from ringcompile.capture.flat_call import FlatCall, unwrapped
@@ -70,7 +71,7 @@ def capture(
     with without_logs(), unchanged(model), huggingface.prepared(model):
         found = _settled(call, example, (*caveats, *example.notes))
         with _tracing():
-            exported = written_out(found.exported)
+            exported = known_ops_only(written_out(found.exported))
     program = Importer(exported, call, found.sizes.symbols).program(name or type(model).__name__)
     notes = found.notes
     if compare_with_eager:

@@ -185,6 +185,12 @@ def _nonzero_count(draws: Draws) -> Arguments:
     return called(draws.small(shape), draws.dims(len(shape)))
 
 
+def _kthvalue(draws: Draws) -> Arguments:
+    shape = draws.shape(1, 4)
+    dim = draws.dim(len(shape))
+    return called(_distinct(draws, shape), draws.number(1, shape[dim]), dim, draws.flag())
+
+
 _REDUCTIONS: dict[str, Case] = {
     "mean.dim": reduced(),
     "sum.dim_IntList": reduced(INTEGERS),
@@ -214,6 +220,7 @@ _REDUCTIONS: dict[str, Case] = {
     "min.dim": _of_one(_distinct),
     "median.dim": _of_one(_distinct),
     "mode.default": _of_one(SMALL),
+    "kthvalue.default": Case(_kthvalue, all_but("dim")),
     "count_nonzero.dim_IntList": Case(_nonzero_count, all_but("dim")),
     "mean.default": everything(),
     "sum.default": everything(INTEGERS),

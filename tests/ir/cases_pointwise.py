@@ -17,6 +17,10 @@ INTEGERS, SMALL, FLAGS, COMPLEX = Draws.integers, Draws.small, Draws.flags, Draw
 MIXED = Draws.mixed
 
 
+def FEW_BITS(draws: Draws, shape: Shape) -> Tensor:  # noqa: N802 - one of the parts above
+    return draws.small(shape).abs() % 5
+
+
 def broadcast(*parts: Any, grows: bool = True, **kwargs: Any) -> Case:
     """Operands that broadcast, made by `parts`; a part that makes none is passed as it is.
 
@@ -69,7 +73,7 @@ _OF_REAL = [
     "abs", "neg", "exp", "exp2", "expm1", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu",
     "silu", "mish", "hardswish", "hardsigmoid", "sign", "floor", "ceil", "round", "trunc", "square",
     "selu", "relu6", "log_sigmoid", "sinh", "cosh", "atan", "asinh", "erfc", "frac", "signbit",
-    "positive", "reciprocal",
+    "positive", "reciprocal", "i0",
 ]
 _UNARY: dict[str, Case] = {
     **{name: _unary() for name in _OF_REAL},
@@ -129,6 +133,16 @@ _BINARY: dict[str, Case] = {
        for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__")},
     "bitwise_left_shift.Tensor_Scalar": broadcast(INTEGERS, 2),
     "bitwise_right_shift.Tensor_Scalar": broadcast(INTEGERS, 1),
+    "__lshift__.Scalar": broadcast(INTEGERS, 2),
+    "__rshift__.Scalar": broadcast(INTEGERS, 1),
+    **{f"{name}.Tensor": broadcast(INTEGERS, FEW_BITS)
+       for name in ("__lshift__", "__rshift__", "bitwise_left_shift", "bitwise_right_shift")},
+    "fmax.default": broadcast(ROUGH, REAL),
+    "fmin.default": broadcast(REAL, ROUGH),
+    "copysign.Tensor": broadcast(REAL, REAL),
+    "copysign.Scalar": broadcast(REAL, -1.0),
+    "nextafter.default": broadcast(REAL, REAL),
+    "ldexp.Tensor": broadcast(REAL, FEW_BITS),
     "where.self": broadcast(FLAGS, REAL, REAL),
     "where.ScalarOther": broadcast(FLAGS, REAL, -1.5),
     "where.ScalarSelf": broadcast(FLAGS, 0.5, REAL),

@@ -112,7 +112,19 @@ def _arange(draws: Draws) -> Arguments:
     return called(start, start + step * draws.size(), step, dtype=torch.int64)
 
 
+def _diagonal(draws: Draws) -> Arguments:
+    shape = draws.shape(2, 4)
+    one = draws.number(0, len(shape) - 2)
+    other = draws.number(one + 1, len(shape) - 1)
+    return called(draws.real(shape), draws.number(-1, 1), one, other)
+
+
+def _diagonal_free(call: Call) -> Free:
+    return all_but("dim1")(call) & all_but("dim2")(call)
+
+
 _VIEWS: dict[str, Case] = {
+    "diagonal.default": Case(_diagonal, _diagonal_free, exact=True),
     "reshape.default": Case(_reshape, _kept_by_view, exact=True),
     "expand.default": Case(_expand, aligned, exact=True),
     "permute.default": Case(_permute, leading(0), exact=True),

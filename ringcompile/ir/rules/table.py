@@ -83,6 +83,14 @@ def reduce_all(call: Call) -> Factors:
     return Factors(((None,) * len(shapes(call)[0]),), ())
 
 
+def diagonal(call: Call) -> Factors:
+    """Two dims, which must be whole, become one at the end; the others stay."""
+    rank = len(shapes(call)[0])
+    taken = {call["dim1"] % rank, call["dim2"] % rank}
+    operand: Names = tuple(None if i in taken else i for i in range(rank))
+    return Factors((operand,), (*(i for i in range(rank) if i not in taken), None))
+
+
 def select(call: Call) -> Factors:
     """One index of a dim, which must be whole and is gone from the output."""
     rank = len(shapes(call)[0])
@@ -192,7 +200,7 @@ _COSTLY_UNARY = [
     "exp", "exp2", "expm1", "log", "log2", "log1p", "log10", "sqrt", "rsqrt", "reciprocal", "sin",
     "cos", "tan", "tanh", "sigmoid", "erf", "erfc", "erfinv", "silu", "gelu", "elu", "celu", "selu",
     "mish", "softplus", "log_sigmoid", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh",
-    "atanh", "logit", "angle",
+    "atanh", "logit", "angle", "i0",
 ]
 _SAME = ["conj", "_conj", "resolve_conj", "positive"]
 _BINARY = [
@@ -209,7 +217,10 @@ _BINARY = [
     "bitwise_left_shift.Tensor_Scalar", "bitwise_right_shift.Tensor_Scalar", "floor_divide.Scalar",
     "fmod.Tensor", "threshold.default", "heaviside.default", "fill.Tensor", "copy.default",
     "fill.Scalar", "isclose.default", "bitwise_xor.Scalar", "isin.Tensor_Scalar",
-    "clamp_min.Tensor", "clamp_max.Tensor",
+    "clamp_min.Tensor", "clamp_max.Tensor", "__lshift__.Scalar", "__rshift__.Scalar",
+    "__lshift__.Tensor", "__rshift__.Tensor", "bitwise_left_shift.Tensor",
+    "bitwise_right_shift.Tensor", "fmax.default", "fmin.default", "copysign.Tensor",
+    "copysign.Scalar", "nextafter.default", "ldexp.Tensor",
 ]
 _COSTLY_BINARY = [
     "atan2.default", "polar.default", "logaddexp.default", "hypot.default", "pow.Tensor_Scalar",
@@ -234,7 +245,7 @@ _REDUCTIONS = [
     "amax.default", "amin.default", "any.dim", "all.dim",
     "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
     "std.correction", "logsumexp.default", "linalg_vector_norm.default", "max.dim", "min.dim",
-    "median.dim", "mode.default", "count_nonzero.dim_IntList",
+    "median.dim", "mode.default", "kthvalue.default", "count_nonzero.dim_IntList",
     "var_mean.correction", "nansum.default",
 ]
 
@@ -293,6 +304,7 @@ RULES: dict[str, Rule] = {
     "aten.reshape.default": ViewRule(),
     **_rows(["expand.default"], expand, cost="view", linear=FIRST, shape_argument="size"),
     **_rows(["permute.default"], permute, cost="view", linear=FIRST),
+    **_rows(["diagonal.default"], diagonal, cost="view", linear=FIRST),
     **_rows(["select.int"], select, cost="view", linear=FIRST),
     **_rows(["stack.default"], stack, cost="join", linear=TOGETHER),
     **_rows(["view_as_complex.default", "view_as_real.default"], real_pairs, cost="view"),
