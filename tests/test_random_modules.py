@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import count, islice
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from tests import random_modules
 from tests.random_module_parts import HEADS, PIECES, Entry
 from tests.random_modules import CRASHED, REFUSED, RIGHT, WRONG, Case, case_of, trial
 
-# Seeds 14 (`None` among the outputs of a pipeline) and 26 (a mask with heads, exchanged) are wrong.
-FEW, MANY = [seed for seed in range(42) if seed not in (14, 26)], range(42, 2042)
+# Of one or two pieces, which take least time to capture.
+FEW = list(islice((seed for seed in count() if len(case_of(seed).pieces) < 3), 40))
+MANY = [seed for seed in range(2040) if seed not in FEW]
 
 
 @pytest.mark.parametrize(
