@@ -52,13 +52,14 @@ def draw_inputs(
         program: says which inputs there are.
         roles: of its inputs.
         draw: length and seed.
-        replicas: one sequence is drawn for each, and one more.
+        replicas: as many sequences as there are, one more, or a few for each, by the seed.
         shares: into how many parts ranks divide a vocabulary.
     """
     generator = torch.Generator().manual_seed(draw.seed)
     found = {}
     low, high = program.batch_range
-    batch = max(low, replicas, min(replicas + 1, high or replicas + 1))
+    wanted = (replicas + 1, replicas, 3 * replicas + 2)[draw.seed % 3]
+    batch = max(low, replicas, min(wanted, high or wanted))
     known = {SEQUENCE: draw.length, BATCH: batch}
     for spec in program.inputs:
         shape = [int(bind(size, known)) for size in spec.type.shape]
@@ -80,7 +81,8 @@ def token_mask(
 
 def _rows(role: Role, draw: Draw) -> tuple[int, int]:
     """The first and the last value that an index may have."""
-    rows = int(bind(role.rows, {SEQUENCE: draw.length})) if role.rows is not None else draw.length
+    known = {SEQUENCE: draw.length, BATCH: 1}  # a row of the smallest batch is one of any
+    rows = int(bind(role.rows, known)) if role.rows is not None else draw.length
     rows = max(rows >> max(draw.plain - 1, 0), 1)
     return -role.shift, rows - role.shift - 1
 

@@ -69,7 +69,7 @@ def test_what_is_drawn_is_taken_by_the_model(seed: int) -> None:
     program, module = everything(), Everything()
     roles = roles_of(program)
     inputs = draw_inputs(program, roles, Draw(19, seed), replicas=1, shares=4)
-    assert inputs["ids"].shape == (2, 19)
+    assert inputs["ids"].shape == ((2, 19), (1, 19), (5, 19))[seed % 3]
     assert module(**inputs).isfinite().all()
     assert bool(inputs["mask"].all()) == (PADDING[seed % 4] == "no padding")
     again = draw_inputs(program, roles, Draw(19, seed), replicas=1, shares=4)
