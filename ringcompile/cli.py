@@ -14,6 +14,7 @@ from ringcompile.commands.calibrate import calibrate
 from ringcompile.commands.check import check
 from ringcompile.commands.dump import dump
 from ringcompile.commands.generate import generate
+from ringcompile.commands.info import info
 from ringcompile.commands.models import models
 from ringcompile.commands.plan import plan
 from ringcompile.commands.run import run
@@ -53,6 +54,7 @@ def main() -> None:
 
 
 for _command in (
-    bench, calibrate, check, dump, generate, models, plan, run, simulate, transform, verify, view,
+    bench, calibrate, check, dump, generate, info, models, plan, run, simulate, transform, verify,
+    view,
 ):
     cli.add_command(_command)

@@ -21,6 +21,7 @@ from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.crosscheck import cross_check
+from ringcompile.ir.expr import bind
 from ringcompile.ir.origin import check_origin
 from ringcompile.ir.plan import Plan, plan_of
 from ringcompile.ir.printer import block_of
@@ -426,7 +427,7 @@ def check(
         gathers=report.gathers_of(made.program),
         refusals=refusals,
         notes=made.program.notes,
-        bytes_sent={rank: str(bytes_sent(p)) for rank, p in enumerate(ranks)},
+        bytes_sent={rank: str(bind(bytes_sent(p), p.lengths)) for rank, p in enumerate(ranks)},
     )
 
 
@@ -495,7 +496,8 @@ def recorded_model(
             f"`ringcompile transform {spec} --passes ...` for early passes",
         )
     return load_model(
-        spec, batch=options.get("batch", 1), dtype=options.get("dtype"), weights=weights
+        spec, batch=options.get("batch", 1), dtype=options.get("dtype"), weights=weights,
+        extra=options.get("extra_inputs", ()),
     )
 
 

@@ -87,6 +87,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli")
     (path / "mine.py").write_text(USER_CODE)
     (path / "folder.pt").mkdir()
+    (path / "theirs").mkdir()
+    (path / "theirs" / "thesis.tex").write_text("")
     done = ringcompile("transform", "llama-tiny", "-o", "out", "--parallel", "ring=2", cwd=path)
     assert done.returncode == 0, done.stderr
     assert "2 programs" in done.stdout
@@ -175,6 +177,40 @@ def test_check(folder: Path) -> None:
     assert "mine.py:15" in refused.stdout
 
 
+def test_check_names_layers_that_are_alike_once(folder: Path) -> None:
+    done = ringcompile("check", "llama-tiny", "--parallel", "ring=2", "--seq", "2048")
+    assert done.returncode == 0, done.stderr
+    assert "blocks.0.attention and" in done.stdout
+    assert done.stdout.count("causal") == 1
+    assert done.stdout.endswith(
+        "rank 0 sends 0.2621 MB a run\nrank 1 sends 0.5243 MB a run\nsupported\n")
+
+
+def test_info(folder: Path) -> None:
+    done = ringcompile("info", "out", cwd=folder)
+    assert done.stdout.splitlines() == [
+        "llama-tiny, ring=2, order zigzag, 2 ranks",
+        "  input  inputs: int64 [1, s]",
+        "  output output: float32 [1, s, 512]",
+        "  length of the sequence: s, at least 2 tokens",
+        "  batch: 1",
+        "  weights of a rank: 0.00118 GB",
+        "run: ringcompile run out",
+        "run: torchrun --nproc-per-node 2 -m ringcompile run out",
+    ]
+    facts = json.loads(ringcompile("info", "out", "--json", cwd=folder).stdout)
+    module = zoo.build("llama-tiny", sequence=24)[0]
+    held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    assert facts["weight_bytes"] == [held, held]
+    assert facts["options"]["model"] == "llama-tiny"
+
+
+def test_names_with_blanks_can_be_pasted(folder: Path) -> None:
+    done = ringcompile(
+        "transform", "gpt-tiny", "-o", "my out", "--parallel", "ring=2", "--no-weights", cwd=folder)
+    assert done.stdout.endswith("next: ringcompile run 'my out', ringcompile view 'my out'\n")
+
+
 def test_passes_and_printing(folder: Path) -> None:
     done = ringcompile(
         "transform", "llama-tiny", "--parallel", "ring=2", "--passes", "canonicalize,place")
@@ -230,6 +266,15 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
         ["unknown pass 'foo'", "canonicalize"]),
     "folder is there": (
         ["transform", "llama-tiny", "-o", "out", "--parallel", "ring=2"], 1, ["--overwrite"]),
+    "a folder that is no artifact": (
+        ["transform", "nope", "-o", "folder.pt", "--parallel", "ring=2", "--overwrite"], 1,
+        ["no model 'nope'"]),
+    "a file in the way": (
+        ["transform", "llama-tiny", "-o", "mine.py", "--parallel", "ring=2"], 1,
+        ["mine.py' is a file"]),
+    "a folder that is not ours": (
+        ["transform", "nope", "-o", "theirs", "--parallel", "ring=2", "--overwrite"], 1,
+        ["theirs' is not an artifact, so it is not overwritten"]),
     "op without a rule": (
         ["transform", "mine:unknown", "-o", "x", "--parallel", "ring=2"], 1,
         ["mine.py:15: error:", "kthvalue", "return x.kthvalue", "hint:"]),

@@ -119,7 +119,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tidy(target)
-        _check_free(target, overwrite)
+        check_free(target, overwrite)
         with new_held(target.parent, _prefix(target, "tmp")) as temporary:
             yield temporary
             _to_disk(temporary)
@@ -175,7 +175,8 @@ def _prefix(target: Path, kind: str) -> str:
     return f".{target.name}.{kind}-"
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raise RingCompileError where an artifact cannot be written, for what is there already."""
     if not target.exists():
         return
     if not target.is_dir():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringcompile.capture.surroundings import fake_weights
-from ringcompile.errors import RingCompileError
+from ringcompile.capture import checkpoints
+from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.models import zoo
 from ringcompile.options import DTYPES
 
@@ -45,32 +45,44 @@ def load_model(
     length: int | None = None,
     dtype: str | None = None,
     weights: bool = True,
+    extra: Sequence[str] = (),
 ) -> LoadedModel:
     """Load what a model spec names.
 
     Args:
         spec: a zoo name, a folder with a Hugging Face checkpoint, or `package.module:function`
-            where the function returns a module and its example inputs (a tuple, or a dict by name).
+            where the function returns a module and its example inputs, see `_parts`.
         batch: dim 0 of the example inputs; a function chooses its own.
         length: sequence length of the example inputs, likewise.
         dtype: cast parameters and buffers to it.
         weights: False builds the model without memory for its parameters.
+        extra: what a Hugging Face model takes besides token ids, of `EXTRA_INPUTS`; by default
+            `attention_mask` where it is no causal language model.
 
     Raises:
         RingCompileError: nothing of that name, or what is there cannot be loaded.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RingCompileError(f"unknown dtype '{dtype}'", hint=f"dtypes are: {', '.join(DTYPES)}")
+    if unknown := [name for name in extra if name not in checkpoints.EXTRA_INPUTS]:
+        raise RingCompileError(
+            f"unknown input '{unknown[0]}'", hint=f"one of: {', '.join(checkpoints.EXTRA_INPUTS)}"
+        )
+    if extra and not os.path.isdir(spec):
+        raise RingCompileError(
+            f"'{spec}' is no Hugging Face checkpoint: it says itself what it takes",
+            hint="leave --extra-inputs out",
+        )
     if spec in zoo.names():
         return _zoo(spec, batch, length, dtype, weights)
     if os.path.isdir(spec):
-        return _checkpoint(Path(spec), batch, length, dtype, weights)
+        return _checkpoint(Path(spec), batch, length, dtype, weights, extra)
     if ":" in spec:
         return _function(spec, dtype)
     raise RingCompileError(
         f"no model '{spec}'",
-        hint="give a zoo name (`ringcompile models`), a checkpoint folder, or "
-        "package.module:function",
+        hint=checkpoints.hub_hint(spec) or "give a zoo name (`ringcompile models`), a checkpoint "
+        "folder, or package.module:function",
     )
 
 
@@ -89,7 +101,12 @@ def _zoo(
 
 
 def _checkpoint(
-    folder: Path, batch: int, length: int | None, dtype: str | None, weights: bool
+    folder: Path,
+    batch: int,
+    length: int | None,
+    dtype: str | None,
+    weights: bool,
+    extra: Sequence[str],
 ) -> LoadedModel:
     try:
         import transformers
@@ -98,40 +115,25 @@ def _checkpoint(
             f"'{folder}' looks like a Hugging Face checkpoint, and transformers is not installed",
             hint="pip install 'ringcompile[hf]'",
         ) from None
-    config_file = folder / "config.json"
+    settings = checkpoints.read_config(folder)
+    cls = checkpoints.model_class(folder, settings, transformers)
     try:
-        architecture = json.loads(config_file.read_text())["architectures"][0]
-        model_class = getattr(transformers, architecture)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except Exception as error:  # a config's own checks raise many kinds
+        first = (str(error).strip().splitlines() or [""])[0]
         raise RingCompileError(
-            f"'{folder}' is not a Hugging Face checkpoint that this transformers can read: "
-            f"{type(error).__name__}: {error}",
-            hint="it needs a config.json whose 'architectures' names a class of transformers",
-        ) from None
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
-    if weights:
-        module = model_class.from_pretrained(folder, local_files_only=True, **options)
-    else:
-        wanted = getattr(torch, dtype) if dtype else (config.dtype or torch.get_default_dtype())
-        with fake_weights(), _default_dtype(wanted):
-            module = model_class(config)
-    shape = (batch, length or DEFAULT_LENGTH)
-    args = (torch.zeros(shape, dtype=torch.int64),)
-    kwargs = {} if "CausalLM" in architecture else {
-        "attention_mask": torch.ones(shape, dtype=torch.int64)
-    }
-    return LoadedModel(module.eval(), args, kwargs, folder.name)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+            f"transformers cannot read '{folder / checkpoints.CONFIG}': "
+            f"{type(error).__name__}: {first}"
+        ) from error
+    wanted = None if dtype is None else getattr(torch, dtype)
+    module = (
+        checkpoints.load_weights(folder, cls, wanted) if weights
+        else checkpoints.without_weights(cls, config, wanted)
+    )
+    ids = torch.zeros((batch, length or DEFAULT_LENGTH), dtype=torch.int64)
+    names = extra or (() if "CausalLM" in cls.__name__ else ("attention_mask",))
+    kwargs = {name: checkpoints.EXTRA_INPUTS[name](ids) for name in names}
+    return LoadedModel(module.eval(), (ids,), kwargs, folder.name)
 
 
 def _function(spec: str, dtype: str | None) -> LoadedModel:
@@ -143,19 +145,56 @@ def _function(spec: str, dtype: str | None) -> LoadedModel:
         raise RingCompileError(f"cannot import '{spec}': {error}") from None
     finally:
         sys.path.pop(0)
-    made = function()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+    try:
+        made = function()
+    except RingCompileError:
+        raise
+    except Exception as error:  # it is the user's code: their line, without our frames
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        first = (str(error).strip().splitlines() or [""])[0]
         raise RingCompileError(
-            f"'{spec}' returns {type(made).__name__}; it must return (module, example inputs)"
-        )
-    module, inputs = made
+            f"'{spec}' raised {type(error).__name__}: {first}",
+            location=SourceLocation(frame.filename, frame.lineno or 0),
+        ) from error
+    module, args, kwargs = _parts(spec, made)
     if dtype is not None:
         module = module.to(getattr(torch, dtype))
-        inputs = _cast(inputs, getattr(torch, dtype))
-    if isinstance(inputs, Mapping):
-        return LoadedModel(module, (), dict(inputs), function_name)
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
-    return LoadedModel(module, args, {}, function_name)
+        args, kwargs = _cast((args, kwargs), getattr(torch, dtype))
+    return LoadedModel(module, args, kwargs, function_name)
+
+
+def _parts(spec: str, made: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The module, its arguments and its keyword arguments, from what a user's function returns.
+
+    That is (module, args), (module, kwargs), (module, args, kwargs), or a dict with `module`, and
+    `args`, `kwargs` or both; `args` that are no tuple are the only argument.
+    """
+    if isinstance(made, Mapping):
+        parts = [made.get("module"), made.get("args", ()), made.get("kwargs", {})]
+        fits = set(made) <= {"module", "args", "kwargs"} and len(made) > 1
+    elif isinstance(made, tuple) and len(made) in (2, 3):
+        by_name = len(made) == 2 and isinstance(made[1], Mapping)
+        parts = [made[0], (), made[1]] if by_name else [*made, {}][:3]
+        fits = True
+    else:
+        parts, fits = [None, (), {}], False
+    module, args, kwargs = parts
+    if not (fits and isinstance(module, nn.Module) and isinstance(kwargs, Mapping)):
+        raise RingCompileError(
+            f"'{spec}' returns {_described(made)}",
+            hint="return (module, args), (module, args, kwargs), or a dict with 'module', 'args' "
+            "and 'kwargs': args a tuple of example inputs, kwargs a dict of them by name",
+        )
+    return module, args if isinstance(args, tuple) else (args,), dict(kwargs)
+
+
+def _described(made: Any) -> str:
+    """`int`, `a tuple of (Net, int)`, `a dict of 'model'`."""
+    if isinstance(made, tuple):
+        return f"a tuple of ({', '.join(type(part).__name__ for part in made)})"
+    if isinstance(made, Mapping):
+        return f"a dict of {', '.join(map(repr, made))}"
+    return type(made).__name__
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:

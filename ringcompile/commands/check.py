@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from ringcompile.commands.options import BATCH, CONSOLE, DTYPE, JSON, PARALLEL, compile_options
+from ringcompile.commands.options import (
+    BATCH,
+    CONSOLE,
+    DTYPE,
+    EXTRA_INPUTS,
+    JSON,
+    PARALLEL,
+    compile_options,
+)
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import Options
@@ -29,12 +39,14 @@ else:
 @compile_options
 @DTYPE
 @BATCH
+@EXTRA_INPUTS
 @JSON
 def check(
     model: str,
     parallel: str,
     dtype: str | None,
     batch: int,
+    extra_inputs: tuple[str, ...],
     as_json: bool,
     options: Options,
 ) -> None:
@@ -42,7 +54,8 @@ def check(
     mesh = Mesh.parse(parallel)
     with CONSOLE.status(f"checking {model}"):
         loaded = loaders.load_model(
-            model, batch=batch, length=options.length, dtype=dtype, weights=":" in model
+            model, batch=batch, length=options.length, dtype=dtype, weights=":" in model,
+            extra=extra_inputs,
         )
         found = compiler.check(
             loaded.module, mesh, loaded.args, loaded.kwargs, **options.given()
@@ -60,16 +73,53 @@ def _print_report(found: Report) -> None:
     table = Table(title=f"{found.model} with {found.mesh}, order {found.order}")
     for column in ("layer", "line", "attention", "mask"):
         table.add_column(column)
-    for row in found.attention:
-        table.add_row(row.layer, row.line, row.form, row.mask)
+    for names, (line, form, mask) in _alike(
+        [(row.layer, (row.line, row.form, row.mask)) for row in found.attention]
+    ):
+        table.add_row(names, line, form, mask)
     if found.attention:
         console.print(table)
     for text in found.notes:
         click.echo(f"note: {text}")
-    for text in found.gathers:
-        click.echo(f"gathered whole on every rank: {text}")
-    for rank, expression in found.bytes_sent.items():
-        click.echo(f"rank {rank} sends {expression} bytes a run")
+    for names, (line, type_) in _alike([_gathered(text) for text in found.gathers]):
+        click.echo(f"gathered whole on every rank: {line}: {names}: {type_}")
+    for line in _sent(found.bytes_sent):
+        click.echo(line)
     for text in found.refusals:
         click.echo(f"refused: {text}")
     click.echo("supported" if found.supported else "not supported")
+
+
+_Row = TypeVar("_Row", bound=tuple[str, ...])
+
+
+def _alike(rows: list[tuple[str, _Row]]) -> Iterator[tuple[str, _Row]]:
+    """Rows of layers that differ in their number only are one: `blocks.0 and 3 layers like it`."""
+    groups: dict[Any, list[str]] = {}
+    for layer, row in rows:
+        groups.setdefault((re.sub(r"\d+", "#", layer), row), []).append(layer)
+    for (_, row), layers in groups.items():
+        others = len(layers) - 1
+        more = f" and {others} {'layer' if others == 1 else 'layers'} like it" if others else ""
+        yield layers[0] + more, row
+
+
+def _gathered(text: str) -> tuple[str, tuple[str, str]]:
+    """`gpt.py:73: blocks.0.mlp: i64[1, 8]` as its layer, line and type."""
+    line, layer, type_ = (part.strip() for part in text.rsplit(": ", 2))
+    return layer, (line, type_)
+
+
+def _sent(bytes_sent: dict[int, str]) -> Iterator[str]:
+    """What ranks send in one run; those that send as much, together."""
+    ranks: dict[str, list[str]] = {}
+    for rank, amount in bytes_sent.items():
+        ranks.setdefault(amount, []).append(str(rank))
+    for amount, which in ranks.items():
+        text = f"{int(amount) / 1e6:.4g} MB" if amount.isdigit() else f"{amount} bytes"
+        if len(which) == len(bytes_sent) > 1:
+            yield f"every rank sends {text} a run"
+        elif len(which) == 1:
+            yield f"rank {which[0]} sends {text} a run"
+        else:
+            yield f"ranks {', '.join(which)} send {text} a run each"

@@ -22,6 +22,12 @@ PARALLEL = click.option(
 )
 DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
 BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+EXTRA_INPUTS = click.option(
+    "--extra-inputs", metavar="NAMES", default="", callback=lambda _context, _option, text: tuple(
+        filter(None, (name.strip() for name in text.split(",")))
+    ), help="What a Hugging Face model takes besides token ids: attention_mask, position_ids, "
+    "token_type_ids.",
+)
 CLUSTER = click.option(
     "--cluster", required=True, metavar="NAME|FILE",
     help=f"The hardware: {', '.join(cluster_names())}, or a file that `calibrate` wrote.",

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile.commands.options import BATCH, CONSOLE, DTYPE, JSON, PARALLEL, compile_options
+from ringcompile.commands.options import (
+    BATCH,
+    CONSOLE,
+    DTYPE,
+    EXTRA_INPUTS,
+    JSON,
+    PARALLEL,
+    compile_options,
+)
 from ringcompile.commands.overlap import overlap_options, schedule_for
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
@@ -18,6 +27,7 @@ from ringcompile.options import HALVES, Options
 
 if TYPE_CHECKING:
     from ringcompile import compiler
+    from ringcompile.artifact import files
     from ringcompile.capture import export, loaders
     from ringcompile.ir import plan as plans
     from ringcompile.ir import printer
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from ringcompile.passes import base
 else:
     compiler = Later("ringcompile.compiler")
+    files = Later("ringcompile.artifact.files")
     export = Later("ringcompile.capture.export")
     loaders = Later("ringcompile.capture.loaders")
     plans = Later("ringcompile.ir.plan")
@@ -42,6 +53,7 @@ else:
 @overlap_options
 @DTYPE
 @BATCH
+@EXTRA_INPUTS
 @click.option("--no-weights", is_flag=True, help="Write graphs only; needs no memory for weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--passes", metavar="LIST", help="Run only these passes and print the result.")
@@ -58,6 +70,7 @@ def transform(
     overlap_on: str,
     dtype: str | None,
     batch: int,
+    extra_inputs: tuple[str, ...],
     no_weights: bool,
     overwrite: bool,
     passes: str | None,
@@ -71,12 +84,13 @@ def transform(
     mesh = Mesh.parse(parallel)
     if out is None and passes is None:
         raise click.UsageError("give a folder to write with -o, or passes to print with --passes")
-    if out is not None and out.exists() and not overwrite:
-        raise RingCompileError(f"'{out}' exists", hint="pass --overwrite to replace it")
+    if out is not None:
+        files.check_free(out.resolve(), overwrite)
     keep_weights = not no_weights and out is not None
     with CONSOLE.status(f"loading {model}"):
         loaded = loaders.load_model(
-            model, batch=batch, length=options.length, dtype=dtype, weights=keep_weights
+            model, batch=batch, length=options.length, dtype=dtype, weights=keep_weights,
+            extra=extra_inputs,
         )
     with CONSOLE.status("capturing"):
         program = export.capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
@@ -97,6 +111,7 @@ def transform(
             record={
                 "model": model, "dtype": dtype, "batch": batch,
                 "overlap": overlap, "overlap_on": overlap_on,
+                "extra_inputs": list(extra_inputs),
             },
             schedule=schedule_for(overlap, overlap_on, program, mesh, options.length),
             **options.given(),
@@ -158,4 +173,5 @@ def _print_summary(out: Path, made: compiler.ParallelProgram, as_json: bool) -> 
     )
     for note in program.notes:
         click.echo(f"note: {note}")
-    click.echo(f"next: ringcompile run {out}, ringcompile dump {out} --rank 0")
+    name = shlex.quote(str(out))
+    click.echo(f"next: ringcompile run {name}, ringcompile view {name}")

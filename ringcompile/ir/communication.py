@@ -75,6 +75,16 @@ def num_bytes(program: Program, node: fx.Node) -> Size:
     return product([*shape, type_.dtype.itemsize])
 
 
+def weight_bytes(program: Program) -> int:
+    """The bytes of this rank's share of all weights; one that it takes twice alike is held once."""
+    shares = {
+        (program.weights[node.name].name, type_of(node).layout): num_bytes(program, node)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.weights
+    }
+    return sum(map(int, shares.values()))
+
+
 def bytes_sent(program: Program) -> Size:
     """The bytes that this rank sends in one run, as an expression in the lengths."""
     total: Size = 0

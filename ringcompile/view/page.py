@@ -16,6 +16,7 @@ from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How, Timeline
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.communication import weight_bytes
 from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.printer import value_names
 from ringcompile.ir.program import Program
@@ -80,9 +81,7 @@ def _data(parallel: ParallelProgram, cluster: str, length: int | None) -> dict[s
         program_rows(rank, tables, f"rank {number}")
         for number, rank in enumerate(parallel.ranks())
     ]
-    weights = [
-        sum(weight.num_bytes for weight in rank.weights.values()) for rank in parallel.ranks()
-    ]
+    weights = [weight_bytes(rank) for rank in parallel.ranks()]
     return {
         "model": program.name, "mesh": [list(axis) for axis in parallel.mesh.across],
         "parallel": str(parallel.mesh), "order": program.sequence.order, "tokens": tokens,

@@ -1,0 +1,91 @@
+"""`ringcompile info`: what an artifact is, what goes in and comes out, and how to run it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ringcompile.commands.options import JSON, gigabytes
+from ringcompile.later import Later
+
+if TYPE_CHECKING:
+    from ringcompile import compiler
+    from ringcompile.commands import job
+    from ringcompile.ir import communication, nodes
+    from ringcompile.ir.types import TensorType
+else:
+    compiler = Later("ringcompile.compiler")
+    job = Later("ringcompile.commands.job")
+    communication = Later("ringcompile.ir.communication")
+    nodes = Later("ringcompile.ir.nodes")
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@JSON
+def info(out: Path, as_json: bool) -> None:
+    """Say what the artifact OUT takes and gives, what each rank holds, and how to run it."""
+    facts = _facts(out, compiler.load(out))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{facts['model']}, {facts['parallel']}, order {facts['order']}, "
+               f"{facts['ranks']} {'rank' if facts['ranks'] == 1 else 'ranks'}")
+    for word, values in (("input ", facts["inputs"]), ("output", facts["outputs"])):
+        for name, type_ in values.items():
+            click.echo(f"  {word} {name}: {type_}")
+    click.echo(f"  length of the sequence: {facts['length']}")
+    click.echo(f"  batch: {facts['batch']}")
+    weights = facts["weight_bytes"]
+    share = gigabytes(weights[0]) if len(set(weights)) == 1 else (
+        f"{gigabytes(min(weights))} to {gigabytes(max(weights))}"
+    )
+    click.echo(f"  weights of a rank: {share}")
+    for note in facts["notes"]:
+        click.echo(f"note: {note}")
+    for line in facts["run"]:
+        click.echo(f"run: {line}")
+
+
+def _facts(out: Path, made: compiler.ParallelProgram) -> dict[str, Any]:
+    program, name = made.program, shlex.quote(str(out))
+    assert program.sequence is not None
+    last = made.rank(made.world_size - 1)
+    outputs = zip(job.output_names(last), last.outputs, strict=True)
+    copies = "" if made.mesh.size("dp") * made.mesh.size("pp") == 1 else ", or a multiple"
+    return {
+        "out": str(out),
+        "model": program.name,
+        "parallel": str(made.mesh),
+        "order": program.sequence.order,
+        "ranks": made.world_size,
+        "inputs": {spec.name: _type(spec.type) for spec in program.inputs},
+        "outputs": {label: _type(nodes.type_of(node)) for label, node in outputs},
+        "length": _length(made),
+        "batch": f"{program.batch * made.mesh.size('dp')}{copies}",
+        "weight_bytes": [communication.weight_bytes(rank) for rank in made.ranks()],
+        "notes": list(program.notes),
+        "options": made.options,
+        "run": [
+            f"ringcompile run {name}",
+            f"torchrun --nproc-per-node {made.world_size} -m ringcompile run {name}",
+        ],
+    }
+
+
+def _type(type_: TensorType) -> str:
+    """`int64 [1, s]`: the whole tensor."""
+    return f"{str(type_.dtype).removeprefix('torch.')} [{', '.join(map(str, type_.shape))}]"
+
+
+def _length(made: compiler.ParallelProgram) -> str:
+    fixed = made.program.lengths.get("s")
+    if fixed is not None:
+        return f"{fixed} tokens"
+    low, high = made.program.length_range
+    return f"s, {low} to {high} tokens" if high is not None else f"s, at least {low} tokens"
+
