@@ -183,17 +183,18 @@ def test_check_names_layers_that_are_alike_once(folder: Path) -> None:
     assert "blocks.0.attention and" in done.stdout
     assert done.stdout.count("causal") == 1
     assert done.stdout.endswith(
-        "rank 0 sends 0.2621 MB a run\nrank 1 sends 0.5243 MB a run\nsupported\n")
+        "rank 0 sends 0.2621 MB for each sequence a run\n"
+        "rank 1 sends 0.5243 MB for each sequence a run\nsupported\n")
 
 
 def test_info(folder: Path) -> None:
     done = ringcompile("info", "out", cwd=folder)
     assert done.stdout.splitlines() == [
         "llama-tiny, ring=2, order zigzag, 2 ranks",
-        "  input  inputs: int64 [1, s]",
-        "  output output: float32 [1, s, 512]",
+        "  input  inputs: int64 [b, s]",
+        "  output output: float32 [b, s, 512]",
         "  length of the sequence: s, at least 2 tokens",
-        "  batch: 1",
+        "  batch: any number of sequences",
         "  weights of a rank: 0.00118 GB",
         "run: ringcompile run out",
         "run: torchrun --nproc-per-node 2 -m ringcompile run out",

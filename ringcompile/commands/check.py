@@ -116,10 +116,18 @@ def _sent(bytes_sent: dict[int, str]) -> Iterator[str]:
     for rank, amount in bytes_sent.items():
         ranks.setdefault(amount, []).append(str(rank))
     for amount, which in ranks.items():
-        text = f"{int(amount) / 1e6:.4g} MB" if amount.isdigit() else f"{amount} bytes"
+        text = _amount(amount)
         if len(which) == len(bytes_sent) > 1:
             yield f"every rank sends {text} a run"
         elif len(which) == 1:
             yield f"rank {which[0]} sends {text} a run"
         else:
             yield f"ranks {', '.join(which)} send {text} a run each"
+
+
+def _amount(text: str) -> str:
+    """`2.1 MB`, `2.1 MB for each sequence`; bytes where a length is not known."""
+    found = re.fullmatch(r"(\d+)(\*b)?", text)
+    if found is None:
+        return f"{text} bytes"
+    return f"{int(found[1]) / 1e6:.4g} MB{' for each sequence' if found[2] else ''}"

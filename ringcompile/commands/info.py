@@ -56,7 +56,6 @@ def _facts(out: Path, made: compiler.ParallelProgram) -> dict[str, Any]:
     assert program.sequence is not None
     last = made.rank(made.world_size - 1)
     outputs = zip(job.output_names(last), last.outputs, strict=True)
-    copies = "" if made.mesh.size("dp") * made.mesh.size("pp") == 1 else ", or a multiple"
     return {
         "out": str(out),
         "model": program.name,
@@ -66,7 +65,7 @@ def _facts(out: Path, made: compiler.ParallelProgram) -> dict[str, Any]:
         "inputs": {spec.name: _type(spec.type) for spec in program.inputs},
         "outputs": {label: _type(nodes.type_of(node)) for label, node in outputs},
         "length": _length(made),
-        "batch": f"{program.batch * made.mesh.size('dp')}{copies}",
+        "batch": _batch(made),
         "weight_bytes": [communication.weight_bytes(rank) for rank in made.ranks()],
         "notes": list(program.notes),
         "options": made.options,
@@ -80,6 +79,14 @@ def _facts(out: Path, made: compiler.ParallelProgram) -> dict[str, Any]:
 def _type(type_: TensorType) -> str:
     """`int64 [1, s]`: the whole tensor."""
     return f"{str(type_.dtype).removeprefix('torch.')} [{', '.join(map(str, type_.shape))}]"
+
+
+def _batch(made: compiler.ParallelProgram) -> str:
+    size, replicas = made.program.batch, made.mesh.size("dp")
+    if not isinstance(size, int):
+        return "any number of sequences" + (f" that divides by {replicas}" if replicas > 1 else "")
+    copies = "" if replicas * made.mesh.size("pp") == 1 else ", or a multiple"
+    return f"{size * replicas}{copies}"
 
 
 def _length(made: compiler.ParallelProgram) -> str:
