@@ -22,6 +22,7 @@ from ringcompile.capture.decompose import known_ops_only
 from ringcompile.capture.dims import BATCH, SEQUENCE, Dims, Example, read_example, widened
 from ringcompile.capture.export_errors import explained
 from ringcompile.capture.flat_call import FlatCall, unwrapped
+from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer
 from ringcompile.capture.regions import written_out
@@ -189,7 +190,7 @@ _SMALLEST = {BATCH: 1, SEQUENCE: 2}
 def _export(call: FlatCall, example: Example) -> ExportedProgram:
     tensors = tuple(leaf.tensor for leaf in example.leaves)
     shapes = {leaf.name: leaf.dynamic for leaf in example.leaves}
-    with _tracing(), without_casts_of_modules(), all_frames():
+    with _tracing(), without_casts_of_modules(), all_frames(), read_as_attention():
         return export(call, tensors, dynamic_shapes=shapes, strict=False)
 
 
