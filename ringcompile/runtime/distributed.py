@@ -16,7 +16,7 @@ from torch import fx
 
 from ringcompile.ir.communication import COLLECTIVES
 from ringcompile.ir.expr import bind
-from ringcompile.ir.nodes import layout_of, type_of
+from ringcompile.ir.nodes import layout_of, location_of, type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
@@ -130,7 +130,10 @@ class Session:
         # The last rank is one of the last stage: its program says what is returned.
         self.last = parallel.rank(rank.world_size - 1)
         agree(rank, facts_of(parallel.identity, parallel.mesh.world_size))
-        self.exchange = Exchange(parallel.mesh, rank, _joined(parallel))
+        self.exchange = Exchange(
+            parallel.mesh, rank, _joined(parallel),
+            locations={node.name: location_of(node) for node in self.program.graph.nodes},
+        )
         self.weights = read_weights(self.program, parallel.source, rank.device)
         self.numbered = uses_numbers(self.program)
         self._executors: dict[Any, Executor] = {}

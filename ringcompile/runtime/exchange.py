@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import ANSWERS, Collective
 from ringcompile.runtime.executor import Request, Shift, Wait
 from ringcompile.runtime.join import Rank, first_line, name_ranks
+from ringcompile.runtime.recorder import Recorder
+from ringcompile.runtime.reports import silent_ranks
 
 
 class PeerLostError(RingCompileError):
@@ -44,6 +46,8 @@ class Exchange:
     Attributes:
         joined: combinations of axes that programs communicate along, such as `ring,ulysses`; the
             same on all ranks.
+        locations: by node, the user's line, for errors.
+        recorder: what was exchanged last.
     """
 
     mesh: Mesh
@@ -51,9 +55,12 @@ class Exchange:
     joined: Iterable[str] = ()
     bytes_sent: int = 0
     wait_seconds: float = 0.0
+    locations: Mapping[str, SourceLocation] = field(default_factory=dict)
     groups: dict[str, dist.ProcessGroup | None] = field(init=False)
+    recorder: Recorder = field(init=False)
 
     def __post_init__(self) -> None:
+        self.recorder = Recorder(self.rank.index)
         self.groups = _axis_groups(self.mesh, self.joined)
         atexit.register(self.groups.clear)  # before `leave`, which ends only what nobody holds
 
@@ -81,12 +88,13 @@ class Exchange:
         if shift.source is not None:
             peers.append(self._peer(shift.axis, shift.source))
             ops.append(dist.P2POp(dist.irecv, buffer, peers[-1], group))
-        with self._meeting(peers, f"in %{shift.node}"):
+        sent = shift.tensor.nbytes if shift.to is not None and shift.tensor is not None else 0
+        with self._meeting(peers, "shift", shift.node, sent):
             return _Transfer(shift, peers, buffer, dist.batch_isend_irecv(ops))
 
     def _finish(self, wait: Wait) -> torch.Tensor:
         transfer: _Transfer = wait.handle
-        with self._meeting(transfer.peers, f"in %{wait.node}"):
+        with self._meeting(transfer.peers, "wait", wait.node):
             while transfer.works:  # gloo hangs where a work is waited for twice
                 transfer.works.pop(0).wait()
         return transfer.buffer
@@ -96,7 +104,8 @@ class Exchange:
         if num_ranks == 1:
             return ANSWERS[asked.kind]([asked], 0)
         group = self._group(asked.axis)
-        with self._meeting(dist.get_process_group_ranks(group), f"in %{asked.node}"):
+        peers = dist.get_process_group_ranks(group)
+        with self._meeting(peers, asked.kind, asked.node, asked.tensor.nbytes):
             answer = self._in_order(asked, group)
         self.bytes_sent += asked.num_bytes(num_ranks, dist.get_rank(group))
         return answer
@@ -131,18 +140,34 @@ class Exchange:
         return group
 
     @contextmanager
-    def _meeting(self, peers: Iterable[int], where: str) -> Iterator[None]:
+    def _meeting(
+        self, peers: Iterable[int], kind: str, node: str = "", num_bytes: int = 0
+    ) -> Iterator[None]:
         """Counts the time, and says which ranks were lost, and where, if it fails."""
-        started = time.perf_counter()
+        peers = list(peers)
+        started, exchanged = time.perf_counter(), self.recorder.begin(kind, node, peers, num_bytes)
         try:
             yield
         except RuntimeError as error:
-            others = name_ranks(set(peers) - {self.rank.index})
-            raise PeerLostError(
-                f"rank {self.rank.index} lost {others} {where}: {first_line(error)}",
-                hint="see what the other ranks report: one failed, stopped or runs another program",
-            ) from error
+            exchanged.end("failed")
+            raise self._lost(peers, f"in %{node}" if node else kind, node, error) from error
+        exchanged.end("done")
         self.wait_seconds += time.perf_counter() - started
+
+    def _lost(
+        self, peers: Iterable[int], where: str, node: str, error: RuntimeError
+    ) -> PeerLostError:
+        """The error for an exchange that failed, about the ranks that do not report the same."""
+        record = self.recorder.write()
+        waited_for, silent = set(peers) - {self.rank.index}, silent_ranks(self.rank)
+        others = waited_for & silent or silent or waited_for
+        kept = f"; what this rank did last is in {record}" if record is not None else ""
+        return PeerLostError(
+            f"rank {self.rank.index} lost {name_ranks(others)} {where}: {first_line(error)}",
+            hint="see what the other ranks report: one failed, stopped or runs another program"
+            + kept,
+            location=self.locations.get(node), node=node or None,
+        )
 
     def collect(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's tensor, of the same type, on rank 0; nothing on the others."""
@@ -151,7 +176,7 @@ class Exchange:
             return [tensor]
         tensor = tensor.contiguous()
         pieces = [torch.empty_like(tensor) for _ in everyone] if self.rank.index == 0 else None
-        with self._meeting(everyone, "collecting outputs"):
+        with self._meeting(everyone, "collecting outputs", "", tensor.nbytes):
             dist.gather(tensor, pieces, dst=0)
         return pieces or []
 

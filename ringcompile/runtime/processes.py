@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -207,7 +208,7 @@ class Processes:
         while waiting:
             ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise suspect or late(sorted(waiting.values()), timeout)
+                raise self._late(sorted(waiting.values()), timeout, late, suspect)
             for end in ready:
                 index = waiting.pop(end)  # type: ignore[call-overload]
                 match self._receive(index):
@@ -221,6 +222,23 @@ class Processes:
         if suspect:
             raise suspect
         return [answers[index] for index in range(self.num_ranks)]
+
+    def _late(
+        self,
+        ranks: list[int],
+        timeout: float,
+        late: Callable[[Sequence[int], float], RingCompileError],
+        suspect: RingCompileError | None,
+    ) -> RingCompileError:
+        """The error for ranks that do not answer: about those that are stopped, if any are."""
+        stopped = [rank for rank in ranks if _is_stopped(self._processes[rank].pid)]
+        if not stopped:
+            return suspect or late(ranks, timeout)
+        error = late(stopped, timeout)
+        return RingCompileError(
+            error.message,
+            hint=f"{name_ranks(stopped)} got SIGSTOP, or a debugger holds it; SIGCONT ends that",
+        )
 
     def _receive(self, index: int) -> Answer | Failure:
         try:
@@ -242,6 +260,15 @@ class Processes:
                 "sequence or a smaller dtype",
             )
         return RingCompileError(f"rank {index} ended with exit code {code}")
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process exists but does not run, as far as the system tells."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in ("T", "t")
 
 
 def _unanswered(ranks: Sequence[int], timeout: float) -> RingCompileError:

@@ -5,13 +5,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from ringcompile.runtime import processes
+from ringcompile import held
 
 
 def ranks_alive() -> list[int]:
@@ -31,14 +30,14 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    there = SimpleNamespace(mkdtemp=partial(tempfile.mkdtemp, dir=folder))
-    monkeypatch.setattr(processes, "tempfile", there)
+    monkeypatch.setattr(held, "tempfile", SimpleNamespace(gettempdir=lambda: str(folder)))
+    monkeypatch.setenv("RINGCOMPILE_RECORDS", str(folder / "records"))
     yield
     deadline = time.monotonic() + 2
     while ranks_alive() and time.monotonic() < deadline:  # the server reaps them in its own time
         time.sleep(0.01)
     assert ranks_alive() == []
-    assert list(folder.glob("ringcompile-*")) == []
+    assert list(folder.glob("ringcompile-run-*")) == []
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import Collective
 from ringcompile.runtime.distributed import Session
-from ringcompile.runtime.exchange import Exchange
+from ringcompile.runtime.exchange import Exchange, PeerLostError
 from ringcompile.runtime.executor import Shift, Wait
 from ringcompile.runtime.handshake import agree
 from ringcompile.runtime.join import Rank
@@ -169,5 +169,35 @@ def state_facts(rank: Rank, everyones: list[dict[str, str]]) -> str:
         agree(rank, {"artifact": "a"})
         agree(rank, everyones[rank.index])
     except RingCompileError as error:
+        return str(error)
+    return ""
+
+
+def _around(rank: Rank, absent: int) -> None:
+    """All pass a message around the ring, but for one that does something else."""
+    world = rank.world_size
+    exchange = Exchange(
+        Mesh.parse(f"ring={world}"), rank,
+        locations={"arrived": SourceLocation("model.py", 7, "layers.0")},
+    )
+    if rank.index == absent:
+        return
+    mine, shape = torch.ones(3), (3,)
+    for _ in range(2 * world):
+        shift = Shift("t", "ring", mine, (rank.index + 1) % world, (rank.index - 1) % world, shape,
+                      mine.dtype)
+        exchange.answer(Wait("arrived", exchange.answer(shift)))
+
+
+def stop_in_the_ring(rank: Rank) -> None:
+    _around(rank, 2)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def miss_one(rank: Rank, absent: int) -> str:
+    """What each rank says of the one that does not take part."""
+    try:
+        _around(rank, absent)
+    except PeerLostError as error:
         return str(error)
     return ""
