@@ -1,0 +1,63 @@
+"""docs/api.md and docs/passes.md from docstrings: `python docs/generate_pages.py` writes them."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import ringcompile as rc
+from ringcompile.compiler import front_passes, rank_passes
+from ringcompile.mesh import Mesh
+from ringcompile.options import Options, option_fields
+
+DOCS = Path(__file__).parent
+
+
+def api() -> str:
+    """Every public name with its signature and docstring, and the options of `transform`."""
+    head = "`import ringcompile as rc`. Written from docstrings by `python docs/generate_pages.py`."
+    parts = ["# The Python API", "", head, ""]
+    for name in sorted(rc.__all__):
+        value = getattr(rc, name)
+        parts += [f"## rc.{name}", "", "```python", _signature(name, value), "```", "",
+                  "```text", _text(value), "```", ""]
+    parts += ["## Options of transform and check", "", "| option | default | what it does |",
+              "|---|---|---|"]
+    for option in option_fields():
+        choices = f" One of {', '.join(option.metadata['choices'])}." if (
+            option.metadata["choices"]) else ""
+        parts.append(f"| `{option.name}` | `{option.default!r}` | "
+                     f"{option.metadata['help']}{choices} |")
+    return "\n".join([*parts, ""])
+
+
+def passes() -> str:
+    """Every pass, in the order in which one compile may run them."""
+    mesh = Mesh.parse("dp=2,pp=2,ring=2,ep=2,tp=2")
+    steps = [*front_passes(mesh, Options()), *rank_passes(0, mesh)]
+    head = (
+        "What each pass of the compiler does, in the order in which they run; `clean-up` runs in "
+        "between. Written from docstrings by `python docs/generate_pages.py`; "
+        "[architecture.md](architecture.md) has the whole."
+    )
+    parts = ["# Passes", "", head, ""]
+    for kind in dict.fromkeys(map(type, steps)):
+        parts += [f"## {kind.name}", "", "```text", _text(kind), "```", ""]
+    return "\n".join(parts)
+
+
+def _signature(name: str, value: object) -> str:
+    if inspect.isclass(value):
+        return f"class {name}"
+    return f"{name}{inspect.signature(value)}"  # type: ignore[arg-type]
+
+
+def _text(value: object) -> str:
+    return inspect.cleandoc(inspect.getdoc(value) or "").rstrip()
+
+
+PAGES = {"api.md": api, "passes.md": passes}
+
+if __name__ == "__main__":
+    for page, write in PAGES.items():
+        (DOCS / page).write_text(write(), encoding="utf-8")
