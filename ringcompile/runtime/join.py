@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from ringcompile.mesh import Mesh
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 BACKENDS = ("auto", "gloo", "nccl")
 JOIN_TIMEOUT = 120.0  # starting 16 processes on 2 busy cores takes a few seconds
+_BACKLOG = 2048  # connections of ranks that start at once
 _POLL = 0.5  # seconds between two looks at who has joined
 _GIVEN_UP = "ringcompile/missing"
 EXCHANGE_TIMEOUT = 1800.0  # a peer may compute for long between two transfers
@@ -152,12 +156,45 @@ def _job_store(index: int, world_size: int, timeout: timedelta) -> Store:
 
     torch's own rendezvous would wait for everyone to connect, and not say who is missing.
     """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if _is_loopback(host):  # then all ranks are here, and nobody else needs to reach them
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(rendezvous("env://", timeout=timeout))[0]
+    listening = _listen(host, port) if index == 0 else None
     return TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size,
-        is_master=index == 0, timeout=timeout, wait_for_workers=False,
+        host, port, world_size, is_master=index == 0, timeout=timeout, wait_for_workers=False,
+        master_listen_fd=listening,
     )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return all(ip_address(found[4][0]).is_loopback for found in socket.getaddrinfo(host, None))
+    except (OSError, ValueError):
+        return False
+
+
+def _listen(host: str, port: int) -> int | None:
+    """A socket for rank 0's store at the address that the others are told, and no other.
+
+    Left to itself the store listens on all interfaces; it does so where the address is not one of
+    this host's own, as behind a translation of addresses.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(_BACKLOG)
+            return found.detach()
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL and not _is_loopback(host):
+            return None
+        raise RuntimeError(f"rank 0 cannot listen at {host}:{port}: {error.strerror}") from error
 
 
 def check_world_size(mesh: Mesh, world_size: int) -> None:

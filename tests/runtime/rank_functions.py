@@ -37,7 +37,7 @@ def surroundings(rank: Rank, variable: str) -> tuple[str | None, int, bool]:
     return os.environ.get(variable), torch.get_num_threads(), dist.is_initialized()
 
 
-def listening(rank: Rank) -> set[str]:
+def listening(rank: Rank | None) -> set[str]:
     """The addresses, in hex, at which this process listens."""
     inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()}
     rows = [row.split() for name in ("tcp", "tcp6") for row in _sockets(name)]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
+from ringcompile.runtime import join
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.join import join_torchrun, under_torchrun
 from ringcompile.runtime.launcher import LocalRanks, launch
@@ -190,6 +192,34 @@ def test_a_job_that_others_do_not_join(
         join_torchrun(Mesh.parse("ring=3"), join_timeout=1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
+def test_the_store_of_rank_0_listens_where_master_addr_says(
+    job: pytest.MonkeyPatch, address: str
+) -> None:
+    job.setenv("MASTER_ADDR", address)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        job.delenv(name, raising=False)
+    before = rank_functions.listening(None)
+    store = join._job_store(0, 3, timedelta(seconds=5))
+    other = join._job_store(1, 3, timedelta(seconds=5))
+    store.set("key", "value")
+    assert other.get("key") == b"value"
+    new = rank_functions.listening(None) - before
+    assert new <= {"0100007F", "00000000000000000000000001000000"}
+    assert os.environ["GLOO_SOCKET_IFNAME"] == join.LOOPBACK
+    job.delenv("GLOO_SOCKET_IFNAME")
+    job.delenv("NCCL_SOCKET_IFNAME")
+
+
+def test_a_port_that_is_taken_is_said(job: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+        taken.listen()
+        with pytest.raises(RingCompileError, match=r"rank 0 cannot listen at 127\.0\.0\.1:"):
+            join_torchrun(Mesh.parse("ring=3"), join_timeout=1)
+
+
 def test_no_job_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(RingCompileError, match=r"no job to join.*RANK.*\n  hint: .*torchrun"):
@@ -200,7 +230,8 @@ SCRIPT = """
     import sys, torch
     from ringcompile import artifact
     from ringcompile.runtime.distributed import Session
-    from ringcompile.runtime.join import join_torchrun
+    from ringcompile.runtime import join
+from ringcompile.runtime.join import join_torchrun
 
     parallel = artifact.load(sys.argv[1])
     rank = join_torchrun(parallel.mesh, backend="gloo")
