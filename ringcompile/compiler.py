@@ -245,7 +245,9 @@ class ParallelProgram:
                 firsts.setdefault(node.meta["stage"], layer)
         return plan_of(self.program, tuple(firsts[stage] for stage in sorted(firsts)[1:]))
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, sign_with: Path | None = None
+    ) -> None:
         """Write programs, weights and manifest to a folder, whole or not at all.
 
         Raises:
@@ -263,6 +265,7 @@ class ParallelProgram:
             view=python_view,
             overwrite=overwrite,
             cross_checked=True,
+            sign_with=sign_with,
             carried=None if self.carried is None else (
                 self.carried.program, self.carried.ranks()
             ),
@@ -374,13 +377,18 @@ def _lengths(program: Program, length: int) -> dict[str, int]:
     return program.checked(program.sequence.bindings(length))
 
 
-def load(folder: str | Path) -> ParallelProgram:
+def load(folder: str | Path, *, verify_key: str | Path | None = None) -> ParallelProgram:
     """Read an artifact; each rank's graph and weights are read when they are asked for.
 
+    Args:
+        folder: where it lies.
+        verify_key: a PEM file with the ed25519 public key of who has to have signed it.
+
     Raises:
-        RingCompileError: the folder is not an artifact of this version, or is damaged.
+        RingCompileError: the folder is not an artifact of this version, is damaged, or is not
+            signed by that key.
     """
-    return _loaded(artifact.load(folder))
+    return _loaded(artifact.load(folder, verify_key=verify_key))
 
 
 def _loaded(found: artifact.Artifact) -> ParallelProgram:

@@ -31,7 +31,8 @@ FLOORS = [
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}
-OPTIONAL = {"accelerate", "gguf", "transformers"}  # may be imported where they are needed
+# May be imported where they are needed.
+OPTIONAL = {"accelerate", "cryptography", "gguf", "transformers"}
 
 
 def names(node: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

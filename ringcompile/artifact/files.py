@@ -21,6 +21,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.held import hold, is_held, left_over, new_held, remove_left_over
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 FORMAT = "ringcompile artifact"
 _SWAP_SECONDS = 2.0
 _log = logging.getLogger("ringcompile")
@@ -207,7 +208,7 @@ def _saved_names(manifest: Path) -> set[str] | None:
         data = parse_json(OpenFile(manifest).read())
         if data.get("format") != FORMAT:
             return None
-        return {MANIFEST, *member(data, "files", dict)}
+        return {MANIFEST, SIGNATURE, *member(data, "files", dict)}
     except (OSError, RingCompileError):
         return None
 

@@ -24,6 +24,7 @@ from torch import fx
 
 from ringcompile.artifact.files import (
     MANIFEST,
+    SIGNATURE,
     await_swap,
     check_size,
     json_text,
@@ -49,6 +50,7 @@ from ringcompile.artifact.manifest import (
 from ringcompile.artifact.opened import DAMAGED, OpenFolder, unreadable
 from ringcompile.artifact.ops import AllowedOps
 from ringcompile.artifact.shards import SHARD_BYTES, write_weights
+from ringcompile.artifact.signature import check_signature, read_private_key, sign
 from ringcompile.artifact.weights import Weights, open_weight_files
 from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.nodes import error_at
@@ -74,6 +76,7 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     cross_checked: bool = False,
     carried: tuple[Program, Iterable[Program]] | None = None,
+    sign_with: Path | None = None,
 ) -> Path:
     """Write an artifact, whole or not at all.
 
@@ -93,6 +96,7 @@ def save(
         cross_checked: whether the programs passed the check across ranks, so that runs need not
             repeat it.
         carried: the program for the next tokens of a sequence, for all ranks and for each.
+        sign_with: a PEM file with the ed25519 key to sign it with.
 
     Returns:
         the folder.
@@ -102,6 +106,7 @@ def save(
             cannot be saved.
     """
     target = Path(folder).resolve()
+    key = None if sign_with is None else read_private_key(sign_with)
     with new_folder(target, overwrite) as temporary:
         files: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
@@ -124,6 +129,8 @@ def save(
         files.update(written.records)
         manifest = manifest_of(spmd, mesh, written, options, files, cross_checked)
         write_text(temporary / MANIFEST, json_text(manifest))
+        if key is not None:
+            write_text(temporary / SIGNATURE, sign(manifest["sha256"], key))
     return target
 
 
@@ -291,22 +298,26 @@ def load_carried(folder: str | Path) -> Artifact:
     return found
 
 
-def load(folder: str | Path) -> Artifact:
+def load(folder: str | Path, *, verify_key: str | Path | None = None) -> Artifact:
     """Open an artifact: the manifest, the sizes of all files and the headers of weight files.
+
+    Args:
+        folder: where it lies.
+        verify_key: a PEM file with the ed25519 public key of who has to have signed it.
 
     Raises:
         RingCompileError: it is missing, not an artifact, of another version, incomplete, damaged,
-            or names files outside the folder.
+            names files outside the folder, or is not signed by that key.
     """
     folder = Path(folder)
     with one_error(f"reading '{folder}'"):
         try:
-            return _open(folder)
+            return _open(folder, None if verify_key is None else Path(verify_key))
         except OSError as error:
             raise unreadable(folder, error) from error
 
 
-def _open(folder: Path) -> Artifact:
+def _open(folder: Path, verify_key: Path | None) -> Artifact:
     if not folder.exists():
         await_swap(folder.absolute())
         tidy(folder.absolute())
@@ -321,6 +332,8 @@ def _open(folder: Path) -> Artifact:
         )
     opened = OpenFolder(folder)
     manifest, mesh, places = read_manifest(opened)
+    if verify_key is not None:
+        check_signature(opened, manifest["sha256"], verify_key)
     records = manifest["files"]
     for name, record in records.items():
         check_size(folder / name, opened.size(name), record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 import click
@@ -95,3 +96,7 @@ def shares(parts: dict[str, float]) -> str:
     total = sum(parts.values()) or 1.0
     return ", ".join(f"{name} {part / total:.0%}" for name, part in parts.items()
                      if part / total >= 0.005)
+VERIFY_KEY = click.option(
+    "--verify-key", type=click.Path(path_type=Path), metavar="KEY",
+    help="Refuse an artifact that is not signed by the ed25519 public key in this PEM file.",
+)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import JSON
+from ringcompile.commands.options import JSON, VERIFY_KEY
 from ringcompile.later import Later
 from ringcompile.options import BACKENDS
 
@@ -66,6 +66,7 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Seconds to wait for all ranks, on all hosts, to be there.")
 @click.option("--compile", "compiled", is_flag=True,
               help="torch.compile what is computed between communications.")
+@VERIFY_KEY
 @JSON
 def run(
     out: Path,
@@ -81,6 +82,7 @@ def run(
     timeout: float,
     join_timeout: float,
     compiled: bool,
+    verify_key: Path | None,
     as_json: bool,
 ) -> None:
     """Run the artifact OUT on local processes; under torchrun, join the job that is there.
@@ -89,7 +91,7 @@ def run(
     """
     if sum(given is not None for given in (inputs, prompt, prompt_file)) > 1:
         raise click.UsageError("give one of --inputs, --prompt and --prompt-file")
-    parallel = compiler.load(out)
+    parallel = compiler.load(out, verify_key=verify_key)
     if outputs is not None:
         tensor_files.check_writable(outputs, job.output_dtypes(parallel))
     text = prompts.read_prompt(prompt_file) if prompt_file is not None else prompt

@@ -56,6 +56,8 @@ else:
 @EXTRA_INPUTS
 @click.option("--no-weights", is_flag=True, help="Write graphs only; needs no memory for weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--sign", type=click.Path(path_type=Path), metavar="KEY",
+              help="Sign the artifact with the ed25519 key in this PEM file.")
 @click.option("--passes", metavar="LIST", help="Run only these passes and print the result.")
 @click.option("--print-ir-after-all", is_flag=True, help="Print the program behind every pass.")
 @click.option("--time-passes", is_flag=True, help="Print the seconds each pass took.")
@@ -73,6 +75,7 @@ def transform(
     extra_inputs: tuple[str, ...],
     no_weights: bool,
     overwrite: bool,
+    sign: Path | None,
     passes: str | None,
     print_ir_after_all: bool,
     time_passes: bool,
@@ -120,7 +123,7 @@ def transform(
             made.verify()
     with CONSOLE.status(f"writing {mesh.world_size} programs"):
         assert out is not None
-        made.save(out, overwrite=overwrite)
+        made.save(out, overwrite=overwrite, sign_with=sign)
     if time_passes:
         for name, spent in seconds.items():
             click.echo(f"{name:16} {spent:8.3f} s", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile.commands.options import CONSOLE, JSON
+from ringcompile.commands.options import CONSOLE, JSON, VERIFY_KEY
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 from ringcompile.options import TRIES
@@ -33,6 +33,7 @@ else:
               help="Random inputs for each length.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Of the first random inputs; a difference is reported with its seed.")
+@VERIFY_KEY
 @JSON
 def verify(
     out: Path,
@@ -42,6 +43,7 @@ def verify(
     inputs: Path | None,
     tries: int,
     seed: int,
+    verify_key: Path | None,
     as_json: bool,
 ) -> None:
     """Check the ranks of the artifact OUT against each other; exit 1 if they do not fit.
@@ -49,7 +51,7 @@ def verify(
     With --numerics, --seq or --inputs also compare numbers with the model, on inputs that cover the
     vocabulary, masks, and lengths up to the thresholds in the model's code.
     """
-    made = compiler.load(out)
+    made = compiler.load(out, verify_key=verify_key)
     with CONSOLE.status("verifying"):
         found = execution.verify(
             made, numerics=numerics, model=model, seq=seq, inputs=inputs, tries=tries, seed=seed
