@@ -190,7 +190,10 @@ _SMALLEST = {BATCH: 1, SEQUENCE: 2}
 def _export(call: FlatCall, example: Example) -> ExportedProgram:
     tensors = tuple(leaf.tensor for leaf in example.leaves)
     shapes = {leaf.name: leaf.dynamic for leaf in example.leaves}
-    with _tracing(), without_casts_of_modules(), all_frames(), read_as_attention():
+    with (
+        _tracing(), unchanged(call.model), without_casts_of_modules(), all_frames(),
+        read_as_attention(),
+    ):
         return export(call, tensors, dynamic_shapes=shapes, strict=False)
 
 

@@ -115,7 +115,8 @@ def _run(
         next(inputs) if spec.target is None else state[spec.target]
         for spec in signature.input_specs
     ]
-    return list(_Interpreter(exported.graph_module, change, keep).run(*values))
+    returned = _Interpreter(exported.graph_module, change, keep).run(*values)
+    return list(returned)[len(signature.buffers_to_mutate) :]
 
 
 class _Interpreter(fx.Interpreter):
