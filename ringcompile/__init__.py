@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ringcompile.extension import register_op
     from ringcompile.generation import generate
     from ringcompile.kernel_extension import register_kernel
+    from ringcompile.planning import plan, simulate
     from ringcompile.session import Session
     from ringcompile.tokenwise import tokenwise
 
@@ -38,9 +39,11 @@ __all__ = [
     "check",
     "generate",
     "load",
+    "plan",
     "register_kernel",
     "register_op",
     "run",
+    "simulate",
     "tokenwise",
     "transform",
     "verify",
@@ -55,9 +58,11 @@ _MODULES = {
     "check": "ringcompile.compiler",
     "generate": "ringcompile.generation",
     "load": "ringcompile.compiler",
+    "plan": "ringcompile.planning",
     "register_kernel": "ringcompile.kernel_extension",
     "register_op": "ringcompile.extension",
     "run": "ringcompile.execution",
+    "simulate": "ringcompile.planning",
     "tokenwise": "ringcompile.tokenwise",
     "transform": "ringcompile.compiler",
     "verify": "ringcompile.execution",

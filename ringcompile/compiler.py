@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,7 +109,7 @@ def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list
     return [Specialize(rank), *take, *time, LowerRing(), FuseMerge(), *last]
 
 
-@dataclass
+@dataclass(repr=False)
 class ParallelProgram:
     """One program for all ranks, and each rank's own, made (or read) when asked for.
 
@@ -132,6 +133,21 @@ class ParallelProgram:
     carried: ParallelProgram | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
     _verified: bool = False
+
+    def __repr__(self) -> str:
+        order = f", {self.program.sequence.order}" if self.program.sequence else ""
+        return f"<ParallelProgram {self.program.name}: {self.mesh}{order}, {self.world_size} ranks>"
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self)[1:-1], *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the model was compiled."""
+        return self.program.notes
 
     @property
     def world_size(self) -> int:
@@ -339,6 +355,11 @@ def transform(
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
     """
+    if not isinstance(program, Program):
+        raise RingCompileError(
+            f"transform takes a captured program, not {type(program).__name__}: capture it first",
+            hint="rc.transform(rc.capture(model, (example_input,)), spec)",
+        )
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     chosen = with_plan(Options.of(options), plan)
     told = plan.told("tp") if plan else None

@@ -37,6 +37,14 @@ class Verification:
     numerics: tuple[Numerics, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        lines = [f"{self.ranks} ranks fit together, {self.transfers} transfers"]
+        lines += [
+            f"length {row.length}: largest difference {row.difference:.2e} (allowed "
+            f"{row.allowed:.0e})" for row in self.numerics
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
     @property
     def passed(self) -> bool:
         """Whether every difference is within what is allowed; true if no numbers were compared."""

@@ -11,20 +11,25 @@ from ringcompile.axes import AXES, refs, size_of
 from ringcompile.errors import RingCompileError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Mesh:
     """Named axes in order, outermost first; ranks are numbered row-major over all but `time`.
 
     Args:
-        axes: pairs of axis name and size.
+        axes: a parallel spec such as `ring=4,tp=2`, or pairs of axis name and size.
 
     Raises:
-        RingCompileError: an unknown or repeated axis, or a size below 1.
+        RingCompileError: a malformed spec, an unknown or repeated axis, or a size below 1.
     """
 
     axes: tuple[tuple[str, int], ...]
 
-    def __post_init__(self) -> None:
+    def __init__(self, axes: str | tuple[tuple[str, int], ...]) -> None:
+        pairs = self.parse(axes).axes if isinstance(axes, str) else axes
+        object.__setattr__(self, "axes", pairs)
+        self._check()
+
+    def _check(self) -> None:
         names = self.names
         for name, size in self.axes:
             if name not in AXES:
@@ -119,4 +124,7 @@ class Mesh:
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)
+
+    def __repr__(self) -> str:
+        return f"Mesh({str(self)!r})"
 

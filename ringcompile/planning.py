@@ -11,11 +11,17 @@ from ringcompile import compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.cost.estimate import Ask, Model, Parallel
+from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.node_times import node_times
 from ringcompile.cost.planner import Plan, Planner
+from ringcompile.cost.rank import cost_of
+from ringcompile.cost.simulate import Simulation
+from ringcompile.cost.simulate import simulate as run_simulation
 from ringcompile.cost.specs import Variant
+from ringcompile.cost.timeline import How
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.program import Program
 from ringcompile.options import HALVES, NONE
 from ringcompile.passes.place import order_of
@@ -35,7 +41,59 @@ def _few_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-@_few_collections()
+def plan(
+    model: str | Program,
+    gpus: int,
+    cluster: str = "h100x16",
+    *,
+    seq: int = 16384,
+    batch: int = 1,
+    dtype: str | None = None,
+) -> list[Plan]:
+    """All parallel specs for a model on so many devices: those that fit, fastest first.
+
+    Args:
+        model: a captured program, or a name as on the command line.
+        gpus: how many devices.
+        cluster: the hardware: a name, or a file that `ringcompile calibrate` wrote.
+        seq: tokens of a sequence.
+        batch: sequences of a step.
+        dtype: to cast a model that is named to.
+
+    Raises:
+        RingCompileError: an unknown cluster, a model that cannot be captured, or nothing fits.
+    """
+    ask = Ask(gpus, load_cluster(cluster).sized(gpus), seq, batch)
+    return plans_for(model, ask, dtype) if isinstance(model, str) else plans_of(model, ask)
+
+
+def simulate(
+    parallel: compiler.ParallelProgram,
+    cluster: str = "h100x16",
+    *,
+    seq: int | None = None,
+    microbatches: int = 1,
+) -> Simulation:
+    """The timeline of all ranks on a cluster's tables.
+
+    Args:
+        parallel: what `transform` or `load` returned.
+        cluster: the hardware: a name, or a file that `ringcompile calibrate` wrote.
+        seq: tokens of a sequence; by default what the program is fixed to, or 16,384.
+        microbatches: how often every rank repeats its program, one behind the other.
+
+    Raises:
+        RingCompileError: an unknown cluster, one that is too small, or a length that the program
+            is not for.
+    """
+    length = parallel.program.lengths.get(SEQUENCE) or seq or 16384
+    if seq is not None and seq != length:
+        raise RingCompileError(f"the program is for {length} tokens, seq={seq} asks for others")
+    hardware = load_cluster(cluster).sized(parallel.world_size)
+    costs = [cost_of(program, length) for program in parallel.ranks()]
+    return run_simulation(costs, hardware, How(microbatches))
+
+
 def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     """All plans for a model by name, as `ringcompile plan` prints them.
 
@@ -48,10 +106,24 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
         RingCompileError: the model cannot be captured, or nothing fits.
     """
     loaded = load_model(model, dtype=dtype, weights=":" in model)
-    whole = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    return plans_of(capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name), ask)
+
+
+@_few_collections()
+def plans_of(whole: Program, ask: Ask) -> list[Plan]:
+    """All plans for a captured model.
+
+    Args:
+        whole: captured with any batch.
+        ask: devices, cluster, sequence and batch.
+
+    Raises:
+        RingCompileError: the batch is fixed at several sequences, or nothing fits.
+    """
     if isinstance(whole.batch, int) and whole.batch != 1:
         raise RingCompileError(
-            f"the batch of '{model}' is fixed at {whole.batch}, plans are made from one sequence",
+            f"the batch of '{whole.name}' is fixed at {whole.batch}, plans are made from one "
+            "sequence",
             hint="; ".join(whole.notes) or None,
         )
     stack = find_stack(whole)

@@ -73,6 +73,11 @@ class Plan:
     least: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        if self.tps is None:
+            return f"{self.variant}: rejected, {self.why}"
+        return f"{self.variant}: {self.tps / 1e6:.4g} M tokens/s, {self.why}"
+
     def to_json(self) -> dict[str, Any]:
         """The fields that `plan --json` prints."""
         return {

@@ -55,6 +55,14 @@ class Report:
     notes: tuple[str, ...] = ()
     bytes_sent: dict[int, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        lines = [f"{self.model} with {self.mesh}, order {self.order}"]
+        lines += [f"{row.layer} ({row.line}): {row.form}; {row.mask}" for row in self.attention]
+        lines += [f"note: {text}" for text in self.notes]
+        lines += [f"gathered whole on every rank: {text}" for text in self.gathers]
+        lines += [f"refused: {text}" for text in self.refusals]
+        return "\n".join([*lines, "supported" if self.supported else "not supported"])
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return asdict(self)

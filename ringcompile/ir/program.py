@@ -7,6 +7,7 @@ nodes that a pass made hold `why`, one phrase that dumps print.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import BATCH, SEQUENCE, Size, bind, symbol
+from ringcompile.ir.legend import rank_text
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
@@ -94,7 +96,7 @@ class Structure:
         return tuple(built) if self.kind == "tuple" else built
 
 
-@dataclass
+@dataclass(repr=False)
 class Program:
     """A graph, its inputs, weights and outputs, and how far it has been compiled.
 
@@ -149,6 +151,14 @@ class Program:
 
     def __str__(self) -> str:
         return print_program(self)
+
+    def __repr__(self) -> str:
+        calls = sum(node.op == "call_function" for node in self.graph.nodes)
+        mesh = "" if self.mesh is None else f", {self.mesh}"
+        return f"<Program {self.name}: {calls} ops{mesh}, {rank_text(self)}>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         """The same program over another graph."""
