@@ -38,6 +38,7 @@ from ringcompile.passes.deal_batch import DealBatch
 from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.halves import Halves
+from ringcompile.passes.keep import Keep, caches_of, may_prefill
 from ringcompile.passes.limit_ids import LimitIds
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
@@ -61,6 +62,7 @@ def front_passes(
     checked: dict[Any, Any] | None = None,
     *,
     carried: bool = False,
+    prefill: bool = False,
 ) -> list[Pass]:
     """From a captured program to one program for all ranks.
 
@@ -70,14 +72,17 @@ def front_passes(
         told: for weights by name, the dim that `tp` splits, as the user's plan says.
         checked: as for `transform`.
         carried: write the program for the next tokens, with a cache of `options.cache` tokens.
+        prefill: write the program that takes a prompt into that cache.
     """
     known = {} if checked is None else checked
+    placed, carry = mesh, list[Pass]()
+    if prefill:
+        assert options.cache is not None
+        carry = [Keep(mesh, options.cache), CleanUp()]
     if carried:
         assert options.cache is not None
         placed, carry = carried_mesh(mesh), [Carry(mesh, options.cache), CleanUp()]
         options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
-    else:
-        placed, carry = mesh, []
     place = Place(
         placed, options.order, options.gather_unknown, options.capacity, options.ring,
         options.tp_sequence, known,
@@ -121,6 +126,7 @@ class ParallelProgram:
         schedule: the pass that orders each rank's program, if one does.
         saved: the artifact that it was read from, if it was.
         carried: the programs for the next tokens of a sequence, if there is a cache.
+        prefill: beside those, the programs that divide a prompt over `ring`, if there are any.
     """
 
     program: Program
@@ -131,6 +137,7 @@ class ParallelProgram:
     check: bool = True
     schedule: Schedule | None = None
     carried: ParallelProgram | None = None
+    prefill: ParallelProgram | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
     _verified: bool = False
 
@@ -196,8 +203,8 @@ class ParallelProgram:
         if self.saved is not None and self.saved.made_here:
             for rank, program in enumerate(self.ranks()):
                 check_origin(rank, program, self._derived(rank))
-        if self.carried is not None:
-            self.carried.verify()
+        for other in filter(None, (self.carried, self.prefill)):
+            other.verify()
 
     def _derived(self, rank: int) -> Program:
         """What follows for a rank from a program for all ranks that may be anything."""
@@ -216,6 +223,10 @@ class ParallelProgram:
                 hint="pass cache=N to transform, or --cache N on the command line",
             )
         return self.carried
+
+    def as_set(self) -> tuple[Program, list[Program]]:
+        """The program for all ranks, and each rank's."""
+        return self.program, self.ranks()
 
     def ensure_verified(self) -> None:
         """Check an artifact's ranks against each other, unless these programs passed that before.
@@ -282,9 +293,8 @@ class ParallelProgram:
             overwrite=overwrite,
             cross_checked=True,
             sign_with=sign_with,
-            carried=None if self.carried is None else (
-                self.carried.program, self.carried.ranks()
-            ),
+            carried=None if self.carried is None else self.carried.as_set(),
+            prefill=None if self.prefill is None else self.prefill.as_set(),
         )
 
 
@@ -377,6 +387,12 @@ def transform(
         front[_NUM_COMMON:_NUM_COMMON] = passes
         next_tokens = Pipeline(front[done:], observe, check).run(program)
         made.carried = ParallelProgram(next_tokens, mesh, kept, observe, check=check)
+        if may_prefill(next_tokens):
+            front = front_passes(mesh, chosen, told, checked, prefill=True)
+            front[_NUM_COMMON:_NUM_COMMON] = passes
+            prompt = Pipeline(front[done:], observe, check).run(_with_origin(program))
+            if caches_of(prompt) == caches_of(next_tokens):
+                made.prefill = ParallelProgram(prompt, mesh, kept, observe, check=check)
     return made
 
 
@@ -413,10 +429,11 @@ def load(folder: str | Path, *, verify_key: str | Path | None = None) -> Paralle
 
 
 def _loaded(found: artifact.Artifact) -> ParallelProgram:
-    options, carried = found.manifest.get("options", {}), found.carried
+    options = found.manifest.get("options", {})
     return ParallelProgram(
         found.spmd, found.mesh, options, saved=found,
-        carried=None if carried is None else _loaded(carried),
+        carried=None if found.carried is None else _loaded(found.carried),
+        prefill=None if found.prefill is None else _loaded(found.prefill),
     )
 
 

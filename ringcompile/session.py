@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch.utils import _pytree as pytree
 
-from ringcompile.artifact import load_carried
+from ringcompile.artifact import load_carried, load_prefill
 from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
 from ringcompile.held import scratch
@@ -22,7 +22,9 @@ from ringcompile.runtime.join import join_torchrun, under_torchrun
 
 # What runs the ranks.
 _DRIVERS: dict[str, Callable[..., Driver]] = {
-    "lockstep": lambda parallel, check_types: LockStepDriver(parallel.with_cache(), check_types),
+    "lockstep": lambda parallel, check_types: LockStepDriver(
+        parallel.with_cache(), parallel.prefill, check_types
+    ),
     "gloo": lambda parallel, check_types: _processes(parallel, "gloo"),
     "nccl": lambda parallel, check_types: _processes(parallel, "nccl"),
     "auto": lambda parallel, check_types: _processes(parallel, "auto"),
@@ -35,13 +37,18 @@ def _processes(parallel: ParallelProgram, backend: str) -> Driver:
     Under torchrun the processes are there already: this one is a rank of its job.
     """
     if under_torchrun():
-        return JobDriver(parallel.with_cache(), join_torchrun(parallel.mesh, backend=backend))
+        rank = join_torchrun(parallel.mesh, backend=backend)
+        return JobDriver(parallel.with_cache(), rank, parallel.prefill)
+    prompts = None if parallel.prefill is None else load_prefill
     if parallel.saved is not None:
         folder, identity = parallel.saved.folder.path, parallel.identity
-        return ProcessDriver(load_carried, (folder,), backend=backend, identity=identity)
+        return ProcessDriver(
+            load_carried, (folder,), prompts, backend=backend, identity=identity
+        )
     with scratch() as temporary:
         parallel.save(temporary / "program")
-        return ProcessDriver(load_carried, (temporary / "program",), backend=backend)
+        folder = temporary / "program"
+        return ProcessDriver(load_carried, (folder,), prompts, backend=backend)
 
 
 class Session:
@@ -68,6 +75,7 @@ class Session:
             )
         parallel.ensure_verified()
         self.program: Program = carried.program
+        self.prefill = None if parallel.prefill is None else parallel.prefill.program
         capacity = self.program.length_range[1]
         assert capacity is not None
         self.capacity, self.length = capacity, 0
@@ -99,6 +107,12 @@ class Session:
                 "more do not fit",
                 hint="compile with a larger cache, or rewind the session",
             )
+        if last and self._divides(new - 1):
+            first = {name: x.narrow(dim, 0, new - 1) for name, x, dim in self._along(named)}
+            self._open().prompt({**named, **first}, new - 1)
+            self.length, self.batch = new - 1, batch
+            rest = {name: x.narrow(dim, new - 1, 1) for name, x, dim in self._along(named)}
+            named, new = {**named, **rest}, 1
         outputs = self._open().extend(named, new, last)
         self.length, self.batch = self.length + new, batch
         leaves = pytree.tree_leaves(outputs)
@@ -108,6 +122,19 @@ class Session:
     def reports(self) -> bool:
         """Whether this process has the outputs: all but the later ranks of a torchrun job."""
         return not isinstance(self.driver, JobDriver) or self.driver.rank.index == 0
+
+    def _divides(self, prompt: int) -> bool:
+        """Whether so many tokens are a prompt that the ranks of a ring divide among them."""
+        if self.prefill is None or self.length:
+            return False
+        assert self.prefill.sequence is not None
+        low, high = self.prefill.length_range
+        return max(low, self.prefill.sequence.num_chunks) <= prompt <= (high or prompt)
+
+    def _along(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, int]]:
+        """The inputs with an entry for each token, and the dim that it is in."""
+        dims = {spec.name: token_dim(spec.type) for spec in self.program.inputs}
+        return [(name, x, dim) for name, x in inputs.items() if (dim := dims[name]) is not None]
 
     def agreed(self, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tokens [batch] that `choose` gives, called once for all ranks."""

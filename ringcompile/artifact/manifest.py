@@ -31,8 +31,9 @@ from ringcompile.mesh import Mesh
 
 VERSION = 2
 PROGRAM = "program.json"
-# What the names of the programs for the next tokens of a sequence begin with.
-CARRIED = "cached-"
+# What the names of the programs for the next tokens of a sequence begin with, and of those that
+# take in a prompt.
+CARRIED, PREFILL = "cached-", "prefill-"
 DIGESTS = "digests.json"
 REFERENCE = "reference.json"
 _HEX = re.compile(r"([0-9a-f]{64})*")
@@ -138,8 +139,8 @@ def _check_format(manifest: dict[str, Any]) -> None:
 def _check_complete(files: dict[str, Any], mesh: Mesh) -> None:
     for name in files:
         plain_name(name)
-    sets = ["", *([CARRIED] if any(name.startswith(CARRIED) for name in files) else [])]
-    for prefix in sets:
+    others = (p for p in (CARRIED, PREFILL) if any(name.startswith(p) for name in files))
+    for prefix in ("", *others):
         ranks = [name for name in files
                  if name.startswith(f"{prefix}rank") and name.endswith(".json")]
         if len(ranks) != mesh.world_size:

@@ -4,6 +4,7 @@ manifest.json           what was compiled, and the size and digest of every othe
 program.json            the program for all ranks, mesh coordinates as symbols
 rank0.json ...          each rank's own program
 cached-program.json ... with a cache, the same for the next tokens of a sequence
+prefill-program.json .. with a cache that lies along a ring, the same for taking in a prompt
 reference.json          the model for one device, which `verify --numerics` compares the ranks with
 program.py, rank0.py    the same to read; never imported, and never read back
 weights.safetensors     weights, each once; weights-0001.safetensors and on if they are large
@@ -38,6 +39,7 @@ from ringcompile.artifact.graph import program_from_json
 from ringcompile.artifact.manifest import (
     CARRIED,
     DIGESTS,
+    PREFILL,
     PROGRAM,
     REFERENCE,
     in_file,
@@ -76,6 +78,7 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     cross_checked: bool = False,
     carried: tuple[Program, Iterable[Program]] | None = None,
+    prefill: tuple[Program, Iterable[Program]] | None = None,
     sign_with: Path | None = None,
 ) -> Path:
     """Write an artifact, whole or not at all.
@@ -96,6 +99,7 @@ def save(
         cross_checked: whether the programs passed the check across ranks, so that runs need not
             repeat it.
         carried: the program for the next tokens of a sequence, for all ranks and for each.
+        prefill: likewise, the one that takes in a prompt.
         sign_with: a PEM file with the ed25519 key to sign it with.
 
     Returns:
@@ -110,8 +114,8 @@ def save(
     with new_folder(target, overwrite) as temporary:
         files: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
-        sets = [("", spmd, ranks), *([(CARRIED, *carried)] if carried else [])]
-        for name, program in chain(*(_named(*each) for each in sets)):
+        sets = {"": (spmd, ranks), CARRIED: carried, PREFILL: prefill}
+        for name, program in chain(*(_named(p, *each) for p, each in sets.items() if each)):
             _check_ops(program)
             text = json_text(program_to_json(program))
             files[f"{name}.json"] = write_text(temporary / f"{name}.json", text)
@@ -181,9 +185,16 @@ class Artifact:
     @cached_property
     def carried(self) -> Artifact | None:
         """The programs for the next tokens of a sequence; None if there are none."""
-        if self.prefix or f"{CARRIED}{PROGRAM}" not in self.manifest["files"]:
-            return None
-        return replace(self, prefix=CARRIED)
+        return self._set(CARRIED)
+
+    @cached_property
+    def prefill(self) -> Artifact | None:
+        """The programs that take in a prompt; None if there are none."""
+        return self._set(PREFILL)
+
+    def _set(self, prefix: str) -> Artifact | None:
+        there = not self.prefix and f"{prefix}{PROGRAM}" in self.manifest["files"]
+        return replace(self, prefix=prefix) if there else None
 
     @property
     def identity(self) -> str:
@@ -259,7 +270,7 @@ class Artifact:
         for name, record in self.manifest["files"].items():
             if "sha256" in record:
                 read_checked(self.folder, name, record)
-        for programs in filter(None, (self, self.carried)):
+        for programs in filter(None, (self, self.carried, self.prefill)):
             _ = programs.spmd, programs.reference
             for rank in range(self.mesh.world_size):
                 programs.rank(rank)
@@ -295,6 +306,13 @@ def load_carried(folder: str | Path) -> Artifact:
             f"'{folder}' was compiled without a cache",
             hint="pass --cache N to `ringcompile transform`",
         )
+    return found
+
+
+def load_prefill(folder: str | Path) -> Artifact:
+    """The programs of an artifact that take in a prompt, which it is known to have."""
+    found = load(folder).prefill
+    assert found is not None, f"{folder} has no programs for prompts"
     return found
 
 

@@ -6,6 +6,7 @@ than its share and one block. On each rank positions rise from slot to slot.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 BLOCK = 32
@@ -64,6 +65,16 @@ class Ledger:
         else:
             self.runs.append((rank, self.length, stop))
         self.length = stop
+
+    def place(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Keep the first positions where a prompt's computation leaves them.
+
+        Args:
+            runs: (rank, first position, end), in any order; together all positions from 0 on.
+        """
+        assert not self.runs, "positions are kept already"
+        self.runs = sorted(runs, key=lambda run: run[1])
+        self.length = self.runs[-1][2]
 
     def rewind(self, length: int) -> None:
         """Forget the positions from `length` on."""

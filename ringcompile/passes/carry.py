@@ -61,6 +61,11 @@ _ATTENTION = op("attention")
 _NEW = symbol(SEQUENCE)
 
 
+def cache_name(what: str, attention: fx.Node) -> str:
+    """The name of a cache: of keys or of values, by the attention that first reads them."""
+    return f"cached_{what}_of_{attention.name}"
+
+
 def carried_mesh(mesh: Mesh) -> Mesh:
     """The mesh that `place` sees: `time` in place of the axes that the cache lies along.
 
@@ -339,7 +344,8 @@ class _Carrier:
         q, key_mask, mask, sink = (
             self.builder.mapped(call[name]) for name in ("q", "key_mask", "mask", "sink")
         )
-        new = [self._store(call[name], what) for name, what in (("k", "keys"), ("v", "values"))]
+        new = [self._store(call[name], cache_name(what, node))
+               for name, what in (("k", "keys"), ("v", "values"))]
         type_ = self._type(type_of(node))
         make = accumulator_type if self.ranks > 1 else state_type
         state = self.builder.call(
@@ -357,14 +363,13 @@ class _Carrier:
             op("finish"), (state, sink), type_, name=node.name, dtype=type_.dtype
         )
 
-    def _store(self, x: fx.Node, what: str) -> tuple[fx.Node, fx.Node]:
+    def _store(self, x: fx.Node, name: str) -> tuple[fx.Node, fx.Node]:
         """Keys or values of new tokens, written to the cache, and the cache; once for all."""
         if x not in self.stored:
             type_ = self._type(type_of(x))
             batch, heads, _, width = type_.shape
             kept = TensorType(type_.dtype, (batch, heads, self.slots + 1, width), type_.layout)
-            number = sum(name.startswith(f"cached_{what}_") for name in self.kept)
-            cache = self._state(f"cached_{what}_{number}", "cache", kept)
+            cache = self._state(name, "cache", kept)
             slots = self._of_call("slots", _NEW)
             self.stored[x] = (
                 self.builder.call(op("store"), (self.builder.env[x], cache, slots), type_), cache

@@ -203,7 +203,11 @@ class _Stage:
         )
         # A stage of masks and positions alone may send nothing: later ones make these themselves.
         wanted = leaving if self.stage < self.last else list(self.program.outputs)
-        needed = self._needed(wanted, set(arriving))
+        stores = [
+            node for node in self.program.graph.nodes
+            if node.target is op("store") and node.meta["stage"] == self.stage
+        ]
+        needed = self._needed([*wanted, *stores], set(arriving))
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node in needed:
                 self.builder.env[node] = self.builder.copy(node)

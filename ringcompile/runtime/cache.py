@@ -13,6 +13,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops.slots import Ledger, slots_of
 from ringcompile.runtime.batches import Part, part_of
+from ringcompile.runtime.data import shares_of
 
 _KEPT = ("cache", "sums")
 
@@ -78,10 +79,7 @@ class Memory:
             new: how many tokens are new; there has to be room for them.
             part: of the batch, what the replica has; always the same.
         """
-        if self.sizes is None:
-            self.sizes = part.lengths
-            self.kept = {name: self._zeros(name) for name, kind in self.program.state.items()
-                         if kind in _KEPT}
+        self._made(part)
         start, used = self.length, self.ledger.count(self.rank)
         slots = torch.full((new,), self.slots, dtype=torch.int64)
         for owner, first, end in self.ledger.extend(new):
@@ -97,22 +95,61 @@ class Memory:
         }
         values = {name: of_call[kind] for name, kind in self.program.state.items()
                   if kind in of_call}
-        for placeholder, tensor in part_of(self.program, inputs, part).items():
-            values[placeholder] = tensor.to(self.device)
-            if self.program.state.get(placeholder) == "history":
-                values[placeholder] = self._remembered(placeholder, values[placeholder], start)
-        return {**values, **self.kept}
+        own = {p: x.to(self.device) for p, x in part_of(self.program, inputs, part).items()}
+        return {**values, **own, **self._noted(own, start), **self.kept}
 
-    def _remembered(self, placeholder: str, new: torch.Tensor, start: int) -> torch.Tensor:
-        """An input with all tokens so far; those that are to come are 0."""
-        if placeholder not in self.history:
-            self.history[placeholder] = self._zeros(placeholder)
-        whole = self.history[placeholder]
-        name = self.program.placeholders[placeholder]
-        dim = token_dim(next(spec.type for spec in self.program.inputs if spec.name == name))
-        assert dim is not None
-        whole.narrow(dim, start, new.shape[dim]).copy_(new)
-        return whole
+    def begin_prompt(
+        self, prompt: Program, inputs: Mapping[str, torch.Tensor], length: int, part: Part
+    ) -> dict[str, torch.Tensor]:
+        """Take in a prompt, whose tokens stay on the ranks that compute them; as `begin`.
+
+        Args:
+            prompt: the rank's program that takes a prompt in.
+            inputs: whole inputs by name.
+            length: how many tokens they have.
+            part: of the batch, what the replica has.
+        """
+        self._made(part)
+        sequence, lengths = prompt.sequence, part.lengths
+        assert sequence is not None
+        chunk, local = (int(bind(size, lengths)) for size in (sequence.chunk, sequence.local))
+        held = [[int(bind(c, {})) for c in sequence.chunks(rank)] for rank in range(self.ranks)]
+        self.ledger.place(
+            (rank, c * chunk, min((c + 1) * chunk, length))
+            for rank, chunks in enumerate(held) for c in chunks if c * chunk < length
+        )
+        slots, used = torch.full((local,), self.slots, dtype=torch.int64), 0
+        for i, c in enumerate(held[self.rank]):
+            first, count = c * chunk, min(max(length - c * chunk, 0), chunk)
+            slots[i * chunk : i * chunk + count] = torch.arange(used, used + count)
+            self.places[used : used + count] = torch.arange(
+                first, first + count, device=self.device
+            )
+            used += count
+        self._noted(part_of(self.program, inputs, part), 0)
+        state = {name: slots.to(self.device) if kind == "slots" else self.kept[name]
+                 for name, kind in prompt.state.items()}
+        return {**shares_of(prompt, part_of(prompt, inputs, part), lengths), **state}
+
+    def _made(self, part: Part) -> None:
+        """Memory for what is kept, once it is known of how many sequences."""
+        if self.sizes is None:
+            self.sizes = part.lengths
+            self.kept = {name: self._zeros(name) for name, kind in self.program.state.items()
+                         if kind in _KEPT}
+
+    def _noted(self, own: Mapping[str, torch.Tensor], start: int) -> dict[str, torch.Tensor]:
+        """Inputs, by placeholder, of which all tokens so far are read; later ones are 0."""
+        for placeholder, kind in self.program.state.items():
+            if kind != "history":
+                continue
+            if placeholder not in self.history:
+                self.history[placeholder] = self._zeros(placeholder)
+            name, new = self.program.placeholders[placeholder], own[placeholder]
+            dim = token_dim(next(spec.type for spec in self.program.inputs if spec.name == name))
+            assert dim is not None
+            self.history[placeholder].narrow(dim, start, new.shape[dim]).copy_(new)
+        return self.history
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from position `length` on."""

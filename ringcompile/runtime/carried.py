@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,9 @@ class Driver(Protocol):
 
     def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
         """Whole outputs for the new tokens, or for the last of them, nested as the model's."""
+
+    def prompt(self, inputs: Inputs, length: int) -> None:
+        """Take in the first tokens, each rank its share of them; no outputs."""
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
@@ -78,13 +81,18 @@ class LockStepDriver:
 
     Args:
         parallel: the programs for the next tokens.
+        prefill: those that take in a prompt, if there are any.
         check_types: hold every value against the type that its node declares.
     """
 
-    def __init__(self, parallel: Parallel, check_types: bool = False) -> None:
-        self.mesh = parallel.mesh
-        self.programs = [parallel.rank(rank) for rank in range(self.mesh.world_size)]
-        self.weights = list(read_all_weights(self.programs, parallel.source))
+    def __init__(
+        self, parallel: Parallel, prefill: Parallel | None = None, check_types: bool = False
+    ) -> None:
+        self.mesh, ranks = parallel.mesh, range(parallel.mesh.world_size)
+        self.programs = [parallel.rank(rank) for rank in ranks]
+        self.prompts = [] if prefill is None else [prefill.rank(rank) for rank in ranks]
+        weights = list(read_all_weights([*self.programs, *self.prompts], parallel.source))
+        self.weights, self.prompt_weights = weights[: len(ranks)], weights[len(ranks) :]
         self.memories = [Memory(program) for program in self.programs]
         self.executors: dict[Any, list[Executor]] = {}
         self.check_types, self.bytes_sent = check_types, [0] * len(self.programs)
@@ -110,6 +118,24 @@ class LockStepDriver:
         results, self.bytes_sent = LockStep(self.mesh).run(generators)
         shares = [_kept(*pair, last) for pair in zip(self.programs, results, strict=True)]
         return _outputs(self.programs[-1], shares, dealt, last)
+
+    @torch.no_grad()
+    def prompt(self, inputs: Inputs, length: int) -> None:
+        """See `Driver`; after an error there are no tokens."""
+        dealt = deal(self.prompts[0], inputs)
+        try:
+            generators = []
+            for program, weights, memory in zip(
+                self.prompts, self.prompt_weights, self.memories, strict=True
+            ):
+                (part,) = dealt.of(program)
+                executor = Executor(program, part.lengths, check_types=self.check_types)
+                values = memory.begin_prompt(program, inputs, length, part)
+                generators.append(executor.run({**weights, **values}))
+            self.bytes_sent = LockStep(self.mesh).run(generators)[1]
+        except BaseException:
+            self.rewind(0)
+            raise
 
     def _executors(self, dealt: Deal) -> list[Executor]:
         key = tuple(dealt.lengths.items())
@@ -142,16 +168,21 @@ class ProcessDriver:
     Args:
         load: as for `LocalRanks`; gives the programs for the next tokens.
         args: likewise.
+        prefill: gives those that take in a prompt, from the same arguments, if there are any.
         options: likewise.
     """
 
     def __init__(
-        self, load: Callable[..., Parallel], args: tuple[Any, ...], **options: Any
+        self,
+        load: Callable[..., Parallel],
+        args: tuple[Any, ...],
+        prefill: Callable[..., Parallel] | None = None,
+        **options: Any,
     ) -> None:
         self.ranks = LocalRanks(load, args, **options)
         self.bytes_sent: list[int] = []
         try:
-            self.ranks.call(_remember)
+            self.ranks.call(_remember, prefill, args)
         except BaseException:
             self.ranks.kill()
             raise
@@ -162,6 +193,11 @@ class ProcessDriver:
         runs: list[RankRun] = self.ranks.call(extend_rank, inputs, new, last)
         self.bytes_sent = [run.stats.bytes_sent for run in runs]
         return _outputs(self.ranks.last, [run.outputs for run in runs], dealt, last)
+
+    def prompt(self, inputs: Inputs, length: int) -> None:
+        """See `Driver`."""
+        runs: list[RankRun] = self.ranks.call(prompt_rank, inputs, length)
+        self.bytes_sent = [run.stats.bytes_sent for run in runs]
 
     def rewind(self, length: int) -> None:
         """See `Driver`."""
@@ -182,18 +218,23 @@ class JobDriver:
     Args:
         parallel: the programs for the next tokens.
         rank: this process' place.
+        prefill: those that take in a prompt, if there are any.
     """
 
-    def __init__(self, parallel: Parallel, rank: Rank) -> None:
+    def __init__(self, parallel: Parallel, rank: Rank, prefill: Parallel | None = None) -> None:
         rank.state = Session(parallel, rank, check_inputs=True)
-        _remember(rank)
+        _remember(rank, None if prefill is None else lambda: prefill, ())
         self.rank = rank
 
     def extend(self, inputs: Inputs, new: int, last: bool) -> Any:
         """See `Driver`; outputs on rank 0, None on the others."""
-        session: Session = self.rank.state[0]
+        session: Session = self.rank.state.session
         run = extend_rank(self.rank, inputs, new, last)
         return session.assemble(replace(run, dealt=_of_last(run.dealt)) if last else run)
+
+    def prompt(self, inputs: Inputs, length: int) -> None:
+        """See `Driver`."""
+        prompt_rank(self.rank, inputs, length)
 
     def rewind(self, length: int) -> None:
         """See `Driver`."""
@@ -214,19 +255,40 @@ class JobDriver:
         self.rank.state = None
 
 
-def _remember(rank: Rank) -> None:
+@dataclass
+class _Kept:
+    """What the process of a rank keeps: its sessions, which share weights, and its memory."""
+
+    session: Session
+    prompts: Session | None
+    memory: Memory
+
+
+def _remember(
+    rank: Rank, prefill: Callable[..., Parallel] | None, args: tuple[Any, ...]
+) -> None:
     session: Session = rank.state
-    rank.state = session, Memory(session.program, rank.device)
+    prompts = None if prefill is None else session.beside(prefill(*args))
+    rank.state = _Kept(session, prompts, Memory(session.program, rank.device))
 
 
 def extend_rank(rank: Rank, inputs: Inputs, new: int, last: bool) -> RankRun:
-    """The new tokens of a call on one rank, whose state is its session and its memory."""
-    session, memory = rank.state
+    """The new tokens of a call on one rank, whose state is a `_Kept`."""
+    session, memory = rank.state.session, rank.state.memory
     dealt = deal(session.program, inputs)
     (part,) = dealt.of(session.program)
     run = session.run_shares(dealt, [(memory.begin(inputs, new, part), part)])
     return replace(run, outputs=_kept(session.program, run.outputs, last))
 
 
+def prompt_rank(rank: Rank, inputs: Inputs, length: int) -> RankRun:
+    """A prompt on one rank, likewise."""
+    session = rank.state.prompts
+    dealt = deal(session.program, inputs)
+    (part,) = dealt.of(session.program)
+    values = rank.state.memory.begin_prompt(session.program, inputs, length, part)
+    return session.run_shares(dealt, [(values, part)])
+
+
 def _rewind(rank: Rank, length: int) -> None:
-    rank.state[1].rewind(length)
+    rank.state.memory.rewind(length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import resource
 import sys
@@ -21,7 +22,7 @@ from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import local_shape
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.batches import Deal, Part, deal, part_of, uses_numbers, whole_outputs
-from ringcompile.runtime.data import name_inputs, shares_of
+from ringcompile.runtime.data import name_inputs, share_keys, shares_of
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Executor
@@ -158,6 +159,29 @@ class Session:
             for part in parts
         ]
         return self.run_shares(dealt, list(zip(shares, parts, strict=True)), keep)
+
+    def beside(self, parallel: Parallel) -> Session:
+        """A session of another program for the same ranks, over the same weights and peers.
+
+        Args:
+            parallel: programs of the same artifact, which communicate along single axes only.
+        """
+        other = copy.copy(self)
+        other.program, other.last = (parallel.rank(rank) for rank in
+                                     (self.rank.index, self.rank.world_size - 1))
+        assert not _joined(parallel), f"no groups along {_joined(parallel)}"
+        known = {key: self.weights[name] for name, key in share_keys(self.program).items()}
+        keys = share_keys(other.program)
+        new = {name: weight for name, weight in other.program.weights.items()
+               if keys[name] not in known}
+        read = read_weights(
+            other.program.with_graph(other.program.graph, weights=new), parallel.source,
+            self.rank.device,
+        )
+        other.weights = {name: read[name] if name in read else known[key]
+                         for name, key in keys.items()}
+        other._executors, other.numbered = {}, uses_numbers(other.program)
+        return other
 
     def run_share(self, share: dict[str, torch.Tensor], lengths: dict[str, int]) -> RankRun:
         """Run once on this rank's share of the inputs, by placeholder name."""

@@ -130,8 +130,8 @@ def test_prompts_that_are_refused(out: Path, words: Path, tmp_path: Path) -> Non
 def test_dump_shows_the_program_for_the_next_tokens(out: Path) -> None:
     found = CliRunner().invoke(cli, ["dump", str(out), "--cached", "--rank", "1"])
     assert found.exit_code == 0
-    for line in ("cached_keys_0: f64[1, 6, 74, 4] = state cache", "= cached_attention(",
-                 "ring.gather("):
+    for line in ("_of_scaled_dot_product_attention: f64[1, 6, 74, 4] = state cache",
+                 "= cached_attention(", "ring.gather("):
         assert line in " ".join(found.output.split())
     both = CliRunner().invoke(cli, ["dump", str(out), "--cached", "--after", "place"])
     assert both.exit_code == 2

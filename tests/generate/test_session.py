@@ -303,3 +303,43 @@ def test_a_program_without_a_cache() -> None:
     parallel = rc.transform(captured(Learned)[1], "ring=4")
     with pytest.raises(rc.RingCompileError, match="compiled without a cache"):
         rc.Session(parallel)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    some_fast(
+        ALL, ("ring=4", "ring=3,tp=2", "pp=2,ring=2"),
+        fast=lambda kind, spec: (kind, spec) in (
+            ("grouped", "ring=3,tp=2"), ("Window", "pp=2,ring=2"), ("Shared", "ring=4"),
+        ),
+    ),
+)
+def test_a_prompt_that_the_ring_divides(kind: str, spec: str) -> None:
+    """Its keys stay where they were computed; what follows sees each of them once."""
+    module, parallel = cached(ALL[kind], spec)
+    # A prefix sum is state, which no ring leaves behind: such prompts are computed on every rank.
+    assert (parallel.prefill is None) == (kind in ("Counted", "Documents"))
+    tokens = ids(76)
+    expected = module(tokens)
+    with checked_session(parallel) as session:
+        for prompt in (9, 40, 41):
+            session.reset()
+            found = session.extend(tokens[:, :prompt], last=True)
+            assert difference(found, expected[:, prompt - 1 : prompt]) < EXACT
+            assert worst(session, module, tokens, (1, 1, 20, 1)) < EXACT
+            session.rewind(prompt - 3)
+            assert worst(session, module, tokens, (1, 7)) < EXACT
+        kept = [memory.ledger.count(memory.rank) for memory in session.driver.memories]
+        assert max(kept) - min(kept) <= 32
+
+
+def test_a_prompt_is_computed_once() -> None:
+    """Transfers of the ring, as for any sequence, and then one all-gather a layer."""
+    parallel = cached(Rotary, "ring=4")[1]
+    assert parallel.prefill is not None
+    assert not parallel.prefill.program.outputs
+    with checked_session(parallel) as session:
+        session.extend(ids(65), last=True)
+        kept = [memory.ledger.count(memory.rank) for memory in session.driver.memories]
+        assert kept == [17, 16, 16, 16]  # the prompt in equal parts, and the last token
