@@ -117,7 +117,6 @@ def test_what_may_be_chosen() -> None:
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"chunk": 0}, "cannot be negative"),
         ({"input_ids": ids(9)[0]}, "the prompt has shape"),
-        ({"input_ids": ids(9, 3)}, "has 3 sequences, the session is for 1"),
         ({"attention_mask": torch.zeros(1, 9)}, "takes no attention_mask"),
         ({"attention_mask": torch.zeros(1, 8)}, "the mask has shape"),
         ({"backend": "mpi"}, "unknown backend 'mpi'"),
