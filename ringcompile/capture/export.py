@@ -25,8 +25,9 @@ from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer
+from ringcompile.capture.one_token import why_not_one_token
 from ringcompile.capture.regions import written_out
-from ringcompile.capture.same_as_eager import compare
+from ringcompile.capture.same_as_eager import NOT_COMPARED, compare
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
 from ringcompile.capture.source_lines import all_frames
 from ringcompile.capture.specialised import sizes_of_one_are_not_special, specialised
@@ -74,17 +75,32 @@ def capture(
         with _tracing():
             exported = known_ops_only(written_out(found.exported))
     program = Importer(exported, call, found.sizes.symbols).program(name or type(model).__name__)
-    notes = found.notes
+    notes, lengths = found.notes, found.ranges.get(SEQUENCE, (2, None))
     if compare_with_eager:
         with without_logs(), unchanged(model), huggingface.without_cache(model):
-            notes = (*notes, *compare(call, exported))
+            compared = compare(call, exported)
+            notes = (*notes, *compared)
+            if not any(note.startswith(NOT_COMPARED) for note in compared):
+                lengths, said = _from_one_token(call, exported, example, found)
+                notes = (*notes, *said)
     return program.with_graph(
         program.graph,
         notes=notes,
-        length_range=found.ranges.get(SEQUENCE, (2, None)),
+        length_range=lengths,
         batch_range=found.ranges.get(BATCH, (1, None)),
         tp_plan=huggingface.tp_plan(model),
     )
+
+
+def _from_one_token(
+    call: FlatCall, exported: ExportedProgram, example: Example, found: _Captured
+) -> tuple[Range, tuple[str, ...]]:
+    """The range of lengths, down to one token where that is computed alike; notes if it is not."""
+    low, high = found.ranges.get(SEQUENCE, (2, None))
+    if SEQUENCE not in found.ranges or low > 2:
+        return (low, high), ()
+    reason = why_not_one_token(call, exported, example, found.sizes)
+    return ((2, high), (reason,)) if reason else ((1, high), ())
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ _TIMES_ROUNDING = 16.0
 _OTHER_CHOICES = 0.02
 # What a model keeps beside its parameters is copied before it runs, up to so many bytes.
 _COPIED = 2**28
-_NOT_COMPARED = "the captured program was not compared with the model as it is called"
+NOT_COMPARED = "the captured program was not compared with the model as it is called"
 _HINT = (
     "the model's code takes another path when it is captured: it may ask for the grad mode, "
     "torch.compiler.is_compiling() or self.training. PyTorch's own transformer layers have a fast "
@@ -63,14 +63,14 @@ def compare(call: FlatCall, exported: ExportedProgram) -> tuple[str, ...]:
         RingCompileError: they differ by more than rounding explains; at the layer and its line.
     """
     if not _has_data(call.model):
-        return (f"{_NOT_COMPARED}: its weights are not loaded",)
+        return (f"{NOT_COMPARED}: its weights are not loaded",)
     with torch.no_grad(), _data_kept(call.model):
         try:
             structure, expected = _called(call)
         except Exception as error:  # whatever the user's code raises
             said = (str(error).strip().splitlines() or [""])[0][:200]
-            return (f"{_NOT_COMPARED}, which raises {type(error).__name__}: {said}",)
-        found = _run(call, exported)
+            return (f"{NOT_COMPARED}, which raises {type(error).__name__}: {said}",)
+        found = run_captured(call, exported)
         _check_forms(call.structure, structure, found, expected)
         if _differ(found, expected) is None:
             return ()
@@ -78,7 +78,7 @@ def compare(call: FlatCall, exported: ExportedProgram) -> tuple[str, ...]:
         worst = _differ(seen(found), seen(expected))
         if worst is None:
             return (_PADDING,)
-        rounded = _worst(seen(_run(call, exported, _rounded_otherwise)), seen(found))
+        rounded = _worst(seen(run_captured(call, exported, _rounded_otherwise)), seen(found))
         if rounded is not None and worst.far <= _TIMES_ROUNDING * rounded.far:
             return ()
         raise _parted(call, exported, worst)
@@ -100,7 +100,7 @@ def _called(call: FlatCall) -> tuple[Structure, list[torch.Tensor]]:
     return flat(call.model(*args, **kwargs), leaves), leaves
 
 
-def _run(
+def run_captured(
     call: FlatCall, exported: ExportedProgram, change: Change | None = None,
     keep: list[tuple[fx.Node, torch.Tensor]] | None = None,
 ) -> list[torch.Tensor]:
@@ -248,7 +248,7 @@ def _check_forms(
 def _parted(call: FlatCall, exported: ExportedProgram, worst: _Difference) -> RingCompileError:
     """The error at the first layer that gives something else than it does when it is called."""
     keep: list[tuple[fx.Node, torch.Tensor]] = []
-    _run(call, exported, keep=keep)
+    run_captured(call, exported, keep=keep)
     layers = [(location_of(node), tensor) for node, tensor in keep]
     location = _first_other(call, layers) or layers[-1][0]
     finite = worst.far < float("inf")

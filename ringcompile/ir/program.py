@@ -213,7 +213,7 @@ class Program:
         if length is not None and (length < low or (high is not None and length > high)):
             raise RingCompileError(
                 f"sequence length {length} is outside {low}..{high if high is not None else ''}",
-                hint="the model's own code fixes this range (a position table, or a guard)",
+                hint=_why_range(self.notes, length, low),
             )
         low, high = self.batch_range
         batch = lengths.get(BATCH)
@@ -230,6 +230,16 @@ class Program:
         if self.sequence is not None:
             lengths.update(self.sequence.bindings(length))
         return lengths
+
+
+def _why_range(notes: Iterable[str], length: int, low: int) -> str:
+    """Why a length cannot be, as far as notes say it."""
+    of_one = [note for note in notes if length == 1 and note.startswith("one token alone")]
+    if of_one:
+        return of_one[0]
+    if length == 1 and low == 2:
+        return "it was not tried at capture whether one token alone is computed alike"
+    return "the model's own code fixes this range (a position table, or a guard)"
 
 
 def _match(
