@@ -34,6 +34,7 @@ class Job:
         timeout: seconds that the run may take.
         join_timeout: seconds that the ranks have to find one another.
         compiler: as for `Executor`.
+        check_finite: look for the first NaN or infinity; nothing is compiled then.
     """
 
     keep: Keep
@@ -42,6 +43,7 @@ class Job:
     timeout: float = 300.0
     join_timeout: float = JOIN_TIMEOUT
     compiler: str | None = None
+    check_finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def run_job(
     options: dict[str, Any] = {
         "nproc": job.nproc, "backend": job.backend, "timeout": job.timeout,
         "join_timeout": job.join_timeout, "compiler": job.compiler, "identity": parallel.identity,
+        "check_finite": job.check_finite,
     }
     assert parallel.saved is not None
     with LocalRanks(artifact.load, (parallel.saved.folder.path,), **options) as ranks:
@@ -106,7 +109,7 @@ def _in_lockstep(
     start = time.perf_counter()
     done = run_lockstep(
         parallel.ranks(), parallel.mesh, parallel.source, inputs, compiler=job.compiler,
-        keep=job.keep,
+        keep=job.keep, check_finite=job.check_finite,
     )
     return RunReport(
         parallel.world_size, job.backend, time.perf_counter() - start, done.bytes_sent,
@@ -120,7 +123,9 @@ def _under_torchrun(
     rank = join_torchrun(
         parallel.mesh, backend=job.backend, timeout=job.timeout, join_timeout=job.join_timeout
     )
-    session = Session(parallel, rank, check_inputs=True, compiler=job.compiler)
+    session = Session(
+        parallel, rank, check_inputs=True, compiler=job.compiler, check_finite=job.check_finite
+    )
     done = session.run(inputs, job.keep)
     everyone = session.everyones_stats(done)
     summaries = session.everyones_summaries(done)

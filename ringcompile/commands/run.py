@@ -66,6 +66,8 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Seconds to wait for all ranks, on all hosts, to be there.")
 @click.option("--compile", "compiled", is_flag=True,
               help="torch.compile what is computed between communications.")
+@click.option("--check", "check_finite", is_flag=True,
+              help="Find the first op, layer, line and rank where NaN or infinity appears.")
 @VERIFY_KEY
 @JSON
 def run(
@@ -82,6 +84,7 @@ def run(
     timeout: float,
     join_timeout: float,
     compiled: bool,
+    check_finite: bool,
     verify_key: Path | None,
     as_json: bool,
 ) -> None:
@@ -91,6 +94,8 @@ def run(
     """
     if sum(given is not None for given in (inputs, prompt, prompt_file)) > 1:
         raise click.UsageError("give one of --inputs, --prompt and --prompt-file")
+    if check_finite and compiled:
+        raise click.UsageError("--check looks at every op; leave out --compile")
     parallel = compiler.load(out, verify_key=verify_key)
     if outputs is not None:
         tensor_files.check_writable(outputs, job.output_dtypes(parallel))
@@ -103,7 +108,8 @@ def run(
     found = job.run_job(
         parallel,
         _whole_inputs(parallel, inputs, text, words, seq),
-        job.Job(keep, nproc, backend, timeout, join_timeout, "inductor" if compiled else None),
+        job.Job(keep, nproc, backend, timeout, join_timeout, "inductor" if compiled else None,
+                check_finite),
     )
     if found is None:  # another rank of a torchrun job reports
         return

@@ -26,6 +26,7 @@ from ringcompile.runtime.data import name_inputs, share_keys, shares_of
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Executor
+from ringcompile.runtime.finite import finite_watch
 from ringcompile.runtime.handshake import agree, facts_of
 from ringcompile.runtime.inprocess import read_weights
 from ringcompile.runtime.join import Rank
@@ -110,6 +111,7 @@ class Session:
             process got on its own.
         compiler: a backend of torch.compile for what is computed between communications; see
             `Executor`.
+        check_finite: look for the first NaN or infinity; see `finite_watch`.
 
     Raises:
         RingCompileError: the ranks run different artifacts, or different versions of torch or
@@ -123,9 +125,10 @@ class Session:
         *,
         check_inputs: bool = False,
         compiler: str | None = None,
+        check_finite: bool = False,
     ) -> None:
         keep_freed_memory()
-        self.compiler = compiler
+        self.compiler, self.check_finite = compiler, check_finite
         self.rank, self.check_inputs, self.mesh = rank, check_inputs, parallel.mesh
         self.program = parallel.rank(rank.index)
         # The last rank is one of the last stage: its program says what is returned.
@@ -293,9 +296,10 @@ class Session:
         if key not in self._executors:
             if len(self._executors) == _MAX_EXECUTORS:
                 self._executors.clear()
+            program = keep.program(self.program, lengths)
             self._executors[key] = Executor(
-                keep.program(self.program, lengths), lengths, self.rank.device,
-                compiler=self.compiler,
+                program, lengths, self.rank.device, compiler=self.compiler,
+                watch=finite_watch(program) if self.check_finite else None,
             )
         return self._executors[key]
 

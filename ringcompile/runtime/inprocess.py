@@ -22,6 +22,7 @@ from ringcompile.runtime.data import (
     shares_of,
 )
 from ringcompile.runtime.executor import Executor, Request, run_alone
+from ringcompile.runtime.finite import finite_watch
 from ringcompile.runtime.lockstep import LockStep
 from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary
 
@@ -98,6 +99,7 @@ def run_lockstep(
     compiler: str | None = None,
     keep: Keep = EVERYTHING,
     whole: bool = True,
+    check_finite: bool = False,
 ) -> Result:
     """Run all ranks in this process.
 
@@ -111,6 +113,7 @@ def run_lockstep(
         compiler: as for `Executor`.
         keep: what is kept of the outputs.
         whole: whether outputs that are kept are put together.
+        check_finite: look for the first NaN or infinity; see `finite_watch`.
     """
     first, last = programs[0], programs[-1]
     named = name_inputs(first, inputs)
@@ -125,9 +128,10 @@ def run_lockstep(
                 needed = part.needed(numbered)
                 key = tuple(needed.items())
                 if key not in executors:
+                    kept = keep.program(program, needed)
                     executors[key] = Executor(
-                        keep.program(program, needed), needed, device, check_types,
-                        compiler=compiler,
+                        kept, needed, device, check_types, compiler=compiler,
+                        watch=finite_watch(kept) if check_finite else None,
                     )
                 share = shares_of(program, part_of(program, named, part), part.lengths)
                 values = {**weights, **{p: x.to(device) for p, x in share.items()}}

@@ -66,6 +66,7 @@ class LocalRanks(Processes):
         args: its arguments.
         nproc: the number of ranks asked for, if any was: it has to be the mesh's.
         compiler: as for `Session`.
+        check_finite: likewise.
         identity: that of the program which the caller has read already, if it has.
         options: as for `Processes`.
 
@@ -81,6 +82,7 @@ class LocalRanks(Processes):
         *,
         nproc: int | None = None,
         compiler: str | None = None,
+        check_finite: bool = False,
         identity: str | None = None,
         **options: Any,
     ) -> None:
@@ -92,7 +94,7 @@ class LocalRanks(Processes):
         self.program = parallel.rank(0)
         self.last = parallel.rank(parallel.mesh.world_size - 1)
         super().__init__(parallel.mesh.world_size, **options)
-        theirs = self.call(_open, load, args, compiler)
+        theirs = self.call(_open, load, args, compiler, check_finite)
         if theirs[0] != parallel.identity:
             self.kill()
             raise _replaced()
@@ -129,11 +131,15 @@ def _replaced() -> RingCompileError:
 
 
 def _open(
-    rank: Rank, load: Callable[..., Parallel], args: tuple[Any, ...], compiler: str | None
+    rank: Rank,
+    load: Callable[..., Parallel],
+    args: tuple[Any, ...],
+    compiler: str | None,
+    check_finite: bool,
 ) -> str:
     """Make the rank's session; which artifact it is for."""
     parallel = load(*args)
-    rank.state = Session(parallel, rank, compiler=compiler)
+    rank.state = Session(parallel, rank, compiler=compiler, check_finite=check_finite)
     return parallel.identity
 
 
