@@ -11,7 +11,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import depends_on_data, unbacked
+from ringcompile.ir.expr import depends_on_data, spelled, unbacked
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder
@@ -117,6 +117,21 @@ def _index(builder: Builder, node: fx.Node) -> fx.Node:
     return builder.call(node.target, args, type_of(node), name=node.name)
 
 
+def _index_put(builder: Builder, node: fx.Node) -> fx.Node:
+    """`x[mask] = value`, with one value for all, chooses between two: no entry is looked up."""
+    call = Call(node)
+    mask, values = call["indices"][0], type_of(call["values"])
+    rank, masked = len(type_of(node).shape), 0 if mask is None else len(type_of(mask).shape)
+    alone = mask is not None and type_of(mask).dtype == torch.bool and not any(call["indices"][1:])
+    if not alone or call["accumulate"] or len(values.shape) > rank - masked:
+        return _index(builder, node)
+    shape = (*type_of(mask).shape, *(1,) * (rank - masked))
+    wide = TensorType.whole(torch.bool, shape)
+    opened = builder.call(aten.reshape.default, (builder.env[mask], spelled(shape)), wide)
+    args = (opened, builder.env[call["values"]], operand(builder, node))
+    return builder.call(aten.where.self, args, type_of(node), name=node.name)
+
+
 def _where_true(builder: Builder, mask: fx.Node, node: fx.Node) -> list[fx.Node]:
     """One index tensor for each dim of the mask; how many entries, only the data tells."""
     values = Call(node).get("values")
@@ -167,7 +182,7 @@ VALUES: dict[str, Rewrite] = {
     "max": _elementwise(aten.maximum.default),
     "baddbmm": _baddbmm,
     "index": _index,
-    "index_put": _index,
+    "index_put": _index_put,
     "dropout": _dropout,
     "feature_dropout": _dropout,
 }
