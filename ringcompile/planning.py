@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ringcompile import compiler
@@ -21,24 +18,12 @@ from ringcompile.cost.simulate import simulate as run_simulation
 from ringcompile.cost.specs import Variant
 from ringcompile.cost.timeline import How
 from ringcompile.errors import RingCompileError
+from ringcompile.garbage import few_collections
 from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.program import Program
 from ringcompile.options import HALVES, NONE
 from ringcompile.passes.place import order_of
 from ringcompile.passes.schedule import Schedule
-
-
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    """Graphs come and go by the hundred: looking for garbage every so often takes a fifth more."""
-    before = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(1_000_000, 20, 50)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 def plan(
@@ -109,7 +94,7 @@ def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
     return plans_of(capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name), ask)
 
 
-@_few_collections()
+@few_collections()
 def plans_of(whole: Program, ask: Ask) -> list[Plan]:
     """All plans for a captured model.
 

@@ -27,7 +27,7 @@ FLOORS = [
     {"ir"},
     {"mesh", "options"},
     {"axes"},
-    {"errors", "held", "later"},
+    {"errors", "held", "later", "garbage"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}

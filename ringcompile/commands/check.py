@@ -20,6 +20,7 @@ from ringcompile.commands.options import (
     PARALLEL,
     compile_options,
 )
+from ringcompile.garbage import few_collections
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import Options
@@ -41,6 +42,7 @@ else:
 @BATCH
 @EXTRA_INPUTS
 @JSON
+@few_collections()
 def check(
     model: str,
     parallel: str,

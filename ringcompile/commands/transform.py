@@ -21,6 +21,7 @@ from ringcompile.commands.options import (
 )
 from ringcompile.commands.overlap import overlap_options, schedule_for
 from ringcompile.errors import RingCompileError
+from ringcompile.garbage import few_collections
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import HALVES, Options
@@ -63,6 +64,7 @@ else:
 @click.option("--time-passes", is_flag=True, help="Print the seconds each pass took.")
 @click.option("--verify-each", is_flag=True, help="Check the ranks against each other as well.")
 @JSON
+@few_collections()
 def transform(
     model: str,
     out: Path | None,
