@@ -69,8 +69,12 @@ class Eager:
 
 
 def _compares_counts(node: fx.Node) -> bool:
-    """Whether a node compares whole numbers: counts, ranks in an order, distances, positions."""
-    if str(node.target) not in COMPARISONS:
+    """Whether a node compares whole numbers: counts, ranks in an order, distances, positions.
+
+    Whether one is negative at all is no threshold that a longer sequence would reach.
+    """
+    limit = node.args[1] if len(node.args) > 1 else 0
+    if str(node.target) not in COMPARISONS or (isinstance(limit, int) and limit <= 0):
         return False
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
     return all(not type_of(operand).dtype.is_floating_point for operand in operands)
