@@ -119,7 +119,10 @@ class Comparison:
         assert own is not None
         self.own, self.strong = _Way(own, ranks, source), None
         if kept is not None and source is not None:
-            names = frozenset(w.name for p in ranks for w in p.weights.values())
+            # Others were read as constants while compiling, or ranks hold pieces: `weight[0:64]`.
+            held = {w.name for p in ranks for w in p.weights.values()}
+            cut = {name.partition("[")[0] for name in held if "[" in name}
+            names = frozenset((held & {w.name for w in kept.weights.values()}) - cut)
             self.strong = _Way(
                 Reference(widened(kept)), [widened(rank) for rank in ranks],
                 Strengthened(WideSource(source), names), wide=True,

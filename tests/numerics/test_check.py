@@ -55,6 +55,13 @@ def test_a_program_is_right_by_what_was_kept_of_its_model(tmp_path: Path) -> Non
     assert {row.allowed for row in found.numerics} == {2e-5, 1e-10}
 
 
+def test_weights_that_ranks_hold_in_pieces_of_their_own() -> None:
+    parallel = small("tp=2")
+    held = {weight.name for weight in parallel.rank(0).weights.values()}
+    assert any(name.startswith("qkv.weight[") for name in held)
+    assert rc.verify(parallel, numerics=True, tries=3).wrong == ""
+
+
 def test_a_threshold_that_is_not_reached_is_a_note() -> None:
     found = rc.verify(small(), seq=24, tries=1)
     assert len(found.numerics) == 1
