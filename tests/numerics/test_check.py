@@ -59,7 +59,7 @@ def test_weights_that_ranks_hold_in_pieces_of_their_own() -> None:
     parallel = small("tp=2")
     held = {weight.name for weight in parallel.rank(0).weights.values()}
     assert any(name.startswith("qkv.weight[") for name in held)
-    assert rc.verify(parallel, numerics=True, tries=3).wrong == ""
+    assert rc.verify(parallel, seq=19, tries=3).wrong == ""
 
 
 def test_a_threshold_that_is_not_reached_is_a_note() -> None:
