@@ -42,8 +42,8 @@ _ROWS = (
     ),
     _Row(
         _pattern("We found a fake tensor in the exported program constant's list"),
-        "the model computes a gradient, or something else that leaves no trace, while it runs",
-        "compute it with ordinary tensor operations",
+        "the model keeps a tensor from an earlier call, or computes a gradient, while it runs",
+        "compute it in each call with ordinary tensor operations",
     ),
 )  # fmt: skip
 

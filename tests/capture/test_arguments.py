@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import ringcompile as rc
 from ringcompile.capture.export import capture
 from ringcompile.compiler import load, transform
-from tests.support import TOLERANCE, difference, run
+from tests.support import TOLERANCE, difference, run, some_fast
 
 WIDTH, CAPTURED, LENGTH = 16, 13, 22
 Forward = Callable[..., Any]
@@ -126,7 +126,13 @@ def matches(module: nn.Module, found: Any, given: Given) -> None:
             assert (mine, type(mine)) == (its, type(its))
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = {
+    "numbers and strings", "tensors by any name", "dicts in a tuple", "a dataclass",
+    "returns None and constants",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some_fast(CASES, fast=FAST.__contains__))
 def test_arguments_and_results(name: str) -> None:
     function, make = CASES[name]
     module = Module(function).eval()
@@ -135,7 +141,7 @@ def test_arguments_and_results(name: str) -> None:
     matches(module, run(parallel, tensors(make(LENGTH))).outputs, make(LENGTH))
 
 
-@pytest.mark.parametrize("spec", ["pp=2", "dp=2"])
+@pytest.mark.parametrize("spec", some_fast(["pp=2", "dp=2"], fast=lambda spec: spec == "pp=2"))
 def test_batches_dealt_out_join_what_is_a_tensor(spec: str) -> None:
     function, make = CASES["returns None and constants"]
     module = Module(function).eval()

@@ -20,7 +20,7 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.dump.report import attention_of
 from ringcompile.errors import RingCompileError
-from tests.support import difference, run
+from tests.support import difference, run, some_fast
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 HEADS, DIM, CAPTURED, LENGTH = 4, 8, 13, 22
@@ -96,7 +96,10 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", READ)
+FAST = {"window", "soft cap", "alibi"}
+
+
+@pytest.mark.parametrize("name", some_fast(READ, fast=FAST.__contains__))
 def test_read_as_attention(name: str) -> None:
     options, says = READ[name]
     module = Flex(**options).eval()
@@ -134,6 +137,7 @@ def test_more_than_the_output_is_refused(more: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_torchs_module_is_as_before() -> None:
     flex: Callable[..., Any] = flex_attention
     before = dict(flex.__globals__)  # type: ignore[attr-defined]

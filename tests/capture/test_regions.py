@@ -18,7 +18,7 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
-from tests.support import difference, run
+from tests.support import difference, run, some_fast
 
 WIDTH, CAPTURED, LENGTH = 16, 13, 22
 
@@ -131,7 +131,10 @@ def dtypes(program: Program, op: str) -> list[torch.dtype]:
     return [n.meta["type"].dtype for n in program.graph.nodes if op in str(n.target)]
 
 
-@pytest.mark.parametrize("name", WRITTEN_OUT)
+FAST = {"autocast_off", "autocast_nested", "grad_modes_nested", "mapped"}
+
+
+@pytest.mark.parametrize("name", some_fast(WRITTEN_OUT, fast=FAST.__contains__))
 def test_written_out(name: str) -> None:
     module = Module(WRITTEN_OUT[name]).eval()
     grad = torch.is_grad_enabled()
@@ -143,6 +146,7 @@ def test_written_out(name: str) -> None:
     assert difference(run(transform(program, "ring=3"), (x(LENGTH),)).outputs, expected) < limit
 
 
+@pytest.mark.slow
 def test_what_autocast_computes_in_bfloat16() -> None:
     names = ("autocast_on", "autocast_nested", "autocast_off")
     captured = {n: capture(Module(WRITTEN_OUT[n]).eval(), (x(CAPTURED),)) for n in names}
@@ -153,8 +157,10 @@ def test_what_autocast_computes_in_bfloat16() -> None:
     assert dtypes(captured["autocast_on"], "scaled_dot_product") == [low]
 
 
-def test_ops_in_a_region_keep_their_lines() -> None:
+def test_ops_in_a_region_keep_their_lines_and_dtypes() -> None:
     program = capture(Module(autocast_nested).eval(), (x(CAPTURED),))
+    low, high = torch.bfloat16, torch.float32
+    assert dtypes(program, "linear") == [low, high, low, low]
     lines = [n.meta["loc"].text for n in program.graph.nodes if "linear" in str(n.target)]
     assert lines[:2] == ["y = m.up(x)", "y = m.down(y.float())"]
     assert [n.meta["loc"].layer for n in program.graph.nodes if "linear" in str(n.target)] == [
@@ -222,12 +228,17 @@ REFUSED = {
         "the model changes a tensor that it keeps while it runs; inference must not change state",
         "call model.eval(), and turn caches and counters off", ""),
     gradient: (
-        "the model computes a gradient, or something else that leaves no trace, while it runs",
-        "compute it with ordinary tensor operations", ""),
+        "the model keeps a tensor from an earlier call, or computes a gradient, while it runs",
+        "compute it in each call with ordinary tensor operations", ""),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
+FAST_REFUSED = {branches, mapped_in_turn, casts_inside, gradient}
+
+
+@pytest.mark.parametrize(
+    "function", some_fast(REFUSED, fast=FAST_REFUSED.__contains__), ids=lambda f: f.__name__
+)
 def test_refused(function: Callable[..., Any]) -> None:
     message, hint, line = REFUSED[function]
     module = Module(function).eval()

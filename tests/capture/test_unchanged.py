@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 
 from ringcompile.capture.export import capture
 from ringcompile.errors import RingCompileError
+from tests.support import some_fast
 
 EXAMPLE = torch.randn(2, 13, 8)
 TABLES: dict[str, Tensor] = {}
@@ -156,7 +157,8 @@ def keep_in_globals(m: Keeps, x: Tensor) -> None:
 def test_traced_values_do_not_stay_in_globals_and_classes() -> None:
     table = torch.zeros(1)
     TABLES["kept"] = table
-    capture(Keeps(keep_in_globals).eval(), (EXAMPLE,))
+    # The comparison with the model is a call like any other: what it leaves is the model's own.
+    capture(Keeps(keep_in_globals).eval(), (EXAMPLE,), compare_with_eager=False)
     assert (TABLES, LATEST, LAST, Keeps.shared) == ({"kept": table}, [], None, [])
     assert not hasattr(Keeps, "latest")
     assert not isinstance(cached(2.0), FakeTensor)
@@ -191,7 +193,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("ran_before", some_fast([False, True], fast=lambda ran: not ran))
 def test_hugging_face_records_outputs_once(ran_before: bool) -> None:
     """The hooks with which transformers collects hidden states are installed by the first call."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
@@ -207,6 +209,7 @@ def test_hugging_face_records_outputs_once(ran_before: bool) -> None:
         assert len(model(ids, output_attentions=False, output_hidden_states=True)[-1]) == 3
 
 
+@pytest.mark.slow
 def test_hugging_face_registries() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
