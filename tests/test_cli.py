@@ -177,6 +177,29 @@ def test_check(folder: Path) -> None:
     assert "mine.py:15" in refused.stdout
 
 
+def test_dump_of_what_a_pass_changed(folder: Path) -> None:
+    done = ringcompile("dump", "out", "--diff", "fuse-merge", cwd=folder)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["--- before", "+++ after"]
+    assert any(line.startswith("+%") and "attend_merge" in line for line in lines)
+    assert any(line.startswith("-%") and "= merge(" in line for line in lines)
+    changed = [line for line in lines[2:] if line[0] in "+-"]
+    assert len(changed) < 12
+    assert lines[-1].startswith(f"{sum(line[0] == '-' for line in changed)} lines less, ")
+    early = ringcompile("dump", "out", "--diff", "place", cwd=folder)
+    assert "s/ring" in early.stdout
+    assert not [line for line in early.stdout.splitlines() if "shift_start" in line]
+
+
+def test_dump_of_a_layer(folder: Path) -> None:
+    done = ringcompile("dump", "out", "--rank", "1", "--layer", "blocks.1.mlp", cwd=folder)
+    lines = done.stdout.splitlines()
+    assert 4 <= len(lines) <= 8
+    assert all("blocks.1.mlp" in line or "//" in line for line in lines)
+    whole = ringcompile("dump", "out", "--rank", "1", cwd=folder).stdout
+    assert lines[0].split(":")[0] + ":" in whole
+
+
 def test_check_names_layers_that_are_alike_once(folder: Path) -> None:
     done = ringcompile("check", "llama-tiny", "--parallel", "ring=2", "--seq", "2048")
     assert done.returncode == 0, done.stderr
@@ -293,6 +316,10 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "foreign folder": (["verify", "."], 1, ["manifest.json"]),
     "wrong world size": (["run", "out", "--nproc", "3"], 1, ["3", "2"]),
     "no such rank": (["dump", "out", "--rank", "7"], 1, ["rank 7", "0 to 1"]),
+    "unknown pass to compare": (["dump", "out", "--diff", "foo"], 1, ["unknown pass 'foo'"]),
+    "unknown layer": (
+        ["dump", "out", "--layer", "blocks.9"], 1,
+        ["no line of the program is of a layer 'blocks.9'", "layers are: ", "blocks.0"]),
     "unknown pass to dump after": (["dump", "out", "--after", "foo"], 1, ["unknown pass 'foo'"]),
     "inputs not there": (["run", "out", "--inputs", "no.safetensors"], 1, ["no.safetensors"]),
     "outputs of an unknown kind": (

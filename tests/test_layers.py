@@ -18,6 +18,7 @@ FLOORS = [
     {"calibration", "planning", "prompts"},
     {"generation"},
     {"execution", "session", "view"},
+    {"stages"},
     {"numerics"},
     {"compiler"},
     {"runtime"},

@@ -11,10 +11,13 @@ from ringcompile.later import Later
 from ringcompile.options import FORMATS
 
 if TYPE_CHECKING:
-    from ringcompile import compiler
+    from ringcompile import compiler, stages
     from ringcompile import dump as dumps
     from ringcompile import view as viewer
+    from ringcompile.dump import differences
 else:
+    differences = Later("ringcompile.dump.differences")
+    stages = Later("ringcompile.stages")
     compiler = Later("ringcompile.compiler")
     dumps = Later("ringcompile.dump")
     viewer = Later("ringcompile.view")
@@ -28,12 +31,22 @@ else:
               show_default=True)
 @click.option("--after", metavar="PASS", help="As it was behind this pass.")
 @click.option("--cached", is_flag=True, help="The program for the next tokens, with a cache.")
+@click.option("--diff", metavar="PASS", help="What this pass changed.")
+@click.option("--layer", help="The lines of this layer only, for example model.layers.3.")
 def dump(
-    out: Path, rank: int | None, format_: str, after: str | None, cached: bool
+    out: Path,
+    rank: int | None,
+    format_: str,
+    after: str | None,
+    cached: bool,
+    diff: str | None,
+    layer: str | None,
 ) -> None:
     """Print a program of the artifact OUT; the formats html and plan are of all its ranks."""
     if cached and after is not None:
         raise click.UsageError("--cached and --after cannot be combined")
+    if format_ != "text" and (diff is not None or layer is not None):
+        raise click.UsageError("--diff and --layer print text")
     made = compiler.load(out)
     if cached:
         made = made.with_cache()
@@ -43,8 +56,14 @@ def dump(
     if format_ == "html":
         click.echo(viewer.page(made), nl=False)
         return
+    if diff is not None:
+        click.echo(differences.difference(*stages.around(made, diff, rank or 0)))
+        return
     if after is not None:
         program = compiler.program_after(made, after, rank or 0)
     else:
         program = made.program if rank is None else made.rank(rank)
+    if layer is not None:
+        click.echo(differences.layer_text(program, layer))
+        return
     click.echo(dumps.render(program, format_))

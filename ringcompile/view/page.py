@@ -6,11 +6,10 @@ import base64
 import hashlib
 import html
 import json
-from dataclasses import replace
 from importlib import resources
 from typing import Any
 
-from ringcompile.compiler import ParallelProgram, front_passes
+from ringcompile.compiler import ParallelProgram
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
@@ -19,9 +18,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import weight_bytes
 from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.printer import value_names
-from ringcompile.ir.program import Program
-from ringcompile.options import Options
-from ringcompile.passes.base import Pass, Pipeline
+from ringcompile.stages import front_stages
 from ringcompile.view.rows import Tables, program_rows
 
 NOMINAL_LENGTH = 16384
@@ -92,21 +89,11 @@ def _data(parallel: ParallelProgram, cluster: str, length: int | None) -> dict[s
 
 def _stages(parallel: ParallelProgram, tables: Tables) -> list[dict[str, Any]]:
     """The program behind each pass, as far as the artifact holds the model it was made from."""
-    model = parallel.reference
-    if model is None:
-        return []
-    made = [program_rows(model, tables, "one device")]
-
-    def observe(step: Pass, program: Program, seconds: float) -> None:
-        made.append(program_rows(program, tables, step.name))
-
-    plan = parallel.plan()
-    options = replace(Options.recorded(parallel.options), stages=tuple(plan.stages))
     try:
-        Pipeline(front_passes(parallel.mesh, options, plan.told("tp")), observe).run(model)
-    except RingCompileError:  # what an older version compiled
+        found = front_stages(parallel)
+    except RingCompileError:  # another version compiled it
         return []
-    return made
+    return [program_rows(program, tables, name) for name, program in found]
 
 
 def _timeline(parallel: ParallelProgram, cluster: str, tokens: int) -> dict[str, Any]:
