@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ringcompile.axes import TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import Size, coordinate_on, simplify
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout, normalise
@@ -226,7 +227,23 @@ class Mover:
         return replace(type_, shape=shape)
 
     def _call(self, name: str, x: fx.Node, type_: TensorType, **how: Any) -> fx.Node:
+        self._check_axis(name, how["axis"])
         return self.builder.call(op(name), (x,), type_, why=self.why, **how)
+
+    def _check_axis(self, name: str, axis: str) -> None:
+        """Raise RingCompileError for an exchange that ranks, or pieces in time, cannot make."""
+        if TIME in axis.split(",") and name != "gather":
+            raise RingCompileError(
+                f"{name} along {TIME} is not known",
+                hint=f"split the sequence over ring instead of {TIME}",
+            )
+        if not self.mesh.has(axis):
+            raise RingCompileError(
+                f"heads that lie on groups of ranks ({axis}) are wanted in another way, and groups "
+                "of ranks exchange nothing",
+                hint="use fewer ranks along tp: as many as the model has key heads, or as divide "
+                "them",
+            )
 
     def _reshape(self, x: fx.Node, type_: TensorType) -> fx.Node:
         return self.builder.call(aten.reshape.default, (x, self.shape(type_)), type_)

@@ -197,6 +197,8 @@ class TensorRequests(Requests):
             return super().input_again(node, wanted)
         if not all(map(self.divides, wanted.dims)) or not self.may_split(node, wanted):
             return None
+        if any(atom.sequence for dim in wanted.dims for atom in dim):
+            return None  # rows of positions (of a fixed length) are cut, with padding, not read
         again = self.builder.placeholder(
             f"{node.name}_share", type_of(node).with_layout(wanted)
         )
