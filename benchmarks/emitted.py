@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import ringcompile as rc
 from benchmarks.baselines.problem import Case
 from benchmarks.pool import Step
-from ringcompile.ir.expr import SEQUENCE
+from ringcompile.ir.expr import BATCH, SEQUENCE
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.join import Rank
 
@@ -25,12 +25,13 @@ class Attention(nn.Module):
 def setup(rank: int, world: int, case: Case) -> Step:
     """Compile, and run on this rank's shard: entry and exit are not part of a step."""
     shape = (3, 1, EXAMPLE_LENGTH, case.num_heads, case.head_dim)
-    program = rc.capture(Attention(), tuple(torch.zeros(shape)))
+    dims = {"query": {0: "batch", 1: "sequence"}}
+    program = rc.capture(Attention(), tuple(torch.zeros(shape)), dims=dims)
     parallel = rc.transform(program, f"ring={world}", order="zigzag")
     session = Session(parallel, Rank(rank, world, torch.device("cpu")))
     sequence = session.program.sequence
     assert sequence is not None
-    lengths = sequence.bindings(case.num_tokens)
+    lengths = {**sequence.bindings(case.num_tokens), BATCH: 1}
     assert lengths[SEQUENCE] % sequence.num_chunks == 0
     tensors = (tensor.transpose(1, 2) for tensor in case.local_tensors(rank, world))
     share = dict(zip(session.program.placeholders, tensors, strict=True))

@@ -15,6 +15,7 @@ from torch import nn
 
 from ringcompile import artifact
 from ringcompile.axes import TIME
+from ringcompile.capture.dims import Dims
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import LoadedModel, load_model
 from ringcompile.dump import report
@@ -442,6 +443,8 @@ def check(
     parallel: str | Mesh,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    dims: Dims | None = None,
     **options: Unpack[Given],
 ) -> report.Report:
     """Say, layer by layer, what would become of a model; never raises for what is refused.
@@ -451,12 +454,15 @@ def check(
         parallel: as for `transform`.
         args: as for `capture`; unused with a program.
         kwargs: likewise.
+        dims: likewise.
         options: as for `transform`.
     """
     mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
     name = model.name if isinstance(model, Program) else type(model).__name__
     try:
-        program = model if isinstance(model, Program) else capture(model, args, kwargs)
+        program = model if isinstance(model, Program) else capture(
+            model, args, kwargs, dims=dims
+        )
         made, refusals = _made(program, mesh, options)
         ranks = made.ranks()
     except RingCompileError as error:
@@ -469,6 +475,7 @@ def check(
         str(mesh),
         made.program.sequence.order,
         supported=not refusals,
+        inputs=report.inputs_of(program),
         attention=report.attention_of(made.program),
         gathers=report.gathers_of(made.program),
         refusals=refusals,
@@ -511,7 +518,11 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
 def recapture(options: Mapping[str, Any]) -> Program:
     """Capture the model an artifact was made from again, without its weights."""
     loaded = recorded_model(options, weights=False)
-    return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    said = {
+        name: {int(dim): role for dim, role in roles.items()}
+        for name, roles in (options.get("dims") or {}).items()
+    }
+    return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=said)
 
 
 def recorded_model(

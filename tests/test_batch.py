@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional as F
 
 import ringcompile as rc
+from benchmarks import emitted
+from benchmarks.baselines.problem import Case
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.cli import cli
+from ringcompile.compiler import ParallelProgram, load, transform
 from ringcompile.ir.program import Program
 from tests.silent.small import CAPTURED, EXACT, VOCABULARY, WIDTH, Attention, ids, normal, with_gain
 from tests.support import difference, run
@@ -338,6 +342,28 @@ def test_a_length_that_is_fixed_is_said() -> None:
     assert program.notes == (
         "the sequence length is fixed to that of the example: dims names no sequence",
     )
+
+
+@pytest.mark.parametrize("command", ["check", "transform"])
+def test_dims_on_the_command_line(command: str, tmp_path: Path) -> None:
+    out = ["-o", str(tmp_path / "out")] if command == "transform" else []
+    args = [command, "tests.test_batch:heads_last", "--parallel", "ring=2", *out]
+    found = CliRunner().invoke(cli, [*args, "--dims", "query=batch,sequence,_,_"])
+    assert found.exit_code == 0, found.output
+    if out:
+        hold(load(out[1]), HeadsLast(), heads(3, 27))
+    else:
+        assert "input query: f64[b, s, 4, 16]" in found.output
+    assert "write INPUT=DIM,DIM" in CliRunner().invoke(cli, [*args, "--dims", "query"]).output
+
+
+def heads_last() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return HeadsLast(), heads(1, CAPTURED)
+
+
+def test_the_attention_benchmark_takes_any_length() -> None:
+    step = emitted.setup(0, 1, Case(2, 8, 40))
+    assert step().shape[1] == 40 or step().shape[2] == 40
 
 
 def types(program: Program) -> list[str]:

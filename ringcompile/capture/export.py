@@ -30,9 +30,9 @@ from ringcompile.capture.regions import written_out
 from ringcompile.capture.same_as_eager import NOT_COMPARED, compare
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
 from ringcompile.capture.source_lines import all_frames
-from ringcompile.capture.specialised import sizes_of_one_are_not_special, specialised
+from ringcompile.capture.specialised import Lines, specialised
 from ringcompile.capture.surroundings import unchanged, without_casts_of_modules, without_logs
-from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 
 
@@ -117,19 +117,19 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
     """Export, and again for what the code turns out to fix, until nothing else is."""
     with specialised() as lines:
         try:
-            exported, tried = _exported(call, example)
+            exported, tried = _exported(call, example, lines)
         except _AloneError as error:
             note = f"the batch is fixed to that of the example, 1: with more, {error.message}"
             where = f"{error.location.short}: " if error.location else ""
             return _settled(call, example.fixed(BATCH), (*notes, where + note))
     sizes = read_sizes(exported, tried)
-    ranges, fixed, asked = _ranges(exported, tried, sizes)
+    ranges, fixed = _ranges(exported, tried, sizes, lines)
     if BATCH in ranges and example.batch == 1 < ranges[BATCH][0]:
         fixed.append(BATCH)  # the example itself is computed in another way
     if not fixed and not sizes.loose:
         return _Captured(exported, sizes, ranges, notes)
     for role in fixed:
-        line = lines.first(tried.dims_of(role)) or asked.get(role)
+        line = lines.first(tried.dims_of(role)) or lines.about_one(sizes.names, role)
         number = example.batch if role == BATCH else example.length
         notes = (*notes, f"{line.short + ': ' if line else ''}{_FIXES[role]}, {number}")
         example = example.fixed(role)
@@ -142,7 +142,7 @@ _FIXES = {
 }
 
 
-def _exported(call: FlatCall, example: Example) -> tuple[ExportedProgram, Example]:
+def _exported(call: FlatCall, example: Example, lines: Lines) -> tuple[ExportedProgram, Example]:
     """The exported model, and the example it was exported with.
 
     With one sequence torch.export would see no batch: the example is widened, as far as the code
@@ -158,6 +158,7 @@ def _exported(call: FlatCall, example: Example) -> tuple[ExportedProgram, Exampl
     try:
         return _export(call, wide), wide
     except RingCompileError:
+        lines.clear()
         wide = widened(example, call, sure=True)
     try:
         return _export(call, wide), wide
@@ -170,9 +171,9 @@ class _AloneError(RingCompileError):
 
 
 def _ranges(
-    exported: ExportedProgram, example: Example, sizes: Sizes
-) -> tuple[dict[str, Range], list[str], Mapping[str, SourceLocation]]:
-    """For each role the sizes that the code is right for; the roles that it fixes; some lines."""
+    exported: ExportedProgram, example: Example, sizes: Sizes, lines: Lines
+) -> tuple[dict[str, Range], list[str]]:
+    """For each role the sizes that the captured code is right for; and the roles that it fixes."""
     known = {BATCH: example.batch, SEQUENCE: example.length}
     roles = {role: size for role, size in known.items() if role in sizes.names.values() and size}
     guards = Guards(exported, sizes.names, roles)
@@ -180,14 +181,16 @@ def _ranges(
     ranges: dict[str, Range] = {}
     for role in roles:
         low, high = _limits(exported, sizes, role)
-        allowed = guards.allowed(role, max(low, 2) if role in squeezed else low, high)
+        if role in squeezed or lines.about_one(sizes.names, role) is not None:
+            low = max(low, 2)
+        allowed = guards.allowed(role, low, high)
         if allowed is None:
             fixed.append(role)
         else:
             ranges[role] = allowed
     if not fixed and not guards.independent(ranges):
         fixed.append(BATCH)
-    return ranges, fixed, guards.lines
+    return ranges, fixed
 
 
 def _limits(exported: ExportedProgram, sizes: Sizes, role: str) -> Range:
@@ -195,7 +198,8 @@ def _limits(exported: ExportedProgram, sizes: Sizes, role: str) -> Range:
     low, high = _SMALLEST[role], None
     for free, limits in exported.range_constraints.items():
         if str(sizes.symbols.get(free.name)) == SYMBOLS[role]:
-            low = max(low, int(limits.lower)) if limits.lower.is_Integer else low
+            # Below 3, torch says so of every size: see specialised.py for what is meant.
+            low = int(limits.lower) if limits.lower.is_Integer and limits.lower > 2 else low
             high = int(limits.upper) if limits.upper.is_Integer else high
     return low, high if high is None or high < 2**40 else None
 
@@ -220,7 +224,7 @@ def _tracing() -> Iterator[None]:
     try:
         with (
             contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
-            torch.no_grad(), warnings.catch_warnings(), sizes_of_one_are_not_special(),
+            torch.no_grad(), warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", module=r"torch\.")  # of torch's own making
             warnings.simplefilter("ignore", FutureWarning)

@@ -10,15 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import CodeType
-from typing import Any
 
-import sympy
-import torch
 from torch.export import ExportedProgram
-
-from ringcompile.errors import SourceLocation
 
 _INPUT_SIZE = re.compile(r"L(?:\[[^\]]*\]|\.\w+)+\.size\(\)\[\d+\]")
 _NAMES = {"max": max, "min": min, "math": math}
@@ -38,24 +32,19 @@ class Guards:
         exported: as torch.export made it, before anything rewrote it.
         names: an input's dim, as guards write it -> the name of the size that it is.
         example: the sizes of the example by these names, for which all guards hold.
-
-    Attributes:
-        lines: where the model's code asks whether a size is 1, by its name.
     """
 
     def __init__(
         self, exported: ExportedProgram, names: Mapping[str, str], example: Mapping[str, int]
     ) -> None:
         written = [g for g in getattr(exported, "_guards_code", None) or () if ".size()" in g]
-        default, asked = next(iter(example), ""), _asked_by_the_user(exported, names)
-        self.lines = asked
+        default = next(iter(example), "")
         self.example = dict(example)
         texts = {
             _INPUT_SIZE.sub(lambda found: names.get(found[0], default), guard) for guard in written
         }
         self.conditions = [
             compile(text, "<guard>", "eval") for text in sorted(texts)
-            if (name := _not_one(text)) is None or name in asked
         ]
 
     def allowed(self, name: str, low: int, high: int | None) -> Range | None:
@@ -95,47 +84,6 @@ class Guards:
 
     def _hold(self, sizes: Mapping[str, int]) -> bool:
         return all(_holds(condition, sizes) for condition in self.conditions)
-
-
-def _not_one(text: str) -> str | None:
-    """The size that a condition says is not 1, and says no more."""
-    found = re.fullmatch(r"1 != (\w+)|(\w+) != 1", text)
-    return None if found is None else found[1] or found[2]
-
-
-def _asked_by_the_user(
-    exported: ExportedProgram, names: Mapping[str, str]
-) -> dict[str, SourceLocation]:
-    """The sizes of which the model's own code asks whether they are 1, and where it does.
-
-    torch asks that as well, of what may be broadcast, and computes the same in either case.
-    """
-    asked: dict[str, SourceLocation] = {}
-    for node in exported.graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if node.op == "placeholder" and mode is not None and mode.shape_env is not None:
-            env = mode.shape_env
-            break
-    else:
-        return asked
-    for guard in env.guards:
-        if not isinstance(guard.expr, sympy.Ne | sympy.Eq) or 1 not in guard.expr.args:
-            continue
-        frame = guard.sloc.framework_loc
-        if not _in_torch(frame):
-            line = SourceLocation(getattr(frame, "filename", ""), getattr(frame, "lineno", 0) or 0)
-            for free in guard.expr.free_symbols:
-                for source in env.var_to_sources.get(free, ()):
-                    asked.setdefault(names.get(_name(source), ""), line)
-    return asked
-
-
-def _name(source: Any) -> str:
-    return source.name() if callable(source.name) else source.name
-
-
-def _in_torch(frame: Any) -> bool:
-    return str(getattr(frame, "filename", "")).startswith(str(Path(torch.__file__).parent))
 
 
 def _holds(guard: CodeType, sizes: Mapping[str, int]) -> bool:

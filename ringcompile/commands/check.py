@@ -14,6 +14,7 @@ from rich.table import Table
 from ringcompile.commands.options import (
     BATCH,
     CONSOLE,
+    DIMS,
     DTYPE,
     EXTRA_INPUTS,
     JSON,
@@ -41,6 +42,7 @@ else:
 @DTYPE
 @BATCH
 @EXTRA_INPUTS
+@DIMS
 @JSON
 @few_collections()
 def check(
@@ -49,6 +51,7 @@ def check(
     dtype: str | None,
     batch: int,
     extra_inputs: tuple[str, ...],
+    dims: dict[str, dict[int, str]],
     as_json: bool,
     options: Options,
 ) -> None:
@@ -60,7 +63,7 @@ def check(
             extra=extra_inputs,
         )
         found = compiler.check(
-            loaded.module, mesh, loaded.args, loaded.kwargs, **options.given()
+            loaded.module, mesh, loaded.args, loaded.kwargs, dims=dims, **options.given()
         )
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
@@ -81,6 +84,8 @@ def _print_report(found: Report) -> None:
         table.add_row(names, line, form, mask)
     if found.attention:
         console.print(table)
+    for text in found.inputs:
+        click.echo(f"input {text}")
     for text in found.notes:
         click.echo(f"note: {text}")
     for names, (line, type_) in _alike([_gathered(text) for text in found.gathers]):

@@ -29,6 +29,13 @@ EXTRA_INPUTS = click.option(
     ), help="What a Hugging Face model takes besides token ids: attention_mask, position_ids, "
     "token_type_ids.",
 )
+DIMS = click.option(
+    "--dims", multiple=True, metavar="INPUT=DIM,..", callback=lambda _context, _option, texts:
+    dict(map(_read_dims, texts)),
+    help="What the dims of an input are, for example query=batch,sequence,_,_ where _ is a dim "
+    "that does not vary; for several inputs, several times. By default they are read off the "
+    "example and the code.",
+)
 CLUSTER = click.option(
     "--cluster", required=True, metavar="NAME|FILE",
     help=f"The hardware: {', '.join(cluster_names())}, or a file that `calibrate` wrote.",
@@ -37,6 +44,15 @@ EAGER = click.option(
     "--eager", is_flag=True,
     help="Count the host's time for each node (else, as with CUDA graphs, it is not waited for).",
 )
+
+
+def _read_dims(text: str) -> tuple[str, dict[int, str]]:
+    """`query=batch,sequence,_,_` as a name and what its dims are."""
+    name, equals, roles = text.partition("=")
+    if not (name.strip() and equals and roles):
+        raise click.BadParameter(f"'{text}': write INPUT=DIM,DIM,.., DIM one of batch, sequence, _")
+    listed = enumerate(role.strip() for role in roles.split(","))
+    return name.strip(), {dim: role for dim, role in listed if role != "_"}
 
 
 def compile_options(command: Callable[..., Any]) -> Callable[..., Any]:

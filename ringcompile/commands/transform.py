@@ -13,6 +13,7 @@ import click
 from ringcompile.commands.options import (
     BATCH,
     CONSOLE,
+    DIMS,
     DTYPE,
     EXTRA_INPUTS,
     JSON,
@@ -55,6 +56,7 @@ else:
 @DTYPE
 @BATCH
 @EXTRA_INPUTS
+@DIMS
 @click.option("--no-weights", is_flag=True, help="Write graphs only; needs no memory for weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY",
@@ -75,6 +77,7 @@ def transform(
     dtype: str | None,
     batch: int,
     extra_inputs: tuple[str, ...],
+    dims: dict[str, dict[int, str]],
     no_weights: bool,
     overwrite: bool,
     sign: Path | None,
@@ -98,7 +101,9 @@ def transform(
             extra=extra_inputs,
         )
     with CONSOLE.status("capturing"):
-        program = export.capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+        program = export.capture(
+            loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=dims
+        )
         if overlap == HALVES:
             program = compiler.in_halves(program, options.capacity)
     told = None if plan is None else plans.read_plan(plan, program, mesh)
@@ -114,7 +119,7 @@ def transform(
         made = compiler.transform(
             program, mesh, plan=told, observe=observe,
             record={
-                "model": model, "dtype": dtype, "batch": batch,
+                "model": model, "dtype": dtype, "batch": batch, "dims": dims,
                 "overlap": overlap, "overlap_on": overlap_on,
                 "extra_inputs": list(extra_inputs),
             },

@@ -37,6 +37,7 @@ class Report:
 
     Attributes:
         supported: no op was refused.
+        inputs: every input with the dims that vary: `b` is the batch, `s` the sequence.
         attention: every attention: its layer, line, what it becomes, and the kind of its mask.
         gathers: tensors that are gathered whole on every rank, and where.
         refusals: what has no rule, as full error texts.
@@ -49,6 +50,7 @@ class Report:
     mesh: str
     order: str
     supported: bool
+    inputs: tuple[str, ...] = ()
     attention: tuple[AttentionReport, ...] = ()
     gathers: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
@@ -57,6 +59,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.model} with {self.mesh}, order {self.order}"]
+        lines += [f"input {text}" for text in self.inputs]
         lines += [f"{row.layer} ({row.line}): {row.form}; {row.mask}" for row in self.attention]
         lines += [f"note: {text}" for text in self.notes]
         lines += [f"gathered whole on every rank: {text}" for text in self.gathers]
@@ -66,6 +69,11 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return asdict(self)
+
+
+def inputs_of(program: Program) -> tuple[str, ...]:
+    """What the dims of each input were taken for."""
+    return tuple(f"{spec.name}: {spec.type}" for spec in program.inputs)
 
 
 def attention_of(program: Program) -> tuple[AttentionReport, ...]:

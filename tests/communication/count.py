@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ringcompile.capture.export import capture
 from ringcompile.compiler import ParallelProgram, transform
 from ringcompile.ir.communication import bytes_sent
-from ringcompile.ir.expr import LOCAL, SEQUENCE, bind, symbol
+from ringcompile.ir.expr import BATCH, FIRST, LOCAL, PART, SEQUENCE, bind, symbol
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.runtime.inprocess import run_lockstep
@@ -108,9 +108,10 @@ def expected(row: Row, rank: int) -> Any:
 
 
 def counted(row: Row, rank: int) -> Any:
-    """The bytes of a rank's graph, in `s` and `n` alone; where nothing is divided n is s."""
+    """The bytes of a rank's graph for one sequence, in `s` and `n`; n is s where none is split."""
     parallel = compiled(row)
-    found = sympy.sympify(bytes_sent(parallel.rank(rank)))
+    one = {BATCH: 1, PART: 1, FIRST: 0}
+    found = sympy.sympify(bind(bytes_sent(parallel.rank(rank)), one))
     sequence = parallel.program.sequence
     assert sequence is not None
     return found if sequence.axes else found.subs(symbol(SEQUENCE), symbol(LOCAL))

@@ -171,7 +171,7 @@ def expected_bytes(case: Case, length: int) -> int:
 def counted_bytes(parallel: ParallelProgram, length: int) -> list[int]:
     """What each rank sends, read off its graph."""
     assert parallel.program.sequence is not None
-    known = parallel.program.sequence.bindings(length)
+    known = {**parallel.program.sequence.bindings(length), "b": BATCH}
     return [int(bind(bytes_sent(program), known)) for program in parallel.ranks()]
 
 
