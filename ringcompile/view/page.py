@@ -16,7 +16,7 @@ from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How, Timeline
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import weight_bytes
-from ringcompile.ir.expr import SEQUENCE
+from ringcompile.ir.expr import BATCH, PART, SEQUENCE
 from ringcompile.ir.printer import value_names
 from ringcompile.stages import front_stages
 from ringcompile.view.rows import Tables, program_rows
@@ -71,8 +71,9 @@ def _data(parallel: ParallelProgram, cluster: str, length: int | None) -> dict[s
     tokens = program.lengths.get(SEQUENCE) or length or max(
         low, min(NOMINAL_LENGTH, high or NOMINAL_LENGTH)
     )
+    one_sequence = {BATCH: 1, PART: 1}  # messages are those of one sequence, of each replica
     lengths = program.checked({**program.lengths, **program.sequence.bindings(tokens)})
-    tables = Tables(lengths)
+    tables = Tables({**one_sequence, **lengths})
     stages = _stages(parallel, tables)
     ranks = [
         program_rows(rank, tables, f"rank {number}")
