@@ -36,6 +36,11 @@ _ROWS = (
         "compute both ways and choose with torch.where, or keep the size fixed",
     ),
     _Row(
+        _pattern("unhashable type: .*SymInt"),
+        "a cache is asked for a size that may vary, such as a functools.lru_cache for the length",
+        "compute it in each call, or keep it for the largest length and slice it",
+    ),
+    _Row(
         _pattern("is mutated in the forward method"),
         "the model changes a tensor that it keeps while it runs; inference must not change state",
         "call model.eval(), and turn caches and counters off",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,21 @@ def test_a_refusal_shows_the_line_of_the_op() -> None:
         transform(capture(Calls(helper).eval(), (EXAMPLE,)), "ring=2")
     assert caught.value.location is not None
     assert caught.value.location.text == "return torch.linalg.qr(x)[0]  # in a helper"
+
+
+@functools.lru_cache
+def table(length: int) -> Tensor:
+    return torch.arange(length)[:, None] * 0.1
+
+
+def test_a_cache_by_length() -> None:
+    with pytest.raises(RingCompileError) as caught:
+        capture(Calls(lambda x: x * table(x.shape[1])).eval(), (EXAMPLE,))  # by length
+    assert caught.value.message == (
+        "a cache is asked for a size that may vary, such as a functools.lru_cache for the length"
+    )
+    assert caught.value.location is not None
+    assert caught.value.location.text.endswith("# by length")
 
 
 def test_a_mistake_of_the_users() -> None:
