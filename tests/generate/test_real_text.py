@@ -15,7 +15,7 @@ from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.program import Program
 from tests.support import TOLERANCE, difference
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 transformers = pytest.importorskip("transformers")
