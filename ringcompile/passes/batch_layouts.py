@@ -31,6 +31,8 @@ _RANGE = "aten.arange.start_step"
 _VIEWS = frozenset({
     "aten.reshape.default", "aten.expand.default", "aten.to.dtype", "aten.permute.default",
 })
+# Where a size among the arguments is a number, and not how much of something there is.
+_ARITHMETIC = frozenset({"mul", "div", "add", "sub", "rsub", "pow", "floor_divide", "remainder"})
 # Prefix sums go on from sequence to sequence.
 _RUNNING = frozenset({"aten.cumsum.default"})
 
@@ -122,6 +124,11 @@ class BatchLayouts(Requests):
 
     def _of_tokens(self, node: fx.Node, operands: list[fx.Node]) -> fx.Node:
         """An op on tokens, for those of a part alone: every size of it is that of a part."""
+        of_batch = any(is_symbolic(arg) and _B in arg.free_symbols for arg in node.args)
+        if of_batch and str(node.target).removeprefix("aten.").split(".")[0] in _ARITHMETIC:
+            raise error_at(
+                node, "a number that depends on the batch is used where tokens go to experts"
+            )
         new = [self.request(n, rows_of(n)) for n in operands]
         made = self.emit(node, new, rows_of(node))
         made.meta["of_part"] = True
