@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = dict[str, Any]
+_TRIES = 3  # nodes of one op take the same kinds of arguments
 Change = Callable[[Json, Json, random.Random], bool]
 
 
@@ -207,7 +208,7 @@ def mutant(program: Json, kind: str, seed: int) -> Mutant | None:
     rng = random.Random(f"{kind} {seed}")
     places = [i for i, node in enumerate(program["nodes"]) if node["op"] == op]
     rng.shuffle(places)
-    for place in places:
+    for place in places[:_TRIES]:
         data = copy.deepcopy(program)
         node = data["nodes"][place]
         if FORMS[form](data, node, rng):

@@ -70,12 +70,18 @@ def mutants(name: str, seeds: range) -> Iterator[tuple[int, Mutant]]:
                 yield rank, made
 
 
+@cache
+def derived(name: str) -> ParallelProgram:
+    """What follows from the program for all ranks as it is read back from a file."""
+    saved = program_to_json(compiled(name).program)
+    return ParallelProgram(program_from_json(saved, allowed_ops()), compiled(name).mesh)
+
+
 def found(name: str, rank: int, made: Mutant) -> str:
     """What is said of a mutant; empty where nobody notices."""
-    parallel = compiled(name)
     try:
         program = program_from_json(made.data, allowed_ops())
-        check_origin(rank, program, parallel.rank(rank))
+        check_origin(rank, program, derived(name).rank(rank))
     except RingCompileError as error:
         return str(error)
     return ""
@@ -84,8 +90,9 @@ def found(name: str, rank: int, made: Mutant) -> str:
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_a_sample_of_mutants_is_found(name: str) -> None:
     sample = list(mutants(name, range(1)))[::6]
-    assert len(sample) > 9
-    assert [made.kind for rank, made in sample if not found(name, rank, made)] == []
+    assert len(sample) > 7
+    said = {made.kind: found(name, rank, made) for rank, made in sample}
+    assert [kind for kind, text in said.items() if "%" not in text] == []
 
 
 @pytest.mark.slow
