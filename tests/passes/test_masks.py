@@ -108,7 +108,6 @@ BANDS: dict[str, tuple[Mask, str]] = {
     "query + 1 >= key": (lambda x: query(x) + 1 >= key(x), "band -1..None"),
     "query - 1 >= key": (lambda x: query(x) - 1 >= key(x), "band 1..None"),
     "one against zero": (lambda x: (index(x) + 1)[:, None] >= key(x), "band -1..None"),
-    "the batch size away": (lambda x: query(x) >= key(x) + x.shape[0], "band 2..None"),
     "a shifted slice": (
         lambda x: torch.ones(64, 64, dtype=torch.bool).tril()[1 : x.shape[1] + 1, : x.shape[1]],
         "band -1..None"),
@@ -179,6 +178,9 @@ BANDS: dict[str, tuple[Mask, str]] = {
 
 # Parts that no band describes are kept, beside the band where there is one.
 KEPT: dict[str, tuple[Mask, str]] = {
+    # The batch is a size like the length, and no number that bands are made of.
+    "the batch size away": (
+        lambda x: query(x) >= key(x) + x.shape[0], "full + mask bool[1, 1, s/ring, s]"),
     "keys by data": (by_key, "full + key mask"),
     "keys by data, expanded": (
         lambda x: by_key(x).expand(-1, 3, x.shape[1], -1), "full + key mask"),
@@ -205,13 +207,13 @@ KEPT: dict[str, tuple[Mask, str]] = {
         "causal + key mask"),
     "queries by data": (
         lambda x: token(x)[:, None, :, None] | causal(x),
-        "full + data-dependent mask bool[2, 1, s/ring, s]"),
+        "full + data-dependent mask bool[b, 1, s/ring, s]"),
     "queries by data and causal": (
         lambda x: token(x)[:, None, :, None] & causal(x),
-        "causal + data-dependent mask bool[2, 1, s/ring, 1]"),
+        "causal + data-dependent mask bool[b, 1, s/ring, 1]"),
     "queries and keys by data": (
         lambda x: token(x)[:, None, :, None] & by_key(x),
-        "full + key mask + data-dependent mask bool[2, 1, s/ring, 1]"),
+        "full + key mask + data-dependent mask bool[b, 1, s/ring, 1]"),
     "bias by query": (
         lambda x: (index(x) * 0.1)[None, None, :, None], "full + bias f32[1, 1, s/ring, 1]"),
     "ALiBi": (lambda x: -apart(x) * slopes(), "full + relative bias f32[1, 3, s/ring, s]"),
