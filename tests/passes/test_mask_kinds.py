@@ -161,14 +161,14 @@ OTHERS: dict[str, tuple[Mask, str]] = {
         lambda x, n: torch.where(
             (n[:, None, :, None] == n[:, None, None]) & causal(x), -0.1 * (query(x) - key(x)),
             INF),
-        "causal + documents + relative bias f32[2, 1, s/ring, s]"),
+        "causal + documents + relative bias f32[b, 1, s/ring, s]"),
     # Nearly so, and not.
     "different documents": (
         lambda x, n: (n[:, None, :, None] != n[:, None, None]) | (query(x) == key(x)),
-        "full + data-dependent mask bool[2, 1, s/ring, s]"),
+        "full + data-dependent mask bool[b, 1, s/ring, s]"),
     "the next document": (
         lambda x, n: (n[:, None, :, None] == (n - 1)[:, None, None]) | causal(x),
-        "full + data-dependent mask bool[2, 1, s/ring, s]"),
+        "full + data-dependent mask bool[b, 1, s/ring, s]"),
     "chunks of two sizes": (
         lambda x, n: causal(x) & (query(x) // 8 == key(x) // 4),
         "causal + mask bool[1, 1, s/ring, s]"),
@@ -188,7 +188,7 @@ OTHERS: dict[str, tuple[Mask, str]] = {
         "causal + mask bool[1, 1, s/ring, s]"),
     "queries and keys shifted apart": (
         lambda x, n: causal(x) & ((query(x) - n[:, :1, None, None]) // 8 == key(x) // 8),
-        "causal + data-dependent mask bool[2, 1, s/ring, s]"),
+        "causal + data-dependent mask bool[b, 1, s/ring, s]"),
 }  # fmt: skip
 CASES = {**CHUNKS, **OTHERS}
 
@@ -270,7 +270,7 @@ def test_a_shift_by_batch_entry_that_becomes_one_by_head() -> None:
 
 def sent(name: str, length: int | None) -> list[object]:
     parallel = transform(captured(name)[1], "ring=8", order="contiguous", length=length)
-    shares = {"n": 8}
+    shares = {"n": 8, "b": BATCH}
     return [bind(bytes_sent(parallel.rank(rank)), shares) for rank in range(8)]
 
 
