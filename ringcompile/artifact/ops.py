@@ -42,8 +42,7 @@ def resolve(name: str) -> Callable[..., Any]:
     if name in PYTHON_OPS:
         return PYTHON_OPS[name]
     parts = name.split(".")
-    known = name in RULES or parts[0] == NAMESPACE or is_pure_name(name)
-    if len(parts) != 3 or not known:
+    if len(parts) != 3 or not (parts[0] in ("aten", NAMESPACE) or name in RULES):
         raise RingCompileError(f"'{name}' is not the name of an op")
     try:
         target = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
