@@ -6,9 +6,9 @@ import inspect
 from pathlib import Path
 
 import ringcompile as rc
-from ringcompile.compiler import front_passes, rank_passes
 from ringcompile.mesh import Mesh
 from ringcompile.options import Options, option_fields
+from ringcompile.pass_list import front_passes, rank_passes
 
 DOCS = Path(__file__).parent
 

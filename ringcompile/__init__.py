@@ -21,11 +21,12 @@ from ringcompile.mesh import Mesh
 
 if TYPE_CHECKING:
     from ringcompile.capture.export import capture
-    from ringcompile.compiler import ParallelProgram, check, load, transform
+    from ringcompile.compiler import check, load, transform
     from ringcompile.execution import run, verify
     from ringcompile.extension import register_op
     from ringcompile.generation import generate
     from ringcompile.kernel_extension import register_kernel
+    from ringcompile.parallel_program import ParallelProgram
     from ringcompile.planning import plan, simulate
     from ringcompile.session import Session
     from ringcompile.tokenwise import tokenwise
@@ -52,7 +53,7 @@ __version__ = "0.2.0"
 
 # What needs torch is imported when it is first used; tests hold this table against the imports.
 _MODULES = {
-    "ParallelProgram": "ringcompile.compiler",
+    "ParallelProgram": "ringcompile.parallel_program",
     "Session": "ringcompile.session",
     "capture": "ringcompile.capture.export",
     "check": "ringcompile.compiler",

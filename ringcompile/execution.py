@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ringcompile import artifact
-from ringcompile.compiler import ParallelProgram, recorded_model
+from ringcompile.compiler import recorded_model
 from ringcompile.errors import RingCompileError
 from ringcompile.held import scratch
 from ringcompile.ir.communication import SHIFT
@@ -21,6 +21,7 @@ from ringcompile.ir.program import Program
 from ringcompile.numerics.check import Comparison, Numerics, Request
 from ringcompile.numerics.files import read_input_file
 from ringcompile.options import BACKENDS, TRIES
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.batches import joined
 from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.inprocess import run_lockstep

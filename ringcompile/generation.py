@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 
-from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.session import Session
 
 

@@ -22,6 +22,8 @@ from ringcompile.garbage import few_collections
 from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.program import Program
 from ringcompile.options import HALVES, NONE
+from ringcompile.parallel_program import ParallelProgram
+from ringcompile.pass_list import prepare
 from ringcompile.passes.place import order_of
 from ringcompile.passes.schedule import Schedule
 
@@ -53,7 +55,7 @@ def plan(
 
 
 def simulate(
-    parallel: compiler.ParallelProgram,
+    parallel: ParallelProgram,
     cluster: str = "h100x16",
     *,
     seq: int | None = None,
@@ -120,7 +122,7 @@ def plans_of(whole: Program, ask: Ask) -> list[Plan]:
         if (stages, halves) not in prepared:
             program = cut(whole, stack, stages) if stack is not None and stages else whole
             prepared[stages, halves] = (
-                compiler.in_halves(program, "local") if halves else compiler.prepare(program)
+                compiler.in_halves(program, "local") if halves else prepare(program)
             )
         return prepared[stages, halves]
 

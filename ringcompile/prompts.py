@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from ringcompile.compiler import ParallelProgram, load
+from ringcompile.compiler import load
 from ringcompile.errors import RingCompileError
 from ringcompile.generation import Sampling, stream
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.session import Session
 
 

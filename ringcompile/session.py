@@ -10,11 +10,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ringcompile.artifact import load_carried, load_prefill
-from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
 from ringcompile.held import scratch
 from ringcompile.ir.expr import BATCH, symbol
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.cache import token_dim
 from ringcompile.runtime.carried import Driver, JobDriver, LockStepDriver, ProcessDriver
 from ringcompile.runtime.data import name_inputs

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ringcompile.compiler import ParallelProgram, front_passes, rank_passes
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.options import Options
+from ringcompile.parallel_program import ParallelProgram
+from ringcompile.pass_list import front_passes, rank_passes
 from ringcompile.passes.base import Pass, Pipeline
 
 

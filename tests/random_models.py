@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.moe import MoE
+from ringcompile.parallel_program import ParallelProgram
 from tests.moe_styles import STYLES
 from tests.support import difference, run
 

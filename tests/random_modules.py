@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from tests.random_module_parts import HEADS, PIECES, Context, Parts, Sizes
 

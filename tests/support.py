@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import Result, run_lockstep
 
 # Programs whose ranks fit together, so that another run of them need not check that again.

@@ -17,8 +17,9 @@ from benchmarks import emitted
 from benchmarks.baselines.problem import Case
 from ringcompile.capture.export import capture
 from ringcompile.cli import cli
-from ringcompile.compiler import ParallelProgram, load, transform
+from ringcompile.compiler import load, transform
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from tests.silent.small import CAPTURED, EXACT, VOCABULARY, WIDTH, Attention, ids, normal, with_gain
 from tests.support import difference, run
 

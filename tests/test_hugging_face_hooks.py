@@ -16,10 +16,11 @@ from transformers.models.t5.modeling_t5 import eager_attention_forward
 from ringcompile.capture.export import capture
 from ringcompile.capture.huggingface import prepared
 from ringcompile.capture.huggingface_attention import attention
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.dump.report import attention_of
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.printer import print_program
+from ringcompile.parallel_program import ParallelProgram
 from tests.support import difference, run
 
 HEADS, GROUPS, DIM = 4, 4, 8

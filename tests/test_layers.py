@@ -21,6 +21,8 @@ FLOORS = [
     {"stages"},
     {"numerics"},
     {"compiler"},
+    {"parallel_program"},
+    {"pass_list"},
     {"runtime"},
     {"artifact", "capture", "cost", "dump", "extension", "kernel_extension", "tokenwise"},
     {"passes"},

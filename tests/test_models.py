@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
 from ringcompile.models import moe, zoo
 from ringcompile.ops import bodies
 from ringcompile.ops.kernels import select
+from ringcompile.parallel_program import ParallelProgram
 from tests.moe_styles import kept_choices, slow_mixture, turns_of
 from tests.support import TOLERANCE, difference, run, some_fast, tensors
 

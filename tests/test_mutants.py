@@ -19,11 +19,12 @@ from ringcompile.artifact.graph import program_from_json
 from ringcompile.artifact.ops import allowed_ops
 from ringcompile.capture.export import capture
 from ringcompile.commands.overlap import schedule_for
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.origin import check_origin
 from ringcompile.ir.serialize import program_to_json
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from tests.artifact.test_damage import resign
 from tests.mutants import Mutant, kinds_of, mutant
 from tests.test_ops_across_the_sequence import H, Lambda

@@ -6,8 +6,9 @@ from functools import lru_cache
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 
 
 @lru_cache

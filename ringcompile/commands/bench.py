@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ringcompile.cost import simulate as simulation
     from ringcompile.cost import timeline
     from ringcompile.ir import expr
+    from ringcompile.parallel_program import ParallelProgram
     from ringcompile.runtime import batches, join, launcher
     from ringcompile.runtime.distributed import Stats
 else:
@@ -135,7 +136,7 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def _predicted(
-    made: compiler.ParallelProgram, cluster: str | None, length: int, batch: int
+    made: ParallelProgram, cluster: str | None, length: int, batch: int
 ) -> dict[str, Any]:
     """The same quantities by the cost model.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ringcompile.commands import job
     from ringcompile.ir import communication, nodes
     from ringcompile.ir.types import TensorType
+    from ringcompile.parallel_program import ParallelProgram
 else:
     compiler = Later("ringcompile.compiler")
     job = Later("ringcompile.commands.job")
@@ -51,7 +52,7 @@ def info(out: Path, as_json: bool) -> None:
         click.echo(f"run: {line}")
 
 
-def _facts(out: Path, made: compiler.ParallelProgram) -> dict[str, Any]:
+def _facts(out: Path, made: ParallelProgram) -> dict[str, Any]:
     program, name = made.program, shlex.quote(str(out))
     assert program.sequence is not None
     last = made.rank(made.world_size - 1)
@@ -81,7 +82,7 @@ def _type(type_: TensorType) -> str:
     return f"{str(type_.dtype).removeprefix('torch.')} [{', '.join(map(str, type_.shape))}]"
 
 
-def _batch(made: compiler.ParallelProgram) -> str:
+def _batch(made: ParallelProgram) -> str:
     size, replicas = made.program.batch, made.mesh.size("dp")
     if not isinstance(size, int):
         return "any number of sequences" + (f" that divides by {replicas}" if replicas > 1 else "")
@@ -89,7 +90,7 @@ def _batch(made: compiler.ParallelProgram) -> str:
     return f"{size * replicas}{copies}"
 
 
-def _length(made: compiler.ParallelProgram) -> str:
+def _length(made: ParallelProgram) -> str:
     fixed = made.program.lengths.get("s")
     if fixed is not None:
         return f"{fixed} tokens"

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from ringcompile import artifact
-from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.numerics.compare import outputs_by_name
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.batches import deal
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ringcompile import compiler, execution
     from ringcompile.commands import job, prompts, tensor_files
     from ringcompile.numerics import files
+    from ringcompile.parallel_program import ParallelProgram
     from ringcompile.runtime import data
     from ringcompile.runtime import outputs as results
 else:
@@ -119,7 +120,7 @@ def run(
 
 
 def _whole_inputs(
-    parallel: compiler.ParallelProgram,
+    parallel: ParallelProgram,
     file: Path | None,
     text: str | None,
     tokenizer: Any,

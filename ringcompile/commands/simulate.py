@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ringcompile.cost import timeline
     from ringcompile.cost import trace as traces
     from ringcompile.ir import expr
+    from ringcompile.parallel_program import ParallelProgram
 else:
     compiler = Later("ringcompile.compiler")
     ranks = Later("ringcompile.cost.rank")
@@ -87,7 +88,7 @@ def simulate(
 
 
 def _facts(
-    made: compiler.ParallelProgram,
+    made: ParallelProgram,
     hardware: Cluster,
     length: int,
     batch: int,

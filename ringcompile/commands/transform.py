@@ -28,15 +28,17 @@ from ringcompile.mesh import Mesh
 from ringcompile.options import HALVES, Options
 
 if TYPE_CHECKING:
-    from ringcompile import compiler
+    from ringcompile import compiler, pass_list
     from ringcompile.artifact import files
     from ringcompile.capture import export, loaders
     from ringcompile.ir import plan as plans
     from ringcompile.ir import printer
     from ringcompile.ir.program import Program
+    from ringcompile.parallel_program import ParallelProgram
     from ringcompile.passes import base
 else:
     compiler = Later("ringcompile.compiler")
+    pass_list = Later("ringcompile.pass_list")
     files = Later("ringcompile.artifact.files")
     export = Later("ringcompile.capture.export")
     loaders = Later("ringcompile.capture.loaders")
@@ -108,7 +110,7 @@ def transform(
             program = compiler.in_halves(program, options.capacity)
     told = None if plan is None else plans.read_plan(plan, program, mesh)
     if passes is not None:
-        every = compiler.front_passes(
+        every = pass_list.front_passes(
             mesh, compiler.with_plan(options, told), told.told("tp") if told else None
         )
         click.echo(printer.print_program(_run_passes(program, passes, every, mesh)))
@@ -141,7 +143,7 @@ def _run_passes(
     program: Program, names: str, front: Sequence[base.Pass], mesh: Mesh
 ) -> Program:
     known: dict[str, base.Pass] = {
-        step.name: step for step in (*front, *compiler.rank_passes(0, mesh))
+        step.name: step for step in (*front, *pass_list.rank_passes(0, mesh))
     }
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in known:
@@ -161,7 +163,7 @@ def _observer(
     return observe
 
 
-def _print_summary(out: Path, made: compiler.ParallelProgram, as_json: bool) -> None:
+def _print_summary(out: Path, made: ParallelProgram, as_json: bool) -> None:
     program = made.program
     assert program.sequence is not None
     sizes = [len(made.rank(rank).graph.nodes) for rank in range(made.world_size)]

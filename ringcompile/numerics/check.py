@@ -11,7 +11,6 @@ from itertools import chain
 import torch
 from torch import fx, nn
 
-from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.nodes import location_of
@@ -30,6 +29,7 @@ from ringcompile.numerics.reference import Eager, Reference
 from ringcompile.numerics.roles import MASK, Role, roles_of
 from ringcompile.numerics.widen import WideSource, wide_by_default, wide_tensors, widened
 from ringcompile.options import TRIES
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 
 SECONDS = 60.0

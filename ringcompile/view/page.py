@@ -9,7 +9,6 @@ import json
 from importlib import resources
 from typing import Any
 
-from ringcompile.compiler import ParallelProgram
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
@@ -18,6 +17,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import weight_bytes
 from ringcompile.ir.expr import BATCH, PART, SEQUENCE
 from ringcompile.ir.printer import value_names
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.stages import front_stages
 from ringcompile.view.rows import Tables, program_rows
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from ringcompile.artifact import save
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 
 
 @cache

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ringcompile.artifact import files, load
-from ringcompile.compiler import ParallelProgram
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from tests.artifact.support import compile_model, save_model, view
 

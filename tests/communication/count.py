@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import BATCH, FIRST, LOCAL, PART, SEQUENCE, bind, symbol
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from tests.communication.rows import LEGEND, Row
 

@@ -12,11 +12,12 @@ import pytest
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import prepare, transform
+from ringcompile.compiler import transform
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.limits import kernel_limit
 from ringcompile.cost.rank import Collective, RankCost, Shift, cost_of
 from ringcompile.ir.program import Program
+from ringcompile.pass_list import prepare
 
 HIDDEN, MLP, LAYERS, EXPERTS, TOP = 8192, 32768, 4, 8, 2
 LENGTH = 16384

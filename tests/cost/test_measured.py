@@ -15,11 +15,12 @@ import pytest
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import prepare, transform
+from ringcompile.compiler import transform
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.kernels import time_of
 from ringcompile.cost.rank import cost_of
 from ringcompile.ir.program import Program
+from ringcompile.pass_list import prepare
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200-step.json"
 

@@ -15,7 +15,7 @@ import pytest
 from ringcompile.axes import AXES
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import prepare, transform
+from ringcompile.compiler import transform
 from ringcompile.cost import forks
 from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
 from ringcompile.cost.figures import Figure
@@ -37,6 +37,7 @@ from ringcompile.cost.timeline import How
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
+from ringcompile.pass_list import prepare
 from ringcompile.planning import plans_for
 from tests.cost.clusters import cluster, device, figure, table
 from tests.cost.patterns import layers_of

@@ -6,13 +6,14 @@ from functools import cache
 
 import pytest
 
-from ringcompile.compiler import prepare, transform
+from ringcompile.compiler import transform
 from ringcompile.cost import planner
 from ringcompile.cost.estimate import Ask, Model, Parallel
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.planner import Plan, Planner
 from ringcompile.cost.specs import Variant
 from ringcompile.ir.program import Program
+from ringcompile.pass_list import prepare
 from ringcompile.passes.place import order_of
 from tests.cost.clusters import cluster, figure, link
 from tests.cost.patterns import layers_of

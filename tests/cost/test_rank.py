@@ -9,7 +9,7 @@ import torch
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.cost.layers import cut, find_stack, repeat
 from ringcompile.cost.rank import Collective, RankCost, Shift, Wait, cost_of
 from ringcompile.cost.values import Values, bind_lengths
@@ -18,6 +18,7 @@ from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.executor import Executor, run_alone
 from tests.cost.patterns import layers_of
 from tests.support import compiled

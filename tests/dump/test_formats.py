@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.dump import formats, render
 from ringcompile.dump.json_ import json_document
 from ringcompile.dump.python_view import _size, python_view
@@ -24,6 +24,7 @@ from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.models.transformer import Transformer, TransformerConfig
+from ringcompile.parallel_program import ParallelProgram
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TransformerConfig(

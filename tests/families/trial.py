@@ -16,12 +16,13 @@ import torch
 from torch import fx, nn
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
+from ringcompile.parallel_program import ParallelProgram
 from tests.families.family import Family
 from tests.support import TOLERANCE, run
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ringcompile as rc
-from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 
 WIDTH, HEADS, VOCABULARY, CAPACITY = 24, 6, 40, 80
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ringcompile as rc
-from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from tests.support import TOLERANCE, difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -16,7 +16,7 @@ from torch import fx
 from ringcompile.artifact.graph import program_from_json
 from ringcompile.artifact.ops import allowed_ops
 from ringcompile.capture.export import capture
-from ringcompile.compiler import rank_passes, transform
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import coordinate, symbol
 from ringcompile.ir.layout import Atom, Layout
@@ -25,6 +25,7 @@ from ringcompile.ir.serialize import op_name, portable, program_to_json, size_fr
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
+from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pipeline
 from ringcompile.runtime.inprocess import run_lockstep, run_single
 

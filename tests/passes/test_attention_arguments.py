@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import front_passes, rank_passes, transform
+from ringcompile.compiler import transform
 from ringcompile.dump.python_view import python_view
 from ringcompile.dump.report import attention_of
 from ringcompile.ir.calls import Call
@@ -22,6 +22,7 @@ from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.options import Options
+from ringcompile.pass_list import front_passes, rank_passes
 from ringcompile.passes.base import Pipeline
 from tests.support import difference, run
 

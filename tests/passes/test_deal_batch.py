@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ringcompile import artifact
 from ringcompile.capture.export import capture
-from ringcompile.compiler import load, prepare, transform
+from ringcompile.compiler import load, transform
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
+from ringcompile.pass_list import prepare
 from ringcompile.passes.deal_batch import deal_out, routing
 from tests.support import TOLERANCE, difference, run
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import front_passes, rank_passes
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
 from ringcompile.options import Options
+from ringcompile.pass_list import front_passes, rank_passes
 from ringcompile.passes.base import Pipeline
 from ringcompile.runtime.inprocess import run_lockstep, run_single
 from tests.support import difference

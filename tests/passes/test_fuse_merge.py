@@ -10,13 +10,15 @@ import torch
 from torch import fx, nn
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, rank_passes, transform
+from ringcompile.compiler import transform
 from ringcompile.ir.call_text import op_name
 from ringcompile.ir.calls import Call
 from ringcompile.ir.program import Program
 from ringcompile.ir.verifier import verify_program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
+from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pipeline
 from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.runtime.inprocess import run_lockstep

@@ -18,13 +18,14 @@ from torch import fx
 from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import SHIFT, WAIT, bytes_sent
 from ringcompile.ir.expr import bind
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit
 from ringcompile.ops.blocks import Band
+from ringcompile.parallel_program import ParallelProgram
 from tests.support import difference, run
 from tests.test_ops_across_the_sequence import H, Lambda
 

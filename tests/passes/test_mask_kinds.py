@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, load, transform
+from ringcompile.compiler import load, transform
 from ringcompile.dump.report import attention_of
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from tests.support import counts, difference, run, some_fast
 from tests.test_ops_across_the_sequence import H, attend
 

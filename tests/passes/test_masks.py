@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.dump.report import attention_of
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from tests.support import difference, run
 from tests.test_ops_across_the_sequence import TABLE, H, Lambda, attend, heads
 

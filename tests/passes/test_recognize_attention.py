@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, front_passes, transform
+from ringcompile.compiler import transform
 from ringcompile.dump.report import attention_of
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
+from ringcompile.parallel_program import ParallelProgram
+from ringcompile.pass_list import front_passes
 from ringcompile.passes.base import Pipeline
 from tests.support import difference, run, some_fast
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import ParallelProgram, in_halves, transform
+from ringcompile.compiler import in_halves, transform
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.node_times import node_times
 from ringcompile.cost.rank import cost_of
@@ -19,6 +19,7 @@ from ringcompile.cost.simulate import simulate
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, bytes_sent
 from ringcompile.ir.program import Program
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.passes.schedule import Schedule
 from tests.support import TOLERANCE, difference, run
 

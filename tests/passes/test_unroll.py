@@ -11,7 +11,7 @@ from torch import nn
 
 from ringcompile import artifact
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, check, load, transform
+from ringcompile.compiler import check, load, transform
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT, WAIT, bytes_sent
@@ -19,6 +19,7 @@ from ringcompile.ir.expr import bind
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.launcher import LocalRanks
 from tests.support import TOLERANCE, difference, run
 

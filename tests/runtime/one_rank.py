@@ -8,9 +8,10 @@ from functools import cache
 import torch
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.data import name_inputs, share_inputs
 from ringcompile.runtime.inprocess import read_weights
 

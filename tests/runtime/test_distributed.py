@@ -15,11 +15,12 @@ import torch
 
 from ringcompile import artifact
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime import join
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.join import join_torchrun, under_torchrun

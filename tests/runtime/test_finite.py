@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from ringcompile import artifact
 from ringcompile.capture.export import capture
 from ringcompile.cli import cli
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.launcher import LocalRanks
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from tests.runtime.hosts import PORT, Host, two_hosts, why_not
 from tests.support import TOLERANCE, difference

@@ -13,9 +13,9 @@ from torch import nn
 
 import ringcompile as rc
 from ringcompile import artifact
-from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.launcher import LocalRanks
 from ringcompile.runtime.outputs import Keep, Summary, combined, shape_of

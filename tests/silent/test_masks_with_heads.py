@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import front_passes, prepare, rank_passes
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
+from ringcompile.pass_list import front_passes, prepare, rank_passes
 from ringcompile.passes.base import Builder, Pass, Pipeline
 from tests.silent.small import CAPTURED, HEADS, Model, ids, matches, normal
 from tests.support import some_fast

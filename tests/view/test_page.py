@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import ringcompile as rc
-from ringcompile.compiler import ParallelProgram
 from ringcompile.ir.communication import SHIFT
 from ringcompile.ir.printer import print_program
 from ringcompile.models import zoo
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.view import page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

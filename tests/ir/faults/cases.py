@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
-from ringcompile.compiler import ParallelProgram, transform
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import WAIT
 from ringcompile.ir.crosscheck import cross_check
@@ -22,6 +22,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.models import zoo
 from ringcompile.ops.schemas import op
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from tests.support import tensors
 from tests.test_ops_across_the_sequence import H, Lambda

@@ -1,0 +1,111 @@
+"""Which passes run, in which order: from a captured program to the program of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ringcompile.axes import TIME
+from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
+from ringcompile.options import DEFAULT, Options
+from ringcompile.passes.base import Pass, Pipeline
+from ringcompile.passes.canonicalize import Canonicalize
+from ringcompile.passes.carry import Carry, carried_mesh
+from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.deal_batch import DealBatch
+from ringcompile.passes.expert_parallel import ExpertParallel
+from ringcompile.passes.fuse_merge import FuseMerge
+from ringcompile.passes.keep import Keep
+from ringcompile.passes.limit_ids import LimitIds
+from ringcompile.passes.lower_ring import LowerRing
+from ringcompile.passes.partition import Partition
+from ringcompile.passes.place import Place
+from ringcompile.passes.recognize_attention import RecognizeAttention
+from ringcompile.passes.recognize_masks import RecognizeMasks
+from ringcompile.passes.schedule import Schedule
+from ringcompile.passes.specialize import Specialize
+from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
+from ringcompile.passes.tensor_parallel import TensorParallel
+from ringcompile.passes.unfuse import Unfuse
+from ringcompile.passes.unroll import Unroll
+
+
+def front_passes(
+    mesh: Mesh,
+    options: Options = DEFAULT,
+    told: Mapping[str, int | None] | None = None,
+    checked: dict[Any, Any] | None = None,
+    *,
+    carried: bool = False,
+    prefill: bool = False,
+) -> list[Pass]:
+    """From a captured program to one program for all ranks.
+
+    Args:
+        mesh: the parallel plan.
+        options: how to compile.
+        told: for weights by name, the dim that `tp` splits, as the user's plan says.
+        checked: as for `transform`.
+        carried: write the program for the next tokens, with a cache of `options.cache` tokens.
+        prefill: write the program that takes a prompt into that cache.
+    """
+    known = {} if checked is None else checked
+    placed, carry = mesh, list[Pass]()
+    if prefill:
+        assert options.cache is not None
+        carry = [Keep(mesh, options.cache), CleanUp()]
+    if carried:
+        assert options.cache is not None
+        placed, carry = carried_mesh(mesh), [Carry(mesh, options.cache), CleanUp()]
+        options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
+    place = Place(
+        placed, options.order, options.gather_unknown, options.capacity, options.ring,
+        options.tp_sequence, known,
+    )
+    return [
+        Canonicalize(),
+        RecognizeAttention(),
+        RecognizeMasks(),
+        CleanUp(),
+        LimitIds(),
+        *([Unfuse()] if mesh.size("tp") > 1 else []),
+        *([DealBatch(mesh, known), CleanUp()] if mesh.size("dp") * mesh.size("pp") > 1 else []),
+        place,
+        CleanUp(),
+        *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
+        *([TensorParallel(placed, told or {}), CleanUp()] if mesh.size("tp") > 1 else []),
+        *carry,
+        Partition(),
+        CleanUp(),
+        *([SplitPipeline(mesh, options.stages)] if mesh.size("pp") > 1 else []),
+    ]
+
+
+def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list[Pass]:
+    """From the program for all ranks to that of one."""
+    take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
+    time = [Unroll()] if mesh.size(TIME) > 1 else []
+    last = [schedule] if schedule is not None else []
+    return [Specialize(rank), *take, *time, LowerRing(), FuseMerge(), *last]
+
+
+# The passes that come before any layout.
+NUM_COMMON = [step.name for step in front_passes(Mesh(()))].index(Place.name)
+
+
+def prepare(program: Program) -> Program:
+    """Run what is the same for all parallel specs, once for many calls of `transform`.
+
+    Raises:
+        RingCompileError: with the user's line, for what cannot be compiled.
+    """
+    return Pipeline(front_passes(Mesh(()))[:NUM_COMMON]).run(with_origin(program))
+
+
+def with_origin(program: Program) -> Program:
+    """The program, which keeps what was captured beside what passes make of it."""
+    if Canonicalize.name in program.passes:
+        return program
+    return program.with_graph(program.graph, captured=program)
