@@ -418,7 +418,7 @@ RECOGNISED: dict[Style, str] = {
     xglm: "causal",
     gpt2: "causal + key mask",
     gpt_neo: "causal",
-    annotated_transformer: "full + data-dependent mask bool[2, 1, s/ring, s]",
+    annotated_transformer: "full + data-dependent mask bool[b, 1, s/ring, s]",
     bert: "full + key mask",
     llama: "causal",
     llama_of_meta: "causal",
@@ -429,7 +429,7 @@ RECOGNISED: dict[Style, str] = {
     opt: "causal",
     bmm_only: "causal",
     one_head: "causal",
-    bloom: "full + bias f32[2, 4, s/ring, s]",
+    bloom: "full + bias f32[b, 4, s/ring, s]",
     mpt: "causal + relative bias f32[1, 4, s/ring, s]",
     falcon: "causal + bias f32[1, 4, 1, s]",
     gpt_j: "causal",
@@ -443,12 +443,12 @@ RECOGNISED: dict[Style, str] = {
     one_more_in_the_sum: "full + sink",
     stable_softmax: "causal",
     temperatures: "causal",
-    even_rows: "full + data-dependent mask + bias f32[2, 1, s/ring, s]",
-    even_rows_of_some: "full + data-dependent mask bool[2, 1, s/ring, s]",
-    even_rows_before_others: "band None..0 + data-dependent mask bool[2, 1, s/ring, s]",
+    even_rows: "full + data-dependent mask + bias f32[b, 1, s/ring, s]",
+    even_rows_of_some: "full + data-dependent mask bool[b, 1, s/ring, s]",
+    even_rows_before_others: "band None..0 + data-dependent mask bool[b, 1, s/ring, s]",
     zeros_behind: "causal + key mask",
     added_twice: "causal window 5 + relative bias f32[1, 1, s/ring, s]",
-    scores_of_positions: "full + bias f32[2, 4, s/ring, s]",
+    scores_of_positions: "full + bias f32[b, 4, s/ring, s]",
     other_value_dim: "full",
     torch_module: "causal",
     behind_a_router: "full",
@@ -729,7 +729,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "xlnet": (
         lambda: transformers.XLNetModel(transformers.XLNetConfig(
             vocab_size=96, d_model=32, **LAYERS, d_inner=48)),
-        ("full + bias f32[2, 4, s/ring, s]",)),
+        ("full + bias f32[b, 4, s/ring, s]",)),
     "mpnet": (
         lambda: transformers.MPNetModel(transformers.MPNetConfig(
             vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
