@@ -650,7 +650,7 @@ REFUSED: dict[Style, str | None] = {
     talking_heads: "its scores are no product of queries and keys",
     talking_heads_behind: "aten.permute.default changes its weights",
     softmax_over_queries: "its softmax is not over the last dim",
-    high_fill: "-5 in place of a score leaves it some weight",
+    high_fill: "-5 in place of a score leaves it some weight, and other keys have it in other rows",
     clamped: "aten.clamp.default is between its scores and their softmax",
     mask_before_cap: "its scores are masked before they are capped",
     scaled_key_by_key: "its scores are scaled key by key",
@@ -712,7 +712,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "bloom": (
         lambda: transformers.BloomModel(transformers.BloomConfig(
             **SMALL, hidden_size=32, **LAYERS)),
-        ("causal + bias f32[2, 4, 1, s]",)),
+        ("causal + bias f32[b, 4, 1, s]",)),
     "gpt_neo": (
         lambda: transformers.GPTNeoModel(transformers.GPTNeoConfig(
             **SMALL, hidden_size=32, num_layers=2, num_heads=4, window_size=5,
