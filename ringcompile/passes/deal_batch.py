@@ -149,8 +149,9 @@ class _Dealer:
             return self._numbers(node)
         new = self.builder.copy(node)
         value = node.meta["type"]
+        local = self._all_of_part if node.meta.get("of_part") else self._local
         new.meta["type"] = (
-            self._local(value) if isinstance(value, TensorType) else tuple(map(self._local, value))
+            local(value) if isinstance(value, TensorType) else tuple(map(local, value))
         )
         if node.meta.get("of_part"):
             own = lambda size: bind_to(size, {_B: self.count})  # noqa: E731
@@ -172,6 +173,11 @@ class _Dealer:
             for size, dim in zip(type_.shape, type_.layout.dims, strict=True)
         )
         return TensorType.whole(type_.dtype, shape)
+
+    def _all_of_part(self, type_: TensorType) -> TensorType:
+        """The type of a value inside a region, whose every size is counted by the part alone."""
+        sizes = (bind_to(size, {_B: self.count}) for size in type_.shape)
+        return TensorType.whole(type_.dtype, tuple(sizes))
 
     def _size(self, atom: Atom) -> Size:
         return bind_to(atom.size, {_B: self.count}) if atom.axes else atom.size

@@ -104,7 +104,12 @@ class Place(Pass):
         return SequenceSplit(axes, order, length)
 
     def routing(self, program: Program) -> list[Region]:
-        """The regions of a program that is not placed yet; see regions.py."""
+        """The regions of a program that is not placed yet; see regions.py.
+
+        None without a sequence: regions are found where tokens would be gathered.
+        """
+        if _sequence_length(program) is None:
+            return []
         return self._regions(program, self._sequence(program))
 
     def _check_time(self, axes: Sequence[tuple[str, int]]) -> None:
