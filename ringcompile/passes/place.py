@@ -106,7 +106,7 @@ class Place(Pass):
     def routing(self, program: Program) -> list[Region]:
         """The regions of a program that is not placed yet; see regions.py.
 
-        None without a sequence: regions are found where tokens would be gathered.
+        Empty without a sequence, since regions are found where tokens would be gathered.
         """
         if _sequence_length(program) is None:
             return []
