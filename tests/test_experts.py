@@ -340,10 +340,11 @@ def test_experts_have_slots_for_one_ranks_tokens_only() -> None:
     """Exact capacity: buffers are as long as a rank's own tokens need, not as the whole's."""
     loaded = load_model("moe-4l-tiny")
     parallel = compiled(loaded.module, loaded.args, "ring=16", length=256)
-    lengths = {**parallel.program.sequence.bindings(256), "m": 16}
+    lengths = {**parallel.program.sequence.bindings(256), "m": 16, "b": 1}
     buffers = [n for n in parallel.rank(3).graph.nodes if str(n.target) == "aten.bmm.default"]
     assert buffers
     for node in buffers:
         slots = node.meta["type"].shape[1]
         assert bind(slots, lengths) == 16
-        assert bind(slots, {"s": 32, "n": 2, "m": 16}) == 10, "never more than the model's own"
+        few = {"s": 32, "n": 2, "m": 16, "b": 1}
+        assert bind(slots, few) == 10, "never more than the model's own"

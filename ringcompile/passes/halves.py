@@ -7,6 +7,7 @@ the weights, and what does not depend on the batch is computed once.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -77,19 +78,11 @@ class _Joiner:
             for node in half.graph.nodes:
                 if node.op == "placeholder":
                     self._given(half, node)
-        for i, (half, env) in enumerate(zip(self.halves, self.envs, strict=True)):
-            self.builder.env = env
-            for node in half.graph.nodes:
-                self.builder.at(node)
-                if node.op == "placeholder":
-                    env[node] = self._own(half, node, i)
-                elif node.op == "call_function":
-                    args, kwargs = self.builder.mapped((node.args, node.kwargs))
-                    name = f"{node.name}_half{i}"
-                    env[node] = append(
-                        self.builder.graph, node.op, node.target, args, kwargs, name
-                    )
-                    env[node].meta.update(node.meta)
+        # In turns, so that one half computes while the other one communicates.
+        for nodes in zip_longest(*(half.graph.nodes for half in self.halves)):
+            for i, node in enumerate(nodes):
+                if node is not None:
+                    self._write(i, node)
         made = [self._joined(i, type_) for i, type_ in enumerate(self.halves[0].returns)]
         self.builder.output(tuple(made))
         low, high = self.program.batch_range
@@ -99,6 +92,18 @@ class _Joiner:
             placeholders=self.halves[0].placeholders,
             batch_range=(max(low, 2), high),
         )
+
+    def _write(self, number: int, node: fx.Node) -> None:
+        """A node of one half."""
+        self.builder.env = env = self.envs[number]
+        self.builder.at(node)
+        if node.op == "placeholder":
+            env[node] = self._own(self.halves[number], node, number)
+        elif node.op == "call_function":
+            args, kwargs = self.builder.mapped((node.args, node.kwargs))
+            name = f"{node.name}_half{number}"
+            env[node] = append(self.builder.graph, node.op, node.target, args, kwargs, name)
+            env[node].meta.update(node.meta)
 
     def _given(self, half: Program, node: fx.Node) -> None:
         """A weight or an input, once for both halves."""

@@ -275,4 +275,4 @@ def test_lengths_and_inputs_are_those_of_the_model(tmp_path: Path) -> None:
     found = load(save_model(compile_model("bert-tiny"), tmp_path / "out"))
     _, args = zoo.build("bert-tiny")
     assert len(found.manifest["inputs"]) == len(args)
-    assert found.manifest["length_range"][0] == 2
+    assert found.manifest["length_range"][0] == 1

@@ -23,6 +23,7 @@ from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.planner import Plan
 from ringcompile.cost.rank import cost_of
+from ringcompile.cost.scaling import with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     Variant,
@@ -275,22 +276,15 @@ def estimators(num: int = 4, length: int = 4096) -> tuple[Estimator, Any]:
 
 
 def test_a_batch_is_planned_from_one_sequence() -> None:
-    """As if it had been captured with it."""
-    one = load_model("dense-4l-tiny", batch=4, weights=False)
-    whole = capture(one.module, one.args, one.kwargs)
-    stack = find_stack(whole)
+    """As if its own sizes had been read off the program."""
+    stack = find_stack(captured())
     assert stack is not None
-
-    def with_batch(variant: Variant, length: int) -> Parallel:
-        return transform(cut(whole, stack, 1), variant.mesh, order=variant.order, length=length)
-
-    total = sum(weight.num_bytes for weight in whole.weights.values())
-    hardware = small_cluster(4)
-    variant = Variant(Mesh.parse("ring=2,ulysses=2"), order="zigzag")
-    scaled = Estimator(Model(stack, total), Ask(4, hardware, 4096, 4), compile_)
-    found = scaled.quick(variant, float("inf"))
-    direct = Estimator(Model(stack, total), Ask(4, hardware, 4096, 1), with_batch)
-    expected = direct.quick(variant, float("inf"))
+    mesh = Mesh.parse("ring=2,ulysses=2")
+    made = transform(cut(captured(), stack, 1), mesh, order="zigzag", length=4096)
+    one, four = ([cost_of(rank, 4096, batch) for rank in made.ranks()] for batch in (1, 4))
+    found = simulate([with_batch(cost, 4) for cost in one], small_cluster(4))
+    expected = simulate(four, small_cluster(4))
+    assert expected.seconds > 1.5 * simulate(one, small_cluster(4)).seconds
     assert found.seconds == pytest.approx(expected.seconds, rel=0.02)
     assert found.memory_bytes == pytest.approx(expected.memory_bytes, rel=0.02)
 

@@ -60,7 +60,7 @@ def num_calls(program: Program) -> int:
 
 
 def test_formats(made: ParallelProgram) -> None:
-    assert formats() == ("text", "json", "python")
+    assert formats() == ("text", "json", "python", "dot", "graphml")
     program = made.rank(0)
     assert render(program, "text") == print_program(program)
     assert json.loads(render(program, "json")) == json_document(program)
@@ -71,7 +71,7 @@ def test_an_unknown_format_is_refused(made: ParallelProgram) -> None:
     with pytest.raises(RingCompileError) as caught:
         render(made.rank(0), "yaml")
     assert str(caught.value) == (
-        "error: unknown format 'yaml'\n  hint: formats are: text, json, python"
+        "error: unknown format 'yaml'\n  hint: formats are: text, json, python, dot, graphml"
     )
 
 

@@ -113,7 +113,7 @@ def test_a_schedule_is_not_slower(spec: str) -> None:
 
 @lru_cache
 def halves(name: str) -> Program:
-    return in_halves(captured(name, 2), captured(name, 1))
+    return in_halves(captured(name, 2))
 
 
 @pytest.mark.parametrize("schedule", [None, TIMED], ids=["as-it-is", "scheduled"])
@@ -174,16 +174,16 @@ class Mean(nn.Module):
 )
 def test_a_batch_whose_sequences_are_mixed_has_no_halves(program: object, line: str) -> None:
     with pytest.raises(RingCompileError, match="sequences of a batch are mixed here") as error:
-        in_halves(program(), captured("moe-4l-tiny", 1))  # type: ignore[operator]
+        in_halves(program())  # type: ignore[operator]
     assert line in str(error.value)
     assert "--overlap halves" in str(error.value)
 
 
 def test_a_capacity_that_each_half_counts_alone_is_all_that_may_mix() -> None:
-    in_halves(captured("moe-4l-tiny", 2), captured("moe-4l-tiny", 1), "local")
+    in_halves(captured("moe-4l-tiny", 2), "local")
     whole = capture(Mean().eval(), (torch.randn(2, 8, 4),))
     with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
-        in_halves(whole, captured("moe-4l-tiny", 1), "local")
+        in_halves(whole, "local")
 
 
 class Pooled(nn.Module):
@@ -194,7 +194,7 @@ class Pooled(nn.Module):
         return F.scaled_dot_product_attention(heads, heads, heads).sum()
 
 
-def test_outputs_without_a_batch_are_refused() -> None:
+def test_one_number_for_the_whole_batch_has_no_halves() -> None:
     program = capture(Pooled().eval(), (torch.randn(1, 8, 4),))
-    with pytest.raises(RingCompileError, match="has no batch dim, so that halves cannot be joined"):
-        in_halves(None, program)
+    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+        in_halves(program)

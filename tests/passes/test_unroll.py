@@ -74,7 +74,7 @@ def test_that_a_chunk_was_sent_is_waited_for_when_the_next_is_sent() -> None:
 
 
 def test_as_many_bytes_as_a_sequence_in_one_piece() -> None:
-    at = {"s": 48, "n": 12}
+    at = {"s": 48, "n": 12, "b": 1, "k": 1}
     chunks = made("dense-4l-tiny", "pp=2,time=4").rank(0)
     whole = made("dense-4l-tiny", "pp=2").rank(0)
     assert bind(bytes_sent(chunks), at) == bind(bytes_sent(whole), at) == 48 * 64 * 4

@@ -231,8 +231,7 @@ SCRIPT = """
     import sys, torch
     from ringcompile import artifact
     from ringcompile.runtime.distributed import Session
-    from ringcompile.runtime import join
-from ringcompile.runtime.join import join_torchrun
+    from ringcompile.runtime.join import join_torchrun
 
     parallel = artifact.load(sys.argv[1])
     rank = join_torchrun(parallel.mesh, backend="gloo")
