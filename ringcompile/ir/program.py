@@ -174,6 +174,11 @@ class Program:
         return max(sizes, default=1)
 
     @property
+    def batch_multiple(self) -> int:
+        """What a batch has to be a multiple of: 2 where halves of it are computed apart."""
+        return 2 if "halves" in self.passes else 1
+
+    @property
     def output_node(self) -> fx.Node:
         """The one node that returns; its argument is the flat tuple of outputs."""
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")
@@ -222,7 +227,7 @@ class Program:
                 f"a batch of {batch} is outside {low}..{high if high is not None else ''}",
                 hint="the model's own code fixes this range",
             )
-        if batch is not None and batch % 2 and "halves" in self.passes:
+        if batch is not None and batch % self.batch_multiple:
             raise RingCompileError(
                 f"a batch of {batch} has no two halves",
                 hint="pass an even batch, or compile without --overlap halves",

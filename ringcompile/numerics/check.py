@@ -210,7 +210,8 @@ class Comparison:
             draw = Draw(length, seed, plain)
             mesh = self.parallel.mesh
             inputs = draw_inputs(
-                self.program, self.roles, draw, mesh.size("dp"), mesh.size("tp")
+                self.program, self.roles, draw, mesh.size("dp"), mesh.size("tp"),
+                self.parallel.program,
             )
             for way in filter(None, ways):
                 try:
