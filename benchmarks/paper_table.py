@@ -160,7 +160,7 @@ def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
     for model in MODELS:
         loaded = load_model(model, weights=False)
         captured = capture(loaded.module, loaded.args, name=model)
-        programs = {False: compiler.prepare(captured), True: compiler.in_halves(None, captured)}
+        programs = {False: compiler.prepare(captured), True: compiler.in_halves(captured)}
         weights = sum(weight.num_bytes for weight in captured.weights.values())
         limits_of = {n: kernel_limit(model, programs[False], n, cluster) for n in (1024, *lengths)}
         for tokens in lengths:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ringcompile import artifact, compiler, execution
+from ringcompile import artifact, compiler, execution, parallel_program
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import SHIFT
 from tests.artifact.support import compile_model, save_model
@@ -41,7 +41,7 @@ def test_what_was_checked_when_saved_is_not_checked_again(
     def never(*_: object) -> None:
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(compiler, "cross_check", never)
+    monkeypatch.setattr(parallel_program, "cross_check", never)
     loaded = compiler.load(folder)
     assert loaded.saved is not None
     assert loaded.saved.cross_checked
@@ -62,14 +62,14 @@ def test_changed_programs_are_checked_before_they_run(
     assert not loaded.saved.cross_checked
     for backend in ("lockstep", "gloo"):
         with pytest.raises(RingCompileError, match=r"rank 0.*rank 1|rank 1.*rank 0"):
-            execution.run(compiler.load(folder), inputs(), backend)
+            execution.run(compiler.load(folder), inputs(), backend=backend)
 
 
 def test_what_nobody_checked_is_checked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, count = save_model(compile_model("llama-tiny"), tmp_path / "out"), []
-    monkeypatch.setattr(compiler, "cross_check", lambda *_: count.append(1))
+    monkeypatch.setattr(parallel_program, "cross_check", lambda *_: count.append(1))
     loaded = compiler.load(folder)
     execution.run(loaded, inputs())
     execution.run(loaded, inputs())
