@@ -25,7 +25,7 @@ from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer
-from ringcompile.capture.one_token import why_not_one_token
+from ringcompile.capture.one_token import FEW, why_not
 from ringcompile.capture.regions import written_out
 from ringcompile.capture.same_as_eager import NOT_COMPARED, compare
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
@@ -95,12 +95,15 @@ def capture(
 def _from_one_token(
     call: FlatCall, exported: ExportedProgram, example: Example, found: _Captured
 ) -> tuple[Range, tuple[str, ...]]:
-    """The range of lengths, down to one token where that is computed alike; notes if it is not."""
+    """The range of lengths, down to the fewest tokens that are computed alike; a note on fewer."""
     low, high = found.ranges.get(SEQUENCE, (2, None))
-    if SEQUENCE not in found.ranges or low > 2:
+    if SEQUENCE not in found.ranges or low > FEW:
         return (low, high), ()
-    reason = why_not_one_token(call, exported, example, found.sizes)
-    return ((2, high), (reason,)) if reason else ((1, high), ())
+    for length in range(low - 1, 0, -1):
+        reason = why_not(length, call, exported, example, found.sizes)
+        if reason:
+            return (length + 1, high), (reason,)
+    return (1, high), ()
 
 
 @dataclass(frozen=True)

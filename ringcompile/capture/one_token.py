@@ -1,10 +1,10 @@
-"""Whether a captured program holds for sequences of one token.
+"""Whether a captured program holds for sequences of one token, or of very few.
 
 torch.export traces the model with several tokens. Code may ask whether there is only one (to leave
-out a mask, say), a size of one is broadcast, and torch reads `min(2, s)` as 2 for all lengths that
-it knows of. So where the weights are at hand, the first token of the example goes through both the
-model and the captured graph. Results must be the same, and every value must have the shape that the
-graph's types say of it.
+out a mask, say), a size of one is broadcast (that of `x[:, :-1]`, where there are two tokens), and
+torch reads `min(2, s)` as 2 for all lengths that it knows of. So where the weights are at hand, the
+first tokens of the example go through both the model and the captured graph. Results must be the
+same, and every value must have the shape that the graph's types say of it.
 """
 
 from __future__ import annotations
@@ -24,48 +24,51 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import BATCH, bind, from_torch
 from ringcompile.ir.expr import SEQUENCE as LENGTH
 
-_REFUSED = "one token alone is refused"
+# Lengths from here on are left to what torch says of them.
+FEW = 4
 
 
-def why_not_one_token(
-    call: FlatCall, exported: ExportedProgram, example: Example, sizes: Sizes
+def why_not(
+    length: int, call: FlatCall, exported: ExportedProgram, example: Example, sizes: Sizes
 ) -> str:
-    """Run the first token of the example through the model and through the captured graph.
+    """Run the first tokens of the example through the model and through the captured graph.
 
     Args:
+        length: how many tokens.
         call: the model and its example, which have been compared.
         exported: what was captured of it.
         example: which dims of the inputs are the sequence.
         sizes: what torch's symbols mean.
 
     Returns:
-        why the program is not for one token, as a note; empty where it is.
+        why the program is not for so few tokens, as a note; empty where it is.
     """
+    refused = "one token alone is refused" if length == 1 else f"{length} tokens alone are refused"
     one = copy.copy(call)
-    one.example = {leaf.name: _first_token(leaf.tensor, leaf.dims_of(SEQUENCE))
+    one.example = {leaf.name: _first_tokens(leaf.tensor, leaf.dims_of(SEQUENCE), length)
                    for leaf in example.leaves}
     try:
         reason = next((n for n in compare(one, exported) if n.startswith(NOT_COMPARED)), "")
         if reason:
-            return f"{_REFUSED}: {reason}"
+            return f"{refused}: {reason}"
         kept: list[tuple[fx.Node, torch.Tensor]] = []
         with torch.no_grad():
             run_captured(one, exported, keep=kept)
     except RingCompileError as error:
-        return f"{_REFUSED}: {error.message}"
+        return f"{refused}: {error.message}"
     except Exception as error:  # whatever torch's ops say of sizes that do not fit
         said = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"{_REFUSED}: the captured program raises {type(error).__name__}: {said}"
-    known = {LENGTH: 1, BATCH: example.batch or 1}
+        return f"{refused}: the captured program raises {type(error).__name__}: {said}"
+    known = {LENGTH: length, BATCH: example.batch or 1}
     wrong = next((node for node, value in kept if not _fits(node, value, sizes, known)), None)
     return "" if wrong is None else (
-        f"{_REFUSED}: the shape of '{wrong.name}' is known for two and more"
+        f"{refused}: the shape of '{wrong.name}' is known for {length + 1} and more"
     )
 
 
-def _first_token(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
+def _first_tokens(tensor: torch.Tensor, dims: list[int], length: int) -> torch.Tensor:
     for dim in dims:
-        tensor = tensor.narrow(dim, 0, 1)
+        tensor = tensor.narrow(dim, 0, length)
     return tensor.contiguous()
 
 

@@ -239,9 +239,10 @@ class Program:
 
 def _why_range(notes: Iterable[str], length: int, low: int) -> str:
     """Why a length cannot be, as far as notes say it."""
-    of_one = [note for note in notes if length == 1 and note.startswith("one token alone")]
-    if of_one:
-        return of_one[0]
+    few = ("one token alone is refused", f"{low - 1} tokens alone are refused")
+    of_few = [note for note in notes if length < low and note.startswith(few)]
+    if of_few:
+        return of_few[0]
     if length == 1 and low == 2:
         return "it was not tried at capture whether one token alone is computed alike"
     return "the model's own code fixes this range (a position table, or a guard)"
