@@ -103,8 +103,11 @@ def test_replicas_and_microbatches_are_counted(tmp_path: Path) -> None:
 
 def test_simulate_refuses(ring: str, tmp_path: Path) -> None:
     assert "unknown cluster 'h999'" in refused("simulate", ring, "--cluster", "h999")
-    assert "sequence length 1 is outside" in refused(
-        "simulate", ring, "--cluster", "cpu", "--seq", "1")
+    fixed = str(tmp_path / "fixed")
+    made = invoke("transform", "dense-4l-tiny", "-o", fixed, "--parallel", "ring=2", "--seq", "64")
+    assert made.exit_code == 0, made.exception
+    assert "is for 64 tokens, --seq asks for 65" in refused(
+        "simulate", fixed, "--cluster", "cpu", "--seq", "65")
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({**table(), "nodes": 0}))
     message = refused("simulate", ring, "--cluster", str(file))
