@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[ParallelProgram, Pa
     parallel = transform(capture(*zoo.build(NAME)), SPEC)
     parallel.save(folder / "program")
     _, (tokens,) = zoo.build(NAME, sequence=LENGTH)
-    save_file({parallel.program.inputs[0].name: tokens}, folder / "inputs")
+    save_file({parallel.program.inputs[0].name: tokens}, folder / "inputs.safetensors")
     return parallel, folder
 
 
@@ -51,7 +51,7 @@ def torchrun(first: Host, index: int, *more: str) -> list[str]:
 
 def ringcompile(folder: Path, *more: str) -> list[str]:
     return ["-m", "ringcompile", "run", str(folder / "program"), "--backend", "gloo",
-            "--inputs", str(folder / "inputs"), *more]
+            "--inputs", str(folder / "inputs.safetensors"), *more]
 
 
 def place(first: Host, rank: int) -> dict[str, str]:
