@@ -131,7 +131,13 @@ def _defined(op: str | torch._ops.OpOverload, body: Callable[..., torch.Tensor] 
         )
     if hasattr(getattr(torch.ops, namespace), name):
         raise RingCompileError(f"torch has an operator '{op}' already")
-    custom = torch.library.custom_op(op, body, mutates_args=())
+    try:
+        custom = torch.library.custom_op(op, body, mutates_args=())
+    except (ValueError, RuntimeError) as error:
+        raise RingCompileError(
+            f"'{op}' cannot be an operator: {str(error).splitlines()[0][:200]}",
+            hint="annotate every argument of the body and what it returns",
+        ) from None
     custom.register_fake(body)
     return getattr(getattr(torch.ops, namespace), name).default
 
@@ -151,6 +157,11 @@ def _check(target: Any, dims: _Dims, example: tuple[Any, ...]) -> None:
                                f"{list(result.shape)}")
     for name in dict.fromkeys(n for n in output if n not in dims.whole):
         size = result.shape[output.index(name)]
+        if size < 2:
+            raise RingCompileError(
+                f"the example has {size} entries along dim '{name}', which shows nothing of it",
+                hint="pass an example with at least two entries along each dim",
+            )
         for start, end in ((0, size // 2), (size // 2, size)):
             part = _part(example, names, name, start, end, size)
             want = _cut(result, output, name, start, end, size)

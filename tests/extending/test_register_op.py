@@ -101,6 +101,10 @@ def test_dims_that_have_to_be_whole(name: str) -> None:
         ({"dims": "... d -> ... d"}, "the example has 2 tensors, the dims name 1"),
         ({"dims": "a d, d -> a d"}, "the dims do not fit the example"),
         ({"cost": "free"}, "unknown cost 'free'"),
+        ({"body": centred, "dims": "... d -> ... d", "example": (torch.randn(4, 1),)},
+         "the example has 1 entries along dim 'd', which shows nothing of it"),
+        ({"body": lambda x: x, "dims": "... d -> ... d", "example": (torch.randn(4, 2),)},
+         "cannot be an operator: .* annotation"),
         ({"body": None}, "needs a namespace and a body"),
     ],
 )
