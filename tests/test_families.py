@@ -103,8 +103,8 @@ def test_a_trial_without_end_is_stopped() -> None:
         while True:
             pass
 
-    assert trial._guarded(forever, 1) == Outcome(
-        CRASHED, reason="_TimeoutError: longer than 1 s", line=trial._guarded(forever, 1).line
+    assert trial.guarded(forever, 1) == Outcome(
+        CRASHED, reason="_TimeoutError: longer than 1 s", line=trial.guarded(forever, 1).line
     )
 
 

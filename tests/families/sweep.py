@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -16,13 +17,32 @@ import transformers
 from tests.families.catalogue import FAMILIES
 from tests.families.trial import CRASHED, Outcome, Trial, try_family
 
+DIED = Outcome(CRASHED, reason="the process died")
+T = TypeVar("T")
+
 
 def sweep(names: Sequence[str], jobs: int = 2, seconds: int = 300) -> Iterator[Trial]:
     """The trials of these families, in their order."""
+    return each(names, jobs, seconds, _trial, lambda name: Trial(name, DIED))
+
+
+def each(
+    names: Sequence[str], jobs: int, seconds: int, attempt: Callable[[str, int], T],
+    died: Callable[[str], T],
+) -> Iterator[T]:
+    """What becomes of each of these, in their order.
+
+    Args:
+        names: of families.
+        jobs: how many processes to use.
+        seconds: how long an attempt may take.
+        attempt: a function of a module, of a name and the seconds.
+        died: what is said of an attempt whose process died.
+    """
     left = list(names)
     while left:
         with _pool(jobs) as pool:
-            futures = [pool.submit(_trial, name, seconds) for name in left]
+            futures = [pool.submit(attempt, name, seconds) for name in left]
             for future in futures:
                 try:
                     yield future.result()
@@ -30,16 +50,17 @@ def sweep(names: Sequence[str], jobs: int = 2, seconds: int = 300) -> Iterator[T
                     break
                 left = left[1:]
         if left:  # a process died: the next one alone, so that it is known which
-            yield _alone(left[0], seconds)
+            yield _alone(left[0], seconds, attempt, died)
             left = left[1:]
 
 
-def _alone(name: str, seconds: int) -> Trial:
+def _alone(name: str, seconds: int, attempt: Any, died: Callable[[str], T]) -> T:
     with _pool(1) as pool:
         try:
-            return pool.submit(_trial, name, seconds).result()
+            found: T = pool.submit(attempt, name, seconds).result()
         except BrokenProcessPool:
-            return Trial(name, Outcome(CRASHED, reason="the process died"))
+            return died(name)
+        return found
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:

@@ -89,10 +89,10 @@ def try_family(family: Family, seconds: int = 240) -> Trial:
     """All of it; exceptions become outcomes, but for mistakes in the catalogue itself."""
     model = family.build()
     found: list[ParallelProgram] = []
-    plain = _guarded(lambda: _compare(family, model, 1, found), seconds)
+    plain = guarded(lambda: _compare(family, model, 1, found), seconds)
     padding = None
     if family.padding:
-        padding = _guarded(lambda: _compare(family, model, 2, []), seconds)
+        padding = guarded(lambda: _compare(family, model, 2, []), seconds)
     if not found:
         return Trial(family.name, plain, padding)
     program = found[0].program
@@ -127,7 +127,7 @@ def _counted(names: list[str]) -> tuple[tuple[str, int], ...]:
     return tuple((name, names.count(name)) for name in dict.fromkeys(names))
 
 
-def _guarded(attempt: Any, seconds: int) -> Outcome:
+def guarded(attempt: Any, seconds: int) -> Outcome:
     try:
         with _time_limit(seconds):
             return attempt()
