@@ -34,7 +34,8 @@ class Job:
         timeout: seconds that the run may take.
         join_timeout: seconds that the ranks have to find one another.
         compiler: as for `Executor`.
-        check_finite: look for the first NaN or infinity; nothing is compiled then.
+        check_finite: look for the first NaN or infinity, and compare what ranks exchange; nothing
+            is compiled then.
     """
 
     keep: Keep

@@ -68,7 +68,8 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--compile", "compiled", is_flag=True,
               help="torch.compile what is computed between communications.")
 @click.option("--check", "check_finite", is_flag=True,
-              help="Find the first op, layer, line and rank where NaN or infinity appears.")
+              help="Find the first op, layer, line and rank where NaN or infinity appears, and "
+              "have ranks compare what they are about to exchange.")
 @VERIFY_KEY
 @JSON
 def run(

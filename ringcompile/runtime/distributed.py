@@ -111,7 +111,8 @@ class Session:
             process got on its own.
         compiler: a backend of torch.compile for what is computed between communications; see
             `Executor`.
-        check_finite: look for the first NaN or infinity; see `finite_watch`.
+        check_finite: look for the first NaN or infinity, and have ranks compare what they are about
+            to exchange; see `finite_watch` and `stamps`.
 
     Raises:
         RingCompileError: the ranks run different artifacts, or different versions of torch or
@@ -137,6 +138,7 @@ class Session:
         self.exchange = Exchange(
             parallel.mesh, rank, _joined(parallel),
             locations={node.name: location_of(node) for node in self.program.graph.nodes},
+            check=check_finite,
         )
         self.weights = read_weights(self.program, parallel.source, rank.device)
         self.numbered = uses_numbers(self.program)
@@ -212,6 +214,7 @@ class Session:
                 kept, summary = keep.of(self.program, made, needed)
                 outputs.append(kept)
                 summaries.append(summary)
+        self.exchange.end()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         stats = Stats(

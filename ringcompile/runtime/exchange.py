@@ -21,6 +21,7 @@ from ringcompile.runtime.executor import Request, Shift, Wait
 from ringcompile.runtime.join import Rank, first_line, name_ranks
 from ringcompile.runtime.recorder import Recorder
 from ringcompile.runtime.reports import silent_ranks
+from ringcompile.runtime.stamps import Checked, Stamps
 
 
 class PeerLostError(RingCompileError):
@@ -29,12 +30,21 @@ class PeerLostError(RingCompileError):
 
 @dataclass
 class _Transfer:
-    """A shift on its way; keeps alive what torch.distributed reads and writes until it is done."""
+    """A shift on its way; keeps alive what torch.distributed reads and writes until it is done.
+
+    Attributes:
+        shift: what was asked for.
+        peers: the ranks that it goes to and comes from.
+        buffer: what arrives.
+        works: what is waited for.
+        checked: what is compared before it is received, if ranks check each other.
+    """
 
     shift: Shift
     peers: list[int]
     buffer: torch.Tensor
-    works: list[dist.Work]
+    works: list[dist.Work] = field(default_factory=list)
+    checked: Checked | None = None
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Exchange:
         joined: combinations of axes that programs communicate along, such as `ring,ulysses`; the
             same on all ranks.
         locations: by node, the user's line, for errors.
+        check: whether ranks say ahead of every message what it is, and compare; see `stamps`.
         recorder: what was exchanged last.
     """
 
@@ -56,12 +67,17 @@ class Exchange:
     bytes_sent: int = 0
     wait_seconds: float = 0.0
     locations: Mapping[str, SourceLocation] = field(default_factory=dict)
+    check: bool = False
+    stamps: Stamps | None = field(init=False, default=None)
     groups: dict[str, dist.ProcessGroup | None] = field(init=False)
     recorder: Recorder = field(init=False)
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.rank.index)
         self.groups = _axis_groups(self.mesh, self.joined)
+        if self.check and self.groups:
+            along = {axis: self.mesh.group_of(self.rank.index, axis) for axis in self.groups}
+            self.stamps = Stamps(self.rank, along, self.locations)
         atexit.register(self.groups.clear)  # before `leave`, which ends only what nobody holds
 
     def answer(self, request: Request) -> Any:
@@ -74,6 +90,12 @@ class Exchange:
             case Collective():
                 return self._meet(request)
 
+    def end(self) -> None:
+        """Say that a run has ended, and hear it of the others, if ranks check each other."""
+        if self.stamps is not None:
+            with self._meeting(range(self.rank.world_size), "ending the run"):
+                self.stamps.end()
+
     def _peer(self, axis: str, coordinate: int) -> int:
         return self.mesh.rank({**self.mesh.coordinates(self.rank.index), axis: coordinate})
 
@@ -81,20 +103,27 @@ class Exchange:
         group, ops, peers = self._group(shift.axis), [], []
         shape = shift.shape if shift.source is not None else (0,)
         buffer = torch.empty(shape, dtype=shift.dtype, device=self.rank.device)
+        sent = 0
         if shift.to is not None and shift.tensor is not None:
             peers.append(self._peer(shift.axis, shift.to))
             ops.append(dist.P2POp(dist.isend, shift.tensor, peers[-1], group))
-            self.bytes_sent += shift.tensor.nbytes
+            sent = shift.tensor.nbytes
         if shift.source is not None:
             peers.append(self._peer(shift.axis, shift.source))
             ops.append(dist.P2POp(dist.irecv, buffer, peers[-1], group))
-        sent = shift.tensor.nbytes if shift.to is not None and shift.tensor is not None else 0
+        self.bytes_sent += sent
+        transfer = _Transfer(shift, peers, buffer)
         with self._meeting(peers, "shift", shift.node, sent):
-            return _Transfer(shift, peers, buffer, dist.batch_isend_irecv(ops))
+            if self.stamps is not None:
+                transfer.checked, ops = self.stamps.start(shift, ops)
+            transfer.works = dist.batch_isend_irecv(ops) if ops else []
+        return transfer
 
     def _finish(self, wait: Wait) -> torch.Tensor:
         transfer: _Transfer = wait.handle
         with self._meeting(transfer.peers, "wait", wait.node):
+            if self.stamps is not None and transfer.checked is not None:
+                transfer.works += self.stamps.arrive(transfer.checked)
             while transfer.works:  # gloo hangs where a work is waited for twice
                 transfer.works.pop(0).wait()
         return transfer.buffer
@@ -106,6 +135,8 @@ class Exchange:
         group = self._group(asked.axis)
         peers = dist.get_process_group_ranks(group)
         with self._meeting(peers, asked.kind, asked.node, asked.tensor.nbytes):
+            if self.stamps is not None:
+                self.stamps.meet(asked)
             answer = self._in_order(asked, group)
         self.bytes_sent += asked.num_bytes(num_ranks, dist.get_rank(group))
         return answer
