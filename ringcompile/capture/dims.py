@@ -7,7 +7,7 @@ the batch of the first input are the batch. Equal numbers alone prove nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +96,18 @@ class Example:
         )
         return replace(self, leaves=leaves)
 
+    def of_one_sequence(self) -> Example:
+        """The first sequence alone, for which the program is then made."""
+        leaves = tuple(
+            replace(leaf, tensor=_first(leaf.tensor, leaf.dims_of(BATCH))) for leaf in self.leaves
+        )
+        return replace(self, leaves=leaves).fixed(BATCH)
+
+    def with_roles_of(self, other: Example) -> Example:
+        """The same inputs, with what their dims are in another example."""
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        return replace(self, leaves=tuple(replace(a, roles=b.roles) for a, b in pairs))
+
     def dims_of(self, role: str) -> list[str]:
         """The dims of the inputs with that role, as torch's guards write them."""
         return [leaf.size_text(dim) for leaf in self.leaves for dim in leaf.dims_of(role)]
@@ -128,6 +140,12 @@ def read_example(inputs: Mapping[str, torch.Tensor], dims: Dims | None) -> Examp
     )
     notes = () if length is not None else (_why_fixed(first),)
     return Example(guessed, batch, length, notes)
+
+
+def _first(tensor: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    for dim in dims:
+        tensor = tensor.narrow(dim, 0, 1)
+    return tensor.contiguous()
 
 
 def _why_fixed(first: Leaf) -> str:

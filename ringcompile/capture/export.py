@@ -10,7 +10,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,21 +18,22 @@ from torch import nn
 from torch.export import ExportedProgram, export
 
 from ringcompile.capture import huggingface
+from ringcompile.capture.alike import same_for_one_sequence
 from ringcompile.capture.decompose import known_ops_only
 from ringcompile.capture.dims import BATCH, SEQUENCE, Dims, Example, read_example, widened
 from ringcompile.capture.export_errors import explained
+from ringcompile.capture.few import FEW, Few, refused
 from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer
-from ringcompile.capture.one_token import FEW, why_not
 from ringcompile.capture.regions import written_out
-from ringcompile.capture.same_as_eager import NOT_COMPARED, compare
+from ringcompile.capture.same_as_eager import NOT_COMPARED, compare, has_data
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
 from ringcompile.capture.source_lines import all_frames
 from ringcompile.capture.specialised import Lines, specialised
 from ringcompile.capture.surroundings import unchanged, without_casts_of_modules, without_logs
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.program import Program
 
 
@@ -69,51 +70,110 @@ def capture(
     model = unwrapped(model)
     call = FlatCall(model, args, kwargs or {})
     example = read_example(call.example, dims)
-    caveats = huggingface.caveats(model, call.example)
-    with without_logs(), unchanged(model), huggingface.prepared(model):
-        found = _settled(call, example, (*caveats, *example.notes))
-        with _tracing():
-            exported = known_ops_only(written_out(found.exported))
-    program = Importer(exported, call, found.sizes.symbols).program(name or type(model).__name__)
-    notes, lengths = found.notes, found.ranges.get(SEQUENCE, (2, None))
-    if compare_with_eager:
-        with without_logs(), unchanged(model), huggingface.without_cache(model):
-            compared = compare(call, exported)
-            notes = (*notes, *compared)
-            if not any(note.startswith(NOT_COMPARED) for note in compared):
-                lengths, said = _from_one_token(call, exported, example, found)
-                notes = (*notes, *said)
-    return program.with_graph(
-        program.graph,
-        notes=notes,
-        length_range=lengths,
+    notes = (*huggingface.caveats(model, call.example), *example.notes)
+    with without_logs():
+        found = _traced(call, example, notes)
+        found = _from_one_sequence(call, example, found, compare_with_eager)
+        if compare_with_eager:
+            found = _compared(call, found)
+    return replace(
+        found.program(call, name or type(model).__name__),
+        notes=found.notes,
+        length_range=found.ranges.get(SEQUENCE, (2, None)),
         batch_range=found.ranges.get(BATCH, (1, None)),
         tp_plan=huggingface.tp_plan(model),
     )
 
 
-def _from_one_token(
-    call: FlatCall, exported: ExportedProgram, example: Example, found: _Captured
-) -> tuple[Range, tuple[str, ...]]:
-    """The range of lengths, down to the fewest tokens that are computed alike; a note on fewer."""
-    low, high = found.ranges.get(SEQUENCE, (2, None))
-    if SEQUENCE not in found.ranges or low > FEW:
-        return (low, high), ()
-    for length in range(low - 1, 0, -1):
-        reason = why_not(length, call, exported, example, found.sizes)
-        if reason:
-            return (length + 1, high), (reason,)
-    return (1, high), ()
-
-
 @dataclass(frozen=True)
 class _Captured:
-    """A model as torch.export gives it, and for which sizes it is right."""
+    """A model as torch.export gives it, and for which sizes it is right.
+
+    Attributes:
+        exported: the graph.
+        example: the inputs as the caller passes them, and what their dims turned out to be.
+        sizes: what torch's symbols mean.
+        ranges: for each role that varies the smallest and the largest size.
+        notes: what the caller should know.
+        about_one: the first line that does something else for one sequence.
+    """
 
     exported: ExportedProgram
+    example: Example
     sizes: Sizes
     ranges: dict[str, Range]
     notes: tuple[str, ...]
+    about_one: SourceLocation | None = None
+
+    def program(self, call: FlatCall, name: str = "") -> Program:
+        """The graph as a program of ours."""
+        return Importer(self.exported, call, self.sizes.symbols).program(name)
+
+    def few(self, call: FlatCall) -> Few:
+        """What tries small sizes by numbers."""
+        return Few(call, self.exported, self.example, self.sizes)
+
+    def with_range(self, role: str, found: Range | None, notes: tuple[str, ...]) -> _Captured:
+        """The same for another range of sizes, with more notes."""
+        ranges = self.ranges if found is None else {**self.ranges, role: found}
+        return replace(self, ranges=ranges, notes=(*self.notes, *notes))
+
+
+def _traced(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captured:
+    """The model as a graph of ops that have rules, for the sizes that torch is sure of."""
+    with unchanged(call.model), huggingface.prepared(call.model):
+        found = _settled(call, example, notes)
+        with _tracing():
+            return replace(found, exported=known_ops_only(written_out(found.exported)))
+
+
+@contextlib.contextmanager
+def _called(call: FlatCall) -> Iterator[None]:
+    """The surroundings in which the user calls the model."""
+    with unchanged(call.model), huggingface.without_cache(call.model):
+        yield
+
+
+def _from_one_sequence(
+    call: FlatCall, example: Example, found: _Captured, by_numbers: bool
+) -> _Captured:
+    """The program for one sequence and more, where one is computed alike; else for the example's.
+
+    Where weights may not be used, one sequence is computed alike if its graph is the same.
+    """
+    low, high = found.ranges.get(BATCH, (1, None))
+    if low == 1:
+        return found
+    if by_numbers and has_data(call.model):
+        with _called(call):
+            range_, notes = found.few(call).smallest(BATCH, found.ranges)
+    else:
+        range_, notes = (1, high), ()
+        alone = _traced(call, found.example.of_one_sequence(), ())
+        if low > 2 or not same_for_one_sequence(found.program(call), alone.program(call)):
+            range_ = (low, high)
+            notes = (_OTHER_GRAPH,)
+    where = f"{found.about_one.short}: " if found.about_one else ""
+    if range_ == (1, high) or example.batch != 1:
+        return found.with_range(BATCH, range_, tuple(where + note for note in notes))
+    notes = (*found.notes, f"{where}{_FIXES[BATCH]}, 1")
+    return _traced(call, found.example.fixed(BATCH), notes)
+
+
+_OTHER_GRAPH = (
+    f"{refused(BATCH, 1)}: its graph is another one, and without weights the two cannot be "
+    "compared by numbers"
+)
+
+
+def _compared(call: FlatCall, found: _Captured) -> _Captured:
+    """The program, down to the shortest sequences, once it is known to be the model's."""
+    with _called(call):
+        notes = compare(call, found.exported)
+        found = replace(found, notes=(*found.notes, *notes))
+        if any(note.startswith(NOT_COMPARED) for note in notes):
+            return found
+        return found.with_range(SEQUENCE, *found.few(call).smallest(SEQUENCE, found.ranges))
 
 
 def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captured:
@@ -127,10 +187,11 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
             return _settled(call, example.fixed(BATCH), (*notes, where + note))
     sizes = read_sizes(exported, tried)
     ranges, fixed = _ranges(exported, tried, sizes, lines)
-    if BATCH in ranges and example.batch == 1 < ranges[BATCH][0]:
+    if BATCH in ranges and example.batch == 1 and ranges[BATCH][0] > FEW:
         fixed.append(BATCH)  # the example itself is computed in another way
+    about_one = lines.about_one(sizes.names, BATCH)
     if not fixed and not sizes.loose:
-        return _Captured(exported, sizes, ranges, notes)
+        return _Captured(exported, example.with_roles_of(tried), sizes, ranges, notes, about_one)
     for role in fixed:
         line = lines.first(tried.dims_of(role)) or lines.about_one(sizes.names, role)
         number = example.batch if role == BATCH else example.length

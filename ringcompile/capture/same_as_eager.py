@@ -47,14 +47,18 @@ _PADDING = (
     "model does; at all others the same"
 )
 Change = Callable[[torch.Tensor], torch.Tensor]
+Kept = list[tuple[fx.Node, torch.Tensor]]
 
 
-def compare(call: FlatCall, exported: ExportedProgram) -> tuple[str, ...]:
+def compare(
+    call: FlatCall, exported: ExportedProgram, keep: Kept | None = None
+) -> tuple[str, ...]:
     """Run the example through the model and through the captured graph.
 
     Args:
         call: the model and its example, in the surroundings in which the user calls it.
         exported: what was captured of it.
+        keep: gets the value of each node of it.
 
     Returns:
         Notes: why the comparison could not be made.
@@ -62,7 +66,7 @@ def compare(call: FlatCall, exported: ExportedProgram) -> tuple[str, ...]:
     Raises:
         RingCompileError: they differ by more than rounding explains; at the layer and its line.
     """
-    if not _has_data(call.model):
+    if not has_data(call.model):
         return (f"{NOT_COMPARED}: its weights are not loaded",)
     with torch.no_grad(), _data_kept(call.model):
         try:
@@ -70,7 +74,7 @@ def compare(call: FlatCall, exported: ExportedProgram) -> tuple[str, ...]:
         except Exception as error:  # whatever the user's code raises
             said = (str(error).strip().splitlines() or [""])[0][:200]
             return (f"{NOT_COMPARED}, which raises {type(error).__name__}: {said}",)
-        found = run_captured(call, exported)
+        found = run_captured(call, exported, keep=keep)
         _check_forms(call.structure, structure, found, expected)
         if _differ(found, expected) is None:
             return ()
@@ -84,7 +88,8 @@ def compare(call: FlatCall, exported: ExportedProgram) -> tuple[str, ...]:
         raise _parted(call, exported, worst)
 
 
-def _has_data(model: nn.Module) -> bool:
+def has_data(model: nn.Module) -> bool:
+    """Whether a model's weights are loaded."""
     tensors = [*model.parameters(), *model.buffers()]
     return not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
 
@@ -102,7 +107,7 @@ def _called(call: FlatCall) -> tuple[Structure, list[torch.Tensor]]:
 
 def run_captured(
     call: FlatCall, exported: ExportedProgram, change: Change | None = None,
-    keep: list[tuple[fx.Node, torch.Tensor]] | None = None,
+    keep: Kept | None = None,
 ) -> list[torch.Tensor]:
     """What the captured graph returns; `keep` gets the value of each node."""
     torch.manual_seed(0)
@@ -121,8 +126,7 @@ def run_captured(
 
 class _Interpreter(fx.Interpreter):
     def __init__(
-        self, graph_module: fx.GraphModule, change: Change | None,
-        keep: list[tuple[fx.Node, torch.Tensor]] | None,
+        self, graph_module: fx.GraphModule, change: Change | None, keep: Kept | None
     ) -> None:
         super().__init__(graph_module)
         self.change, self.keep = change, keep
@@ -247,7 +251,7 @@ def _check_forms(
 
 def _parted(call: FlatCall, exported: ExportedProgram, worst: _Difference) -> RingCompileError:
     """The error at the first layer that gives something else than it does when it is called."""
-    keep: list[tuple[fx.Node, torch.Tensor]] = []
+    keep: Kept = []
     run_captured(call, exported, keep=keep)
     layers = [(location_of(node), tensor) for node, tensor in keep]
     location = _first_other(call, layers) or layers[-1][0]

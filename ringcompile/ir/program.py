@@ -213,39 +213,42 @@ class Program:
 
     def checked(self, lengths: dict[str, int]) -> dict[str, int]:
         """The lengths, and those of a rank's share; raises RingCompileError for what cannot be."""
-        low, high = self.length_range
-        length = lengths.get(SEQUENCE)
-        if length is not None and (length < low or (high is not None and length > high)):
-            raise RingCompileError(
-                f"sequence length {length} is outside {low}..{high if high is not None else ''}",
-                hint=_why_range(self.notes, length, low),
-            )
-        low, high = self.batch_range
-        batch = lengths.get(BATCH)
-        if batch is not None and (batch < low or (high is not None and batch > high)):
-            raise RingCompileError(
-                f"a batch of {batch} is outside {low}..{high if high is not None else ''}",
-                hint="the model's own code fixes this range",
-            )
+        length, batch = lengths.get(SEQUENCE), lengths.get(BATCH)
         if batch is not None and batch % self.batch_multiple:
             raise RingCompileError(
                 f"a batch of {batch} has no two halves",
                 hint="pass an even batch, or compile without --overlap halves",
             )
+        _check_range(self.length_range, length, _LENGTHS, self.notes)
+        _check_range(self.batch_range, batch, _BATCHES, self.notes)
         if self.sequence is not None:
             lengths.update(self.sequence.bindings(length))
         return lengths
 
 
-def _why_range(notes: Iterable[str], length: int, low: int) -> str:
-    """Why a length cannot be, as far as notes say it."""
-    few = ("one token alone is refused", f"{low - 1} tokens alone are refused")
-    of_few = [note for note in notes if length < low and note.startswith(few)]
-    if of_few:
-        return of_few[0]
-    if length == 1 and low == 2:
-        return "it was not tried at capture whether one token alone is computed alike"
-    return "the model's own code fixes this range (a position table, or a guard)"
+# What a size is called; one of it; several; why else a range begins at 2; what else fixes it.
+_FIXED = "the model's own code fixes this range ({})"
+_LENGTHS = ("sequence length {}", "one token", "{} tokens",
+            "it was not tried at capture whether one token alone is computed alike",
+            _FIXED.format("a position table, or a guard"))
+_BATCHES = ("a batch of {}", "one sequence", "{} sequences",
+            _FIXED.format("a guard"), _FIXED.format("a guard"))
+
+
+def _check_range(
+    range_: tuple[int, int | None], size: int | None, words: tuple[str, ...], notes: Iterable[str]
+) -> None:
+    """Raise RingCompileError, with why that is so as far as notes say it, for what cannot be."""
+    low, high = range_
+    if size is None or (low <= size and (high is None or size <= high)):
+        return
+    name, one, several, not_tried, fixed = words
+    few = (f"{one} alone is refused", f"{several.format(low - 1)} alone are refused")
+    said = [note for note in notes if size < low and any(text in note for text in few)]
+    hint = next(iter(said), not_tried if (size, low) == (1, 2) else fixed)
+    raise RingCompileError(
+        f"{name.format(size)} is outside {low}..{'' if high is None else high}", hint=hint
+    )
 
 
 def _match(
