@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ringcompile.generation import generate
     from ringcompile.kernel_extension import register_kernel
     from ringcompile.parallel_program import ParallelProgram
+    from ringcompile.parallelize import parallelize
     from ringcompile.planning import plan, simulate
     from ringcompile.session import Session
     from ringcompile.tokenwise import tokenwise
@@ -40,6 +41,7 @@ __all__ = [
     "check",
     "generate",
     "load",
+    "parallelize",
     "plan",
     "register_kernel",
     "register_op",
@@ -59,6 +61,7 @@ _MODULES = {
     "check": "ringcompile.compiler",
     "generate": "ringcompile.generation",
     "load": "ringcompile.compiler",
+    "parallelize": "ringcompile.parallelize",
     "plan": "ringcompile.planning",
     "register_kernel": "ringcompile.kernel_extension",
     "register_op": "ringcompile.extension",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ringcompile import artifact
 from ringcompile.capture.dims import Dims
@@ -28,6 +29,7 @@ from ringcompile.passes.halves import Halves
 from ringcompile.passes.keep import caches_of, may_prefill
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.schedule import Schedule
+from ringcompile.runtime.device_mesh import mesh_of
 
 
 def in_halves(program: Program, capacity: str = "exact") -> Program:
@@ -46,7 +48,7 @@ def in_halves(program: Program, capacity: str = "exact") -> Program:
 
 def transform(
     program: Program,
-    parallel: str | Mesh,
+    parallel: str | Mesh | DeviceMesh,
     *,
     plan: Plan | None = None,
     record: Mapping[str, Any] | None = None,
@@ -61,7 +63,8 @@ def transform(
 
     Args:
         program: from `capture`, or from `prepare`.
-        parallel: the parallel spec, such as "ring=4".
+        parallel: the parallel spec, such as "ring=4", or a torch `DeviceMesh` whose dims are named
+            by axes.
         plan: which weights are split, and where stages begin, as the user wants it; from
             `ir.plan.read_plan`.
         record: anything to keep with the artifact beside the options.
@@ -82,7 +85,7 @@ def transform(
             f"transform takes a captured program, not {type(program).__name__}: capture it first",
             hint="rc.transform(rc.capture(model, (example_input,)), spec)",
         )
-    mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
+    mesh = mesh_of(parallel)
     chosen = with_plan(Options.of(options), plan)
     told = plan.told("tp") if plan else None
     done = NUM_COMMON if RecognizeMasks.name in program.passes else 0
@@ -150,7 +153,7 @@ def _loaded(found: artifact.Artifact) -> ParallelProgram:
 
 def check(
     model: Program | nn.Module,
-    parallel: str | Mesh,
+    parallel: str | Mesh | DeviceMesh,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -167,7 +170,7 @@ def check(
         dims: likewise.
         options: as for `transform`.
     """
-    mesh = Mesh.parse(parallel) if isinstance(parallel, str) else parallel
+    mesh = mesh_of(parallel)
     name = model.name if isinstance(model, Program) else type(model).__name__
     try:
         program = model if isinstance(model, Program) else capture(

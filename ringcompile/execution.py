@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,14 @@ from ringcompile.options import BACKENDS, TRIES
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.batches import joined
 from ringcompile.runtime.data import name_inputs
+from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
+from ringcompile.runtime.join import in_job, join_torchrun
 from ringcompile.runtime.launcher import LocalRanks, LocalRun
 from ringcompile.runtime.outputs import Keep, positions_of
+
+# What becomes of a run's outputs.
+OUTPUTS = ("whole", "local")
 
 
 @dataclass(frozen=True)
@@ -88,27 +94,29 @@ def run(
     Args:
         parallel: what `transform` or `load` returned.
         inputs: by name, or in order.
-        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each).
+        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each). In a
+            job of torchrun's, or where a process group is initialised, this process is one of its
+            ranks, and all ranks call `run` with the same inputs.
         last: compute outputs for so many last positions of the sequence only; hidden states of
             other positions do not go through the head.
         outputs: "whole" puts outputs together; "local" leaves each rank its share.
 
     Returns:
         whole outputs, nested as the model returns them; with "local" a list with a `Share` for each
-        rank.
+        rank. In a job rank 0 has whole outputs and other ranks None; with "local" each rank has a
+        list with its own `Share`.
 
     Raises:
         RingCompileError: inputs that do not fit, or ranks that fail or do not join.
     """
-    for value, known, what in (
-        (backend, BACKENDS, "backend"), (outputs, ("whole", "local"), "form of outputs")
-    ):
-        if value not in known:
-            raise RingCompileError(f"unknown {what} '{value}'", hint=f"one of: {', '.join(known)}")
+    check_choice("backend", backend, BACKENDS)
+    check_choice("form of outputs", outputs, OUTPUTS)
     if last is not None and last < 1:
         raise RingCompileError(f"last={last}: it must be at least 1")
     parallel.ensure_verified()
     keep, whole = Keep(last), outputs == "whole"
+    if backend != "lockstep" and in_job():
+        return _in_job(parallel, inputs, backend, keep, whole)
     if backend == "lockstep":
         done = run_lockstep(
             parallel.ranks(), parallel.mesh, parallel.source, inputs, keep=keep, whole=whole
@@ -121,19 +129,47 @@ def run(
     if whole:
         return found
     return [
-        _share(program, rank, runs[rank], dealt.lengths, last)
+        share_of_rank(program, rank, runs[rank], dealt.lengths, last)
         for rank, program in enumerate(parallel.ranks())
     ]
 
 
-def _share(
-    program: Program, rank: int, runs: Any, lengths: dict[str, int], last: int | None
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise RingCompileError for a value that is none of those there are."""
+    if value not in known:
+        raise RingCompileError(f"unknown {what} '{value}'", hint=f"one of: {', '.join(known)}")
+
+
+def share_of_rank(
+    program: Program, rank: int, runs: Any, lengths: dict[str, int], last: int | None = None
 ) -> Share:
+    """What a rank has of the outputs of a run.
+
+    Args:
+        program: that rank's.
+        rank: which.
+        runs: its share of every output, of each of its microbatches.
+        lengths: of the run.
+        last: the number of last positions that were kept; None for all.
+    """
     rows = [positions_of(program, type_of(node), lengths, last) for node in program.outputs]
     if not program.outputs:
         return Share(rank, (), ())
     build = program.output_structure.build
     return Share(rank, build(joined(program, runs, lengths)), build(rows))
+
+
+def _in_job(
+    parallel: ParallelProgram, inputs: Any, backend: str, keep: Keep, whole: bool
+) -> Any:
+    """This rank's part of a run in the job that it is in."""
+    rank = join_torchrun(parallel.mesh, backend=backend)
+    session = Session(parallel, rank, check_inputs=True)
+    done = session.run(inputs, keep)
+    if whole:
+        return session.assemble(done, keep)
+    runs, lengths = done.microbatches, done.dealt.lengths
+    return [share_of_rank(session.program, rank.index, runs, lengths, keep.last)]
 
 
 def _on_processes(

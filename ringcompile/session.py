@@ -18,7 +18,7 @@ from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.cache import token_dim
 from ringcompile.runtime.carried import Driver, JobDriver, LockStepDriver, ProcessDriver
 from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.join import join_torchrun, under_torchrun
+from ringcompile.runtime.join import in_job, join_torchrun
 
 # What runs the ranks.
 _DRIVERS: dict[str, Callable[..., Driver]] = {
@@ -34,9 +34,10 @@ _DRIVERS: dict[str, Callable[..., Driver]] = {
 def _processes(parallel: ParallelProgram, backend: str) -> Driver:
     """A process for each rank, which reads its program and weights from an artifact.
 
-    Under torchrun the processes are there already: this one is a rank of its job.
+    Under torchrun, or where the caller has initialised a process group, the processes are there
+    already: this one is a rank of the job.
     """
-    if under_torchrun():
+    if in_job():
         rank = join_torchrun(parallel.mesh, backend=backend)
         return JobDriver(parallel.with_cache(), rank, parallel.prefill)
     prompts = None if parallel.prefill is None else load_prefill

@@ -16,7 +16,7 @@ FLOORS = [
     {"cli"},
     {"commands"},
     {"calibration", "planning", "prompts"},
-    {"generation"},
+    {"generation", "parallelize"},
     {"execution", "session", "view"},
     {"stages"},
     {"numerics"},

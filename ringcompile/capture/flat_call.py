@@ -23,7 +23,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Structure
 
 # What a graph may hold as it is.
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _CACHE_HINT = "call it with use_cache=False"
 
 
@@ -58,10 +58,10 @@ class FlatCall(nn.Module):
         self.model = model
         self.training = model.training
         self._arguments = (args, dict(kwargs))
-        named = _named_arguments(model, args, kwargs)
+        named = named_arguments(signature_of(model), args, kwargs)
         # Strides would be taken for a property of the model, and fix its length.
         self.example = {
-            name: tensor.contiguous() for name, tensor in _with_names(named) if tensor is not None
+            name: tensor.contiguous() for name, tensor in with_names(named) if tensor is not None
         }
         self._result = _Result()
         self.forward = _with_signature(self._call, self.example)
@@ -81,7 +81,7 @@ class FlatCall(nn.Module):
     def arguments(self, *tensors: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the example with other tensors, which come in the order of `example`."""
         rest = iter(tensors)
-        args, kwargs = _rebuilt(self._arguments, lambda _: next(rest))
+        args, kwargs = rebuilt(self._arguments, lambda _: next(rest))
         return args, kwargs
 
 
@@ -140,20 +140,49 @@ def _is_cache(value: Any) -> bool:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _named_arguments(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """How a model is called.
+
+    Attributes:
+        name: the model's class, for errors.
+        forward: the signature of its forward.
+    """
+
+    name: str
+    forward: inspect.Signature
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        """The arguments by parameter.
+
+        Raises:
+            RingCompileError: forward does not take them.
+        """
+        try:
+            return self.forward.bind(*args, **kwargs)
+        except TypeError as error:
+            raise RingCompileError(
+                f"the arguments do not fit {self.name}.forward: {error}",
+                hint="pass the arguments that the model is called with",
+            ) from None
+
+
+def signature_of(model: nn.Module) -> Signature:
+    """How a model is called."""
+    return Signature(type(model).__name__, inspect.signature(model.forward))
+
+
+def named_arguments(
+    signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[tuple[str, Any]]:
-    """Arguments in the order in which they were passed, each by its name in the signature."""
-    try:
-        signature = inspect.signature(model.forward)
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise RingCompileError(
-            f"the example inputs do not fit {type(model).__name__}.forward: {error}",
-            hint="pass the arguments that the model is called with",
-        ) from None
+    """Arguments in the order in which they were passed, each by its name in the signature.
+
+    Raises:
+        RingCompileError: forward does not take them.
+    """
+    signature.bind(args, kwargs)
     names: list[str] = []
-    for parameter in signature.parameters.values():
+    for parameter in signature.forward.parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL:
@@ -161,7 +190,7 @@ def _named_arguments(
     return [*zip(names, args, strict=False), *kwargs.items()]
 
 
-def _with_names(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+def with_names(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in arguments, each with a name that is an identifier and has not been used."""
     taken: set[str] = set()
     for path, tensor in _tensors(named):
@@ -177,19 +206,23 @@ def _tensors(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tens
     for name, value in named:
         if torch.is_tensor(value):
             yield name, value
-        elif (inner := _children(value, name)) is not None:
+        elif (inner := children(value, name)) is not None:
             yield from _tensors((f"{name}_{key}", child) for key, child in inner)
 
 
-def _children(value: Any, name: str = "") -> Iterable[tuple[Any, Any]] | None:
-    """What a container of arguments holds, with keys; None of a constant."""
+def children(value: Any, name: str = "") -> Iterable[tuple[Any, Any]] | None:
+    """What a container of arguments holds, with keys; None of a constant.
+
+    Raises:
+        RingCompileError: an object of another kind that holds tensors.
+    """
     if isinstance(value, Mapping):
         return value.items()
     if isinstance(value, tuple | list):
         return enumerate(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-    held = () if isinstance(value, _CONSTANTS) else getattr(value, "__dict__", {}).values()
+    held = () if isinstance(value, CONSTANTS) else getattr(value, "__dict__", {}).values()
     if any(map(torch.is_tensor, held)):
         raise RingCompileError(
             f"the argument '{name}' is a {type(value).__name__}, which holds tensors",
@@ -198,21 +231,21 @@ def _children(value: Any, name: str = "") -> Iterable[tuple[Any, Any]] | None:
     return None
 
 
-def _rebuilt(value: Any, exchange: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def rebuilt(value: Any, exchange: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The same arguments with each tensor exchanged, in the order of `_tensors`."""
     if torch.is_tensor(value):
         return exchange(value)
-    if _children(value) is None:
+    if children(value) is None:
         return value
     if isinstance(value, Mapping):
-        made = {key: _rebuilt(child, exchange) for key, child in value.items()}
+        made = {key: rebuilt(child, exchange) for key, child in value.items()}
         return made if type(value) is dict else type(value)(made)  # type: ignore[call-arg]
     if isinstance(value, tuple | list):
-        items = [_rebuilt(child, exchange) for child in value]
+        items = [rebuilt(child, exchange) for child in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     fields = dataclasses.fields(value)
     return dataclasses.replace(
-        value, **{f.name: _rebuilt(getattr(value, f.name), exchange) for f in fields}
+        value, **{f.name: rebuilt(getattr(value, f.name), exchange) for f in fields}
     )
 
 

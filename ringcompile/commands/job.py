@@ -18,7 +18,7 @@ from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.batches import deal
 from ringcompile.runtime.distributed import Session
 from ringcompile.runtime.inprocess import run_lockstep
-from ringcompile.runtime.join import JOIN_TIMEOUT, join_torchrun, pick_backend, under_torchrun
+from ringcompile.runtime.join import JOIN_TIMEOUT, in_job, join_torchrun, pick_backend
 from ringcompile.runtime.launcher import LocalRanks
 from ringcompile.runtime.outputs import Keep, Summary, combined, shape_of
 
@@ -82,7 +82,7 @@ def run_job(
         RingCompileError: a wrong number of ranks, inputs that do not fit, ranks that fail.
     """
     parallel.ensure_verified()
-    if under_torchrun():
+    if in_job():
         return _under_torchrun(parallel, inputs, job)
     if job.backend == "lockstep":
         return _in_lockstep(parallel, inputs, job)

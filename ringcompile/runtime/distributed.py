@@ -242,21 +242,30 @@ class Session:
         mine = to_numbers(run.summaries, len(self.last.outputs))
         return [[from_numbers(row)] for row in self.exchange.everyones(mine)]
 
-    def assemble(self, run: RankRun, keep: Keep = EVERYTHING) -> Any:
-        """Whole outputs, nested as the model returned them, on rank 0; None on the others."""
+    def assemble(
+        self, run: RankRun, keep: Keep = EVERYTHING, everywhere: bool = False
+    ) -> Any:
+        """Whole outputs, nested as the model returned them, on rank 0; None on the others.
+
+        Args:
+            run: what this rank kept; all ranks call it.
+            keep: as for `run`.
+            everywhere: give all ranks the whole outputs.
+        """
         microbatches = [
-            self._collected(share, [hand[i] for hand in run.dealt.hands], keep.last)
+            self._collected(share, [hand[i] for hand in run.dealt.hands], keep.last, everywhere)
             for i, share in enumerate(run.microbatches)
         ]
-        if self.rank.index != 0:
+        if self.rank.index != 0 and not everywhere:
             return None
         everyones = list(zip(*microbatches, strict=True))
         return whole_outputs(self.last, everyones, run.dealt, keep.last)
 
     def _collected(
-        self, share: tuple[torch.Tensor, ...], parts: Sequence[Part], last: int | None
+        self, share: tuple[torch.Tensor, ...], parts: Sequence[Part], last: int | None,
+        everywhere: bool,
     ) -> list[tuple[torch.Tensor, ...]]:
-        """Every rank's share of every output of a microbatch, on rank 0.
+        """Every rank's share of every output of a microbatch, on rank 0 or on all.
 
         Ranks that return nothing take part with an empty tensor; what all hold whole stays where
         it is. Replicas may differ by a sequence: all bring as much as the largest of them.
@@ -278,11 +287,11 @@ class Session:
             flat[: mine.numel()] = mine.reshape(-1)
             everyones = [
                 x[: math.prod(shape)].reshape(shape)
-                for rank, x in enumerate(self.exchange.collect(flat))
+                for rank, x in enumerate(self.exchange.collect(flat, everywhere))
                 for shape in [shapes[self.mesh.coordinates(rank).get("dp", 0)]]
             ]
             columns.append(everyones if rows is None else rows.cut(everyones))
-        return list(zip(*columns, strict=True)) if self.rank.index == 0 else []
+        return list(zip(*columns, strict=True)) if self.rank.index == 0 or everywhere else []
 
     def _shape_of(self, node: fx.Node, part: Part, rows: Any) -> list[int]:
         """Of a rank's share of an output, padded where ranks hold unlike numbers of rows."""

@@ -74,7 +74,7 @@ class Exchange:
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.rank.index)
-        self.groups = _axis_groups(self.mesh, self.joined)
+        self.groups = _axis_groups(self.mesh, self.joined, self.rank)
         if self.check and self.groups:
             along = {axis: self.mesh.group_of(self.rank.index, axis) for axis in self.groups}
             self.stamps = Stamps(self.rank, along, self.locations)
@@ -200,15 +200,24 @@ class Exchange:
             location=self.locations.get(node), node=node or None,
         )
 
-    def collect(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, of the same type, on rank 0; nothing on the others."""
+    def collect(self, tensor: torch.Tensor, everywhere: bool = False) -> list[torch.Tensor]:
+        """Every rank's tensor, of the same type, on rank 0; nothing on the others.
+
+        Args:
+            tensor: this rank's.
+            everywhere: give it to all ranks.
+        """
         everyone = range(self.rank.world_size)
         if len(everyone) == 1:
             return [tensor]
         tensor = tensor.contiguous()
-        pieces = [torch.empty_like(tensor) for _ in everyone] if self.rank.index == 0 else None
+        takes = everywhere or self.rank.index == 0
+        pieces = [torch.empty_like(tensor) for _ in everyone] if takes else None
         with self._meeting(everyone, "collecting outputs", "", tensor.nbytes):
-            dist.gather(tensor, pieces, dst=0)
+            if everywhere:
+                dist.all_gather(pieces, tensor)
+            else:
+                dist.gather(tensor, pieces, dst=0)
         return pieces or []
 
     def everyones(self, values: Sequence[float]) -> list[list[float]]:
@@ -274,14 +283,15 @@ BY_KIND: dict[str, Callable[[Collective, dist.ProcessGroup], Any]] = {
 }
 
 
-def _axis_groups(mesh: Mesh, joined: Iterable[str]) -> dict[str, dist.ProcessGroup | None]:
+def _axis_groups(
+    mesh: Mesh, joined: Iterable[str], rank: Rank
+) -> dict[str, dist.ProcessGroup | None]:
     """A group along each axis that has peers, and along each of these combinations."""
     axes = [axis for axis, size in mesh.across if size > 1]
     if not axes:
         return {}
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     names, sizes = zip(*mesh.across, strict=True)
-    devices = init_device_mesh(device, sizes, mesh_dim_names=names)
+    devices = rank.devices or init_device_mesh(rank.device.type, sizes, mesh_dim_names=names)
     groups: dict[str, dist.ProcessGroup | None] = {
         axis: devices.get_group(axis) for axis in axes
     }

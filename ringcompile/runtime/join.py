@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from ringcompile.errors import RingCompileError
@@ -44,6 +45,7 @@ class Rank:
         device: where its tensors live.
         state: what a call wants to keep in the process for the next call.
         timeout: seconds that it waits for another rank in one exchange.
+        devices: the caller's device mesh, whose process groups are used; None to make groups.
     """
 
     index: int
@@ -51,6 +53,7 @@ class Rank:
     device: torch.device
     state: Any = None
     timeout: float = EXCHANGE_TIMEOUT
+    devices: DeviceMesh | None = None
 
 
 def pick_backend(backend: str, num_ranks: int) -> str:
@@ -116,6 +119,11 @@ def under_torchrun() -> bool:
     return os.environ.keys() >= _TORCHRUN
 
 
+def in_job() -> bool:
+    """Whether this process is a rank: of a launcher's job, or of a process group that is there."""
+    return dist.is_initialized() or under_torchrun()
+
+
 def join_torchrun(
     mesh: Mesh,
     *,
@@ -125,9 +133,14 @@ def join_torchrun(
 ) -> Rank:
     """Join the job that `torchrun`, or whatever set its variables, started this process for.
 
+    A process group that the caller has initialised is taken as it is, with its backend.
+
     Raises:
         RingCompileError: there is no job, it has another size than the mesh, or ranks are missing.
     """
+    if dist.is_initialized():
+        check_world_size(mesh, dist.get_world_size())
+        return Rank(dist.get_rank(), dist.get_world_size(), _device_in_use(), timeout=timeout)
     if not under_torchrun():
         raise RingCompileError(
             f"no job to join: {', '.join(sorted(_TORCHRUN - os.environ.keys()))} not set",
@@ -137,8 +150,6 @@ def join_torchrun(
     check_world_size(mesh, world_size)
     local = int(os.environ.get("LOCAL_RANK", index))
     picked = pick_backend(backend, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    if dist.is_initialized():
-        return Rank(index, world_size, _device(picked, local), timeout=timeout)
     try:
         store = _job_store(index, world_size, timedelta(seconds=join_timeout))
     except (RuntimeError, ValueError) as error:
@@ -294,6 +305,12 @@ def _given_up(store: Store) -> list[int]:
             f"the job's store, which rank 0 holds, is gone: {first_line(error)}",
             hint="see what rank 0 reports",
         ) from error
+
+
+def _device_in_use() -> torch.device:
+    """Where the process group that is there exchanges tensors: its current GPU over NCCL."""
+    over_nccl = "cuda:nccl" in str(dist.get_backend_config()) and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if over_nccl else torch.device("cpu")
 
 
 def _device(backend: str, local: int) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,6 +54,17 @@ def test_quickstart(
     assert capsys.readouterr().out == (
         f"next token: {word!r}\nperplexity of the text: {perplexity:.2f}\n"
     )
+
+
+def test_the_module_itself_under_torchrun(checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "examples/parallelize.py", str(checkpoint), TEXT],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"next token: {expected(checkpoint)[0]!r}\n"
 
 
 def test_a_prompt_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
