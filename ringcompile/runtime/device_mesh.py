@@ -1,4 +1,4 @@
-"""torch's own device mesh as a parallel plan: `init_device_mesh("cuda", (4, 2), ("ring", "tp"))`."""
+"""torch's own device mesh as a parallel plan: dims that are named `ring` and `tp`."""
 
 from __future__ import annotations
 

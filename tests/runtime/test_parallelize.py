@@ -51,8 +51,8 @@ ERRORS = {
     "other_inputs": "error: rank 1 got other inputs than rank 0\n"
     "  hint: start all ranks with the same inputs",
     "other_flag": "error: the argument 'scale' is 2.0 in this call, and 1.0 in the example that "
-    "the model was captured with\n  hint: only tensors may change from call to call; parallelize the "
-    "model again for other flags and numbers",
+    "the model was captured with\n  hint: only tensors may change from call to call; parallelize "
+    "the model again for other flags and numbers",
     "a_tensor_for_none": "error: the argument 'mask' is a tensor, or missing in this call, and "
     "None in the example that the model was captured with\n  hint: only",
     "unknown_argument": "error: the arguments do not fit Tiny.forward: got an unexpected keyword "
