@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Callable
@@ -241,3 +242,30 @@ def test_configs_are_as_before() -> None:
     with pytest.raises(ZeroDivisionError), prepared(model):
         _ = 1 / 0
     assert settings() == before
+
+
+@pytest.mark.parametrize("kind", [Gemma2ForCausalLM, GptOssForCausalLM])
+def test_one_sequence_is_exported_once_for_any_batch(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks for one sequence only to leave out what changes nothing for one."""
+    module = importlib.import_module("ringcompile.capture.export")
+    calls: list[Any] = []
+    original = module.export
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "export", counted)
+    model = kind(kind.config_class(**SIZES)).eval()
+    ids = torch.arange(13)[None]
+    program = capture(model, (ids,))
+    assert len(calls) == 1
+    assert [str(spec.type) for spec in program.inputs] == ["i64[b, s]"]
+    assert program.batch_range == (1, None)
+    parallel = transform(program, "dp=2,ring=2")
+    given = torch.arange(3 * 11).reshape(3, 11) % 50
+    found = run(parallel, (given,)).outputs
+    with torch.no_grad():
+        assert difference(found["logits"], model(given).logits) < 1e-5

@@ -5,13 +5,19 @@ keep attention one op with un-expanded key/value heads, write the mask out from 
 it can be read from the graph, and put every token through its own experts row by row, without
 control flow that depends on data. Attention and mask belong together: attention alone would lose
 the mask.
+
+Masks are made for several sequences from positions that are the same for all. transformers expands
+these only where there are several, and so asks how many there are; while a model is captured they
+are expanded always, which is the same for one, and one program serves any batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -44,12 +50,41 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for config, name, value in saved:
             kept = name == "_attn_implementation" and id(config) in by_hand
             setattr(config, name, value if kept else _SETTINGS[name])
-        yield
+        with _positions_of_all_sequences():
+            yield
     finally:
         for registry, _ in registries:
             type(registry)._global_mapping.pop(_NAME, None)
         for config, name, value in saved:
             setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _positions_of_all_sequences() -> Iterator[None]:
+    """While inside, masks are made from positions [B,S], also where models give [1,S]."""
+    from transformers import masking_utils
+
+    original: Any = masking_utils._preprocess_mask_arguments
+    masking_utils._preprocess_mask_arguments = _with_all_positions(original)
+    try:
+        yield
+    finally:
+        masking_utils._preprocess_mask_arguments = original
+
+
+def _with_all_positions(function: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        positions = bound.arguments.get("position_ids")
+        if positions is not None and isinstance(positions.shape[0], int) and positions.dim() == 2:
+            batch = bound.arguments["inputs_embeds"].shape[0]
+            bound.arguments["position_ids"] = positions.expand(batch, -1)
+        return function(*bound.args, **bound.kwargs)
+
+    return called
 
 
 @contextlib.contextmanager
