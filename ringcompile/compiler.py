@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -29,6 +29,7 @@ from ringcompile.passes.halves import Halves
 from ringcompile.passes.keep import caches_of, may_prefill
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.schedule import Schedule
+from ringcompile.passes.split_pipeline import starts_of
 from ringcompile.runtime.device_mesh import mesh_of
 
 
@@ -90,24 +91,41 @@ def transform(
     told = plan.told("tp") if plan else None
     done = NUM_COMMON if RecognizeMasks.name in program.passes else 0
 
-    def compiled(**which: bool) -> Program:
-        front = front_passes(mesh, chosen, told, checked, **which)
+    def compiled(options: Options, **which: bool) -> Program:
+        front = front_passes(mesh, options, told, checked, **which)
         front[NUM_COMMON:NUM_COMMON] = passes
         return Pipeline(front[done:], observe, check).run(with_origin(program))
 
-    placed = compiled()
+    placed = compiled(chosen)
     placed = placed.with_graph(placed.graph, microbatches=chosen.microbatches)
     if chosen.length is not None:
         placed = placed.with_graph(placed.graph, lengths=_lengths(placed, chosen.length))
     kept = {"parallel": str(mesh), **Options.of(options).record(), **(record or {})}
     made = ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
     if chosen.cache is not None:
-        next_tokens = compiled(carried=True)
+        next_tokens = compiled(chosen, carried=True)
         made.carried = ParallelProgram(next_tokens, mesh, kept, observe, check=check)
-        prompt = compiled(prefill=True) if may_prefill(next_tokens) else None
-        if prompt is not None and caches_of(prompt) == caches_of(next_tokens):
+        prompt = _prompt(next_tokens, chosen, compiled)
+        if prompt is not None:
             made.prefill = ParallelProgram(prompt, mesh, kept, observe, check=check)
     return made
+
+
+def _prompt(
+    next_tokens: Program, options: Options, compiled: Callable[..., Program]
+) -> Program | None:
+    """The program that divides a prompt over `ring`; None where there is none.
+
+    It saves work only. Its stages have to keep the same layers' keys as those of the other program,
+    and a model may have no layer to cut both at.
+    """
+    if not may_prefill(next_tokens):
+        return None
+    try:
+        prompt = compiled(replace(options, stages=starts_of(next_tokens)), prefill=True)
+    except RingCompileError:
+        return None
+    return prompt if caches_of(prompt) == caches_of(next_tokens) else None
 
 
 def with_plan(options: Options, plan: Plan | None) -> Options:

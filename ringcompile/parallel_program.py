@@ -17,7 +17,6 @@ from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.crosscheck import cross_check
 from ringcompile.ir.origin import check_origin
 from ringcompile.ir.plan import Plan, plan_of
-from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.serialize import program_to_json
 from ringcompile.mesh import Mesh
@@ -26,6 +25,7 @@ from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.schedule import Schedule
+from ringcompile.passes.split_pipeline import starts_of
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -182,11 +182,7 @@ class ParallelProgram:
             return self._plan()
 
     def _plan(self) -> Plan:
-        firsts: dict[int, str] = {}
-        for node in self.program.graph.nodes:
-            if "stage" in node.meta and (layer := block_of(node)):
-                firsts.setdefault(node.meta["stage"], layer)
-        return plan_of(self.program, tuple(firsts[stage] for stage in sorted(firsts)[1:]))
+        return plan_of(self.program, starts_of(self.program))
 
     def save(
         self, folder: str | Path, *, overwrite: bool = False, sign_with: Path | None = None

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -32,38 +32,20 @@ from torch import fx
 from ringcompile.axes import KEEP_TOKENS, TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, map_values, operands, with_argument
-from ringcompile.ir.expr import (
-    LOCAL,
-    OWN,
-    SEQUENCE,
-    Size,
-    equal,
-    is_symbolic,
-    product,
-    simplify,
-    spelled,
-    symbol,
-    unbacked,
-)
-from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout, normalise
+from ringcompile.ir.expr import SEQUENCE, equal, is_symbolic, product, spelled, symbol
+from ringcompile.ir.layout import WHOLE, Atom
 from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.types import SequenceSplit, TensorType, accumulator_type, state_type
+from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
-from ringcompile.ops.slots import slots_of
-from ringcompile.passes.base import Builder, Pass, refuse
+from ringcompile.passes.base import Pass, refuse
 from ringcompile.passes.carried_dims import check_call, is_last, is_positions
+from ringcompile.passes.carry_attention import AttentionWriter, check_fixed_keys, splits_of
+from ringcompile.passes.carry_context import NEW, Carrying, of_tokens
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
 
 aten = torch.ops.aten
-_ATTENTION = op("attention")
-_NEW = symbol(SEQUENCE)
-
-
-def cache_name(what: str, attention: fx.Node) -> str:
-    """The name of a cache: of keys or of values, by the attention that first reads them."""
-    return f"cached_{what}_of_{attention.name}"
 
 
 def carried_mesh(mesh: Mesh) -> Mesh:
@@ -106,19 +88,12 @@ class Carry(Pass):
 
 class _Carrier:
     def __init__(self, program: Program, mesh: Mesh, capacity: int) -> None:
-        assert program.sequence is not None
-        self.program, self.mesh, self.capacity = program, mesh, capacity
-        self.length = program.sequence.length
-        self.axes = tuple(axis for axis in KEEP_TOKENS if mesh.size(axis) > 1)
-        self.ranks = mesh.size(",".join(self.axes)) if self.axes else 1
-        self.slots = slots_of(capacity, self.ranks)
-        self.builder = Builder()
-        self.state: dict[str, str] = {}
-        self.kept: dict[str, fx.Node] = {}
-        self.stored: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self.program, self.mesh = program, mesh
+        self.into = Carrying(program, mesh, capacity)
+        self.builder, self.attention = self.into.builder, AttentionWriter(self.into)
 
     def run(self) -> Program:
-        _check_length(self.program, self.capacity)
+        _check_length(self.program, self.into.capacity)
         for node in self.program.graph.nodes:
             self.builder.at(node)
             try:
@@ -127,10 +102,10 @@ class _Carrier:
                 raise refuse(node, error) from None
         return self.program.with_graph(
             placeholders_first(self.builder.graph),
-            state=self.state,
+            state=self.into.state,
             mesh=self.mesh,
-            sequence=SequenceSplit((), "contiguous", _NEW),
-            length_range=(1, self.capacity),
+            sequence=SequenceSplit((), "contiguous", NEW),
+            length_range=(1, self.into.capacity),
         )
 
     def _write(self, node: fx.Node) -> None:
@@ -142,38 +117,14 @@ class _Carrier:
         else:
             self.builder.output(tuple(map(self._output, self.program.outputs)))
 
-    # -- types: a share of time is the new tokens, all of time is the capacity ---------------------
-
-    def _size(self, size: Size) -> Size:
-        """A size of a value that is not split along time."""
-        if not is_symbolic(size):
-            return size
-        known = {_NEW: self.capacity, symbol(LOCAL): _NEW, symbol(OWN): _NEW}
-        return simplify(size.xreplace({s: known[s] for s in size.free_symbols if s in known}))
-
-    def _type(self, type_: Any) -> Any:
-        if isinstance(type_, tuple):
-            return tuple(map(self._type, type_))
-        shape, dims = [], []
-        for size, dim in zip(type_.shape, type_.layout.dims, strict=True):
-            atoms = [self._atom(atom) for atom in dim] or [Atom(self._size(size))]
-            shape.append(product(atom.size for atom in atoms))
-            dims.append(normalise(atoms))
-        return TensorType(type_.dtype, tuple(shape), Layout(tuple(dims), type_.layout.partial))
-
-    def _atom(self, atom: Atom) -> Atom:
-        if TIME not in atom.axes:
-            return Atom(self._size(atom.size), atom.axes, atom.sequence)
-        return Atom(_NEW, tuple(axis for axis in atom.axes if axis != TIME))
-
     # -- inputs and outputs ------------------------------------------------------------------------
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         """A weight as it is; of an input the new tokens, or all that there have been so far."""
         type_ = type_of(node)
-        new = self.builder.placeholder(node.name, self._type(type_))
+        new = self.builder.placeholder(node.name, self.into.type(type_))
         if node.name in self.program.placeholders and TIME not in type_.layout.axes:
-            long = [size for size in type_.shape if _of_tokens(size)]
+            long = [size for size in type_.shape if of_tokens(size)]
             if len(long) > 1:
                 raise RingCompileError(
                     f"input '{self.program.placeholders[node.name]}' holds pairs of tokens: "
@@ -181,45 +132,29 @@ class _Carrier:
                     hint="pass a mask of shape [batch, tokens]",
                 )
             if long:
-                self.state[new.name] = "history"
+                self.into.state[new.name] = "history"
         return new
 
     def _output(self, node: fx.Node) -> fx.Node:
-        if any(map(_of_tokens, type_of(self.builder.env[node]).shape)) or not any(
-            map(_of_tokens, type_of(node).shape)
+        if any(map(of_tokens, type_of(self.builder.env[node]).shape)) or not any(
+            map(of_tokens, type_of(node).shape)
         ):
             return self.builder.env[node]
         raise error_at(node, "an output is made of positions alone, for the whole sequence",
                        hint="return what is computed from tokens only")
-
-    def _state(self, name: str, kind: str, type_: TensorType) -> fx.Node:
-        """A placeholder for what a rank keeps, or is told, for every call; made once."""
-        if name not in self.kept:
-            self.kept[name] = self.builder.placeholder(name, type_)
-            self.state[self.kept[name].name] = kind
-        return self.kept[name]
-
-    def _of_call(self, kind: str, size: Size) -> fx.Node:
-        name = "used_places" if kind == "places" else f"new_{kind}"
-        return self._state(name, kind, TensorType.whole(torch.int64, (size,)))
-
-    @property
-    def positions(self) -> fx.Node:
-        """The positions of the new tokens."""
-        return self._of_call("positions", _NEW)
 
     # -- ops ---------------------------------------------------------------------------------------
 
     def _call(self, node: fx.Node) -> fx.Node:
         """The same op, on the new tokens or for all positions that there may be."""
         new = self.builder.copy(node)
-        new.meta["type"] = self._type(node.meta["type"])
+        new.meta["type"] = self.into.type(node.meta["type"])
         if node.target is operator.getitem:
             return new
         rule = check_call(node)
         self._check_table(node)
         new.args, new.kwargs = map_values(
-            (new.args, dict(new.kwargs)), lambda v: self._size(v) if is_symbolic(v) else v
+            (new.args, dict(new.kwargs)), lambda v: self.into.size(v) if is_symbolic(v) else v
         )
         if rule is not None and rule.shape_argument is not None:
             new.args, new.kwargs = with_argument(
@@ -232,9 +167,10 @@ class _Carrier:
         if node.target is not aten.embedding.default:
             return
         index, rows = Call(node)["indices"], type_of(Call(node)["weight"]).shape[0]
-        if is_positions(index) and isinstance(rows, int) and rows < self.capacity:
+        if is_positions(index) and isinstance(rows, int) and rows < self.into.capacity:
             raise error_at(
-                node, f"a cache for {self.capacity} tokens: the table of positions has {rows} rows",
+                node, f"a cache for {self.into.capacity} tokens: the table of positions has "
+                f"{rows} rows",
                 hint=f"pass a cache of {rows} tokens or fewer",
             )
 
@@ -243,13 +179,13 @@ class _Carrier:
         if TIME not in type_.layout.axes:
             return self._call(node)
         check_call(node)
-        here = self.positions
+        here = self.into.positions
         if call["step"] != 1:
             here = self.builder.call(aten.mul.Tensor, (here, call["step"]), type_of(here))
         if not equal(call["start"], 0):
             here = self.builder.call(aten.add.Tensor, (here, call["start"]), type_of(here))
         if type_.dtype != torch.int64:
-            here = self.builder.call(aten.to.dtype, (here, type_.dtype), self._type(type_))
+            here = self.builder.call(aten.to.dtype, (here, type_.dtype), self.into.type(type_))
         return here
 
     def _redistribute(self, node: fx.Node) -> fx.Node:
@@ -258,12 +194,12 @@ class _Carrier:
         have, want = type_of(source), type_of(node)
         x = self.builder.env[source]
         if TIME in have.layout.axes and TIME not in want.layout.axes:
-            if all(is_last(user, self.length) for user in node.users):
+            if all(is_last(user, self.into.length) for user in node.users):
                 return x
             raise _needs_all(node)
         if TIME in want.layout.axes and TIME not in have.layout.axes:
             x = self._new_of(x, have, want)
-        target = self._type(want)
+        target = self.into.type(want)
         if type_of(x).layout == target.layout:
             return x
         return self.builder.call(
@@ -276,36 +212,30 @@ class _Carrier:
         (dim,) = (i for i, d in enumerate(want.layout.dims) if any(TIME in a.axes for a in d))
         before = [Atom(a.size, (), a.sequence) for a in want.layout.dims[dim]]
         place = next(i for i, a in enumerate(want.layout.dims[dim]) if TIME in a.axes)
-        sizes = [self._size(atom.size) for atom in before]
+        sizes = [self.into.size(atom.size) for atom in before]
         shape, dims = type_of(x).shape, type_of(x).layout.dims
         if len(sizes) > 1:
-            x = self._reshaped(x, (*shape[:dim], *sizes, *shape[dim + 1 :]),
+            x = self.into.reshaped(x, (*shape[:dim], *sizes, *shape[dim + 1 :]),
                                (*dims[:dim], *(WHOLE,) * len(sizes), *dims[dim + 1 :]))
         opened = type_of(x)
-        picked = (*opened.shape[: dim + place], _NEW, *opened.shape[dim + place + 1 :])
+        picked = (*opened.shape[: dim + place], NEW, *opened.shape[dim + place + 1 :])
         x = self.builder.call(
-            aten.index_select.default, (x, dim + place, self.positions),
+            aten.index_select.default, (x, dim + place, self.into.positions),
             TensorType(have.dtype, picked, opened.layout), why="of the new tokens",
         )
         if len(sizes) == 1:
             return x
-        flat = product([*sizes[:place], _NEW, *sizes[place + 1 :]])
-        return self._reshaped(x, (*shape[:dim], flat, *shape[dim + 1 :]), dims)
-
-    def _reshaped(
-        self, x: fx.Node, shape: tuple[Size, ...], dims: tuple[DimLayout, ...]
-    ) -> fx.Node:
-        type_ = TensorType(type_of(x).dtype, shape, Layout(dims))
-        return self.builder.call(aten.reshape.default, (x, list(shape)), type_)
+        flat = product([*sizes[:place], NEW, *sizes[place + 1 :]])
+        return self.into.reshaped(x, (*shape[:dim], flat, *shape[dim + 1 :]), dims)
 
     def _select(self, node: fx.Node) -> fx.Node:
         """The last token of the sequence is the last of the new ones."""
         (source,) = operands(node)
-        if source.target is not REDISTRIBUTE or not is_last(node, self.length):
+        if source.target is not REDISTRIBUTE or not is_last(node, self.into.length):
             return self._call(node)
         return self.builder.call(
             aten.select.int, (self.builder.env[source], Call(node)["dim"], -1),
-            self._type(type_of(node)), name=node.name, why="of the new tokens",
+            self.into.type(type_of(node)), name=node.name, why="of the new tokens",
         )
 
     def _cumsum(self, node: fx.Node) -> fx.Node:
@@ -317,95 +247,22 @@ class _Carrier:
         if len(type_.layout.dims[dim]) > 1:
             raise error_at(node, "a prefix sum runs over the tokens of several sequences",
                            hint="sum along the tokens of each sequence")
-        new = self._type(type_)
-        shape = (*new.shape[:dim], self.capacity + 1, *new.shape[dim + 1 :])
-        sums = self._state(
+        new = self.into.type(type_)
+        shape = (*new.shape[:dim], self.into.capacity + 1, *new.shape[dim + 1 :])
+        sums = self.into.keep(
             f"cached_{node.name}", "sums", TensorType(new.dtype, shape, new.layout)
         )
         return self.builder.call(
-            op("running_sum"), (self.builder.env[call["self"]], sums, self.positions), new,
+            op("running_sum"), (self.builder.env[call["self"]], sums, self.into.positions), new,
             name=node.name, dim=dim, dtype=new.dtype,
         )
 
-    # -- attention ---------------------------------------------------------------------------------
-
     def _attention(self, node: fx.Node) -> fx.Node:
-        call = Call(node)
-        split = [TIME in layout_of(call[name]).axes for name in ("q", "k", "v")]
-        if split != [True] * 3:
-            return self._over_fixed_keys(node, split)
-        if call["lower"] is None or not isinstance(call["lower"], int) or call["lower"] < 0:
-            raise error_at(
-                node, "with a cache, attention must not see keys behind its query: this one does, "
-                "or may (the mask is not known to hide them), so that a later token would change "
-                "what earlier ones gave",
-                hint="pass is_causal=True, or a mask that hides later keys",
-            )
-        q, key_mask, mask, sink = (
-            self.builder.mapped(call[name]) for name in ("q", "key_mask", "mask", "sink")
-        )
-        new = [self._store(call[name], cache_name(what, node))
-               for name, what in (("k", "keys"), ("v", "values"))]
-        type_ = self._type(type_of(node))
-        make = accumulator_type if self.ranks > 1 else state_type
-        state = self.builder.call(
-            op("cached_attention"),
-            (q, *(x for x, _ in new), *(cache for _, cache in new),
-             self._of_call("places", unbacked("u0")), self.positions, key_mask, mask),
-            make(type_), wide=self.ranks > 1,
-            **{name: call[name] for name in ("scale", "softcap", "lower", "upper")},
-        )
-        if "mask_kind" in node.meta:
-            state.meta["mask_kind"] = node.meta["mask_kind"]
-        if self.ranks > 1:
-            state = self._merged(state, accumulator_type(type_))
-        return self.builder.call(
-            op("finish"), (state, sink), type_, name=node.name, dtype=type_.dtype
-        )
-
-    def _store(self, x: fx.Node, name: str) -> tuple[fx.Node, fx.Node]:
-        """Keys or values of new tokens, written to the cache, and the cache; once for all."""
-        if x not in self.stored:
-            type_ = self._type(type_of(x))
-            batch, heads, _, width = type_.shape
-            kept = TensorType(type_.dtype, (batch, heads, self.slots + 1, width), type_.layout)
-            cache = self._state(name, "cache", kept)
-            slots = self._of_call("slots", _NEW)
-            self.stored[x] = (
-                self.builder.call(op("store"), (self.builder.env[x], cache, slots), type_), cache
-            )
-        return self.stored[x]
-
-    def _merged(self, state: fx.Node, type_: tuple[TensorType, TensorType]) -> fx.Node:
-        """The states of all ranks that keep some of the sequence, as one."""
-        out = type_[0]
-        shape = (1, *out.shape[:3], out.shape[3] + 1)
-        packed = TensorType(out.dtype, shape, Layout((WHOLE, *out.layout.dims)))
-        mine = self.builder.call(op("pack_state"), (state,), packed)
-        every = self.builder.call(
-            op("gather"), (mine,),
-            TensorType(out.dtype, (self.ranks, *shape[1:]), packed.layout),
-            dim=0, axis=",".join(self.axes), limit=None, why="attention over each rank's keys",
-        )
-        return self.builder.call(op("merge_states"), (every,), type_)
-
-    def _over_fixed_keys(self, node: fx.Node, split: list[bool]) -> fx.Node:
-        """Attention over keys that are not of this sequence: those of an encoder, of an image."""
-        call = Call(node)
-        banded = call["lower"] is not None or call["upper"] is not None
-        if split[0] and (banded or split[1] or split[2]):
-            raise error_at(
-                node, "with a cache, queries of a sequence that grows cannot be attended by "
-                "position over keys of another length",
-            )
+        split = splits_of(node)
+        if all(split):
+            return self.attention.write(node)
+        check_fixed_keys(node, split)
         return self._call(node)
-
-
-def _of_tokens(size: Size) -> bool:
-    """Whether a size grows with the sequence."""
-    return is_symbolic(size) and not {_NEW, symbol(LOCAL), symbol(OWN)}.isdisjoint(
-        size.free_symbols
-    )
 
 
 def _check_length(program: Program, capacity: int) -> None:

@@ -7,6 +7,7 @@ between the prompt and the tokens that follow.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.ops.slots import slots_of
 from ringcompile.passes.base import Builder, Pass
-from ringcompile.passes.carry import cache_name
+from ringcompile.passes.carry_attention import cache_name, reader_of
 from ringcompile.passes.requests import placeholders_first
 
 _ATTENTION = op("attention")
@@ -50,7 +51,8 @@ class Keep(Pass):
         """The same program with stores; `clean-up` removes what was for outputs only."""
         builder, state = Builder(), dict[str, str]()
         slots = slots_of(self.capacity, self.mesh.size("ring"))
-        stored: set[fx.Node] = set()
+        stored: set[tuple[fx.Node, Hashable]] = set()
+        caches: dict[fx.Node, fx.Node] = {}
         where: fx.Node | None = None
         for node in program.graph.nodes:
             builder.at(node)
@@ -62,15 +64,18 @@ class Keep(Pass):
                 continue
             for operand, what in (("k", "keys"), ("v", "values")):
                 x: fx.Node = Call(node)[operand]
-                if x in stored:
+                key = x, reader_of(node, self.mesh)
+                if key in stored:
                     continue
-                stored.add(x)
+                stored.add(key)
                 if where is None:
                     where = _slots(builder, type_of(x))
                     state[where.name] = "slots"
-                cache = builder.placeholder(cache_name(what, node), _kept(type_of(x), slots))
-                state[cache.name] = "cache"
-                builder.call(op("store"), (builder.env[x], cache, where), type_of(x))
+                if x not in caches:
+                    name = cache_name(what, node)
+                    caches[x] = builder.placeholder(name, _kept(type_of(x), slots))
+                    state[caches[x].name] = "cache"
+                builder.call(op("store"), (builder.env[x], caches[x], where), type_of(x))
         return program.with_graph(
             placeholders_first(builder.graph), state=state,
             output_structure=Structure("tuple"),
@@ -90,12 +95,14 @@ def may_prefill(program: Program) -> bool:
     return along and "sums" not in program.state.values()
 
 
-def caches_of(program: Program) -> dict[str, TensorType]:
-    """The caches of a program by name, with their types."""
-    return {
-        node.name: type_of(node) for node in program.graph.nodes
-        if program.state.get(node.name) == "cache"
-    }
+def caches_of(program: Program) -> dict[str, tuple[TensorType, frozenset[int]]]:
+    """The caches of a program by name: their types, and the stages that write them."""
+    types = {node.name: type_of(node) for node in program.graph.nodes if node.op == "placeholder"}
+    stages: dict[str, set[int]] = {}
+    for node in program.graph.nodes:
+        if node.target is op("store"):
+            stages.setdefault(Call(node)["cache"].name, set()).add(node.meta.get("stage", 0))
+    return {name: (types[name], frozenset(found)) for name, found in stages.items()}
 
 
 def _slots(builder: Builder, keys: TensorType) -> fx.Node:

@@ -73,7 +73,9 @@ class SplitPipeline(Pass):
                 node.meta["stage"] = stage
         for node in reversed(calls):  # nothing is read before it is made
             read = [user.meta["stage"] for user in node.users if "stage" in user.meta]
-            node.meta["stage"] = min([node.meta["stage"], *read])
+            # What is stored is read from the memory of the stage that stores it.
+            own = [] if read and node.target is op("store") else [node.meta["stage"]]
+            node.meta["stage"] = min([*own, *read])
         bounds = [0, *sorted(firsts), len(runs)]
         for stage, (first, end) in enumerate(pairwise(bounds)):
             names = [name for name, _ in runs[first:end]]
@@ -255,6 +257,19 @@ class _Stage:
             axis=AXIS, sends=[], takes=[], of=node.name, **peers,
         )
         return self.builder.call(op("wait"), (started,), arriving)
+
+
+def starts_of(program: Program) -> tuple[str, ...]:
+    """The layers that each stage but the first begins with; see `SplitPipeline.starts`.
+
+    Args:
+        program: with `stage` on its calls.
+    """
+    firsts: dict[int, str] = {}
+    for node in program.graph.nodes:
+        if "stage" in node.meta and (layer := block_of(node)):
+            firsts.setdefault(node.meta["stage"], layer)
+    return tuple(firsts[stage] for stage in sorted(firsts)[1:])
 
 
 def crossing(program: Program, stage: int, free: set[fx.Node] | None = None) -> list[fx.Node]:
