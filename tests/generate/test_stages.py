@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import ringcompile as rc
 from ringcompile.passes.keep import caches_of
 from tests.generate.models import (
     HEADS,
@@ -100,7 +99,7 @@ def test_turns(kind: type[nn.Module], spec: str) -> None:
 
 def test_a_prompt_is_cut_where_the_next_tokens_are() -> None:
     """By their own costs the two programs would begin the second stage at different layers."""
-    module, parallel = cached(WideHead, "pp=2,ring=2")
+    _, parallel = cached(WideHead, "pp=2,ring=2")
     assert parallel.carried is not None
     assert parallel.prefill is not None
     assert caches_of(parallel.prefill.program) == caches_of(parallel.carried.program)
