@@ -21,10 +21,11 @@ from benchmarks.pool import Pool, Setup, Step
 from ringcompile.models import zoo
 from ringcompile.runtime.collectives import Collective
 from ringcompile.runtime.data import share_inputs
-from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.exchange import BY_KIND
 from ringcompile.runtime.executor import Shift, Wait
 from ringcompile.runtime.join import Rank
+from ringcompile.runtime.runner import Settings
 
 RANKS = 2
 
@@ -38,40 +39,42 @@ class Case:
     length: int
 
 
-def _session(rank: int, world: int, case: Case, check: bool) -> tuple[Session, Step]:
+def _peer(rank: int, world: int, case: Case, check: bool) -> tuple[Peer, Step]:
     program = rc.capture(*zoo.build(case.model))
     parallel = rc.transform(program, case.spec)
-    session = Session(parallel, Rank(rank, world, torch.device("cpu")), check_finite=check)
+    peer = Peer(
+        parallel, Rank(rank, world, torch.device("cpu")), settings=Settings(check_finite=check)
+    )
     _, inputs = zoo.build(case.model, sequence=case.length, seed=3)
-    whole = dict(zip([spec.name for spec in session.program.inputs], inputs, strict=True))
-    lengths = session.program.bindings(whole)
-    share = share_inputs(session.program, whole, lengths)
-    return session, lambda: session.run_share(share, lengths).outputs[0]
+    whole = dict(zip([spec.name for spec in peer.program().inputs], inputs, strict=True))
+    lengths = peer.program().bindings(whole)
+    share = share_inputs(peer.program(), whole, lengths)
+    return peer, lambda: peer.run_share(share, lengths).outputs[0]
 
 
 def checked(rank: int, world: int, case: Case) -> Step:
     """With the check."""
-    return _session(rank, world, case, True)[1]
+    return _peer(rank, world, case, True)[1]
 
 
 def plain(rank: int, world: int, case: Case) -> Step:
     """As ever: the check is there, and off."""
-    return _session(rank, world, case, False)[1]
+    return _peer(rank, world, case, False)[1]
 
 
 def without(rank: int, world: int, case: Case) -> Step:
-    """The same session, in which ops are called and messages sent with no question asked."""
-    session, step = _session(rank, world, case, False)
+    """The same rank, in which ops are called and messages sent with no question asked."""
+    peer, step = _peer(rank, world, case, False)
     step()
-    for executor in session._executors.values():
+    for executor in peer.runner.opened["whole"].executors.values():
         executor._called = lambda step, args, kwargs: step.function(*args, **kwargs)  # type: ignore
-    session.exchange.answer = _bare(session)  # type: ignore[method-assign]
-    session.exchange.end = lambda: None  # type: ignore[method-assign]
+    peer.exchange.answer = _bare(peer)  # type: ignore[method-assign]
+    peer.exchange.end = lambda: None  # type: ignore[method-assign]
     return step
 
 
-def _bare(session: Session) -> Callable[[Any], Any]:
-    exchange = session.exchange
+def _bare(peer: Peer) -> Callable[[Any], Any]:
+    exchange = peer.exchange
 
     def start(shift: Shift) -> Any:
         group, ops = exchange._group(shift.axis), []

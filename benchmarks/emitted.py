@@ -8,7 +8,7 @@ import ringcompile as rc
 from benchmarks.baselines.problem import Case
 from benchmarks.pool import Step
 from ringcompile.ir.expr import BATCH, SEQUENCE
-from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.join import Rank
 
 EXAMPLE_LENGTH = 24
@@ -28,11 +28,11 @@ def setup(rank: int, world: int, case: Case) -> Step:
     dims = {"query": {0: "batch", 1: "sequence"}}
     program = rc.capture(Attention(), tuple(torch.zeros(shape)), dims=dims)
     parallel = rc.transform(program, f"ring={world}", order="zigzag")
-    session = Session(parallel, Rank(rank, world, torch.device("cpu")))
-    sequence = session.program.sequence
+    peer = Peer(parallel, Rank(rank, world, torch.device("cpu")))
+    sequence = peer.program().sequence
     assert sequence is not None
     lengths = {**sequence.bindings(case.num_tokens), BATCH: 1}
     assert lengths[SEQUENCE] % sequence.num_chunks == 0
     tensors = (tensor.transpose(1, 2) for tensor in case.local_tensors(rank, world))
-    share = dict(zip(session.program.placeholders, tensors, strict=True))
-    return lambda: session.run_share(share, lengths).outputs[0]
+    share = dict(zip(peer.program().placeholders, tensors, strict=True))
+    return lambda: peer.run_share(share, lengths).outputs[0]

@@ -18,7 +18,7 @@ from benchmarks import attention
 from benchmarks.attention import Contestant
 from benchmarks.pool import Step
 from ringcompile.runtime.data import share_inputs
-from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.join import Rank
 
 ROOT = Path(__file__).parents[1]
@@ -63,13 +63,13 @@ def emitted(rank: int, world: int, case: ModelCase) -> Step:
     model = AutoModelForCausalLM.from_pretrained(case.checkpoint).eval()
     ids = case.tokens()
     program = rc.capture(model, (ids[:, :24],))
-    session = Session(
+    peer = Peer(
         rc.transform(program, f"ring={world}"), Rank(rank, world, torch.device("cpu"))
     )
-    whole = {session.program.inputs[0].name: ids}
-    lengths = session.program.bindings(whole)
-    share = share_inputs(session.program, whole, lengths)
-    return lambda: _sampled(session.run_share(share, lengths).outputs[0])
+    whole = {peer.program().inputs[0].name: ids}
+    lengths = peer.program().bindings(whole)
+    share = share_inputs(peer.program(), whole, lengths)
+    return lambda: _sampled(peer.run_share(share, lengths).outputs[0])
 
 
 def _sampled(logits: torch.Tensor) -> torch.Tensor:

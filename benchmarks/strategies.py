@@ -24,7 +24,7 @@ import ringcompile as rc
 from benchmarks.machine import RESULTS, environment
 from benchmarks.pool import Pool, Step, Timing
 from ringcompile.capture.loaders import load_model
-from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.join import Rank
 
 ROOT = Path(__file__).parents[1]
@@ -76,14 +76,14 @@ def setup(rank: int, world: int, case: Case) -> Step:
     if case.spec is None:
         return lambda: model(ids, use_cache=False).logits[:, ::STRIDE]
     program = rc.capture(model, (ids[:1, :24],))
-    session = Session(rc.transform(program, case.spec), Rank(rank, world, torch.device("cpu")))
+    peer = Peer(rc.transform(program, case.spec), Rank(rank, world, torch.device("cpu")))
     checked: list[torch.Tensor] = []
 
     def step() -> torch.Tensor:
-        run = session.run((ids,))
+        run = peer.run((ids,))
         if checked:
             return torch.empty(0)
-        whole = session.assemble(run)  # once, to compare; not part of a timed step
+        whole = peer.assemble(run)  # once, to compare; not part of a timed step
         checked.append(torch.empty(0) if whole is None else whole["logits"][:, ::STRIDE])
         return checked[0]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,28 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringcompile import artifact
 from ringcompile.compiler import recorded_model
-from ringcompile.errors import RingCompileError
-from ringcompile.held import scratch
 from ringcompile.ir.communication import SHIFT
 from ringcompile.ir.expr import BATCH, SEQUENCE, bind
-from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.numerics.check import Comparison, Numerics, Request
 from ringcompile.numerics.files import read_input_file
-from ringcompile.options import BACKENDS, TRIES
+from ringcompile.options import TRIES
 from ringcompile.parallel_program import ParallelProgram
-from ringcompile.runtime.batches import joined
 from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.distributed import Session
-from ringcompile.runtime.inprocess import run_lockstep
-from ringcompile.runtime.join import in_job, join_torchrun
-from ringcompile.runtime.launcher import LocalRanks, LocalRun
-from ringcompile.runtime.outputs import Keep, positions_of
-
-# What becomes of a run's outputs.
-OUTPUTS = ("whole", "local")
+from ringcompile.session import Session
 
 
 @dataclass(frozen=True)
@@ -63,24 +49,6 @@ class Verification:
         return next((row.wrong for row in self.numerics if row.wrong), "")
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one rank has of the outputs of a run.
-
-    Attributes:
-        rank: the rank.
-        outputs: its share of every output, nested as the model returns them; () on the ranks of
-            pipeline stages that return nothing.
-        positions: for every output, nested likewise, where in the sequence its rows stand (int64);
-            rows whose position is not below the length of the sequence are padding. None for an
-            output without a dim of the sequence.
-    """
-
-    rank: int
-    outputs: Any
-    positions: Any
-
-
 def run(
     parallel: ParallelProgram,
     inputs: Any,
@@ -89,103 +57,23 @@ def run(
     last: int | None = None,
     outputs: str = "whole",
 ) -> Any:
-    """Run once on whole inputs.
+    """Run once on whole inputs; a `Session` runs many times and loads weights once.
 
     Args:
         parallel: what `transform` or `load` returned.
         inputs: by name, or in order.
-        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each). In a
-            job of torchrun's, or where a process group is initialised, this process is one of its
-            ranks, and all ranks call `run` with the same inputs.
-        last: compute outputs for so many last positions of the sequence only; hidden states of
-            other positions do not go through the head.
-        outputs: "whole" puts outputs together; "local" leaves each rank its share.
+        backend: as for `Session`.
+        last: as for `Session.run`.
+        outputs: likewise.
 
     Returns:
-        whole outputs, nested as the model returns them; with "local" a list with a `Share` for each
-        rank. In a job rank 0 has whole outputs and other ranks None; with "local" each rank has a
-        list with its own `Share`.
+        what `Session.run` returns.
 
     Raises:
         RingCompileError: inputs that do not fit, or ranks that fail or do not join.
     """
-    check_choice("backend", backend, BACKENDS)
-    check_choice("form of outputs", outputs, OUTPUTS)
-    if last is not None and last < 1:
-        raise RingCompileError(f"last={last}: it must be at least 1")
-    parallel.ensure_verified()
-    keep, whole = Keep(last), outputs == "whole"
-    if backend != "lockstep" and in_job():
-        return _in_job(parallel, inputs, backend, keep, whole)
-    if backend == "lockstep":
-        done = run_lockstep(
-            parallel.ranks(), parallel.mesh, parallel.source, inputs, keep=keep, whole=whole
-        )
-        found, runs, dealt = done.outputs, done.microbatches, done.dealt
-    else:
-        local = _on_processes(parallel, inputs, backend, keep, whole)
-        found, runs = local.outputs, [run.microbatches for run in local.runs]
-        dealt = local.runs[0].dealt
-    if whole:
-        return found
-    return [
-        share_of_rank(program, rank, runs[rank], dealt.lengths, last)
-        for rank, program in enumerate(parallel.ranks())
-    ]
-
-
-def check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    """Raise RingCompileError for a value that is none of those there are."""
-    if value not in known:
-        raise RingCompileError(f"unknown {what} '{value}'", hint=f"one of: {', '.join(known)}")
-
-
-def share_of_rank(
-    program: Program, rank: int, runs: Any, lengths: dict[str, int], last: int | None = None
-) -> Share:
-    """What a rank has of the outputs of a run.
-
-    Args:
-        program: that rank's.
-        rank: which.
-        runs: its share of every output, of each of its microbatches.
-        lengths: of the run.
-        last: the number of last positions that were kept; None for all.
-    """
-    rows = [positions_of(program, type_of(node), lengths, last) for node in program.outputs]
-    if not program.outputs:
-        return Share(rank, (), ())
-    build = program.output_structure.build
-    return Share(rank, build(joined(program, runs, lengths)), build(rows))
-
-
-def _in_job(
-    parallel: ParallelProgram, inputs: Any, backend: str, keep: Keep, whole: bool
-) -> Any:
-    """This rank's part of a run in the job that it is in."""
-    rank = join_torchrun(parallel.mesh, backend=backend)
-    session = Session(parallel, rank, check_inputs=True)
-    done = session.run(inputs, keep)
-    if whole:
-        return session.assemble(done, keep)
-    runs, lengths = done.microbatches, done.dealt.lengths
-    return [share_of_rank(session.program, rank.index, runs, lengths, keep.last)]
-
-
-def _on_processes(
-    parallel: ParallelProgram, inputs: Any, backend: str, keep: Keep, whole: bool
-) -> LocalRun:
-    with contextlib.ExitStack() as stack:
-        if parallel.saved is None:
-            folder = stack.enter_context(scratch()) / "program"
-            parallel.save(folder)
-        else:
-            folder = parallel.saved.folder.path
-        identity = parallel.identity if parallel.saved is not None else None
-        ranks = stack.enter_context(
-            LocalRanks(artifact.load, (folder,), backend=backend, identity=identity)
-        )
-        return ranks.run(inputs, keep=keep, whole=whole)
+    with Session(parallel, backend) as session:
+        return session.run(inputs, last=last, outputs=outputs)
 
 
 def verify(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Unpack
 
 import blake3
@@ -17,14 +16,15 @@ from ringcompile.capture.flat_call import flat, unwrapped
 from ringcompile.capture.same_call import SameCall
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
-from ringcompile.execution import OUTPUTS, Share, check_choice, share_of_rank
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given
 from ringcompile.runtime.device_mesh import devices_of, mesh_of
-from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.handshake import agree
 from ringcompile.runtime.join import EXCHANGE_TIMEOUT, join_torchrun
+from ringcompile.runtime.local_outputs import share_of_rank
+from ringcompile.session import OUTPUTS, check_choice
 
 
 def parallelize(
@@ -79,10 +79,9 @@ def parallelize(
     call = SameCall(model, args, kwargs)
     made = transform(program, mesh, **options)
     agree(rank, {"weights": _weights_digest(program)})
-    session = Session(made, rank, check_inputs=True)
-    session.program, session.last = _freed(session.program), _freed(session.last)
-    session.weights = {name: _copied(weight) for name, weight in session.weights.items()}
-    return Parallelized(session, call, outputs)
+    peer = Peer(made, rank, check_inputs=True)
+    peer.let_go()
+    return Parallelized(peer, call, outputs)
 
 
 class Parallelized(nn.Module):
@@ -93,9 +92,9 @@ class Parallelized(nn.Module):
     this module, and the original module may be deleted to free its memory.
     """
 
-    def __init__(self, session: Session, call: SameCall, outputs: str) -> None:
+    def __init__(self, peer: Peer, call: SameCall, outputs: str) -> None:
         super().__init__()
-        self._session, self._call, self._outputs = session, call, outputs
+        self._peer, self._call, self._outputs = peer, call, outputs
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,20 +104,16 @@ class Parallelized(nn.Module):
             RingCompileError: arguments that the program is not for, or a rank that was lost.
         """
         inputs = self._call.inputs(args, kwargs)
-        done = self._session.run(inputs)
+        done = self._peer.run(inputs)
         if self._outputs == "whole":
-            whole = self._session.assemble(done, everywhere=True)
+            whole = self._peer.assemble(done, everywhere=True)
             flat(whole, leaves := list[torch.Tensor]())
             return self._call.result(leaves)
-        return self._share(done.microbatches, done.dealt.lengths)
-
-    def _share(self, runs: Any, lengths: dict[str, int]) -> Share:
-        session = self._session
-        return share_of_rank(session.program, session.rank.index, runs, lengths)
+        return share_of_rank(self._peer.program(), done)
 
     def extra_repr(self) -> str:
         """What printing the module shows: the plan, and this rank."""
-        return f"{self._session.mesh}, rank {self._session.rank.index}, outputs={self._outputs!r}"
+        return f"{self._peer.mesh}, rank {self._peer.rank.index}, outputs={self._outputs!r}"
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -144,13 +139,3 @@ def _weights_digest(program: Program) -> str:
         digest.update(f"{weight.name} {weight.dtype} {weight.shape}".encode())
         digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _freed(program: Program) -> Program:
-    """Without the model's own weights, which stay in memory as long as a program names them."""
-    return replace(program, source=None, captured=None)
-
-
-def _copied(share: torch.Tensor) -> torch.Tensor:
-    """A share without the whole weight that it may be a view of."""
-    return share.clone() if share.untyped_storage().nbytes() > share.nbytes else share

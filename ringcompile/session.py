@@ -1,88 +1,180 @@
-"""A sequence that grows: ranks that keep weights and cache, and take new tokens call by call."""
+"""The ranks of a program, which keep weights and cache and do one task after another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ringcompile.artifact import load_carried, load_prefill
+from ringcompile import artifact
 from ringcompile.errors import RingCompileError
 from ringcompile.held import scratch
 from ringcompile.ir.expr import BATCH, symbol
 from ringcompile.ir.program import Program
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.cache import token_dim
-from ringcompile.runtime.carried import Driver, JobDriver, LockStepDriver, ProcessDriver
 from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.join import in_job, join_torchrun
+from ringcompile.runtime.distributed import JobRanks
+from ringcompile.runtime.inprocess import LockStepRanks
+from ringcompile.runtime.join import (
+    EXCHANGE_TIMEOUT,
+    JOIN_TIMEOUT,
+    in_job,
+    join_torchrun,
+)
+from ringcompile.runtime.launcher import LocalRanks
+from ringcompile.runtime.local_outputs import share_of_rank
+from ringcompile.runtime.outputs import Keep
+from ringcompile.runtime.runner import Settings
+from ringcompile.runtime.tasks import (
+    CARRIED,
+    PREFILL,
+    WHOLE,
+    Driver,
+    Extend,
+    Prompt,
+    Result,
+    run_task,
+)
 
-# What runs the ranks.
-_DRIVERS: dict[str, Callable[..., Driver]] = {
-    "lockstep": lambda parallel, check_types: LockStepDriver(
-        parallel.with_cache(), parallel.prefill, check_types
-    ),
-    "gloo": lambda parallel, check_types: _processes(parallel, "gloo"),
-    "nccl": lambda parallel, check_types: _processes(parallel, "nccl"),
-    "auto": lambda parallel, check_types: _processes(parallel, "auto"),
-}
+_BACKENDS = ("lockstep", "gloo", "nccl", "auto")
+# What becomes of a run's outputs.
+OUTPUTS = ("whole", "local")
 
 
-def _processes(parallel: ParallelProgram, backend: str) -> Driver:
-    """A process for each rank, which reads its program and weights from an artifact.
+class ProcessOptions(TypedDict, total=False):
+    """What may be said of ranks that are processes; see `Session`."""
 
-    Under torchrun, or where the caller has initialised a process group, the processes are there
-    already: this one is a rank of the job.
-    """
-    if in_job():
-        rank = join_torchrun(parallel.mesh, backend=backend)
-        return JobDriver(parallel.with_cache(), rank, parallel.prefill)
-    prompts = None if parallel.prefill is None else load_prefill
-    if parallel.saved is not None:
-        folder, identity = parallel.saved.folder.path, parallel.identity
-        return ProcessDriver(
-            load_carried, (folder,), prompts, backend=backend, identity=identity
-        )
-    with scratch() as temporary:
-        parallel.save(temporary / "program")
-        folder = temporary / "program"
-        return ProcessDriver(load_carried, (folder,), prompts, backend=backend)
+    nproc: int | None
+    threads: int | None
+    timeout: float
+    join_timeout: float
 
 
 class Session:
-    """The ranks of a program with a cache, and one batch of sequences that grow.
+    """The ranks of a program: they load weights once, and do one task after another.
+
+    `run` runs the program of the whole sequence, any number of times. With a cache, `extend` takes
+    in the next tokens of one batch of sequences that grow.
 
     Args:
-        parallel: from `transform` with `cache`, or `load`.
+        parallel: from `transform`, or `load`.
         backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each), or
-            "auto", the latter of them where there are enough GPUs. Under torchrun a process is one
-            rank of its job: all of them make the same calls, and rank 0 has the outputs.
-        check_types: hold every value against the type that its node declares, in lock-step.
+            "auto", the latter of them where there are enough GPUs. In a job of torchrun's, or where
+            a process group is initialised, this process is one of its ranks: all of them make the
+            same calls, and rank 0 has the outputs.
+        check_types: hold every value against the type that its node declares.
+        compiler: a backend of torch.compile, such as "inductor", for what is computed between
+            communications.
+        check_finite: find the first op, layer and line where NaN or infinity appears.
+        processes: for ranks that are processes: `nproc`, the number asked for, which has to be the
+            mesh's; `threads` of each (by default this process' own are shared out); `timeout`, the
+            seconds that a call may take; `join_timeout`, those to find one another.
 
     Raises:
-        RingCompileError: the program has no cache, or ranks that do not join.
+        RingCompileError: an unknown backend, ranks that do not fit together, or that do not join.
     """
 
     def __init__(
-        self, parallel: ParallelProgram, backend: str = "lockstep", *, check_types: bool = False
+        self,
+        parallel: ParallelProgram,
+        backend: str = "lockstep",
+        *,
+        check_types: bool = False,
+        compiler: str | None = None,
+        check_finite: bool = False,
+        **processes: Unpack[ProcessOptions],
     ) -> None:
-        carried = parallel.with_cache()
-        if backend not in _DRIVERS:
-            raise RingCompileError(
-                f"unknown backend '{backend}'", hint=f"backends: {', '.join(_DRIVERS)}"
-            )
+        check_choice("backend", backend, _BACKENDS)
         parallel.ensure_verified()
-        self.program: Program = carried.program
-        self.prefill = None if parallel.prefill is None else parallel.prefill.program
+        self.parallel, self.length = parallel, 0
+        self.batch: int | None = None  # of the first call of `extend`
+        self._until_closed = ExitStack()
+        settings = Settings(check_types, compiler, check_finite)
+        self.driver: Driver | None = self._ranks(backend, settings, processes)
+
+    def _ranks(self, backend: str, settings: Settings, processes: ProcessOptions) -> Driver:
+        """What runs the ranks: this process, a process of this machine for each, or a job."""
+        parallel = self.parallel
+        kinds = (WHOLE,) if parallel.carried is None else (CARRIED, PREFILL)
+        if parallel.prefill is None:
+            kinds = kinds[:1]
+        if backend == "lockstep":
+            return LockStepRanks.of(parallel, kinds, settings)
+        if in_job():
+            rank = join_torchrun(
+                parallel.mesh, backend=backend,
+                timeout=processes.get("timeout", EXCHANGE_TIMEOUT),
+                join_timeout=processes.get("join_timeout", JOIN_TIMEOUT),
+            )
+            return JobRanks(parallel, rank, kinds, settings)
+        if parallel.saved is not None:
+            folder, identity = parallel.saved.folder.path, parallel.identity
+        else:
+            folder, identity = self._until_closed.enter_context(scratch()) / "program", None
+            parallel.save(folder)
+        return LocalRanks(
+            artifact.load, (folder,), kinds, settings=settings, backend=backend,
+            identity=identity, **processes,
+        )
+
+    def run(self, inputs: Any, *, last: int | None = None, outputs: str = "whole") -> Any:
+        """Run the program of the whole sequence once; what `extend` took in does not matter to it.
+
+        Args:
+            inputs: whole inputs: a mapping by name, a sequence in order, or one tensor.
+            last: compute outputs for so many last positions of the sequence only; hidden states of
+                other positions do not go through the head.
+            outputs: "whole" puts outputs together; "local" leaves each rank its share.
+
+        Returns:
+            whole outputs, nested as the model returns them; with "local" a list with a `Share` for
+            each rank. In a job rank 0 has whole outputs and other ranks None; with "local" each
+            rank has a list with its own `Share`.
+
+        Raises:
+            RingCompileError: inputs that do not fit, or ranks that fail.
+        """
+        check_choice("form of outputs", outputs, OUTPUTS)
+        if last is not None and last < 1:
+            raise RingCompileError(f"last={last}: it must be at least 1")
+        found = self.result(inputs, Keep(last), whole=outputs == "whole")
+        if outputs == "whole":
+            return found.outputs
+        return [share_of_rank(self.parallel.rank(run.stats.rank), run, last) for run in found.runs]
+
+    def result(self, inputs: Any, keep: Keep, *, whole: bool = True) -> Result:
+        """Run once, for outputs and for what they cost.
+
+        Args:
+            inputs: as for `run`.
+            keep: what is kept of the outputs.
+            whole: whether outputs that are kept are put together.
+
+        Raises:
+            RingCompileError: as `run`.
+        """
+        return self._open().answer(run_task(self.parallel.rank(0), inputs, keep, whole))
+
+    @property
+    def program(self) -> Program:
+        """The program for the next tokens, as far as it is the same for all ranks.
+
+        Raises:
+            RingCompileError: the program was compiled without a cache.
+        """
+        return self.parallel.with_cache().program
+
+    @property
+    def capacity(self) -> int:
+        """The tokens that a sequence may have in all; raises as `program`."""
         capacity = self.program.length_range[1]
         assert capacity is not None
-        self.capacity, self.length = capacity, 0
-        # Of the first call, where the program is for any batch.
-        self.batch = self.program.batch if isinstance(self.program.batch, int) else None
-        self.driver: Driver | None = _DRIVERS[backend](parallel, check_types)
+        return capacity
 
     def extend(self, inputs: Any, last: bool = False) -> Any:
         """Take in new tokens: a prompt, a part of a long one, the next turn, the next token.
@@ -110,11 +202,11 @@ class Session:
             )
         if last and self._divides(new - 1):
             first = {name: x.narrow(dim, 0, new - 1) for name, x, dim in self._along(named)}
-            self._open().prompt({**named, **first}, new - 1)
+            self._open().answer(Prompt({**named, **first}, new - 1))
             self.length, self.batch = new - 1, batch
             rest = {name: x.narrow(dim, new - 1, 1) for name, x, dim in self._along(named)}
             named, new = {**named, **rest}, 1
-        outputs = self._open().extend(named, new, last)
+        outputs = self._open().answer(Extend(named, new, last)).outputs
         self.length, self.batch = self.length + new, batch
         leaves = pytree.tree_leaves(outputs)
         return leaves[0] if len(leaves) == 1 else outputs
@@ -122,15 +214,16 @@ class Session:
     @property
     def reports(self) -> bool:
         """Whether this process has the outputs: all but the later ranks of a torchrun job."""
-        return not isinstance(self.driver, JobDriver) or self.driver.rank.index == 0
+        return self._open().reports
 
     def _divides(self, prompt: int) -> bool:
         """Whether so many tokens are a prompt that the ranks of a ring divide among them."""
-        if self.prefill is None or self.length:
+        if self.parallel.prefill is None or self.length:
             return False
-        assert self.prefill.sequence is not None
-        low, high = self.prefill.length_range
-        return max(low, self.prefill.sequence.num_chunks) <= prompt <= (high or prompt)
+        program = self.parallel.prefill.program
+        assert program.sequence is not None
+        low, high = program.length_range
+        return max(low, program.sequence.num_chunks) <= prompt <= (high or prompt)
 
     def _along(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, int]]:
         """The inputs with an entry for each token, and the dim that it is in."""
@@ -160,9 +253,13 @@ class Session:
 
     def close(self) -> None:
         """End the ranks; the session cannot be used any more."""
-        if self.driver is not None:
-            self.driver.close()
-        self.driver = None
+        self._end("close")
+
+    def _end(self, how: str) -> None:
+        driver, self.driver = self.driver, None
+        with self._until_closed:
+            if driver is not None:
+                getattr(driver, how)()
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +270,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._end("close" if kind is None else "kill")
 
     def _open(self) -> Driver:
         if self.driver is None:
@@ -202,7 +299,8 @@ class Session:
 
     def _check_batch(self, inputs: Mapping[str, torch.Tensor]) -> int:
         """How many sequences the inputs bring: as many in all of them, and in every call."""
-        batch = self.batch
+        fixed = self.program.batch
+        batch = fixed if isinstance(fixed, int) else self.batch
         for spec in self.program.inputs:
             for size, wanted in zip(inputs[spec.name].shape, spec.type.shape, strict=True):
                 if wanted != symbol(BATCH):
@@ -214,3 +312,9 @@ class Session:
                         hint="open another session for another batch",
                     )
         return batch or 1
+
+
+def check_choice(what: str, given: str, known: tuple[str, ...]) -> None:
+    """Raise RingCompileError for a value that is none of those there are."""
+    if given not in known:
+        raise RingCompileError(f"unknown {what} '{given}'", hint=f"one of: {', '.join(known)}")

@@ -21,7 +21,7 @@ from ringcompile.runtime.cuda_graph import GraphedStep
 from ringcompile.runtime.data import name_inputs, share_inputs
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.executor import Executor
-from ringcompile.runtime.inprocess import read_weights
+from ringcompile.runtime.runner import read_weights
 
 _PLANS = (("dense-4l", "ring=16"), ("moe-4l", "ring=16"), ("dense-4l", "tp=8,pp=2"),
           ("moe-4l", "tp=8,pp=2"), ("dense-4l", "ring=4,ulysses=4"))

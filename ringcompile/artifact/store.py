@@ -294,28 +294,6 @@ class Artifact:
                 raise RingCompileError(f"weight '{weight.name}' is not as in the manifest")
 
 
-def load_carried(folder: str | Path) -> Artifact:
-    """The programs of an artifact for the next tokens of a sequence.
-
-    Raises:
-        RingCompileError: as `load`; or it was saved without a cache.
-    """
-    found = load(folder).carried
-    if found is None:
-        raise RingCompileError(
-            f"'{folder}' was compiled without a cache",
-            hint="pass --cache N to `ringcompile transform`",
-        )
-    return found
-
-
-def load_prefill(folder: str | Path) -> Artifact:
-    """The programs of an artifact that take in a prompt, which it is known to have."""
-    found = load(folder).prefill
-    assert found is not None, f"{folder} has no programs for prompts"
-    return found
-
-
 def load(folder: str | Path, *, verify_key: str | Path | None = None) -> Artifact:
     """Open an artifact: the manifest, the sizes of all files and the headers of weight files.
 

@@ -20,17 +20,16 @@ from ringcompile.later import Later
 if TYPE_CHECKING:
     import torch
 
-    from ringcompile import artifact, compiler, execution
+    from ringcompile import compiler, execution, session
     from ringcompile.cost import rank as ranks_cost
     from ringcompile.cost import simulate as simulation
     from ringcompile.cost import timeline
     from ringcompile.ir import expr
     from ringcompile.parallel_program import ParallelProgram
-    from ringcompile.runtime import batches, join, launcher
-    from ringcompile.runtime.distributed import Stats
+    from ringcompile.runtime import batches, join, outputs
+    from ringcompile.runtime.tasks import Stats
 else:
     torch = Later("torch")
-    artifact = Later("ringcompile.artifact")
     compiler = Later("ringcompile.compiler")
     execution = Later("ringcompile.execution")
     ranks_cost = Later("ringcompile.cost.rank")
@@ -39,7 +38,8 @@ else:
     expr = Later("ringcompile.ir.expr")
     batches = Later("ringcompile.runtime.batches")
     join = Later("ringcompile.runtime.join")
-    launcher = Later("ringcompile.runtime.launcher")
+    outputs = Later("ringcompile.runtime.outputs")
+    session = Later("ringcompile.session")
 
 _PERCENTILES = (10, 50, 90, 99)
 
@@ -87,16 +87,15 @@ def bench(
     predicted = _predicted(made, cluster, length, batch)
     inputs = execution.random_inputs(made.program, length, batch)
     picked = join.pick_backend(backend, made.world_size)
-    with CONSOLE.status(f"running {made.world_size} ranks"):
-        options: dict[str, Any] = {"backend": picked, "threads": threads, "timeout": timeout}
-        with launcher.LocalRanks(artifact.load, (out,), **options) as ranks:
-            runs = [ranks.run(inputs).stats for _ in range(warm_up + steps)][warm_up:]
+    opened = session.Session(made, picked, threads=threads, timeout=timeout)
+    with CONSOLE.status(f"running {made.world_size} ranks"), opened as ranks:
+        runs = [ranks.result(inputs, outputs.EVERYTHING).stats for _ in range(warm_up + steps)]
     facts = {
         "parallel": str(made.mesh),
         "model": made.program.name,
         "tokens": length * batch,
         "steps": steps,
-        **_measured(runs, length * batch),
+        **_measured(runs[warm_up:], length * batch),
         "predicted": predicted,
         "environment": environment(picked, threads),
     }

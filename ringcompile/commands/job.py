@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ringcompile import artifact
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.numerics.compare import outputs_by_name
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.batches import deal
-from ringcompile.runtime.distributed import Session
-from ringcompile.runtime.inprocess import run_lockstep
-from ringcompile.runtime.join import JOIN_TIMEOUT, in_job, join_torchrun, pick_backend
-from ringcompile.runtime.launcher import LocalRanks
+from ringcompile.runtime.join import JOIN_TIMEOUT, in_job, pick_backend
 from ringcompile.runtime.outputs import Keep, Summary, combined, shape_of
+from ringcompile.session import Session
 
 
 @dataclass(frozen=True)
@@ -81,73 +76,37 @@ def run_job(
     Raises:
         RingCompileError: a wrong number of ranks, inputs that do not fit, ranks that fail.
     """
-    parallel.ensure_verified()
-    if in_job():
-        return _under_torchrun(parallel, inputs, job)
-    if job.backend == "lockstep":
-        return _in_lockstep(parallel, inputs, job)
-    options: dict[str, Any] = {
-        "nproc": job.nproc, "backend": job.backend, "timeout": job.timeout,
-        "join_timeout": job.join_timeout, "compiler": job.compiler, "identity": parallel.identity,
-        "check_finite": job.check_finite,
-    }
-    assert parallel.saved is not None
-    with LocalRanks(artifact.load, (parallel.saved.folder.path,), **options) as ranks:
-        found = ranks.run(inputs, keep=job.keep)
+    with Session(
+        parallel, job.backend, compiler=job.compiler, check_finite=job.check_finite,
+        nproc=job.nproc, timeout=job.timeout, join_timeout=job.join_timeout,
+    ) as session:
+        found = session.result(inputs, job.keep)
+        if not session.reports:
+            return None
     return RunReport(
         parallel.world_size,
-        pick_backend(job.backend, parallel.world_size),
+        _backend(parallel, job),
         max(stats.seconds for stats in found.stats),
-        [stats.bytes_sent for stats in found.stats],
-        described(parallel, inputs, job.keep, [run.summaries for run in found.runs]),
+        found.bytes_sent,
+        described(parallel, inputs, job.keep, found.summaries),
         outputs_by_name(found.outputs),
     )
 
 
-def _in_lockstep(
-    parallel: ParallelProgram, inputs: Mapping[str, torch.Tensor], job: Job
-) -> RunReport:
-    start = time.perf_counter()
-    done = run_lockstep(
-        parallel.ranks(), parallel.mesh, parallel.source, inputs, compiler=job.compiler,
-        keep=job.keep, check_finite=job.check_finite,
-    )
-    return RunReport(
-        parallel.world_size, job.backend, time.perf_counter() - start, done.bytes_sent,
-        described(parallel, inputs, job.keep, done.summaries), outputs_by_name(done.outputs),
-    )
-
-
-def _under_torchrun(
-    parallel: ParallelProgram, inputs: Mapping[str, torch.Tensor], job: Job
-) -> RunReport | None:
-    rank = join_torchrun(
-        parallel.mesh, backend=job.backend, timeout=job.timeout, join_timeout=job.join_timeout
-    )
-    session = Session(
-        parallel, rank, check_inputs=True, compiler=job.compiler, check_finite=job.check_finite
-    )
-    done = session.run(inputs, job.keep)
-    everyone = session.everyones_stats(done)
-    summaries = session.everyones_summaries(done)
-    found = session.assemble(done, job.keep) if job.keep.outputs else None
-    if rank.index != 0:
-        return None
-    return RunReport(
-        parallel.world_size,
-        dist.get_backend(),
-        max(stats.seconds for stats in everyone),
-        [stats.bytes_sent for stats in everyone],
-        described(parallel, inputs, job.keep, summaries),
-        outputs_by_name(found),
-    )
+def _backend(parallel: ParallelProgram, job: Job) -> str:
+    """What the ranks communicated over."""
+    if in_job() and job.backend != "lockstep":
+        return str(dist.get_backend())
+    if job.backend == "lockstep":
+        return job.backend
+    return pick_backend(job.backend, parallel.world_size)
 
 
 def described(
     parallel: ParallelProgram,
     inputs: Mapping[str, torch.Tensor],
     keep: Keep,
-    everyones: list[Any],
+    everyones: Sequence[Sequence[tuple[Summary, ...]]],
 ) -> dict[str, str]:
     """A line for each output, from what the ranks counted and added up."""
     program = parallel.rank(parallel.world_size - 1)

@@ -13,7 +13,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.numerics.lengths import COMPARISONS
 from ringcompile.runtime.executor import Executor, run_alone
-from ringcompile.runtime.inprocess import read_weights
+from ringcompile.runtime.runner import read_weights
 
 Inputs = Mapping[str, torch.Tensor]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ringcompile.runtime.drive import Outputs, drive
+from ringcompile.runtime.drive import drive
 from ringcompile.runtime.executor import Executor, Request
 
 _NUM_WARMUPS = 2  # libraries make their handles and workspaces, kernels are compiled
@@ -51,7 +51,7 @@ class GraphedStep:
             with torch.cuda.graph(self.graph):
                 self.outputs = drive(executor.run(values), answer)
 
-    def run(self, inputs: dict[str, torch.Tensor]) -> Outputs:
+    def run(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run on inputs of the same shapes; the outputs are overwritten by the next run."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from ringcompile.runtime.executor import Request
 
-Outputs = tuple[torch.Tensor, ...]
+Made = TypeVar("Made")
 
 
-def drive(
-    generator: Generator[Request, Any, Outputs], answer: Callable[[Request], Any]
-) -> Outputs:
-    """The outputs of a rank's program, each of its requests answered at once."""
+def drive(generator: Generator[Request, Any, Made], answer: Callable[[Request], Any]) -> Made:
+    """What a rank's generator returns, each of its requests answered at once."""
     reply = None
     while True:
         try:

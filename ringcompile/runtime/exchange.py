@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as funcol
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
@@ -51,7 +51,7 @@ class _Transfer:
 class Exchange:
     """Answers what a rank's program asks of others, and counts.
 
-    Making one is collective: all ranks do it in the same order.
+    Making one is collective, and so is `join`: all ranks do it in the same order.
 
     Attributes:
         joined: combinations of axes that programs communicate along, such as `ring,ulysses`; the
@@ -66,19 +66,35 @@ class Exchange:
     joined: Iterable[str] = ()
     bytes_sent: int = 0
     wait_seconds: float = 0.0
-    locations: Mapping[str, SourceLocation] = field(default_factory=dict)
+    locations: dict[str, SourceLocation] = field(default_factory=dict)
     check: bool = False
     stamps: Stamps | None = field(init=False, default=None)
+    devices: DeviceMesh | None = field(init=False)
     groups: dict[str, dist.ProcessGroup | None] = field(init=False)
     recorder: Recorder = field(init=False)
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.rank.index)
-        self.groups = _axis_groups(self.mesh, self.joined, self.rank)
-        if self.check and self.groups:
-            along = {axis: self.mesh.group_of(self.rank.index, axis) for axis in self.groups}
-            self.stamps = Stamps(self.rank, along, self.locations)
+        self.devices, self.groups = _devices(self.mesh, self.rank), {}
+        if self.devices is not None:
+            self.stamps = Stamps(self.rank, self.locations) if self.check else None
+            for axis in (axis for axis, size in self.mesh.across if size > 1):
+                self._add(axis, self.devices.get_group(axis))
+        self.join(self.joined)
         atexit.register(self.groups.clear)  # before `leave`, which ends only what nobody holds
+
+    def join(self, joined: Iterable[str]) -> None:
+        """Make a group for each of these combinations of axes that has none yet."""
+        for text in sorted(set(joined) - self.groups.keys()):
+            along = tuple(sorted(text.split(","), key=self.mesh.names.index))  # as torch wants them
+            if len(along) > 1 and self.mesh.size(text) > 1:
+                assert self.devices is not None
+                self._add(text, self.devices[along]._flatten().get_group())
+
+    def _add(self, axis: str, group: dist.ProcessGroup) -> None:
+        self.groups[axis] = group
+        if self.stamps is not None:
+            self.stamps.add(axis, self.mesh.group_of(self.rank.index, axis))
 
     def answer(self, request: Request) -> Any:
         """Do what the program asks; see `Executor.run`."""
@@ -283,20 +299,9 @@ BY_KIND: dict[str, Callable[[Collective, dist.ProcessGroup], Any]] = {
 }
 
 
-def _axis_groups(
-    mesh: Mesh, joined: Iterable[str], rank: Rank
-) -> dict[str, dist.ProcessGroup | None]:
-    """A group along each axis that has peers, and along each of these combinations."""
-    axes = [axis for axis, size in mesh.across if size > 1]
-    if not axes:
-        return {}
+def _devices(mesh: Mesh, rank: Rank) -> DeviceMesh | None:
+    """The mesh as torch knows it, where any axis has peers: the caller's, if there is one."""
+    if all(size == 1 for _, size in mesh.across):
+        return None
     names, sizes = zip(*mesh.across, strict=True)
-    devices = rank.devices or init_device_mesh(rank.device.type, sizes, mesh_dim_names=names)
-    groups: dict[str, dist.ProcessGroup | None] = {
-        axis: devices.get_group(axis) for axis in axes
-    }
-    for text in sorted(joined):
-        along = tuple(sorted(text.split(","), key=mesh.names.index))  # as torch wants them
-        if len(along) > 1 and mesh.size(text) > 1:
-            groups[text] = devices[along]._flatten().get_group()
-    return groups
+    return rank.devices or init_device_mesh(rank.device.type, sizes, mesh_dim_names=names)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ringcompile.errors import RingCompileError
-from ringcompile.runtime.batches import deal, whole_outputs
-from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.distributed import Parallel, RankRun, Session, Stats
-from ringcompile.runtime.join import EXCHANGE_TIMEOUT, Rank, check_world_size
+from ringcompile.runtime.batches import deal
+from ringcompile.runtime.distributed import answer_task, open_peer, rewind
+from ringcompile.runtime.join import EXCHANGE_TIMEOUT, check_world_size
 from ringcompile.runtime.outputs import EVERYTHING, Keep
 from ringcompile.runtime.processes import Processes
+from ringcompile.runtime.runner import Settings
+from ringcompile.runtime.tasks import (
+    WHOLE,
+    Parallel,
+    RankRun,
+    Result,
+    Task,
+    of_kind,
+    run_task,
+    together,
+)
 
 
 def launch(
@@ -39,34 +50,16 @@ def launch(
         return processes.call(target, *args)
 
 
-@dataclass(frozen=True)
-class LocalRun:
-    """What a run gave, and what it cost each rank.
-
-    Attributes:
-        outputs: whole outputs, nested as the model returns them; None where none were kept.
-        stats: one a rank.
-        runs: what each rank kept.
-    """
-
-    outputs: Any
-    stats: list[Stats]
-    runs: list[RankRun] = field(default_factory=list)
-
-
 class LocalRanks(Processes):
-    """The ranks of one parallel program, loaded and ready for many runs.
-
-    `run` runs the program. `call` calls a function with each `Rank`, whose `state` is its
-    `Session`.
+    """The ranks of parallel programs, loaded and ready for many tasks.
 
     Args:
         load: a function from a module that can be imported, such as `artifact.load`; this process
             and every rank call it.
         args: its arguments.
+        kinds: as for `Peer`.
         nproc: the number of ranks asked for, if any was: it has to be the mesh's.
-        compiler: as for `Session`.
-        check_finite: likewise.
+        settings: how the ranks compute.
         identity: that of the program which the caller has read already, if it has.
         options: as for `Processes`.
 
@@ -75,73 +68,54 @@ class LocalRanks(Processes):
             the caller's; a rank that did not join.
     """
 
+    reports = True
+
     def __init__(
         self,
         load: Callable[..., Parallel],
         args: tuple[Any, ...] = (),
+        kinds: Sequence[str] = (WHOLE,),
         *,
         nproc: int | None = None,
-        compiler: str | None = None,
-        check_finite: bool = False,
+        settings: Settings | None = None,
         identity: str | None = None,
         **options: Any,
     ) -> None:
-        parallel = load(*args)
-        if identity not in (None, parallel.identity):
+        self.parallel = load(*args)
+        if identity not in (None, self.parallel.identity):
             raise _replaced()
         if nproc is not None:
-            check_world_size(parallel.mesh, nproc)
-        self.program = parallel.rank(0)
-        self.last = parallel.rank(parallel.mesh.world_size - 1)
-        super().__init__(parallel.mesh.world_size, **options)
-        theirs = self.call(_open, load, args, compiler, check_finite)
-        if theirs[0] != parallel.identity:
+            check_world_size(self.parallel.mesh, nproc)
+        self.bytes_sent: list[int] = []
+        super().__init__(self.parallel.mesh.world_size, **options)
+        theirs = self.call(open_peer, load, args, kinds, settings or Settings())
+        if theirs[0] != self.parallel.identity:
             self.kill()
             raise _replaced()
 
-    def run(
-        self, inputs: Any, *, timeout: float | None = None, keep: Keep = EVERYTHING,
-        whole: bool = True,
-    ) -> LocalRun:
-        """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor.
+    def answer(self, task: Task) -> Result:
+        """See `Driver`; after an error the ranks are gone, unless the inputs do not fit."""
+        programs = of_kind(self.parallel, task.kind)
+        deal(programs.rank(0), task.inputs)
+        runs: list[RankRun] = self.call(answer_task, task)
+        found = together(programs.rank(self.num_ranks - 1), task, runs)
+        self.bytes_sent = found.bytes_sent
+        return found
 
-        Args:
-            inputs: the inputs.
-            timeout: as for `call`.
-            keep: what is kept of the outputs.
-            whole: whether outputs that are kept are put together.
+    def run(self, inputs: Any, *, keep: Keep = EVERYTHING, whole: bool = True) -> Result:
+        """Run the program of the whole sequence once: see `run_task`."""
+        return self.answer(run_task(self.parallel.rank(0), inputs, keep, whole))
 
-        Raises:
-            RingCompileError: inputs that do not fit (the ranks stay), or as `call`.
-        """
-        named = name_inputs(self.program, inputs)
-        dealt = deal(self.program, named)
-        runs: list[RankRun] = self.call(_run, named, keep, timeout=timeout)
-        outputs = None
-        if keep.outputs and whole:
-            everyones = [run.microbatches for run in runs]
-            outputs = whole_outputs(self.last, everyones, dealt, keep.last)
-        return LocalRun(outputs, [run.stats for run in runs], runs)
+    def rewind(self, length: int) -> None:
+        """See `Driver`."""
+        self.call(rewind, length)
+
+    def agreed(self, choose: Callable[[], torch.Tensor], batch: int) -> torch.Tensor:
+        """See `Driver`: the next task hands them to all ranks."""
+        return choose()
 
 
 def _replaced() -> RingCompileError:
     return RingCompileError(
         "the artifact was replaced while the ranks were started", hint="run it again"
     )
-
-
-def _open(
-    rank: Rank,
-    load: Callable[..., Parallel],
-    args: tuple[Any, ...],
-    compiler: str | None,
-    check_finite: bool,
-) -> str:
-    """Make the rank's session; which artifact it is for."""
-    parallel = load(*args)
-    rank.state = Session(parallel, rank, compiler=compiler, check_finite=check_finite)
-    return parallel.identity
-
-
-def _run(rank: Rank, inputs: Any, keep: Keep) -> RankRun:
-    return rank.state.run(inputs, keep)

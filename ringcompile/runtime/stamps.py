@@ -145,23 +145,27 @@ class Stamps:
 
     Attributes:
         rank: this process' place.
-        axes: by axis, or axes that are communicated along together, the ranks of this rank's group.
         locations: by node, the user's line.
+        axes: by axis, or axes that are communicated along together, the ranks of this rank's group.
     """
 
     rank: Rank
-    axes: Mapping[str, list[int]]
     locations: Mapping[str, SourceLocation]
+    axes: dict[str, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         wait = timedelta(seconds=self.rank.timeout)
         self.group = dist.new_group(backend="gloo", timeout=wait)
-        self._tags = {axis: tag for tag, axis in enumerate(sorted(self.axes))}
+        self._tags: dict[str, int] = {}
         # NCCL does sends and receives in one go; a receiver of gloo must know the size.
         self._late = dist.get_backend() == "gloo"
         self._compared: Counter[tuple[str, int]] = Counter()
-        self._waiting: dict[str, deque[Checked]] = {axis: deque() for axis in self.axes}
+        self._waiting: dict[str, deque[Checked]] = {}
         self._sent: list[tuple[torch.Tensor, dist.Work]] = []
+
+    def add(self, axis: str, ranks: list[int]) -> None:
+        """Compare what is exchanged along one more axis; all ranks add the same ones in order."""
+        self.axes[axis], self._tags[axis], self._waiting[axis] = ranks, len(self._tags), deque()
 
     def start(
         self, shift: Shift, ops: Sequence[dist.P2POp]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ringcompile as rc
+from ringcompile.runtime.cache import Memory
 from tests.generate.models import (
     ALL,
     CAPACITY,
@@ -31,6 +32,11 @@ from tests.support import some_fast
 
 EXACT = 1e-10
 TURNS = (5, 1, 1, 33, 1, 2, 1, 30, 1, 1)  # 76 tokens: more than two blocks of 32
+
+
+def memories(session: rc.Session) -> list[Memory]:
+    """What each rank keeps, in lock-step."""
+    return [runner.memory for runner in session.driver.runners]
 
 
 @torch.no_grad()
@@ -101,7 +107,10 @@ def test_unused_slots_may_hold_anything() -> None:
     """NaN in slots that hold no token must not reach a result."""
     module, parallel = cached(Window, "ring=4")
     with checked_session(parallel) as session:
-        for memory in session.driver.memories:
+        session.extend(ids(3))
+        session.reset()
+        for memory in memories(session):
+            assert memory.kept
             for kept in memory.kept.values():
                 kept.fill_(torch.nan)
         assert worst(session, module, ids(50), (3, 1, 40, 1)) < EXACT
@@ -111,11 +120,11 @@ def test_every_rank_keeps_its_share() -> None:
     with checked_session(cached(ALL["grouped"], "ring=4", cache=400)[1]) as session:
         for new in (300, *(1,) * 40):
             session.extend(ids(new))
-        kept = [memory.ledger.count(memory.rank) for memory in session.driver.memories]
+        kept = [memory.ledger.count(memory.rank) for memory in memories(session)]
         assert sum(kept) == 340
         assert max(kept) - min(kept) <= 32
         row = 2 * 2 * (24 // HEADS) * 8  # keys and values, KV heads, head dim, bytes
-        assert [memory.num_bytes for memory in session.driver.memories] == [
+        assert [memory.num_bytes for memory in memories(session)] == [
             2 * row * count for count in kept  # layers
         ]
 
@@ -254,7 +263,7 @@ def test_an_error_on_the_way_leaves_the_tokens_before() -> None:
     module, parallel = cached(Learned, "ring=4")
     with checked_session(parallel) as session:
         session.extend(ids(30)[:, :20])
-        weights = session.driver.weights[3]
+        weights = session.driver.runners[3].opened["carried"].weights
         name = next(iter(weights))
         kept, weights[name] = weights[name], weights[name][:0]
         with pytest.raises(rc.RingCompileError, match="failed"):
@@ -301,8 +310,11 @@ def test_what_a_session_refuses_changes_nothing() -> None:
 
 def test_a_program_without_a_cache() -> None:
     parallel = rc.transform(captured(Learned)[1], "ring=4")
-    with pytest.raises(rc.RingCompileError, match="compiled without a cache"):
-        rc.Session(parallel)
+    with rc.Session(parallel) as session:
+        assert session.run(ids(5)).shape == (1, 5, 40)
+        for asked in (lambda: session.extend(ids(5)), lambda: session.capacity):
+            with pytest.raises(rc.RingCompileError, match="compiled without a cache"):
+                asked()
 
 
 @torch.no_grad()
@@ -330,7 +342,7 @@ def test_a_prompt_that_the_ring_divides(kind: str, spec: str) -> None:
             assert worst(session, module, tokens, (1, 1, 20, 1)) < EXACT
             session.rewind(prompt - 3)
             assert worst(session, module, tokens, (1, 7)) < EXACT
-        kept = [memory.ledger.count(memory.rank) for memory in session.driver.memories]
+        kept = [memory.ledger.count(memory.rank) for memory in memories(session)]
         assert max(kept) - min(kept) <= 32
 
 
@@ -341,5 +353,5 @@ def test_a_prompt_is_computed_once() -> None:
     assert not parallel.prefill.program.outputs
     with checked_session(parallel) as session:
         session.extend(ids(65), last=True)
-        kept = [memory.ledger.count(memory.rank) for memory in session.driver.memories]
+        kept = [memory.ledger.count(memory.rank) for memory in memories(session)]
         assert kept == [17, 16, 16, 16]  # the prompt in equal parts, and the last token

@@ -16,10 +16,11 @@ from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.passes.base import Builder
 from ringcompile.runtime.collectives import Collective
-from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Request, Shift, Wait
 from ringcompile.runtime.join import Rank
+from ringcompile.runtime.runner import Settings
 
 LINES = {name: SourceLocation(f"models/{name}.py", 7, f"layers.{name}") for name in "abcdxy"}
 
@@ -118,6 +119,7 @@ class _Changed:
     def __init__(self, found: artifact.Artifact, rank: int, change: Callable[[Program], Program]):
         self.found, self.changed, self.change = found, rank, change
         self.mesh, self.source, self.identity = found.mesh, found.source, found.identity
+        self.carried = self.prefill = None
 
     def rank(self, rank: int) -> Program:
         program = self.found.rank(rank)
@@ -137,4 +139,4 @@ def _without_a_sum(program: Program) -> Program:
 def run_with_one_sum_less(rank: Rank, folder: str | Path, inputs: Any) -> None:
     """Run an artifact of which rank 1 leaves one all-reduce out."""
     found = _Changed(artifact.load(folder), 1, _without_a_sum)
-    Session(found, rank, check_finite=True).run(inputs)
+    Peer(found, rank, settings=Settings(check_finite=True)).run(inputs)

@@ -13,7 +13,7 @@ from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.data import name_inputs, share_inputs
-from ringcompile.runtime.inprocess import read_weights
+from ringcompile.runtime.runner import read_weights
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def devices() -> Any:
     model, mesh = tiny(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ring"))
     compiled = rc.parallelize(model, (IDS,), mesh)
     # Its own groups are used, no others are made.
-    same = compiled._session.exchange.groups["ring"] is mesh.get_group("ring")
+    same = compiled._peer.exchange.groups["ring"] is mesh.get_group("ring")
     return [near(compiled(IDS), model(IDS)), same]
 
 

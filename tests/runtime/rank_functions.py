@@ -16,7 +16,7 @@ from ringcompile import artifact
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import Collective
-from ringcompile.runtime.distributed import Session
+from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.exchange import Exchange, PeerLostError
 from ringcompile.runtime.executor import Shift, Wait
 from ringcompile.runtime.handshake import agree
@@ -135,14 +135,14 @@ def lose_a_peer(rank: Rank) -> None:
 
 
 def open_each(rank: Rank, folders: list[str]) -> None:
-    Session(artifact.load(folders[rank.index]), rank)
+    Peer(artifact.load(folders[rank.index]), rank)
 
 
 def run_checked(rank: Rank, folder: str, inputs: list[Any]) -> tuple[Any, list[Any]]:
     """As under torchrun, where each rank has inputs of its own: whole outputs, everyone's cost."""
-    session = Session(artifact.load(folder), rank, check_inputs=True)
-    run = session.run(inputs[rank.index])
-    return session.assemble(run), session.everyones_stats(run)
+    peer = Peer(artifact.load(folder), rank, check_inputs=True)
+    run = peer.run(inputs[rank.index])
+    return peer.assemble(run), peer.everyones_stats(run)
 
 
 def joined_axes(rank: Rank, axis: str) -> dict[str, list[int]]:

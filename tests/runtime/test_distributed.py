@@ -25,6 +25,7 @@ from ringcompile.runtime import join
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.join import join_torchrun, under_torchrun
 from ringcompile.runtime.launcher import LocalRanks, launch
+from ringcompile.runtime.runner import Settings
 from tests.runtime import rank_functions
 from tests.support import TOLERANCE, difference
 
@@ -84,7 +85,8 @@ def test_sixteen_ranks(saved: Saved) -> None:
 def test_compiled_between_communications(saved: Saved) -> None:
     """With torch's tracing backend, which generates no code: the ranks' own numbers stay."""
     parallel, folder = saved("llama-tiny", "ring=2", "zigzag")
-    with LocalRanks(artifact.load, (folder,), backend="gloo", compiler="eager") as ranks:
+    settings = Settings(compiler="eager")
+    with LocalRanks(artifact.load, (folder,), backend="gloo", settings=settings) as ranks:
         for length in (48, 9):
             hold(ranks, parallel, "llama-tiny", length)
 
@@ -230,13 +232,13 @@ def test_no_job_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
 SCRIPT = """
     import sys, torch
     from ringcompile import artifact
-    from ringcompile.runtime.distributed import Session
+    from ringcompile.runtime.distributed import Peer
     from ringcompile.runtime.join import join_torchrun
 
     parallel = artifact.load(sys.argv[1])
     rank = join_torchrun(parallel.mesh, backend="gloo")
-    session = Session(parallel, rank, check_inputs=True)
-    outputs = session.assemble(session.run((torch.arange(13)[None],)))
+    peer = Peer(parallel, rank, check_inputs=True)
+    outputs = peer.assemble(peer.run((torch.arange(13)[None],)))
     if rank.index == 0:
         torch.save(outputs, sys.argv[2])
 """

@@ -19,6 +19,7 @@ from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.launcher import LocalRanks
+from ringcompile.runtime.runner import Settings
 
 HINT = "\n  hint: run the model itself in float32, or look at the layers before it"
 
@@ -95,7 +96,7 @@ def test_processes_say_the_same(fragile: ParallelProgram, tmp_path: Path) -> Non
     fragile.save(tmp_path / "out")
     inputs = torch.randn(1, 12, 8)
     inputs[0, 11] = 3e3
-    options = {"backend": "gloo", "check_finite": True, "threads": 1}
+    options = {"backend": "gloo", "settings": Settings(check_finite=True), "threads": 1}
     with LocalRanks(artifact.load, (tmp_path / "out",), **options) as ranks, pytest.raises(
         RingCompileError, match=r"the first infinity appears in the result of aten\.exp"
     ):

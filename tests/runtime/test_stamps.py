@@ -14,6 +14,7 @@ from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.models import zoo
 from ringcompile.runtime.launcher import LocalRanks, launch
+from ringcompile.runtime.runner import Settings
 from ringcompile.runtime.stamps import Stamp
 from tests.runtime import checked_ranks
 from tests.runtime.checked_ranks import CASES
@@ -109,7 +110,8 @@ def test_programs_that_fit_give_the_same_numbers(
     runs = []
     for check in (False, True):
         with LocalRanks(
-            artifact.load, (tmp_path / "out",), backend="gloo", threads=1, check_finite=check
+            artifact.load, (tmp_path / "out",), backend="gloo", threads=1,
+            settings=Settings(check_finite=check),
         ) as ranks:
             runs += [ranks.run(inputs), ranks.run(inputs)]
     for other in runs[1:]:

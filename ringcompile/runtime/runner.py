@@ -1,0 +1,273 @@
+"""One rank's programs with their weights and its cache: how it does what a session asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, assert_never
+
+import torch
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.expr import SEQUENCE, equal, symbol
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program, WeightSource
+from ringcompile.ir.types import TensorType
+from ringcompile.runtime.batches import Deal, Part, deal, part_of, uses_numbers
+from ringcompile.runtime.cache import Memory
+from ringcompile.runtime.data import share_keys, share_of, share_slices, shares_of
+from ringcompile.runtime.executor import Executor, Request
+from ringcompile.runtime.finite import finite_watch
+from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary
+from ringcompile.runtime.tasks import CARRIED, WHOLE, Extend, Inputs, Prompt, Run, Task
+
+_MAX_EXECUTORS = 16  # of a program, one for each combination of lengths lately seen
+
+
+def read_weights(
+    program: Program, source: WeightSource | None, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The weights a program takes, by placeholder name."""
+    if program.weights and source is None:
+        raise RingCompileError("the program has no weights at hand")
+    types = {node.name: type_of(node) for node in program.graph.nodes if node.op == "placeholder"}
+    return {
+        placeholder: _read(program, source, weight.name, types[placeholder]).to(device)  # type: ignore[arg-type]
+        for placeholder, weight in program.weights.items()
+    }
+
+
+def _read(program: Program, source: WeightSource, name: str, type_: TensorType) -> torch.Tensor:
+    """One rank's share of a weight; nothing else of a file is read, if the share is one piece."""
+    slices = share_slices(program, type_)
+    if slices and hasattr(source, "share"):
+        piece: torch.Tensor = source.share(name, slices)
+        return piece
+    return share_of(program, source(name), type_, {})
+
+
+@dataclass
+class Weights:
+    """Weights on a device; programs and ranks that take the same share of one have it once.
+
+    Attributes:
+        source: where their data comes from.
+        device: where they are put.
+    """
+
+    source: WeightSource | None
+    device: torch.device
+    held: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def of(self, program: Program) -> dict[str, torch.Tensor]:
+        """The weights of a rank's program by placeholder name."""
+        keys = share_keys(program)
+        new = {p: program.weights[p] for p, key in keys.items() if key not in self.held}
+        only = program.with_graph(program.graph, weights=new)
+        read = read_weights(only, self.source, self.device)
+        self.held.update({keys[p]: weight for p, weight in read.items()})
+        return {p: self.held[key] for p, key in keys.items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How ranks compute.
+
+    Attributes:
+        check_types: hold every value against the type that its node declares.
+        compiler: a backend of torch.compile for what is computed between communications; see
+            `Executor`.
+        check_finite: look for the first NaN or infinity, and have ranks compare what they are about
+            to exchange; see `finite_watch` and `stamps`.
+    """
+
+    check_types: bool = False
+    compiler: str | None = None
+    check_finite: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task that a rank is about to do.
+
+    Attributes:
+        dealt: how the batch is dealt out.
+        calls: of each microbatch, the program and what it takes, by placeholder name.
+        keep: what is kept of the outputs.
+        last: whether outputs of the last of the new tokens alone are wanted.
+    """
+
+    dealt: Deal
+    calls: list[tuple[Executor, Inputs]]
+    keep: Keep = EVERYTHING
+    last: bool = False
+
+
+def freed(program: Program) -> Program:
+    """Without the model's own weights, which stay in memory as long as a program names them."""
+    return replace(program, source=None, captured=None)
+
+
+def _copied(share: torch.Tensor) -> torch.Tensor:
+    """A share without the whole weight that it may be a view of."""
+    return share.clone() if share.untyped_storage().nbytes() > share.nbytes else share
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A program that is ready to run."""
+
+    program: Program
+    weights: Inputs
+    numbered: bool
+    executors: dict[Any, Executor] = field(default_factory=dict)
+
+
+class Runner:
+    """One rank's programs, its weights and its cache.
+
+    Args:
+        programs: gives the rank's program of a kind.
+        weights: of this rank; other ranks of the process may share them.
+        settings: how it computes.
+    """
+
+    def __init__(
+        self, programs: Callable[[str], Program], weights: Weights, settings: Settings
+    ) -> None:
+        self.programs, self.weights, self.settings = programs, weights, settings
+        self.opened: dict[str, _Opened] = {}
+        self._memory: Memory | None = None
+
+    def open(self, kind: str) -> _Opened:
+        """The program of a kind, its weights read."""
+        if kind not in self.opened:
+            program = self.programs(kind)
+            self.opened[kind] = _Opened(program, self.weights.of(program), uses_numbers(program))
+        return self.opened[kind]
+
+    def let_go(self) -> Program:
+        """Keep shares of weights alone, and a program that does not name the model; returns it."""
+        whole = self.open(WHOLE)
+        weights = {name: _copied(weight) for name, weight in whole.weights.items()}
+        program = freed(whole.program)
+        self.opened = {WHOLE: _Opened(program, weights, whole.numbered)}
+        self.weights, self.programs = Weights(None, self.weights.device), lambda kind: program
+        return program
+
+    @property
+    def memory(self) -> Memory:
+        """What the rank keeps of a sequence from task to task."""
+        if self._memory is None:
+            self._memory = Memory(self.open(CARRIED).program, self.weights.device)
+        return self._memory
+
+    def length(self) -> int:
+        """The tokens in its cache."""
+        return 0 if self._memory is None else self._memory.length
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+        if self._memory is not None:
+            self._memory.rewind(length)
+
+    def prepare(self, task: Task) -> Prepared:
+        """Deal the batch out, take this rank's share of the inputs, and make room in its cache.
+
+        Raises:
+            RingCompileError: inputs that do not fit the program.
+        """
+        opened = self.open(task.kind)
+        dealt = deal(opened.program, task.inputs)
+        parts = dealt.of(opened.program)
+        calls = [
+            self._call(opened, part, task.keep, values)
+            for part, values in zip(parts, self._taken(task, opened, parts), strict=True)
+        ]
+        return Prepared(dealt, calls, task.keep, isinstance(task, Extend) and task.last)
+
+    def _taken(self, task: Task, opened: _Opened, parts: Iterable[Part]) -> Iterator[Inputs]:
+        """What the program takes besides weights, for each microbatch."""
+        program = opened.program
+        for part in parts:
+            match task:
+                case Run():
+                    own = part_of(program, task.inputs, part)
+                    yield shares_of(program, own, part.lengths)
+                case Extend():
+                    yield self.memory.begin(task.inputs, task.new, part)
+                case Prompt():
+                    yield self.memory.begin_prompt(program, task.inputs, task.new, part)
+                case _:
+                    assert_never(task)
+
+    def on_shares(self, values: Inputs, lengths: dict[str, int]) -> Prepared:
+        """A run of the whole program on this rank's share of the inputs, by placeholder name."""
+        opened, part = self.open(Run.kind), Part(0, 0, lengths)
+        replicas = opened.program.mesh.size("dp") if opened.program.mesh is not None else 1
+        call = self._call(opened, part, EVERYTHING, values)
+        return Prepared(Deal(lengths, ((part,),) * replicas), [call])
+
+    def _call(
+        self, opened: _Opened, part: Part, keep: Keep, values: Inputs
+    ) -> tuple[Executor, Inputs]:
+        device = self.weights.device
+        needed = part.needed(opened.numbered)
+        own = {name: tensor.to(device) for name, tensor in values.items()}
+        return self._executor(opened, needed, keep), {**opened.weights, **own}
+
+    def _executor(self, opened: _Opened, lengths: dict[str, int], keep: Keep) -> Executor:
+        key, made = (tuple(sorted(lengths.items())), keep.last), opened.executors
+        if key not in made:
+            if len(made) == _MAX_EXECUTORS:
+                made.clear()
+            program, settings = keep.program(opened.program, lengths), self.settings
+            made[key] = Executor(
+                program, lengths, self.weights.device, settings.check_types,
+                compiler=settings.compiler,
+                watch=finite_watch(program) if settings.check_finite else None,
+            )
+        return made[key]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a rank made: see `RankRun`."""
+
+    microbatches: tuple[tuple[torch.Tensor, ...], ...]
+    dealt: Deal
+    summaries: tuple[tuple[Summary, ...], ...]
+
+
+def computed(prepared: Prepared) -> Generator[Request, Any, Computed]:
+    """Compute one microbatch after another; whoever drives this answers the rank's requests."""
+    outputs, summaries = [], []
+    for executor, values in prepared.calls:
+        made = yield from executor.run(values)
+        kept, summary = prepared.keep.of(executor.program, made, executor.lengths)
+        outputs.append(_last_rows(executor.program, kept) if prepared.last else kept)
+        summaries.append(summary)
+    dealt = _of_last(prepared.dealt) if prepared.last else prepared.dealt
+    return Computed(tuple(outputs), dealt, tuple(summaries))
+
+
+def _of_last(dealt: Deal) -> Deal:
+    """How the batch was dealt, with one token of each sequence."""
+    hands = tuple(
+        tuple(replace(part, lengths={**part.lengths, SEQUENCE: 1}) for part in hand)
+        for hand in dealt.hands
+    )
+    return Deal({**dealt.lengths, SEQUENCE: 1}, hands)
+
+
+def _last_rows(
+    program: Program, outputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """A rank's share of its outputs, of the last of the new tokens only."""
+    made = []
+    for node, x in zip(program.outputs, outputs, strict=True):
+        for dim, size in enumerate(type_of(node).shape):
+            if equal(size, symbol(SEQUENCE)):
+                x = x.narrow(dim, x.shape[dim] - 1, 1).clone()
+        made.append(x)
+    return tuple(made)
