@@ -1,4 +1,4 @@
-"""Measure how the code is built, here and at an earlier commit: `python -m benchmarks.structure [REV]`.
+"""How the code is built, now and at a commit: `python -m benchmarks.structure [REVISION]`.
 
 Prints a table in Markdown: lines of the large folders, tables keyed by op, places that spell an
 option, imports between folders, the longest and the median file and function, and names that
@@ -23,7 +23,9 @@ import click
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("passes", "cost", "runtime", "ir", "capture")
 # Options of a compilation that both trees know; each spelling of one by name is a place.
-OPTIONS = ("order", "capacity", "tp_sequence", "stages", "microbatches", "gather_unknown", "overlap")
+OPTIONS = (
+    "order", "capacity", "tp_sequence", "stages", "microbatches", "gather_unknown", "overlap"
+)
 # An op as a key of a table: its name in quotes, or the op itself.
 OP = re.compile(r"""["']?(aten|ringcompile|prims|_operator|torch\.ops)\.\w""")
 
@@ -58,8 +60,9 @@ class Tree:
         pairs = set()
         for path, tree in self.parsed.items():
             for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ringcompile."):
-                    pairs.add((self._folder(path), str(node.module).split(".")[1]))
+                module = str(node.module) if isinstance(node, ast.ImportFrom) else ""
+                if module.startswith("ringcompile."):
+                    pairs.add((self._folder(path), module.split(".")[1]))
         wings = {self._folder(path) for path in self.files} - {""}
         return sum(a != b and a in wings and b in wings for a, b in pairs)
 
@@ -130,7 +133,7 @@ def rows(tree: Tree) -> dict[str, str]:
         "files over 400 lines, functions over 40": (
             f"{sum(n > 400 for n in files)}, {sum(n > 40 for n in functions)}"
         ),
-        "names that several classes share": str(len(shared)) + (f" ({', '.join(shared)})" * bool(shared)),
+        "names that several classes share": ", ".join([str(len(shared)), *shared]),
     }
 
 
@@ -139,8 +142,11 @@ def at(revision: str) -> dict[str, str]:
     packed = subprocess.run(
         ["git", "archive", revision, "ringcompile"], cwd=ROOT, check=True, capture_output=True
     ).stdout
-    with tempfile.TemporaryDirectory() as folder:
-        tarfile.open(fileobj=io.BytesIO(packed)).extractall(folder, filter="data")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tarfile.open(fileobj=io.BytesIO(packed)) as archive,
+    ):
+        archive.extractall(folder, filter="data")
         return rows(Tree(Path(folder)))
 
 

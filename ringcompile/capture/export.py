@@ -27,6 +27,7 @@ from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer
+from ringcompile.capture.math_of_sizes import math_of_sizes
 from ringcompile.capture.regions import written_out
 from ringcompile.capture.same_as_eager import NOT_COMPARED, compare, has_data
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
@@ -288,7 +289,7 @@ def _tracing() -> Iterator[None]:
     try:
         with (
             contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
-            torch.no_grad(), warnings.catch_warnings(),
+            torch.no_grad(), warnings.catch_warnings(), math_of_sizes(),
         ):
             warnings.filterwarnings("ignore", module=r"torch\.")  # of torch's own making
             warnings.simplefilter("ignore", FutureWarning)

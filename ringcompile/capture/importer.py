@@ -16,7 +16,7 @@ from ringcompile.capture.flat_call import FlatCall, own_name
 from ringcompile.capture.source_lines import location_of
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import from_torch
+from ringcompile.ir.expr import from_torch, real
 from ringcompile.ir.program import Input, Program, Weight, WeightSource
 from ringcompile.ir.types import TensorType
 
@@ -112,8 +112,10 @@ class Importer:
         return self._number(value.meta["val"])
 
     def _number(self, value: Any) -> Any:
-        if isinstance(value, torch.SymInt | torch.SymFloat):
+        if isinstance(value, torch.SymInt):
             return from_torch(value.node.expr, self.symbols)
+        if isinstance(value, torch.SymFloat):
+            return real(from_torch(value.node.expr, self.symbols))
         if isinstance(value, torch.SymBool):
             raise RingCompileError("a value depends on whether a length satisfies a condition")
         return value

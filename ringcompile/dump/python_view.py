@@ -32,7 +32,7 @@ from ringcompile.ops import schemas
 
 _RESERVED = {"inputs", "state", "weights", "comm", "torch", "aten", "ours", "operator", "step"}
 _AFFIX = re.compile(r"_(default|tensor|scalar|dtype|int)(?=_\d+$|$)", re.IGNORECASE)
-_ROUNDING = re.compile(r"(?<![.\w])(ceil|floor)\(")
+_MATH = re.compile(r"(?<![.\w])(ceil|floor|log|sqrt)\(")
 _INDENT = " " * 4
 _WIDTH, _MAX_CODE = 100, 84
 _NOTICE = "A view for reading: ringcompile never imports or executes this file."
@@ -44,11 +44,11 @@ def python_view(program: Program) -> str:
     """The readable Python of a program, usually that of one rank; ends with a newline."""
     head = [*title(program, "constructed by"), "", _NOTICE, "", *legend(program, _NOT_HERE)]
     body = _View(program).body()
-    rounding = any(_ROUNDING.search(line) for line in body)
+    functions = sorted({name for line in body for name in _MATH.findall(line)})
     return "\n".join([
         *(f"# {line}".rstrip() for line in head),
         "",
-        *(["from math import ceil, floor", ""] if rounding else []),
+        *([f"from math import {', '.join(functions)}", ""] if functions else []),
         "import torch",
         "",
         "aten, ours = torch.ops.aten, torch.ops.ringcompile",

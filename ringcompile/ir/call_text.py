@@ -139,7 +139,8 @@ def value_text(program: Program, value: Any, names: Mapping[fx.Node, str]) -> st
         text = f"{value:.6g}"
         return f"{text}.0" if text.lstrip("-").isdigit() else text
     if is_symbolic(value):
-        return to_text(bind(value, program.lengths))
+        known = bind(value, program.lengths)
+        return to_text(known) if is_symbolic(known) else value_text(program, known, names)
     return str(value).removeprefix("torch.")
 
 

@@ -3,13 +3,16 @@
 A graph's arguments hold numbers that are known (an int) or not known yet (a sympy expression): the
 global sequence length `s`, the length `n` of one rank's share, the sequences `b` of the whole batch
 and `k` of one part of it, a mesh coordinate such as `ring`.
-`bind` fills symbols in; what remains symbolic stays symbolic. Expressions are written to files as
-text and read back by a small parser that knows five functions and never evaluates anything.
+`bind` fills symbols in; what remains symbolic stays symbolic. A number that is not whole, such as
+`1 / x.shape[1]` in a model, is written `float(1/s)`; only inside such a call does `/` not stand for
+a whole number, and may logarithms and roots be. Expressions are written to files as text and read
+back by a small parser that knows eight functions and never evaluates anything.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,13 +27,29 @@ from ringcompile.errors import RingCompileError
 
 Size: TypeAlias = int | sympy.Expr
 
+
+class Real(sympy.Function):  # type: ignore[misc]
+    """A number with a fraction, computed of sizes: an argument of an op, never a size."""
+
+    nargs = 1
+    is_integer = False
+    is_extended_real = True
+
+    def _pythoncode(self, printer: Any) -> str:
+        return f"float({printer.doprint(self.args[0])})"
+
+
+Real.__name__ = "float"  # as it is written
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "float": Real,
     "floor": sympy.floor,
     "ceiling": sympy.ceiling,
     "Mod": sympy.Mod,
     "Max": sympy.Max,
     "Min": sympy.Min,
 }
+_OF_FRACTIONS: dict[str, Callable[..., Any]] = {"log": sympy.log, "sqrt": sympy.sqrt}
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -47,14 +66,29 @@ def _floor(value: sympy.Expr) -> sympy.Expr:
     return sympy.floor(value)
 
 
-# torch.export writes integer division and remainder with functions of its own.
+_ROUNDING: dict[Any, Callable[..., Any]] = {
+    torch_functions.CeilToInt: sympy.ceiling,
+    torch_functions.FloorToInt: _floor,
+    torch_functions.TruncToInt: _floor,  # of sizes, which are positive
+}
+_INEXACT = (
+    torch_functions.FloatPow, torch_functions.OpaqueUnaryFn_sqrt, torch_functions.OpaqueUnaryFn_log2
+)
+_QUOTIENTS = (torch_functions.IntTrueDiv, torch_functions.FloatTrueDiv)
+# torch.export writes arithmetic of sizes with functions of its own.
 _FROM_TORCH: dict[Any, Callable[..., Any]] = {
     torch_functions.FloorDiv: lambda a, b: _floor(a / b),
     torch_functions.CleanDiv: lambda a, b: a / b,
     torch_functions.Mod: sympy.Mod,
     torch_functions.PythonMod: sympy.Mod,
-    torch_functions.CeilToInt: sympy.ceiling,
-    torch_functions.FloorToInt: sympy.floor,
+    **_ROUNDING,
+    torch_functions.IntTrueDiv: lambda a, b: a / b,
+    torch_functions.FloatTrueDiv: lambda a, b: a / b,
+    torch_functions.ToFloat: lambda a: a,
+    torch_functions.FloatPow: operator.pow,
+    torch_functions.PowByNatural: operator.pow,
+    torch_functions.OpaqueUnaryFn_sqrt: sympy.sqrt,
+    torch_functions.OpaqueUnaryFn_log2: lambda a: sympy.log(a) / sympy.log(2),
     torch_functions.Max: sympy.Max,
     torch_functions.Min: sympy.Min,
 }
@@ -116,15 +150,18 @@ def equal(a: Size, b: Size) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def _bind(expression: sympy.Expr, values: tuple[tuple[str, int], ...]) -> Size:
+def _bind(expression: sympy.Expr, values: tuple[tuple[str, int], ...]) -> Any:
     known = dict(values)
-    return simplify(expression.xreplace(
+    bound = expression.xreplace(
         {s: sympy.Integer(known[s.name]) for s in expression.free_symbols if s.name in known}
-    ))
+    )
+    if isinstance(bound, Real) and not bound.free_symbols:
+        return float(bound.args[0])  # an argument of an op; sizes are whole numbers
+    return simplify(bound)
 
 
 def bind(value: Size, values: Mapping[str, int]) -> Size:
-    """Fill in the symbols named in `values`."""
+    """Fill in the symbols named in `values`; a number with a fraction becomes a float."""
     if isinstance(value, int):
         return value
     return _bind(value, tuple(sorted(values.items())))
@@ -162,19 +199,52 @@ def from_torch(expression: sympy.Expr, renamed: Mapping[str, sympy.Symbol]) -> S
     if expression.is_Symbol and _UNBACKED.fullmatch(expression.name):
         return unbacked(expression.name)
     if expression.is_Number:
-        return simplify(expression)
+        return simplify(_exact(expression))
+    if expression.func in _ROUNDING:
+        _check_rounding(expression.args[0])
     arguments = [from_torch(argument, renamed) for argument in expression.args]
     convert = _FROM_TORCH.get(expression.func)
     if convert is not None:
         return simplify(convert(*map(sympy.sympify, arguments)))
-    if expression.func in (sympy.Add, sympy.Mul, sympy.Pow, *_FUNCTIONS.values()):
+    if expression.func in (sympy.Add, sympy.Mul, sympy.Pow, sympy.log, *_FUNCTIONS.values()):
         return simplify(expression.func(*arguments))
     raise RingCompileError(f"a size is computed by {expression.func.__name__}, which is not known")
 
 
+def _exact(number: sympy.Expr) -> sympy.Expr:
+    """A number such as 0.5 as the fraction that it is, where products with it are not rounded."""
+    if number == math.log(2):  # torch has log2 alone: log(n) comes as log2(n) * log(2)
+        return sympy.log(2)
+    fraction = sympy.Rational(number)
+    return fraction if fraction.q <= _EXACT else number
+
+
+def _check_rounding(value: sympy.Expr) -> None:
+    """A number is rounded to a size: it must not depend on how floating point rounds.
+
+    The quotient of two sizes does not, since it is at least 1 / divisor away from the next whole
+    number; nor do products with a half, a quarter and so on.
+    """
+    quotients = value.atoms(*_QUOTIENTS) - {value}
+    exact = all(_exact(number).is_Rational for number in value.atoms(sympy.Number))
+    if quotients or not exact or value.atoms(*_INEXACT):
+        raise RingCompileError(
+            "a size is rounded from a number that depends on how floating point rounds",
+            hint="use whole numbers, for example (7 * n) // 10 in place of floor(0.7 * n)",
+        )
+
+
+def real(value: Size | float) -> Any:
+    """A number that a model computes of sizes in floating point, as an argument of an op."""
+    if not is_symbolic(value):
+        return float(value)
+    written = Real(value.xreplace({f: sympy.Rational(f) for f in value.atoms(sympy.Float)}))
+    return parse(to_text(written))  # in the form that is read back
+
+
 def to_text(value: Size) -> str:
     """The expression as text that `parse` reads back."""
-    return str(value) if isinstance(value, int) else _text(value)
+    return _text(value) if is_symbolic(value) else str(value)
 
 
 @lru_cache(maxsize=65536)  # sympy takes long to print; a program has few expressions, many times
@@ -197,9 +267,9 @@ def parse(text: str) -> Size:
         raise RingCompileError(f"'{text[:80]}' is not a size expression") from None
 
 
-def _built(node: ast.AST) -> Any:
+def _built(node: ast.AST, fractions: bool = False) -> Any:
     """The expression, held to be a number that a size can be, at every step."""
-    made = sympy.sympify(_build(node))
+    made = sympy.sympify(_build(node, fractions))
     if made.is_finite is False or made is sympy.nan or made.has(sympy.zoo, sympy.oo):
         raise ValueError(made)
     if made.is_number and abs(made) >= _TOO_LARGE:
@@ -209,7 +279,8 @@ def _built(node: ast.AST) -> Any:
     return made
 
 
-def _build(node: ast.AST) -> Any:
+def _build(node: ast.AST, fractions: bool) -> Any:
+    """`fractions`: whether it is inside `float`, where roots and logarithms may be."""
     match node:
         case ast.Constant(value=int() as number) if not isinstance(number, bool):
             return sympy.Integer(number)
@@ -220,20 +291,44 @@ def _build(node: ast.AST) -> Any:
         case ast.Name(id=name) if _UNBACKED.fullmatch(name):
             return unbacked(name)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_built(left), _built(right))
-        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)):
-            if isinstance(power, bool) or not 0 <= power <= _MAX_POWER:
+            return _OPERATORS[type(op)](_built(left, fractions), _built(right, fractions))
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            power = power_of(right)
+            if not fractions and not (power.is_Integer and power >= 0):
                 raise ValueError(power)
-            return _built(left) ** power
+            return _built(left, fractions) ** power
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_built(operand)
+            return -_built(operand, fractions)
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]) if (
-            name in _FUNCTIONS
+            name in _FUNCTIONS or (name in _OF_FRACTIONS and fractions)
         ):
-            return _FUNCTIONS[name](*map(_built, args))
+            inside = [_built(argument, fractions or name == "float") for argument in args]
+            return {**_FUNCTIONS, **_OF_FRACTIONS}[name](*inside)
     raise ValueError(node)
 
 
+def power_of(node: ast.AST) -> sympy.Rational:
+    """The exponent of a power in an expression, such as 2, -1 or 3/2.
+
+    Raises:
+        ValueError: it is none, or too large.
+    """
+    match node:
+        case ast.Constant(value=int() as power) if not isinstance(power, bool):
+            found = sympy.Rational(power)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            found = -power_of(operand)
+        case ast.BinOp(left=left, op=ast.Div(), right=ast.Constant(value=2)):
+            found = power_of(left) / 2
+        case _:
+            raise ValueError(node)
+    if abs(found) > _MAX_POWER:
+        raise ValueError(node)
+    return found
+
+
+# Fractions with larger denominators than this are not taken for exact.
+_EXACT = 1024
 # A file must not be able to ask for a number with a million digits.
 _MAX_POWER = 8
 _TOO_LARGE = 2**63

@@ -22,6 +22,7 @@ from ringcompile.ir.expr import (
     is_symbolic,
     parse,
     product,
+    real,
     simplify,
     symbol,
     to_text,
@@ -161,6 +162,28 @@ def test_reads(name: str) -> None:
     text, expected = TEXTS[name]
     assert parse(text) == expected
     assert type(parse(text)) is type(expected)
+
+
+REAL = {
+    "1 / s": (1 / S, "float(1/s)", 1 / 12),
+    "s / 2": (S / 2, "float(s/2)", 6.0),
+    "a root": (sympy.sqrt(S), "float(sqrt(s))", math.sqrt(12)),
+    "a power": (S ** sympy.Rational(-3, 2), "float(s**(-3/2))", 12**-1.5),
+    "a logarithm": (sympy.log(S) / 3, "float(log(s)/3)", math.log(12) / 3),
+    "a product with a fraction": (0.25 * S, "float(s/4)", 3.0),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_numbers_with_fractions(name: str) -> None:
+    value, text, number = REAL[name]
+    written = real(value)
+    assert to_text(written) == text
+    assert parse(text) == written
+    bound = bind(written, {"s": 12})
+    assert isinstance(bound, float)
+    assert bound == pytest.approx(number, rel=1e-15)
+    assert to_text(bind(written, {"n": 3})) == text, "it stays a float where s is not known"
 
 
 def test_lengths_are_positive_and_coordinates_are_not_negative() -> None:

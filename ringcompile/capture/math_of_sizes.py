@@ -1,0 +1,71 @@
+"""Functions of sizes that torch.export would turn into numbers: `math.log(x.shape[1])`.
+
+Python's `math` asks a size for the number that it is in the example, which fixes the length. While
+a model is captured, these functions take sizes as they are, and `torch.linspace` as many steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._export.verifier import Verifier
+
+_log2: Any = vars(torch)["_sym_log2"]
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "sqrt": torch.sym_sqrt,
+    "log2": _log2,
+    "log": lambda size: _log2(size) * math.log(2),
+    "log10": lambda size: _log2(size) * math.log(2) / math.log(10),
+}
+
+
+@contextlib.contextmanager
+def math_of_sizes() -> Iterator[None]:
+    """While inside, functions of `math` and `torch.linspace` keep sizes of inputs symbolic."""
+    with contextlib.ExitStack() as stack:
+        for name, symbolic in _FUNCTIONS.items():
+            changed = _of_sizes(getattr(math, name), symbolic)
+            stack.enter_context(mock.patch.object(math, name, changed))
+        allowed = _and_functions(Verifier.allowed_op_types)
+        stack.enter_context(mock.patch.object(Verifier, "allowed_op_types", allowed))
+        stack.enter_context(mock.patch.object(torch, "linspace", _linspace_of(torch.linspace)))
+        yield
+
+
+def _and_functions(original: Callable[[Any], tuple[type, ...]]) -> Callable[[Any], Any]:
+    """Torch's check of an exported graph knows `sym_sqrt` and no `_sym_log2`."""
+    return lambda verifier: (*original(verifier), FunctionType)
+
+
+def _of_sizes(original: Callable[..., Any], symbolic: Callable[[Any], Any]) -> Callable[..., Any]:
+    def function(value: Any, *base: Any) -> Any:
+        if not isinstance(value, torch.SymInt | torch.SymFloat):
+            return original(value, *base)
+        found = symbolic(value)
+        return found / math.log(*base) if base else found
+
+    return function
+
+
+def _linspace_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def linspace(start: Any, end: Any, steps: Any, **settings: Any) -> torch.Tensor:
+        if not isinstance(steps, torch.SymInt) or isinstance(start, torch.Tensor) or isinstance(
+            end, torch.Tensor
+        ) or settings.get("out") is not None:
+            return original(start, end, steps, **settings)
+        dtype = settings.pop("dtype", None) or torch.get_default_dtype()
+        settings = {key: value for key, value in settings.items() if value is not None}
+        count: Any = steps
+        index: Any = torch.arange(count, dtype=dtype, **settings)
+        step = (end - start) / torch.sym_max(steps - 1, 1)
+        # As torch does it: counted from the nearer end, so that both ends are exact.
+        below, above = start + step * index, end - step * (count - 1 - index)
+        return torch.where(index < torch.sym_max(steps // 2, 1), below, above)
+
+    return linspace
