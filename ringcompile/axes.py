@@ -54,7 +54,7 @@ AXES = {
     for axis in (
         Axis("pp", "splits layers", divides_weights=True),
         Axis("dp", "splits the batch"),
-        Axis(TIME, "splits the sequence; a rank computes one chunk after another",
+        Axis(TIME, "splits the sequence; ranks compute one piece after another",
              divides_sequence=True, only_sequence=True, rotates=True, has_ranks=False),
         Axis("ring", "splits the sequence; keys and values rotate", divides_sequence=True,
              only_sequence=True, rotates=True, balances=True, own_tokens=True, keeps_tokens=True),

@@ -118,9 +118,16 @@ class Case:
     gather_unknown: bool
 
     @property
-    def axis(self) -> str:
-        """What divides the sequence: ranks, or, in every fifth case, one rank in time."""
-        return "time" if self.seed % 5 == 4 else "ring"
+    def axes(self) -> tuple[str, ...]:
+        """What divides the sequence: ranks, one rank in time, or both."""
+        return {3: ("time", "ring"), 4: ("time",)}.get(self.seed % 5, ("ring",))
+
+    @property
+    def parallel(self) -> str:
+        """The parallel spec."""
+        if len(self.axes) == 1:
+            return f"{self.axes[0]}={self.ranks}"
+        return f"time={2 + self.seed // 5 % 3},ring={1 + self.ranks // 2}"
 
     @property
     def hides_rows(self) -> bool:
@@ -490,8 +497,8 @@ def compiled(model: RandomModel) -> ParallelProgram:
     example = inputs_of(case, case.capture_length)
     first = example.pop("inputs")
     parallel = transform(
-        capture(model, (first,), example), f"{case.axis}={case.ranks}",
-        order="contiguous" if case.axis == "time" else case.order,
+        capture(model, (first,), example), case.parallel,
+        order=case.order if "ring" in case.axes else "contiguous",
         length=case.lengths[0] if case.fixed else None, gather_unknown=case.gather_unknown)
     parallel.ranks()
     return parallel

@@ -36,7 +36,6 @@ from tests.random_module_parts import HEADS, PIECES, Context, Parts, Sizes
 TOLERANCE: Final = {torch.float64: 1e-9, torch.float32: 1e-4}
 MATTERS: Final = 1e-4
 AXES: Final = ("ring", "ring", "tp", "tp", "pp", "dp", "ulysses", "ep", "time")
-ALONG_THE_SEQUENCE: Final = ("ring", "ulysses", "ep")
 MOST_RANKS: Final = 8
 RIGHT, REFUSED, WRONG, CRASHED, IDLE = "right", "refused", "WRONG", "crashed", "idle"
 
@@ -104,12 +103,10 @@ def case_of(seed: int) -> Case:
 
 
 def _spec(draw: random.Random) -> list[tuple[str, int]]:
-    """Axes and sizes, in any order; chunks in time stand beside no other axis of the sequence."""
+    """Axes and sizes, in any order."""
     while True:
         count = draw.choice((1, 1, 1, 2, 2, 3))
         axes = list(dict.fromkeys(draw.choice(AXES) for _ in range(count)))
-        if "time" in axes:
-            axes = [axis for axis in axes if axis not in ALONG_THE_SEQUENCE]
         sizes = [(axis, draw.choice((2, 2, 3, 4))) for axis in axes]
         if prod(size for _, size in sizes) <= MOST_RANKS:
             return sizes

@@ -29,8 +29,7 @@ MODELS: Final = (
     "dense-4l-tiny", "moe-4l-tiny", "gpt-tiny", "llama-tiny", "mixtral-tiny", "bert-tiny",
 )
 AXES: Final = ("dp", "pp", "ring", "ulysses", "ep", "tp")
-# What goes with chunks in time: axes that do not divide the sequence over ranks.
-BESIDE_TIME: Final = ("dp", "pp", "tp")
+ALONG_THE_SEQUENCE: Final = frozenset({"ring", "ulysses", "ep"})
 SIZES: Final = (2, 2, 2, 3, 4)
 MOST_RANKS: Final = 24
 VALID, REFUSED = "fits", "refused"
@@ -58,10 +57,7 @@ def captured(model: str) -> Program:
 def _sizes(rng: random.Random, in_time: bool) -> dict[str, int]:
     """The axes of a mesh, and their sizes."""
     while True:
-        if in_time:
-            axes = ["time", *rng.sample(BESIDE_TIME, rng.randint(0, 3))]
-        else:
-            axes = rng.sample(AXES, rng.randint(1, 4))
+        axes = [*["time"] * in_time, *rng.sample(AXES, rng.randint(1 - in_time, 4 - in_time))]
         sizes = {axis: rng.choice(SIZES) for axis in axes}
         if prod(sizes.values()) <= MOST_RANKS:
             return sizes
@@ -71,16 +67,16 @@ def plan_of(seed: int) -> Plan:
     """The plan of a seed; any order of axes, as users may write them."""
     rng = random.Random(seed)
     model = rng.choice(MODELS)
-    in_time = rng.random() < 0.2
+    in_time = rng.random() < 0.3
     sizes = _sizes(rng, in_time)
     options: dict[str, Any] = {}
-    if rng.random() < 0.5 and not in_time:
+    if rng.random() < 0.5 and (not in_time or not ALONG_THE_SEQUENCE.isdisjoint(sizes)):
         options["order"] = rng.choice(["contiguous", "zigzag"])
     if rng.random() < 0.3 and not in_time:
         options["capacity"] = "local"
     if rng.random() < 0.3:
         options["ring"] = "gather"
-    if "tp" in sizes and rng.random() < 0.5 and not in_time:
+    if "tp" in sizes and rng.random() < 0.5:
         options["tp_sequence"] = True
     if rng.random() < 0.2:
         options["length"] = rng.randint(5, 40)

@@ -179,7 +179,7 @@ def choices(case: Case) -> set[object]:
     return {
         *((name, value) for name, value in named if isinstance(value, str | bool)),
         ("ranks", case.ranks),
-        ("axis", case.axis),
+        ("axes", case.axes),
         ("shorter than the ranks", min(case.lengths) < case.ranks),
         ("divides", any(length % case.ranks for length in case.lengths)),
     }

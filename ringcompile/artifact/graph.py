@@ -30,7 +30,7 @@ from ringcompile.artifact.fields import (
     weight_from_json,
 )
 from ringcompile.artifact.ops import check_arguments, resolve
-from ringcompile.axes import base_axis
+from ringcompile.axes import TIME, base_axis
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import (
     PART_AXIS,
@@ -125,7 +125,11 @@ def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
     length = reader.size(fields.get("length"))
     if is_symbolic(length) and length.free_symbols != {symbol(SEQUENCE)}:
         raise RingCompileError(f"the sequence cannot have the length {length}")
-    return SequenceSplit(tuple((name, mesh.size(name)) for name in names), order, length)
+    pieces = count(fields.get("pieces", 1), "'pieces'")
+    if pieces not in (1, mesh.size(TIME)) or (pieces > 1 and TIME in names):
+        raise RingCompileError(f"'sequence' has {pieces} pieces in time, the mesh is {mesh}")
+    axes = tuple((name, mesh.size(name)) for name in names)
+    return SequenceSplit(axes, order, length, pieces=pieces)
 
 
 def _num_tensors(structure: Structure) -> int:

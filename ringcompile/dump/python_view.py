@@ -124,8 +124,10 @@ class _View:
             return f"{name} = {self.program.lengths[name]}", ""
         if name == expr.LOCAL and sequence is not None:
             chunk = f"-(-{expr.SEQUENCE} // {sequence.num_chunks})"
-            times = f" * {sequence.chunks_per_rank}" if sequence.chunks_per_rank > 1 else ""
-            what = "tokens of a chunk" if sequence.in_time else "tokens that this rank holds"
+            times = f" * {sequence.chunks_per_piece}" if sequence.chunks_per_piece > 1 else ""
+            what = "tokens that this rank holds"
+            if sequence.num_pieces > 1:
+                what += " of a piece" if sequence.across else ", one piece after another"
             return f"{name} = {chunk}{times}", what
         if mesh is not None and name in mesh.names:
             return f'{name} = comm.coordinate("{name}")', "of this rank"

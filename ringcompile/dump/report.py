@@ -92,7 +92,7 @@ def attention_of(program: Program) -> tuple[AttentionReport, ...]:
 
 def _form(node: fx.Node) -> str:
     if node.kwargs.get("axis") == TIME:
-        return "in time: keys and values of other chunks are there"
+        return "in time: keys and values of other pieces are there"
     return _FORMS[str(node.target)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -89,13 +90,24 @@ def _lengths(program: Program) -> _Entries:
         )
     if program.sequence is not None and (expr.LOCAL in used or any(_split_atoms(program))):
         sequence = program.sequence
-        held, over = ("that a rank holds", "ranks")
-        if sequence.in_time:
-            held, over = ("of a chunk", "chunks, which a rank takes one after another")
         yield _term(program, expr.LOCAL), (
-            f"tokens {held}: s, padded to a multiple of {sequence.num_chunks}, over "
-            f"{sequence.num_ranks} {over}"
+            f"tokens {_share(sequence)}: s, padded to a multiple of {sequence.num_chunks}, over "
+            f"{_shares(sequence)}"
         )
+
+
+def _share(sequence: SequenceSplit) -> str:
+    if sequence.num_pieces == 1:
+        return "that a rank holds"
+    return "that a rank holds of a piece" if sequence.across else "of a piece"
+
+
+def _shares(sequence: SequenceSplit) -> str:
+    """`4 ranks`, `4 ranks and 2 pieces, which are computed one after another`."""
+    pieces = f"{sequence.num_pieces} pieces, which are computed one after another"
+    ranks = f"{prod(size for _, size in sequence.across)} ranks"
+    both = [ranks] * bool(sequence.across) + [pieces] * (sequence.num_pieces > 1)
+    return " and ".join(both or [ranks])
 
 
 def _batches(program: Program) -> _Entries:
@@ -141,7 +153,7 @@ def _axes(program: Program) -> _Entries:
     for axis in mesh.names if mesh is not None else ():
         if axis in used:
             last = mesh.size(axis) - 1  # type: ignore[union-attr]
-            what = "which chunk of the sequence" if axis == TIME else (
+            what = "which piece of the sequence" if axis == TIME else (
                 f"this rank's coordinate on mesh axis {axis}")
             yield axis, f"{what}, 0 to {last}"
         if any(op_name(node).startswith(f"{axis}.") for node in _calls(program)):
@@ -160,7 +172,7 @@ def _chunks(program: Program) -> _Entries:
 
 
 def _held(program: Program, sequence: SequenceSplit) -> str:
-    if sequence.in_time:
+    if not sequence.across and sequence.num_pieces > 1:
         return "has one after another"
     own = sequence.own_chunks(program.coordinates)
     return "holds " + " and ".join(str(chunk).replace(" ", _NO_BREAK) for chunk in own)
@@ -297,12 +309,16 @@ def _rings(program: Program, nodes: list[fx.Node]) -> str:
     """Not lowered yet: how far keys and values travel depends on who sees them."""
     operands = [operand for node in nodes for operand in node.args[1:3]]
     assert program.mesh is not None
-    if str(nodes[0].kwargs["axis"]) == TIME:
-        return f"has {_count(nodes, 'block')} of keys and values of every chunk, sends nothing"
-    times = program.mesh.size(str(nodes[0].kwargs["axis"])) - 1
+    axes = str(nodes[0].kwargs["axis"]).split(",")
+    across = [axis for axis in axes if axis != TIME]
+    if not across:
+        return f"has {_count(nodes, 'block')} of keys and values of every piece, sends nothing"
+    often = f"up to {program.mesh.size(','.join(across)) - 1} times"
+    if len(across) < len(axes):
+        often = f"of every piece, {often} for each piece that sees it"
     return (
         f"passes on {_count(nodes, 'block')} of keys and values, {_total(program, operands)} "
-        f"bytes, each up to {times} times"
+        f"bytes, each {often}"
     )
 
 

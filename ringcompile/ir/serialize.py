@@ -125,6 +125,7 @@ def _sequence_to_json(sequence: SequenceSplit) -> dict[str, Any]:
         "axes": list(sequence.names),
         "num_ranks": sequence.num_ranks,
         "order": sequence.order,
+        **({"pieces": sequence.pieces} if sequence.pieces > 1 else {}),
         "length": _size_to_json(sequence.length),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -101,24 +102,32 @@ def format_type(value: ValueType) -> str:
 class SequenceSplit:
     """How one length of the model is divided over mesh axes.
 
-    The sequence is padded to a multiple of `num_chunks`, cut into that many equal chunks, and each
-    rank holds one chunk (`contiguous`) or two (`zigzag`: along the first axis, place r holds a run
-    of chunks and its mirror, so that causal attention costs every rank the same). The other axes
-    divide what a place of the first one holds, in order. `n` is a rank's share.
+    The sequence is padded to a multiple of `num_chunks`. Along `time` it is cut into pieces, one
+    behind the other, each of which all ranks compute together. A piece is cut into equal chunks,
+    and each rank holds one of them (`contiguous`) or two (`zigzag`: along the first axis of ranks,
+    place r holds a run of chunks and its mirror, so that causal attention costs every rank the
+    same). The other axes divide what a place of the first one holds, in order. `n` is a rank's
+    share of a piece.
 
     Attributes:
-        axes: the mesh axes and their sizes, outermost first.
+        axes: the mesh axes and their sizes, outermost first; `time` before the axes of ranks.
         order: "contiguous" or "zigzag".
         length: the true length, padding not included: `s`, the length of the inputs, unless the
             model attends over another one (`s + 4` behind prefix tokens, 197 patches of an image).
         inner: the number of ranks that hold a share together, on axes that are left out; see
             `level`.
+        pieces: of how many pieces in time a share holds its part, one behind the other; see
+            `unrolled`.
+        mirrored: in a level in zigzag order that keeps `time` and no axis of ranks, the size of
+            the first of these: its places' chunks lie side by side.
     """
 
     axes: tuple[tuple[str, int], ...]
     order: str = "contiguous"
     length: Size = field(default_factory=lambda: symbol(SEQUENCE))
     inner: int = 1
+    pieces: int = 1
+    mirrored: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,8 +141,18 @@ class SequenceSplit:
 
     @property
     def in_time(self) -> bool:
-        """Whether every rank has all of the sequence, a share (`n`, one chunk) at a time."""
+        """Whether a share is that of one piece in time, which a coordinate tells."""
         return TIME in self.names
+
+    @property
+    def num_pieces(self) -> int:
+        """The number of pieces in time, one of which a share is of, or all."""
+        return self.axes[0][1] if self.in_time else self.pieces
+
+    @property
+    def across(self) -> tuple[tuple[str, int], ...]:
+        """The axes that ranks lie along: all but `time`."""
+        return self.axes[1:] if self.in_time else self.axes
 
     @property
     def num_ranks(self) -> int:
@@ -141,9 +160,14 @@ class SequenceSplit:
         return prod(size for _, size in self.axes)
 
     @property
+    def chunks_per_piece(self) -> int:
+        """Of one share in one piece: two for zigzag, an early chunk and its mirror; else one."""
+        return 2 * self.mirrored if self.order == "zigzag" else 1
+
+    @property
     def chunks_per_rank(self) -> int:
-        """Two for zigzag, an early chunk and its mirror; else one."""
-        return 2 if self.order == "zigzag" else 1
+        """The chunks of one share."""
+        return self.chunks_per_piece * self.pieces
 
     @property
     def num_chunks(self) -> int:
@@ -152,13 +176,13 @@ class SequenceSplit:
 
     @property
     def local(self) -> Size:
-        """The length of one share: `n`, padding included, or a multiple of it on a level above."""
-        return simplify(symbol(LOCAL) * self.inner)
+        """The length of one share: `n` a piece, padding included; a multiple on a level above."""
+        return simplify(symbol(LOCAL) * (self.inner * self.pieces))
 
     @property
     def chunk(self) -> Size:
         """The length of one chunk."""
-        return simplify(sympy.sympify(self.local) / self.chunks_per_rank)
+        return simplify(sympy.sympify(symbol(LOCAL) * self.inner) / self.chunks_per_piece)
 
     def level(self, names: Sequence[str]) -> SequenceSplit:
         """The division over the first axes only; ranks on the others hold its shares together.
@@ -168,7 +192,15 @@ class SequenceSplit:
         """
         kept, left = self.axes[: len(names)], self.axes[len(names) :]
         assert tuple(names) == self.names[: len(names)], f"{names} are not the first of {self.axes}"
-        return replace(self, axes=kept, inner=self.inner * prod(size for _, size in left))
+        inner = self.inner * prod(size for _, size in left)
+        mirrored = self.mirrored if not left else 1
+        if left and self.order == "zigzag" and tuple(names) == (TIME,):
+            mirrored = left[0][1]
+        return replace(self, axes=kept, inner=inner, mirrored=mirrored)
+
+    def unrolled(self) -> SequenceSplit:
+        """The division between ranks that each hold their part of all pieces in time."""
+        return replace(self, axes=self.across, pieces=self.num_pieces)
 
     @property
     def of_tokens(self) -> SequenceSplit:
@@ -176,41 +208,52 @@ class SequenceSplit:
         return self.level(tuple(name for name in self.names if name != "tp"))
 
     def chunks(self, rank: Size) -> tuple[Size, ...]:
-        """The indices of the chunks of one share, increasing.
+        """The indices of the chunks of one share, piece by piece.
 
         Args:
             rank: its number, row-major over `axes`; with one axis, a coordinate may stand for it.
         """
-        below = prod(size for _, size in self.axes[1:])
-        return self._held(rank // below, rank % below) if below > 1 else self._held(rank, 0)
+        places: list[Size] = []
+        for _, size in reversed(self.axes[1:]):
+            places.insert(0, rank % size)
+            rank = rank // size
+        return self._held([rank, *places] if self.axes else [])
 
     def own_chunks(self, coordinates: Mapping[str, int] | None = None) -> tuple[Size, ...]:
         """The chunks of the rank at these coordinates; symbols stand for those not given."""
-        places: list[Any] = [
-            coordinate(name) if coordinates is None else coordinates[name] for name in self.names
-        ] or [0]
-        below: Any = 0
-        for place, (_, size) in zip(places[1:], self.axes[1:], strict=True):
-            below = below * size + place
-        return self._held(places[0], below)
+        known = coordinates or {}
+        return self._held([known.get(name, coordinate(name)) for name in self.names])
 
-    def _held(self, first: Any, below: Any) -> tuple[Size, ...]:
-        """The chunks at a place of the first axis, and a place among the ranks that share it."""
-        if not self.axes:
-            return tuple(range(self.chunks_per_rank))
-        num_places, width = self.axes[0][1], self.num_ranks // self.axes[0][1]
+    def _held(self, places: list[Any]) -> tuple[Size, ...]:
+        """The chunks of the share at these places of all axes."""
+        piece = places[:1] if self.in_time else range(self.pieces)
+        own = self._in_piece(places[1:] if self.in_time else places)
+        width = self.chunks_per_piece * prod(size for _, size in self.across)
+        return tuple(simplify(number * width + index) for number in piece for index in own)
+
+    def _in_piece(self, places: list[Any]) -> tuple[Any, ...]:
+        """The chunks of the share at these places of the axes of ranks, within a piece."""
+        if not places:
+            last = 2 * self.mirrored - 1
+            runs = [(place, last - place) for place in range(self.mirrored)]
+            return tuple(chain(*runs)) if self.order == "zigzag" else (0,)
+        (_, num_places), *others = self.across
+        first, width, below = places[0], prod(size for _, size in others), 0
+        for place, (_, size) in zip(places[1:], others, strict=True):
+            below = below * size + place
         if self.order != "zigzag":
-            return (simplify(first * width + below),)
+            return (first * width + below,)
         mirror = (2 * num_places - 2 - first) * width  # a place's second run begins at `width` more
         held = []
         for index in (2 * below, 2 * below + 1):
             late = index // width if isinstance(index, int) else sympy.floor(index / width)
-            held.append(simplify(index + (1 - late) * first * width + late * mirror))
+            held.append(index + (1 - late) * first * width + late * mirror)
         return tuple(held)
 
     def local_length(self, length: int) -> int:
         """The number of tokens in each share of a sequence of `length`, padding included."""
-        return -(-length // (self.num_chunks * self.inner)) * self.chunks_per_rank * self.inner
+        shares = self.inner // self.mirrored  # of a chunk, on a level above
+        return -(-length // (self.num_chunks * shares)) * self.chunks_per_rank * shares
 
     def own_length(self, coordinates: Mapping[str, int], lengths: Mapping[str, int]) -> int:
         """`m`, the tokens that are one rank's own, padding not counted; see `of_tokens`.
@@ -223,8 +266,6 @@ class SequenceSplit:
         total, chunk = bind(split.length, lengths), bind(split.chunk, lengths)
         assert isinstance(total, int)
         assert isinstance(chunk, int)
-        if self.in_time:
-            return total
         held = (bind(index, {}) for index in split.own_chunks(coordinates))
         return sum(min(max(total - index * chunk, 0), chunk) for index in held)
 
@@ -233,7 +274,7 @@ class SequenceSplit:
         known = {} if length is None else {SEQUENCE: length}
         total = bind(self.length, known)
         assert isinstance(total, int), f"{self.length} needs the length of the inputs"
-        return {**known, LOCAL: self.local_length(total) // self.inner}
+        return {**known, LOCAL: self.local_length(total) // (self.inner * self.pieces)}
 
 
 def local_size(atom: Atom, mesh: Mesh | None, sequence: SequenceSplit | None) -> Size | None:

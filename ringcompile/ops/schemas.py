@@ -32,8 +32,9 @@ SCHEMAS = {
     "all_to_all": "(Tensor x, *, int split, int concat, str axis) -> Tensor",
     "ring_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? mask=None, "
-        "Tensor? sink=None, *, float scale, float? softcap=None, SymInt? lower=None, "
-        "SymInt? upper=None, str axis) -> Tensor"
+        "Tensor? sink=None, Tensor? past_k=None, Tensor? past_v=None, *, float scale, "
+        "float? softcap=None, SymInt? lower=None, SymInt? upper=None, str axis, "
+        "SymInt? piece=None, SymInt[]? past=None) -> Tensor"
     ),
     "pack": "(Tensor k, Tensor v) -> Tensor",
     "block_attention": (

@@ -100,8 +100,9 @@ class Place(Pass):
             )
         if axes[0][0] == TIME:
             self._check_time(axes)
-        order = self._order(program) if AXES[axes[0][0]].balances else "contiguous"
-        return SequenceSplit(axes, order, length)
+        across = [AXES[name] for name, _ in axes if AXES[name].has_ranks]
+        balances = bool(across) and across[0].balances
+        return SequenceSplit(axes, self._order(program) if balances else "contiguous", length)
 
     def routing(self, program: Program) -> list[Region]:
         """The regions of a program that is not placed yet; see regions.py.
@@ -113,19 +114,12 @@ class Place(Pass):
         return self._regions(program, self._sequence(program))
 
     def _check_time(self, axes: Sequence[tuple[str, int]]) -> None:
-        others = [f"{name}={size}" for name, size in axes[1:]]
-        if others:
-            raise RingCompileError(
-                f"{TIME}={axes[0][1]} cuts the sequence, and so does {' and '.join(others)}: not "
-                "both",
-                hint=f"{TIME} goes with pp, dp and tp (without --tp-sequence)",
-            )
         if self.capacity == "local":
             raise RingCompileError(
                 f"a capacity counted by each rank alone counts all tokens along {TIME}",
                 hint="leave --capacity out",
             )
-        if self.order == "zigzag":
+        if self.order == "zigzag" and len(axes) == 1:
             raise RingCompileError(
                 f"zigzag balances ranks, and along {TIME} there is only one",
                 hint="leave --order out",

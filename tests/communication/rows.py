@@ -11,7 +11,8 @@ from typing import Any, Final
 LEGEND: Final = {
     "B": "rows of the batch",
     "s": "tokens of the sequence",
-    "n": "tokens of a rank at a time: s over what divides the sequence, rounded up to whole chunks",
+    "n": "tokens of a rank at a time: s over what divides the sequence, `time` too, rounded up to "
+         "whole chunks",
     "L": "layers",
     "D": "hidden size",
     "H": "query heads",
@@ -28,7 +29,7 @@ LEGEND: Final = {
     "T": "ranks on `tp`",
     "P": "ranks on `pp`",
     "N": "ranks on `ep`",
-    "M": "chunks on `time`",
+    "M": "pieces on `time`",
     "r": "place on `ring`, from 0",
     "p": "place on `pp`, from 0",
     "K": "2 L B n G d b: keys and values of a rank's tokens in all layers",
@@ -75,6 +76,7 @@ def pair(more: str = "", over: str = "") -> Terms:
 
 EXACT: Final = "2*L*E*Min(n, ceiling(f*k*s/E))*D*b*(N - 1)/N + 8*c*L*E*(N - 1)"
 LOCAL: Final = "2*L*E*ceiling(f*k*n/E)*D*b*(N - 1)/N"
+EARLIER: Final = "M*(M - 1)/2*K*(R - 1)"
 REDUCED: Final = "4*L*X*(T - 1)/T"
 
 ROWS: Final = (
@@ -122,7 +124,7 @@ ROWS: Final = (
     Row("pp", "dense-4l-tiny", "pp=4", (("X", "p < P - 1"), ("0", "")),
         "each stage but the last hands on the hidden states"),
     Row("pp in time", "dense-4l-tiny", "pp=2,time=3", (("M*X", "p < P - 1"), ("0", "")),
-        "likewise, chunk by chunk: the tokens of a rank are a chunk's"),
+        "likewise, piece by piece: the tokens of a rank are a piece's"),
     Row("dp", "dense-4l-tiny", "dp=4", always("0"), "replicas have nothing to say to each other"),
     Row("ep, exact capacity", "moe-4l-tiny", "ep=4", always(f"K*(N - 1) + {EXACT}"),
         "keys are gathered; slots of every expert there and back; counts of each chunk's experts"),
@@ -143,4 +145,32 @@ ROWS: Final = (
         ((f"K*(N - 1) + N*K*(r + 1) + {LOCAL}", "r < R - 1"), (f"K*(N - 1) + {LOCAL}", "")),
         "keys are gathered along ep and rotate along the ring",
         {"order": "contiguous", "capacity": "local"}),
+    Row("time x ring, contiguous", "dense-4l-tiny", "ring=4,time=2",
+        ((f"M*K*(r + 1) + {EARLIER}", "r < R - 1"), (EARLIER, "")),
+        "each piece as a sequence by itself; keys of earlier pieces once round for each later one",
+        {"order": "contiguous"}),
+    Row("time x ring, zigzag", "dense-4l-tiny", "ring=4,time=3",
+        ((f"M*K*(2*R - 1 - r)/2 + {EARLIER}", "(r > 0) & (r < R - 2)"),
+         (f"M*K*R/2 + {EARLIER}", "")), "likewise, each piece in zigzag order",
+        {"order": "zigzag"}),
+    Row("time x ring, all tokens see all", "bert-tiny", "ring=4,time=2",
+        always("M**2*K*(R - 1)"), "keys of every piece once round for every piece"),
+    Row("time x ring, a window of one rank", "window of 4", "ring=4,time=2",
+        (("M*K*Min(h, r + 1)", "r < R - 1"), ("K*(M - 1)", "")),
+        "keys go as far as the window reaches, from the end of a piece to the start of the next",
+        {"order": "contiguous", "length": 48}),
+    Row("time x ulysses", "dense-4l-tiny", "ulysses=4,time=2",
+        always("M*2*L*B*n*(H + G)*d*b*(U - 1)/U"),
+        "as without pieces: keys of earlier pieces are there, by heads"),
+    Row("time x ep, exact capacity", "moe-4l-tiny", "ep=4,time=2",
+        always(f"M*(K*(N - 1) + {EXACT})"),
+        "keys of each piece are gathered once; slots and counts are those of each piece"),
+    Row("pp x ring in time", "llama-tiny", "pp=2,ring=2,time=2",
+        tuple((text, f"({when or 'r > 0'}) & ({stage})")
+              for more, stage in (("M*X", "p < P - 1"), ("0", "p > P - 2"))
+              for text, when in (
+                  (f"M*K/(2*P) + ({EARLIER})/P + {more}", "r < 1"),
+                  (f"M*K/P + ({EARLIER})/P + {more}", ""))),
+        "a stage has 1/P of the layers, and hands on hidden states piece by piece",
+        {"order": "zigzag"}),
 )  # fmt: skip

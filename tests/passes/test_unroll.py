@@ -146,9 +146,6 @@ def test_chunks_that_need_later_ones_wait_for_them(length: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("ring=2,time=4", {}, "time=4 cuts the sequence, and so does ring=2: not both"),
-        ("time=2,ulysses=2", {}, "time=2 cuts the sequence, and so does ulysses=2: not both"),
-        ("time=2,tp=2", {"tp_sequence": True}, "time=2 cuts the sequence, and so does tp=2"),
         ("time=2", {"capacity": "local"}, "a capacity counted by each rank alone counts all"),
         ("pp=2,time=2", {"order": "zigzag"}, "zigzag balances ranks, and along time there is only"),
     ],
@@ -232,11 +229,11 @@ def test_processes(tmp_path: Path) -> None:
 def test_a_dump_says_what_n_is() -> None:
     parallel = made("dense-4l-tiny", "pp=2,time=4")
     text = " ".join(str(parallel.rank(0)).replace("//", "").split())
-    assert "tokens of a chunk: s, padded to a multiple of 4, over 4 chunks" in text
+    assert "tokens of a piece: s, padded to a multiple of 4, over 4 pieces" in text
     assert "this rank has one after another" in text
     assert "n = -(-s // 4)" in python_view(parallel.rank(0))
     report = check(captured("dense-4l-tiny"), "time=4")
     assert report.supported
     assert report.gathers == ()
     assert {row.form for row in report.attention} == {
-        "in time: keys and values of other chunks are there"}
+        "in time: keys and values of other pieces are there"}
