@@ -71,6 +71,8 @@ class Session:
         compiler: a backend of torch.compile, such as "inductor", for what is computed between
             communications.
         check_finite: find the first op, layer and line where NaN or infinity appears.
+        trace: write down what each rank does when, for ranks that are processes; `run` then runs
+            the program once before.
         processes: for ranks that are processes: `nproc`, the number asked for, which has to be the
             mesh's; `threads` of each (by default this process' own are shared out); `timeout`, the
             seconds that a call may take; `join_timeout`, those to find one another.
@@ -87,6 +89,7 @@ class Session:
         check_types: bool = False,
         compiler: str | None = None,
         check_finite: bool = False,
+        trace: bool = False,
         **processes: Unpack[ProcessOptions],
     ) -> None:
         check_choice("backend", backend, _BACKENDS)
@@ -94,7 +97,12 @@ class Session:
         self.parallel, self.length = parallel, 0
         self.batch: int | None = None  # of the first call of `extend`
         self._until_closed = ExitStack()
-        settings = Settings(check_types, compiler, check_finite)
+        if trace and (backend == "lockstep" or compiler is not None):
+            raise RingCompileError(
+                "a trace times every op of ranks that run side by side",
+                hint="use backend='gloo' or 'nccl', and no compiler",
+            )
+        settings = Settings(check_types, compiler, check_finite, trace)
         self.driver: Driver | None = self._ranks(backend, settings, processes)
 
     def _ranks(self, backend: str, settings: Settings, processes: ProcessOptions) -> Driver:

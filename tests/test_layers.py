@@ -25,6 +25,7 @@ FLOORS = [
     {"parallel_program"},
     {"pass_list"},
     {"runtime"},
+    {"traces"},
     {"artifact", "capture", "cost", "dump", "extension", "kernel_extension", "tokenwise"},
     {"passes"},
     {"ops"},
@@ -36,7 +37,7 @@ FLOORS = [
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}
 # May be imported where they are needed.
-OPTIONAL = {"accelerate", "cryptography", "gguf", "transformers"}
+OPTIONAL = {"accelerate", "cryptography", "gguf", "matplotlib", "transformers"}
 
 
 def names(node: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.numerics.compare import outputs_by_name
@@ -16,6 +17,9 @@ from ringcompile.runtime.batches import deal
 from ringcompile.runtime.join import JOIN_TIMEOUT, in_job, pick_backend
 from ringcompile.runtime.outputs import Keep, Summary, combined, shape_of
 from ringcompile.session import Session
+from ringcompile.traces.measured import RankTrace, measured
+from ringcompile.traces.nodes import Nodes
+from ringcompile.traces.slices import Trace
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Job:
         compiler: as for `Executor`.
         check_finite: look for the first NaN or infinity, and compare what ranks exchange; nothing
             is compiled then.
+        trace: write down what each rank does when; runs once more before, and nothing is compiled.
     """
 
     keep: Keep
@@ -40,6 +45,7 @@ class Job:
     join_timeout: float = JOIN_TIMEOUT
     compiler: str | None = None
     check_finite: bool = False
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class RunReport:
         bytes_sent: by each rank.
         outputs: of every output by name, its dtype, shape, mean and largest magnitude.
         tensors: whole outputs by name, where they are kept.
+        traces: what each rank did when, where that was asked for.
     """
 
     ranks: int
@@ -61,6 +68,7 @@ class RunReport:
     bytes_sent: list[int]
     outputs: dict[str, str]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    traces: Sequence[RankTrace] = ()
 
 
 def run_job(
@@ -78,7 +86,7 @@ def run_job(
     """
     with Session(
         parallel, job.backend, compiler=job.compiler, check_finite=job.check_finite,
-        nproc=job.nproc, timeout=job.timeout, join_timeout=job.join_timeout,
+        trace=job.trace, nproc=job.nproc, timeout=job.timeout, join_timeout=job.join_timeout,
     ) as session:
         found = session.result(inputs, job.keep)
         if not session.reports:
@@ -90,6 +98,7 @@ def run_job(
         found.bytes_sent,
         described(parallel, inputs, job.keep, found.summaries),
         outputs_by_name(found.outputs),
+        found.traces,
     )
 
 
@@ -141,3 +150,18 @@ def output_names(program: Program) -> list[str]:
     marks = program.output_structure.build(torch.empty(0) for _ in program.outputs)
     return list(outputs_by_name(marks))
 
+
+def timeline_of(parallel: ParallelProgram, found: RunReport, name: str) -> tuple[Trace, Nodes]:
+    """What the ranks of a traced run did when, and the nodes that it names.
+
+    Args:
+        parallel: the artifact that was run.
+        found: what its run gave.
+        name: the artifact's, for the title.
+    """
+    nodes = Nodes(parallel.ranks(), [one.lengths for one in found.traces])
+    tokens = found.traces[0].lengths.get(SEQUENCE)
+    length = f", {tokens} tokens" if tokens else ""
+    title = f"{name}: {parallel.mesh}{length}, measured over {found.backend}"
+    facts: dict[str, str | float] = {"artifact": parallel.identity}
+    return measured(found.traces, nodes, title, facts), nodes

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ringcompile.parallel_program import ParallelProgram
     from ringcompile.runtime import data
     from ringcompile.runtime import outputs as results
+    from ringcompile.traces import events
 else:
     compiler = Later("ringcompile.compiler")
     execution = Later("ringcompile.execution")
@@ -31,6 +32,7 @@ else:
     files = Later("ringcompile.numerics.files")
     data = Later("ringcompile.runtime.data")
     results = Later("ringcompile.runtime.outputs")
+    events = Later("ringcompile.traces.events")
 
 
 def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +72,9 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--check", "check_finite", is_flag=True,
               help="Find the first op, layer, line and rank where NaN or infinity appears, and "
               "have ranks compare what they are about to exchange.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
+              help="Measure when each rank does what, and write a trace for ui.perfetto.dev or "
+              "`ringcompile view --trace`. The program is run once before.")
 @VERIFY_KEY
 @JSON
 def run(
@@ -87,6 +92,7 @@ def run(
     join_timeout: float,
     compiled: bool,
     check_finite: bool,
+    trace: Path | None,
     verify_key: Path | None,
     as_json: bool,
 ) -> None:
@@ -98,9 +104,14 @@ def run(
         raise click.UsageError("give one of --inputs, --prompt and --prompt-file")
     if check_finite and compiled:
         raise click.UsageError("--check looks at every op; leave out --compile")
+    if trace is not None and (compiled or backend == "lockstep"):
+        raise click.UsageError("--trace times every op of ranks that run side by side; leave out "
+                               "--compile and --backend lockstep")
     parallel = compiler.load(out, verify_key=verify_key)
     if outputs is not None:
         tensor_files.check_writable(outputs, job.output_dtypes(parallel))
+    if trace is not None:
+        tensor_files.check_place(trace)
     text = prompts.read_prompt(prompt_file) if prompt_file is not None else prompt
     model = parallel.options.get("model")
     words = None if text is None else prompts.load_tokenizer(tokenizer, model)
@@ -111,12 +122,15 @@ def run(
         parallel,
         _whole_inputs(parallel, inputs, text, words, seq),
         job.Job(keep, nproc, backend, timeout, join_timeout, "inductor" if compiled else None,
-                check_finite),
+                check_finite, trace is not None),
     )
     if found is None:  # another rank of a torchrun job reports
         return
     if outputs is not None:
         tensor_files.write_tensors(outputs, found.tensors)
+    if trace is not None:
+        events.write_events(trace, events.to_events(*job.timeline_of(parallel, found, out.name)))
+        click.echo(f"wrote {trace}", err=True)
     _report(found, prompts.next_tokens(found.tensors, words) if words is not None else "", as_json)
 
 

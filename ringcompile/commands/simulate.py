@@ -24,19 +24,28 @@ from ringcompile.later import Later
 
 if TYPE_CHECKING:
     from ringcompile import compiler
+    from ringcompile.commands import tensor_files
     from ringcompile.cost import rank as ranks
     from ringcompile.cost import simulate as simulation
-    from ringcompile.cost import timeline
-    from ringcompile.cost import trace as traces
+    from ringcompile.cost import timeline, values
     from ringcompile.ir import expr
     from ringcompile.parallel_program import ParallelProgram
+    from ringcompile.traces import events
+    from ringcompile.traces import nodes as nodes_of
+    from ringcompile.traces import plot as pictures
+    from ringcompile.traces import simulated as traces
 else:
     compiler = Later("ringcompile.compiler")
     ranks = Later("ringcompile.cost.rank")
     simulation = Later("ringcompile.cost.simulate")
     timeline = Later("ringcompile.cost.timeline")
-    traces = Later("ringcompile.cost.trace")
+    values = Later("ringcompile.cost.values")
     expr = Later("ringcompile.ir.expr")
+    events = Later("ringcompile.traces.events")
+    nodes_of = Later("ringcompile.traces.nodes")
+    pictures = Later("ringcompile.traces.plot")
+    traces = Later("ringcompile.traces.simulated")
+    tensor_files = Later("ringcompile.commands.tensor_files")
 
 
 @click.command()
@@ -51,8 +60,12 @@ else:
 @EAGER
 @click.option("--deferred", is_flag=True,
               help="As if the compute waited for a collective only where its result is read.")
-@click.option("--trace", type=click.Path(path_type=Path),
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a trace for ui.perfetto.dev or chrome://tracing.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
+              help="Draw the timeline: .png, .svg or .pdf (needs matplotlib).")
+@click.option("--measured", type=click.Path(path_type=Path), metavar="TRACE",
+              help="With --plot: draw what `run OUT --trace TRACE` measured beside it.")
 @JSON
 def simulate(
     out: Path,
@@ -63,9 +76,19 @@ def simulate(
     eager: bool,
     deferred: bool,
     trace: Path | None,
+    plot: Path | None,
+    measured: Path | None,
     as_json: bool,
 ) -> None:
     """Show the timeline of every rank of the artifact OUT on a cluster that need not be there."""
+    if measured is not None and plot is None:
+        raise click.UsageError("--measured TRACE is drawn beside the simulated timeline: give "
+                               "--plot FILE")
+    for file in filter(None, (trace, plot)):
+        tensor_files.check_place(file)
+    if plot is not None:
+        pictures.check_picture(plot)
+    beside = None if measured is None else events.read_events(measured)
     made = compiler.load(out)
     hardware = load_cluster(cluster).sized(made.world_size)
     length = made.program.lengths.get(expr.SEQUENCE) or seq or 16384
@@ -77,8 +100,13 @@ def simulate(
     with CONSOLE.status(f"simulating {made.world_size} ranks"):
         costs = [ranks.cost_of(program, length, batch) for program in made.ranks()]
         found = simulation.simulate(costs, hardware, timeline.How(microbatches, eager, deferred))
-    if trace is not None:
-        _write(trace, traces.to_trace(found.timeline, f"{out.name}: {made.mesh}, {length} tokens"))
+    if trace is not None or plot is not None:
+        title = f"{out.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
+        nodes = nodes_of.Nodes(
+            made.ranks(), [values.bind_lengths(one, length, batch) for one in made.ranks()]
+        )
+        shown = events.to_events(traces.simulated(found.timeline, costs, title), nodes)
+        _write(shown, beside, trace, plot)
     # Of all replicas, in one microbatch.
     facts = _facts(made, hardware, length, batch * made.mesh.size("dp"), found)
     if as_json:
@@ -140,9 +168,12 @@ def _print(facts: dict[str, Any], found: simulation.Simulation) -> None:
         click.echo(f"does not fit: {gigabytes(found.memory_bytes)} a rank")
 
 
-def _write(file: Path, data: dict[str, Any]) -> None:
-    try:
-        file.write_text(json.dumps(data), encoding="utf-8")
-    except OSError as error:
-        raise RingCompileError(f"cannot write '{file}': {error}") from None
-    click.echo(f"wrote {file}", err=True)
+def _write(
+    shown: dict[str, Any], beside: dict[str, Any] | None, trace: Path | None, plot: Path | None
+) -> None:
+    if trace is not None:
+        events.write_events(trace, shown)
+        click.echo(f"wrote {trace}", err=True)
+    if plot is not None:
+        pictures.draw(plot, [shown] if beside is None else [shown, beside])
+        click.echo(f"wrote {plot}", err=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -103,6 +103,7 @@ class RankCost:
         weights: the names and bytes of its shares of the weights.
         peak_bytes: its peak memory: weights, inputs and values.
         num_nodes: the number of calls that a host runs, views included.
+        held: for each node by name, the bytes that the rank holds while it runs.
     """
 
     rank: int
@@ -110,6 +111,7 @@ class RankCost:
     weights: tuple[tuple[str, int], ...]
     peak_bytes: int
     num_nodes: int
+    held: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def weight_bytes(self) -> int:
@@ -156,13 +158,15 @@ def cost_of(
     rank = mesh.rank(program.coordinates)
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     reads = _first_reads(nodes)
+    held = _held_bytes(values)
     steps = (_step(values, mesh, rank, node, reads.get(node, ())) for node in nodes)
     return RankCost(
         rank,
         tuple(s for s in steps if s.kernels or s.communicates or s.reads),
         _weights(values),
-        _peak_bytes(values),
+        max(held.values(), default=0),
         len(nodes),
+        held,
     )
 
 
@@ -235,19 +239,19 @@ def _weights(values: Values) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _peak_bytes(values: Values) -> int:
-    """The peak memory: a value is freed after the last node that reads it or a view of it."""
+def _held_bytes(values: Values) -> dict[str, int]:
+    """The memory while each node runs; a value is freed behind the last reader of it or a view."""
     frees = _frees(values)
     held: dict[int, int] = {}
-    now = peak = 0
+    now, found = 0, dict[str, int]()
     for i, node in enumerate(values.of):
         for identity, num_bytes in storages(values.of[node]):
             if identity not in held:
                 held[identity] = num_bytes
                 now += num_bytes
-        peak = max(peak, now)
+        found[node.name] = now
         now -= sum(held[identity] for identity in frees.get(i, ()))
-    return peak
+    return found
 
 
 def _frees(values: Values) -> dict[int, list[int]]:

@@ -72,6 +72,30 @@ class How:
     merged: bool = False
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """A rank's part in a message or a collective, from its start to the moment its data is there.
+
+    Attributes:
+        rank: the rank.
+        channel: the mesh axis.
+        name: the node that starts it.
+        begin: the event behind which this rank takes part.
+        done: the event at whose end it is done.
+        shared: whether the time begins with the event `done`, in which all ranks take part, and not
+            behind `begin`.
+        microbatch: its number.
+    """
+
+    rank: int
+    channel: str
+    name: str
+    begin: int
+    done: int
+    shared: bool
+    microbatch: int
+
+
 @dataclass
 class Timeline:
     """All events, with their start and end times and the event that each waited for.
@@ -81,12 +105,14 @@ class Timeline:
         events: the events by number.
         ends: the end of each event in seconds from the start of the step.
         last: for each event the one that delayed its start; None if it started at once.
+        transfers: of each rank, in order.
     """
 
     graph: nx.DiGraph
     events: list[Event]
     ends: list[float]
     last: list[int | None]
+    transfers: list[Transfer] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -154,6 +180,7 @@ class _Builder:
         self.taken: dict[tuple[str, int, int], list[_Started]] = {}
         self.shared: dict[tuple[str, tuple[int, ...], int], int] = {}
         self.times: dict[Kernel, Time] = {}
+        self.transfers: list[Transfer] = []
 
     def build(self, costs: Sequence[RankCost]) -> Timeline:
         for cost in costs:
@@ -244,6 +271,9 @@ class _Builder:
         started = _Started(begin, self._add(event, (begin,)), shift)
         rank.channels[shift.channel] = started.done
         rank.started[step.name] = started
+        self.transfers.append(
+            Transfer(cost.rank, shift.channel, step.name, begin, started.done, False, mb)
+        )
         if shift.to is not None:
             self.sent.setdefault((shift.channel, cost.rank, shift.to), []).append(started)
         if shift.source is not None:
@@ -279,6 +309,9 @@ class _Builder:
         done = self.shared[key]
         self.graph.add_edge(begin, done)
         rank.channels[exchange.channel] = done
+        self.transfers.append(
+            Transfer(cost.rank, exchange.channel, step.name, begin, done, True, mb)
+        )
         if self.how.deferred:
             rank.pending[step.name] = done
         else:
@@ -315,4 +348,4 @@ class _Builder:
                 if last[number] is None or ends[before] > start:
                     start, last[number] = ends[before], before
             ends[number] = start + self.events[number].seconds
-        return Timeline(self.graph, self.events, ends, last)
+        return Timeline(self.graph, self.events, ends, last, self.transfers)

@@ -6,7 +6,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ringcompile.ir.types import local_shape
 from ringcompile.runtime.batches import Part, whole_outputs
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.exchange import Exchange
+from ringcompile.runtime.executor import Request
 from ringcompile.runtime.handshake import agree, facts_of
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory, peak_bytes
@@ -42,11 +43,14 @@ from ringcompile.runtime.tasks import (
     Parallel,
     RankRun,
     Result,
+    Run,
     Stats,
     Task,
     of_kind,
     run_task,
 )
+from ringcompile.runtime.tracer import Tracer
+from ringcompile.traces.measured import RankTrace
 
 
 class Peer:
@@ -82,9 +86,10 @@ class Peer:
         agree(rank, facts_of(parallel.identity, parallel.mesh.world_size))
         settings = settings or Settings()
         self.exchange = Exchange(parallel.mesh, rank, check=settings.check_finite)
+        self.tracer = Tracer(rank) if settings.trace else None
         self.runner = Runner(
             lambda kind: of_kind(parallel, kind).rank(rank.index),
-            Weights(parallel.source, rank.device), settings,
+            Weights(parallel.source, rank.device), settings, self.tracer,
         )
         for kind in kinds:
             self.program(kind)
@@ -111,7 +116,16 @@ class Peer:
         if self.check_inputs:
             self.exchange.agree(_checksum(task.inputs), "inputs")
         with torch.no_grad():
+            if self.tracer is not None:
+                return self._traced(task, self.tracer)
             return self._timed(self.runner.prepare(task))
+
+    def _traced(self, task: Task, tracer: Tracer) -> RankRun:
+        if isinstance(task, Run):
+            self._timed(self.runner.prepare(task))
+        prepared = self.runner.prepare(task)
+        tracer.start()
+        return replace(self._timed(prepared), trace=tracer.recorded())
 
     def run(self, inputs: Any, keep: Keep = EVERYTHING) -> RankRun:
         """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor."""
@@ -125,7 +139,10 @@ class Peer:
     def _timed(self, prepared: Prepared) -> RankRun:
         self.exchange.bytes_sent, self.exchange.wait_seconds = 0, 0.0
         device, started = self.rank.device, time.perf_counter()
-        made: Computed = drive(computed(prepared), self.exchange.answer)
+        answer: Callable[[Request], Any] = self.exchange.answer
+        if self.tracer is not None:
+            answer = self.tracer.answering(answer)
+        made: Computed = drive(computed(prepared), answer)
         self.exchange.end()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -148,6 +165,10 @@ class Peer:
             Stats(int(rank), int(sent), seconds, waited, int(peak))
             for rank, sent, seconds, waited, peak in rows
         ]
+
+    def everyones_traces(self, mine: RankTrace) -> list[RankTrace]:
+        """What every rank did when, on rank 0; all ranks have to call it."""
+        return [RankTrace.from_json(text) for text in self.exchange.texts(mine.to_json())]
 
     def everyones_summaries(self, run: RankRun) -> list[list[tuple[Summary, ...]]]:
         """Of each rank a list of one: of all its microbatches, of every output.
@@ -247,7 +268,8 @@ class JobRanks:
             stats, summaries = peer.everyones_stats(run), peer.everyones_summaries(run)
         wanted = task.keep.outputs and task.whole
         outputs = peer.assemble(run, task.keep, task.kind) if wanted else None
-        return Result(outputs, [run], stats, summaries)
+        traces = [] if run.trace is None else peer.everyones_traces(run.trace)
+        return Result(outputs, [run], stats, summaries, traces)
 
     def rewind(self, length: int) -> None:
         """See `Driver`."""

@@ -246,6 +246,15 @@ class Exchange:
             dist.all_gather(theirs, mine)
         return [row.tolist() for row in theirs]
 
+    def texts(self, text: str) -> list[str]:
+        """The texts that each rank brings, on rank 0; all have to call it."""
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.rank.device)
+        sizes = [int(size) for size, in self.everyones([mine.numel()])]
+        padded = mine.new_zeros(max(sizes))
+        padded[: mine.numel()] = mine
+        everyones = zip(sizes, self.collect(padded), strict=False)
+        return [bytes(found[:size].tolist()).decode() for size, found in everyones]
+
     def agree(self, value: int, what: str) -> None:
         """Refuse to go on where another rank has another value than rank 0."""
         values = self.everyones([value])

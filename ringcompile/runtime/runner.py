@@ -16,10 +16,11 @@ from ringcompile.ir.types import TensorType
 from ringcompile.runtime.batches import Deal, Part, deal, part_of, uses_numbers
 from ringcompile.runtime.cache import Memory
 from ringcompile.runtime.data import share_keys, share_of, share_slices, shares_of
-from ringcompile.runtime.executor import Executor, Request
+from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
 from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary
 from ringcompile.runtime.tasks import CARRIED, WHOLE, Extend, Inputs, Prompt, Run, Task
+from ringcompile.runtime.tracer import Tracer
 
 _MAX_EXECUTORS = 16  # of a program, one for each combination of lengths lately seen
 
@@ -79,11 +80,14 @@ class Settings:
             `Executor`.
         check_finite: look for the first NaN or infinity, and have ranks compare what they are about
             to exchange; see `finite_watch` and `stamps`.
+        trace: write down what ranks do when; nothing is compiled then. A run is done twice, as the
+            first one takes time that later ones do not: to load kernels, to get memory.
     """
 
     check_types: bool = False
     compiler: str | None = None
     check_finite: bool = False
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,14 @@ class Prepared:
         calls: of each microbatch, the program and what it takes, by placeholder name.
         keep: what is kept of the outputs.
         last: whether outputs of the last of the new tokens alone are wanted.
+        tracer: writes down what the rank does when, if that is wanted.
     """
 
     dealt: Deal
     calls: list[tuple[Executor, Inputs]]
     keep: Keep = EVERYTHING
     last: bool = False
+    tracer: Tracer | None = None
 
 
 def freed(program: Program) -> Program:
@@ -130,12 +136,15 @@ class Runner:
         programs: gives the rank's program of a kind.
         weights: of this rank; other ranks of the process may share them.
         settings: how it computes.
+        tracer: writes down what the rank does when, if that is wanted.
     """
 
     def __init__(
-        self, programs: Callable[[str], Program], weights: Weights, settings: Settings
+        self, programs: Callable[[str], Program], weights: Weights, settings: Settings,
+        tracer: Tracer | None = None,
     ) -> None:
         self.programs, self.weights, self.settings = programs, weights, settings
+        self.tracer = tracer
         self.opened: dict[str, _Opened] = {}
         self._memory: Memory | None = None
 
@@ -184,7 +193,8 @@ class Runner:
             self._call(opened, part, task.keep, values)
             for part, values in zip(parts, self._taken(task, opened, parts), strict=True)
         ]
-        return Prepared(dealt, calls, task.keep, isinstance(task, Extend) and task.last)
+        last = isinstance(task, Extend) and task.last
+        return Prepared(dealt, calls, task.keep, last, self.tracer)
 
     def _taken(self, task: Task, opened: _Opened, parts: Iterable[Part]) -> Iterator[Inputs]:
         """What the program takes besides weights, for each microbatch."""
@@ -224,10 +234,13 @@ class Runner:
             program, settings = keep.program(opened.program, lengths), self.settings
             made[key] = Executor(
                 program, lengths, self.weights.device, settings.check_types,
-                compiler=settings.compiler,
-                watch=finite_watch(program) if settings.check_finite else None,
+                compiler=settings.compiler, watch=self._watch(program),
             )
         return made[key]
+
+    def _watch(self, program: Program) -> Watch | None:
+        watch = finite_watch(program) if self.settings.check_finite else None
+        return watch if self.tracer is None else self.tracer.watching(watch)
 
 
 @dataclass(frozen=True)
@@ -242,7 +255,9 @@ class Computed:
 def computed(prepared: Prepared) -> Generator[Request, Any, Computed]:
     """Compute one microbatch after another; whoever drives this answers the rank's requests."""
     outputs, summaries = [], []
-    for executor, values in prepared.calls:
+    for number, (executor, values) in enumerate(prepared.calls):
+        if prepared.tracer is not None:
+            prepared.tracer.begin(number, executor.lengths)
         made = yield from executor.run(values)
         kept, summary = prepared.keep.of(executor.program, made, executor.lengths)
         outputs.append(_last_rows(executor.program, kept) if prepared.last else kept)

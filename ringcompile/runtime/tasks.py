@@ -18,6 +18,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.runtime.batches import Deal, whole_outputs
 from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary
+from ringcompile.traces.measured import RankTrace
 
 Inputs: TypeAlias = dict[str, torch.Tensor]
 
@@ -172,12 +173,14 @@ class RankRun:
         dealt: how the batch was dealt out, and the lengths of the outputs.
         stats: what it cost.
         summaries: of each microbatch, of its share of every output, if they are kept.
+        trace: what it did when, if that was written down.
     """
 
     microbatches: tuple[tuple[torch.Tensor, ...], ...]
     dealt: Deal
     stats: Stats
     summaries: tuple[tuple[Summary, ...], ...] = ()
+    trace: RankTrace | None = None
 
     @property
     def outputs(self) -> tuple[torch.Tensor, ...]:
@@ -195,12 +198,14 @@ class Result:
         runs: what each rank has; in a torchrun job, what this process has.
         stats: what it cost each rank; likewise, unless summaries are kept.
         summaries: for each rank, of each of its microbatches, of every output, if they are kept.
+        traces: what each rank did when, if that was written down.
     """
 
     outputs: Any
     runs: list[RankRun]
     stats: list[Stats]
     summaries: Sequence[Sequence[tuple[Summary, ...]]]
+    traces: Sequence[RankTrace] = ()
 
     @property
     def dealt(self) -> Deal:
@@ -235,7 +240,10 @@ def together(last: Program, task: Task, runs: list[RankRun]) -> Result:
     if task.keep.outputs and task.whole:
         everyones = [run.microbatches for run in runs]
         outputs = whole_outputs(last, everyones, runs[0].dealt, task.keep.last)
-    return Result(outputs, runs, [run.stats for run in runs], [run.summaries for run in runs])
+    traces = [run.trace for run in runs if run.trace is not None]
+    return Result(
+        outputs, runs, [run.stats for run in runs], [run.summaries for run in runs], traces
+    )
 
 
 class Driver(Protocol):

@@ -1,0 +1,1 @@
+"""Timelines of all ranks, simulated or measured: one form, written for Perfetto, drawn, viewed."""
