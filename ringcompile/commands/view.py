@@ -29,8 +29,12 @@ else:
 @click.option("--cluster", default="h100x16", show_default=True, metavar="NAME|FILE",
               help="Whose tables the timeline is simulated with.")
 @click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, for bytes and times.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
+              help="Show what `run OUT --trace FILE` measured above the simulated timeline.")
 @click.option("--open", "opens", is_flag=True, help="Open it in a browser.")
-def view(out: Path, file: Path | None, cluster: str, seq: int | None, opens: bool) -> None:
+def view(
+    out: Path, file: Path | None, cluster: str, seq: int | None, trace: Path | None, opens: bool
+) -> None:
     """Write an HTML file with the programs of all ranks of OUT: blocks, graphs, messages, times.
 
     It needs no network and no server: open it in any browser.
@@ -39,7 +43,7 @@ def view(out: Path, file: Path | None, cluster: str, seq: int | None, opens: boo
     file = file or out.with_name(f"{out.name}.html")
     tensor_files.check_place(file)
     with CONSOLE.status(f"drawing {made.world_size} ranks"):
-        text = viewer.page(made, cluster, seq)
+        text = viewer.page(made, cluster, seq, trace)
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -76,6 +76,10 @@ def offset_to_first(rank: Rank) -> tuple[float, float]:
                 _tell(rank, other)
             elif rank.index == other:
                 best = min(best, _ask(rank), key=lambda found: found[1])
+    if rank.world_size > 1:  # nobody begins while others still ask
+        together = torch.zeros(1, device=rank.device)
+        dist.all_reduce(together)
+        together.item()
     return best
 
 

@@ -213,7 +213,7 @@ class _Tail:
     def _made(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """The op of a node, of other arguments."""
         made = self.graph.create_node("call_function", node.target, args, kwargs)
-        made.meta = dict(node.meta)
+        made.meta = {**node.meta, "copy_of": node.name}
         return made
 
     def from_start(self, node: fx.Node, dim: int, rows: Rows) -> fx.Node | None:

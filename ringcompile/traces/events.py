@@ -17,6 +17,7 @@ from ringcompile.traces.nodes import Nodes
 from ringcompile.traces.slices import COMMUNICATION, COMPUTE, Slice, Trace
 
 _FORMAT = "ringcompile timeline 1"
+_MOST_TRACKS = 100
 
 
 def to_events(trace: Trace, nodes: Nodes) -> dict[str, Any]:
@@ -32,11 +33,25 @@ def to_events(trace: Trace, nodes: Nodes) -> dict[str, Any]:
         *_names(sorted({one.rank for one in trace.slices}), tracks),
         *(_slice(one, nodes, number) for one in trace.slices),
         *_flows(trace.slices, nodes, number),
-        *({"ph": "C", "name": "memory", "pid": sample.rank, "ts": _micro(sample.time),
+        *({"ph": "C", "name": "memory", "pid": _process(sample.rank), "ts": _micro(sample.time),
            "args": {"bytes": sample.num_bytes}} for sample in trace.memory),
     ]
     about = {"format": _FORMAT, "title": trace.title, **trace.facts}
     return {"traceEvents": rows, "displayTimeUnit": "ms", "otherData": about}
+
+
+def _process(rank: int) -> int:
+    """A number for a rank; process 0 would be the system's own in Perfetto."""
+    return rank + 1
+
+
+def _where(one: Slice, number: Mapping[str, int]) -> dict[str, int]:
+    """The process and the thread of a slice; no two processes share the number of a thread."""
+    return {"pid": _process(one.rank), "tid": _thread(one.rank, number[one.track])}
+
+
+def _thread(rank: int, track: int) -> int:
+    return _process(rank) * _MOST_TRACKS + track
 
 
 def _micro(seconds: float) -> float:
@@ -45,20 +60,23 @@ def _micro(seconds: float) -> float:
 
 def _names(ranks: Iterable[int], tracks: list[str]) -> Iterator[dict[str, Any]]:
     for rank in ranks:
-        yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
+        one = {"ph": "M", "pid": _process(rank)}
+        yield {**one, "name": "process_name", "args": {"name": f"rank {rank}"}}
+        yield {**one, "name": "process_sort_index", "args": {"sort_index": rank}}
         for i, track in enumerate(tracks):
-            yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": i, "args": {"name": track}}
+            thread = {**one, "tid": _thread(rank, i)}
+            yield {**thread, "name": "thread_name", "args": {"name": track}}
+            yield {**thread, "name": "thread_sort_index", "args": {"sort_index": i}}
 
 
 def _slice(one: Slice, nodes: Nodes, number: Mapping[str, int]) -> dict[str, Any]:
     about, start, end = nodes.about(one.rank, one.node), _micro(one.start), _micro(one.end)
-    args = {**about.facts, "kind": one.kind, "microbatch": one.microbatch}
+    args = {**about.facts, "rank": one.rank, "kind": one.kind, "microbatch": one.microbatch}
     if one.critical is not None:
         args["critical"] = one.critical
     return {
-        "ph": "X", "name": about.label, "cat": one.kind, "pid": one.rank,
-        "tid": number[one.track], "ts": start, "dur": round(end - start, 3), "args": args,
+        "ph": "X", "name": about.label, "cat": one.kind, **_where(one, number), "ts": start,
+        "dur": round(end - start, 3), "args": args,
     }
 
 
@@ -78,11 +96,14 @@ def _flows(
     for key, sends in sent.items():
         for send, take in zip(sends, taken.get(key, []), strict=False):
             common = {"name": "message", "cat": "message", "id": next(count)}
-            yield {**common, "ph": "s", "pid": send.rank, "tid": number[send.track],
-                   "ts": _micro(send.start)}
-            # Inside of the slice, as what is at its very end belongs to the next one.
-            yield {**common, "ph": "f", "bp": "e", "pid": take.rank, "tid": number[take.track],
-                   "ts": round((_micro(take.start) + _micro(take.end)) / 2, 3)}
+            yield {**common, "ph": "s", **_where(send, number), "ts": _micro(send.start)}
+            yield {**common, "ph": "f", "bp": "e", **_where(take, number), "ts": _near_end(take)}
+
+
+def _near_end(one: Slice) -> float:
+    """The last moment that is inside of a slice: its very end belongs to the next one."""
+    start, end = _micro(one.start), _micro(one.end)
+    return max(start, round(end - 0.001, 3))
 
 
 def write_events(file: Path, events: Mapping[str, Any]) -> None:

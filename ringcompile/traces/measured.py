@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from ringcompile.traces.nodes import Nodes
 from ringcompile.traces.slices import Memory, Slice, Trace, one_after_another
 
-
 OP = "op"  # the kind of what computes; the node says which
 
 

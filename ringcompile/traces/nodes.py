@@ -1,4 +1,4 @@
-"""What a timeline says of a node: its name as `dump` prints it, its line, shape, bytes and peers."""
+"""What a timeline says of a node: its name as in `dump`, its line, shape, bytes and peers."""
 
 from __future__ import annotations
 

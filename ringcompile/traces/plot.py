@@ -17,6 +17,7 @@ _COLORS = {
 }
 _OTHER = "#7fb77e"
 _ROW = 0.28  # inches
+_ALIKE = 4  # timelines of which one takes so many times as long share a scale
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def bars_of(events: Mapping[str, Any]) -> list[Bar]:
         tracks = {(row["pid"], row["tid"]): str(row["args"]["name"]) for row in rows
                   if row["ph"] == "M" and row["name"] == "thread_name"}
         return [
-            Bar(int(row["pid"]), tracks[row["pid"], row["tid"]],
+            Bar(int(row["args"]["rank"]), tracks[row["pid"], row["tid"]],
                 str(row["args"].get("value", "")), str(row["cat"]), float(row["ts"]),
                 float(row["dur"]))
             for row in rows if row["ph"] == "X"
@@ -83,7 +84,7 @@ def check_picture(file: Path) -> None:
 
 
 def draw(file: Path, timelines: Sequence[Mapping[str, Any]]) -> None:
-    """Draw timelines beside one another, on the same scale.
+    """Draw timelines beside one another, on the same scale where that shows all of them.
 
     Args:
         file: the picture; see `check_picture`.
@@ -97,11 +98,13 @@ def draw(file: Path, timelines: Sequence[Mapping[str, Any]]) -> None:
     drawn = [bars_of(events) for events in timelines]
     rows = sorted({_row(bar) for bars in drawn for bar in bars}, reverse=True)
     figure = Figure(figsize=(7.0 * len(drawn), 1.6 + _ROW * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(drawn), sharex=True, sharey=True, squeeze=False)[0]
+    ends = [max((bar.start + bar.length for bar in bars), default=1.0) for bars in drawn]
+    one_scale = max(ends) <= _ALIKE * min(ends)
+    panels = figure.subplots(1, len(drawn), sharex=one_scale, sharey=True, squeeze=False)[0]
     for panel, bars, events in zip(panels, drawn, timelines, strict=True):
         _draw_one(panel, bars, rows)
         panel.set_title(str(events.get("otherData", {}).get("title", "")), fontsize=9, loc="left")
-        panel.set_xlabel("ms")
+        panel.set_xlabel("ms" if one_scale else "ms (each timeline on a scale of its own)")
     panels[0].set_yticks(range(len(rows)), [f"rank {rank} {track}" for rank, _, track in rows],
                          fontsize=8)
     shown = {bar.kind: None for bars in drawn for bar in bars}
@@ -114,7 +117,7 @@ def draw(file: Path, timelines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _row(bar: Bar) -> tuple[int, bool, str]:
-    """Its rank, whether it is a transfer, its track: in this order rows stand from top to bottom."""
+    """Its rank, whether it is a transfer, and its track: the order of rows, from the top."""
     return bar.rank, bar.track != "compute", bar.track
 
 

@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from ringcompile.cost.hardware import load_cluster
@@ -19,6 +20,8 @@ from ringcompile.ir.expr import BATCH, PART, SEQUENCE
 from ringcompile.ir.printer import value_names
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.stages import front_stages
+from ringcompile.traces.events import read_events
+from ringcompile.traces.plot import bars_of
 from ringcompile.view.rows import Tables, program_rows
 
 NOMINAL_LENGTH = 16384
@@ -27,7 +30,8 @@ _MAX_EVENTS = 60_000
 
 
 def page(
-    parallel: ParallelProgram, cluster: str = "h100x16", length: int | None = None
+    parallel: ParallelProgram, cluster: str = "h100x16", length: int | None = None,
+    trace: Path | None = None,
 ) -> str:
     """The viewer with its data.
 
@@ -37,11 +41,14 @@ def page(
             the page says so instead.
         length: tokens of a sequence, for bytes and times; by default what the program is fixed to,
             or 16,384 as far as the model's code allows.
+        trace: what `run --trace` measured of this artifact, to be shown above the simulated one.
 
     Raises:
-        RingCompileError: the artifact is damaged.
+        RingCompileError: the artifact or the trace is damaged, or the trace is of another artifact.
     """
-    data = json.dumps(_data(parallel, cluster, length), separators=(",", ":"))
+    measured = None if trace is None else _measured(parallel, trace)
+    shown = {**_data(parallel, cluster, length), "measured": measured}
+    data = json.dumps(shown, separators=(",", ":"))
     style, script = _file("viewer.css"), _file("viewer.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -107,6 +114,29 @@ def _timeline(parallel: ParallelProgram, cluster: str, tokens: int) -> dict[str,
     except RingCompileError as error:
         return {"missing": error.message, "cluster": cluster}
     return {"cluster": hardware.name, "seconds": found.seconds, **_events(parallel, found.timeline)}
+
+
+def _measured(parallel: ParallelProgram, file: Path) -> dict[str, Any]:
+    """A measured timeline in the form of a simulated one."""
+    events = read_events(file)
+    if events["otherData"].get("artifact") != parallel.identity:
+        raise RingCompileError(
+            f"'{file}' was not measured with this artifact",
+            hint="measure it again: ringcompile run OUT --trace FILE",
+        )
+    bars = bars_of(events)
+    streams, kinds = {"compute": 0}, dict[str, int]()
+    rows = [
+        [bar.rank, streams.setdefault(bar.track, len(streams)),
+         int(bar.value[1:]) if bar.value[1:].isdigit() else -1,
+         kinds.setdefault(bar.kind, len(kinds)), bar.start, bar.length]
+        for bar in bars
+    ]
+    return {
+        "title": str(events["otherData"].get("title", "")), "streams": list(streams),
+        "kinds": list(kinds), "events": rows,
+        "seconds": max((bar.start + bar.length for bar in bars), default=0.0) / 1e6,
+    }
 
 
 def _events(parallel: ParallelProgram, found: Timeline) -> dict[str, Any]:

@@ -417,18 +417,21 @@ function showRanks() {
     : make("p", {}, "Nothing is sent here."), edges.size ? "" : svg);
 }
 
-// -- the simulated timeline ------------------------------------------------------------------------
-const scale = { from: 0, width: 0 };
+// -- timelines: measured, if one was given, and simulated ---------------------------------------------
 function showTime() {
-  const T = D.timeline;
-  if (T.missing) {
-    time.replaceChildren(make("div", { className: "bar" }, `No simulated timeline: ${T.missing}`));
-    return;
-  }
+  const T = D.timeline, milli = (t) => `${(t.seconds * 1e3).toPrecision(4)} ms`;
+  time.replaceChildren(
+    ...D.measured ? timeline(D.measured, `${D.measured.title}: ${milli(D.measured)}`) : [],
+    ...T.missing ? [make("div", { className: "bar" }, `No simulated timeline: ${T.missing}`)]
+      : timeline(T, `Simulated on ${T.cluster}: ${milli(T)}`));
+}
+const scales = new Map();
+function timeline(T, title) {
+  if (!scales.has(T)) scales.set(T, { from: 0, width: 0 });
+  const scale = scales.get(T);
   const total = T.seconds * 1e6;
   scale.width = scale.width || total;
-  const bar = make("div", { className: "bar" }, make("b", {},
-    `Simulated on ${T.cluster}: ${(T.seconds * 1e3).toPrecision(4)} ms`),
+  const bar = make("div", { className: "bar" }, make("b", {}, title),
   ...T.kinds.map((kind) => {
     const dot = make("i");
     dot.style.background = COLORS[kind] || "#999";
@@ -507,8 +510,8 @@ function showTime() {
     rank.value = at.rank;
     pick(found[2]);
   });
-  time.replaceChildren(bar, canvas);
   paint();
+  return [bar, canvas];
 }
 
 // -- the head: rank, stage, search -------------------------------------------------------------------

@@ -20,7 +20,6 @@ from ringcompile.cost.rank import Collective, RankCost, Shift, Step, Wait
 from ringcompile.cost.scaling import as_stage, moved, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How, timeline
-from ringcompile.cost.trace import to_trace
 from tests.cost.clusters import cluster, device, figure, link, table
 
 MB = 10**6
@@ -224,18 +223,6 @@ def test_the_longest_path_is_what_networkx_finds() -> None:
     path = found.critical_path()
     assert sum(found.events[n].seconds for n in path) == pytest.approx(found.seconds)
     assert all(found.graph.has_edge(a, b) for a, b in pairwise(path))
-
-
-def test_a_trace_has_every_event_that_takes_time() -> None:
-    found = timeline(ring_of(2), cluster())
-    trace = json.loads(json.dumps(to_trace(found, "a ring")))
-    rows = [row for row in trace["traceEvents"] if row["ph"] == "X"]
-    names = {row["args"]["name"] for row in trace["traceEvents"] if row["ph"] == "M"}
-    assert names == {"rank 0", "rank 1", "compute", "ring"}
-    took = sum(row["dur"] for row in rows if row["cat"] != "wait") * 1e-6
-    assert took == pytest.approx(sum(event.seconds for event in found.events))
-    assert max(row["ts"] + row["dur"] for row in rows) == pytest.approx(found.seconds * 1e6)
-    assert trace["otherData"]["title"] == "a ring"
 
 
 # -- messages and collectives ---------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""What every timeline file has to be, and a rank's part in a traced job."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from ringcompile.commands.job import Job, run_job, timeline_of
+from ringcompile.compiler import load
+from ringcompile.ir.printer import print_program
+from ringcompile.parallel_program import ParallelProgram
+from ringcompile.runtime.join import Rank
+from ringcompile.runtime.outputs import Keep
+from ringcompile.traces.events import to_events
+
+Events = list[dict[str, Any]]
+
+
+def slices(events: dict[str, Any]) -> Events:
+    return [row for row in events["traceEvents"] if row["ph"] == "X"]
+
+
+def check_timeline(events: dict[str, Any], made: ParallelProgram, others: int = 0) -> None:
+    """Rows have what the format asks for, slices do not overlap, flows resolve, names are dump's.
+
+    Args:
+        events: the file's.
+        made: the programs.
+        others: how many nodes may be the run's own.
+    """
+    rows = events["traceEvents"]
+    assert {row["ph"] for row in rows} <= set("MXsfC")
+    tracks = {
+        (row["pid"], row["tid"]): row["args"]["name"]
+        for row in rows if row["name"] == "thread_name"
+    }
+    ranks = {row["pid"]: row["args"]["name"] for row in rows if row["name"] == "process_name"}
+    assert set(ranks.values()) == {f"rank {rank}" for rank in range(made.world_size)}
+    assert set(tracks.values()) <= {"compute", "host", *made.mesh.names}
+    assert 0 not in ranks  # Perfetto's own
+    _check_names(slices(events), made, others)
+    by_track = defaultdict(list)
+    for row in slices(events):
+        assert row["dur"] >= 0
+        assert row["ts"] >= 0
+        assert ranks[row["pid"]] == f"rank {row['args']['rank']}"
+        by_track[row["pid"], row["tid"]].append(row)
+    assert set(by_track) <= set(tracks)
+    for track in by_track.values():
+        track.sort(key=lambda row: row["ts"])
+        for one, other in zip(track, track[1:], strict=False):
+            assert one["ts"] + one["dur"] <= other["ts"] + 1e-6, (one, other)
+    _check_flows(rows, by_track)
+    memory = [row for row in rows if row["ph"] == "C"]
+    assert {row["pid"] for row in memory} == set(ranks)
+    assert all(row["args"]["bytes"] > 0 and row["name"] == "memory" for row in memory)
+
+
+def _check_names(found: Events, made: ParallelProgram, others: int) -> None:
+    dumps = [print_program(made.rank(rank)) for rank in range(made.world_size)]
+    strange = set()
+    for row in found:
+        args = row["args"]
+        line = rf"(?m)^{args.get('value')}: .*= {re.escape(args['op'])}\("
+        if "value" not in args or not re.search(line, dumps[args["rank"]]):
+            strange.add(row["name"])
+        elif args["line"]:
+            assert args["line"] in dumps[args["rank"]]
+    assert len(strange) <= others, strange
+
+
+def _check_flows(rows: Events, by_track: dict[Any, Events]) -> None:
+    """Each message begins in a transfer that sends, and ends in one of the rank that it is for."""
+    ends: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        if row["ph"] in "sf":
+            assert row["ph"] not in ends[row["id"]]
+            ends[row["id"]][row["ph"]] = row
+    for both in ends.values():
+        send, take = (_around(both[which], by_track)["args"] for which in "sf")
+        assert (send["to"], take["from"]) == (take["rank"], send["rank"])
+        assert (send["axis"], send["bytes"] > 0) == (take["axis"], True)
+    sends = [row for track in by_track.values() for row in track
+             if row["cat"] == "communication" and row["args"].get("to") is not None]
+    assert len(ends) == len(sends)
+
+
+def _around(end: dict[str, Any], by_track: dict[Any, Events]) -> dict[str, Any]:
+    """The one slice that an end of a flow lies in."""
+    (found,) = [
+        row for row in by_track[end["pid"], end["tid"]]
+        if row["ts"] <= end["ts"] < row["ts"] + row["dur"] - 1e-6
+    ]
+    return found
+
+
+def traced_in_a_job(rank: Rank, folder: str, length: int) -> dict[str, Any] | None:
+    """What one rank of a job gives: rank 0 the timeline of all."""
+    parallel = load(folder)
+    inputs = {"input_ids": torch.arange(length)[None]}
+    inputs = {parallel.program.inputs[0].name: inputs["input_ids"]}
+    found = run_job(parallel, inputs, Job(Keep(outputs=False, summary=True), trace=True))
+    return None if found is None else to_events(*timeline_of(parallel, found, "job"))
