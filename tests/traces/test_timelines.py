@@ -94,7 +94,7 @@ def test_a_measured_timeline(folder: Path) -> None:
     simulated_ = read_events(folder / "simulated.json")
     shared = {row["name"] for row in slices(simulated_)} & {row["name"] for row in slices(events)}
     transfers = {row["name"] for row in slices(events) if row["cat"] == "communication"}
-    assert len(transfers) == 2  # a ring of 2, two layers
+    assert len(transfers) == 4  # a ring of 2, two layers; values are numbered by rank
     assert transfers <= shared
     assert 0 <= events["otherData"]["clock_error_us"] < 1e5
     assert events["otherData"]["title"] == "out: ring=2, 64 tokens, measured over gloo"
@@ -115,8 +115,6 @@ def test_a_picture_of_both(folder: Path) -> None:
 
 
 def test_the_viewer_shows_what_was_measured(folder: Path) -> None:
-
-
     parallel = load(folder / "out")
     html = page(parallel, trace=folder / "measured.json")
     data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
@@ -124,7 +122,7 @@ def test_the_viewer_shows_what_was_measured(folder: Path) -> None:
     assert shown["streams"] == ["compute", "ring"]
     assert len(shown["events"]) == len(slices(read_events(folder / "measured.json")))
     numbered = [row for row in shown["events"] if row[2] >= 0]
-    assert len(numbered) >= len(shown["events"]) - 2
+    assert len(numbered) >= len(shown["events"]) - 4  # what takes the last row, on each rank
     assert json.loads(page(parallel).partition('id="data">')[2].partition("</script>")[0])[
         "measured"] is None
 
