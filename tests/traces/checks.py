@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from typing import Any
@@ -51,7 +52,7 @@ def check_timeline(events: dict[str, Any], made: ParallelProgram, others: int = 
     assert set(by_track) <= set(tracks)
     for track in by_track.values():
         track.sort(key=lambda row: row["ts"])
-        for one, other in zip(track, track[1:], strict=False):
+        for one, other in itertools.pairwise(track):
             assert one["ts"] + one["dur"] <= other["ts"] + 1e-6, (one, other)
     _check_flows(rows, by_track)
     memory = [row for row in rows if row["ph"] == "C"]
