@@ -71,7 +71,8 @@ def front_passes(
         CleanUp(),
         LimitIds(),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
-        *([DealBatch(mesh, known), CleanUp()] if mesh.size("dp") * mesh.size("pp") > 1 else []),
+        *([DealBatch(mesh, known, options.capacity), CleanUp()]
+          if mesh.size("dp") * mesh.size("pp") > 1 else []),
         place,
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),

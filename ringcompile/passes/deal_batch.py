@@ -56,11 +56,14 @@ class DealBatch(Pass):
     Attributes:
         mesh: the parallel plan; only with `dp` or `pp` are batches dealt.
         checked: as for `Place`.
+        capacity: "exact" where a capacity of experts counts the tokens of the whole batch, so that
+            a batch is not dealt out; "local" where each part may count its own.
     """
 
     name: ClassVar[str] = "deal-batch"
     mesh: Mesh
     checked: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    capacity: str = "exact"
 
     def run(self, program: Program) -> Program:
         """The program for a part, with a note where a capacity is counted by each part.
@@ -78,21 +81,37 @@ class DealBatch(Pass):
                 hint="; ".join(program.notes) or None,
             )
         regions = routing(program, self.checked)
+        counted = [region for region in regions if region.has_capacity]
+        apart = [region for region in regions if region not in counted]
+        local = self.capacity == "local"
         try:
-            dealt = deal_out(program, regions)
+            dealt = deal_out(program, regions if local else apart)
         except RingCompileError as error:
+            found = error if local else _counted_whole(error, counted)
             if replicas > 1:
                 raise RingCompileError(
-                    error.message, hint="leave dp out", location=error.location, node=error.node
+                    found.message, hint=found.hint or "leave dp out", location=error.location,
+                    node=error.node,
                 ) from None
             where = f"{error.location.short}: " if error.location else ""
-            note = f"{where}{error.message}: a pipeline takes every batch as one microbatch"
+            note = f"{where}{found.message}: a pipeline takes every batch as one microbatch"
             return program.with_graph(program.graph, notes=(*program.notes, note))
-        counted = [
+        notes = [
             f"{region.name}: with {self.mesh}, the capacity of experts is counted for each "
-            "microbatch alone" for region in regions if region.has_capacity
+            "microbatch alone" for region in counted if local
         ]
-        return dealt.with_graph(dealt.graph, notes=(*program.notes, *dict.fromkeys(counted)))
+        return dealt.with_graph(dealt.graph, notes=(*program.notes, *dict.fromkeys(notes)))
+
+
+def _counted_whole(error: RingCompileError, regions: Sequence[Region]) -> RingCompileError:
+    """What to say of an op that mixes sequences: in a mixture, that they share a capacity."""
+    if not any(node.name == error.node for region in regions for node in region.nodes):
+        return error
+    return RingCompileError(
+        "experts take a limited number of tokens of the whole batch here",
+        hint="leave dp out; or --capacity local counts the tokens of each part alone, which "
+        "changes results",
+    )
 
 
 def routing(program: Program, checked: dict[Any, Any]) -> list[Region]:

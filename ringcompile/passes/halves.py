@@ -51,7 +51,8 @@ class Halves(Pass):
                 f"the batch is fixed at {program.batch}, so that there are no halves of it",
                 hint="; ".join(program.notes) or None,
             )
-        regions = routing(program, {}) if self.capacity == "local" else []
+        local = self.capacity == "local"
+        regions = [r for r in routing(program, {}) if local or not r.has_capacity]
         try:
             halves = [deal_out(program, regions, _HALF, first) for first in (0, _HALF)]
         except RingCompileError as error:

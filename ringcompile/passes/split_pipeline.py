@@ -17,8 +17,8 @@ from torch import fx
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import COMMUNICATION
-from ringcompile.ir.expr import BATCH, PART, SEQUENCE, Size, bind, product
-from ringcompile.ir.nodes import location_of, results_of, type_of
+from ringcompile.ir.expr import BATCH, PART, SEQUENCE, Size, bind, depends_on_data, product
+from ringcompile.ir.nodes import error_at, location_of, results_of, type_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
@@ -76,6 +76,7 @@ class SplitPipeline(Pass):
             # What is stored is read from the memory of the stage that stores it.
             own = [] if read and node.target is op("store") else [node.meta["stage"]]
             node.meta["stage"] = min([*own, *read])
+        _check_sizes(calls)
         bounds = [0, *sorted(firsts), len(runs)]
         for stage, (first, end) in enumerate(pairwise(bounds)):
             names = [name for name, _ in runs[first:end]]
@@ -101,6 +102,16 @@ class SplitPipeline(Pass):
         return set(found)
 
 
+def _check_sizes(calls: Sequence[fx.Node]) -> None:
+    for node in calls:
+        stages = {user.meta["stage"] for user in node.users if "stage" in user.meta}
+        if _size_unknown(node) and stages - {node.meta["stage"]}:
+            raise error_at(
+                node, "a tensor whose size depends on the data would cross from a pipeline stage "
+                "to the next", hint="leave pp out, or say with --stages where stages begin",
+            )
+
+
 def _runs(calls: Sequence[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
     """The calls of each layer, in order; what stands before the first layer belongs to it.
 
@@ -108,7 +119,8 @@ def _runs(calls: Sequence[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
     """
     layers = [block_of(node) for node in calls]
     if not any(layers):
-        return [(location_of(node).layer or node.name, [node]) for node in calls]
+        single = [(location_of(node).layer or node.name, [node]) for node in calls]
+        return _together(single)
     runs: list[tuple[str, list[fx.Node]]] = []
     last = max(i for i, layer in enumerate(layers) if layer)
     tied = [layer or (_next(layers, i) if i <= last else "") for i, layer in enumerate(layers)]
@@ -119,7 +131,33 @@ def _runs(calls: Sequence[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
             (known or runs[-1])[1].extend(nodes)
         else:
             runs.append((name, nodes))
-    return runs
+    return _together(runs)
+
+
+def _together(runs: Sequence[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]]]:
+    """Runs, as one where a value goes from one to the other whose size only the data tells.
+
+    The stage that receives a value has to know its size.
+    """
+    at = {node: i for i, (_, nodes) in enumerate(runs) for node in nodes}
+    ends = [i for i, _ in enumerate(runs)]
+    for node, i in at.items():
+        if _size_unknown(node):
+            ends[i] = max([ends[i], *(at.get(user, i) for user in node.users)])
+    joined: list[tuple[str, list[fx.Node]]] = []
+    reached = -1
+    for i, (name, nodes) in enumerate(runs):
+        if i <= reached:
+            joined[-1][1].extend(nodes)
+        else:
+            joined.append((name, list(nodes)))
+        reached = max(reached, ends[i])
+    return joined
+
+
+def _size_unknown(node: fx.Node) -> bool:
+    types = results_of(node) if "type" in node.meta else ()
+    return any(depends_on_data(size) for type_ in types for size in type_.shape)
 
 
 def _next(layers: Sequence[str], index: int) -> str:

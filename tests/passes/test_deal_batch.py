@@ -116,11 +116,55 @@ def test_one_sequence_is_enough_to_see_it() -> None:
     assert not transform(program, "ring=2").program.notes
 
 
-def test_a_capacity_is_noted() -> None:
+def test_a_capacity_that_each_part_counts_is_noted() -> None:
     program = capture(*zoo.build("moe-4l-tiny", sequence=24, batch=2))
-    notes = transform(program, "dp=2,pp=2").program.notes
+    notes = transform(program, "dp=2,pp=2", capacity="local").program.notes
     said = "with dp=2,pp=2, the capacity of experts is counted for each microbatch alone"
     assert any(said in note for note in notes)
+
+
+def test_a_capacity_of_the_whole_batch() -> None:
+    """Replicas are refused; a pipeline runs the batch at once, and drops what the model drops."""
+    module, args = zoo.build("moe-4l-tiny", sequence=24, batch=2)
+    program = capture(module, args)
+    with pytest.raises(RingCompileError, match="a limited number of tokens of the whole") as caught:
+        transform(program, "dp=2")
+    assert caught.value.hint == (
+        "leave dp out; or --capacity local counts the tokens of each part alone, which changes "
+        "results"
+    )
+    parallel = transform(program, "pp=2")
+    assert any("takes every batch as one microbatch" in note for note in parallel.program.notes)
+    given = torch.randn(3, 27, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
+
+
+class Counted(nn.Module):
+    """Experts that take as many rows as the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unsqueeze(1)
+        flat = F.scaled_dot_product_attention(heads, heads, heads).flatten(0, 2)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            (chosen,) = torch.where(flat.argmax(-1) % 2 == number)
+            out = out.index_add(0, chosen, expert(flat[chosen]))
+        return out.view(x.shape)
+
+
+def test_no_stage_ends_where_sizes_depend_on_the_data() -> None:
+    one, three = Counted().eval(), nn.Sequential(Counted(), Counted(), Counted()).eval()
+    with pytest.raises(RingCompileError, match="pp=3 asks for more stages than the model has"):
+        transform(capture(one, (torch.randn(2, 12, 8),)), "pp=3")
+    parallel = transform(capture(three, (torch.randn(2, 12, 8),)), "pp=3")
+    given = torch.randn(3, 9, 8)
+    with torch.no_grad():
+        assert difference(run(parallel, (given,)).outputs, three(given)) <= TOLERANCE
 
 
 def padded(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
