@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 pytest.importorskip("transformers")
 
 from ringcompile.errors import RingCompileError, SourceLocation
-from tests.families import table, trial
+from tests.families import products, table, trial
 from tests.families.catalogue import FAMILIES
 from tests.families.family import Family
 from tests.families.health import problems
@@ -94,8 +96,8 @@ def test_outputs_that_differ_are_wrong(
 def test_nan_and_missing_outputs_are_wrong() -> None:
     family, value = FAMILIES["gpt2"], torch.zeros(1, 3)
     for outputs in ({"x": value * torch.nan}, {}, {"x": value, "y": value}, {"x": value[:, :2]}):
-        assert trial._judged(family, outputs, {"x": value}, {}).kind == WRONG
-    assert trial._judged(family, {"x": value}, {"x": value}, {}).kind == MATCHED
+        assert trial.judged(family, outputs, {"x": value}, {}).kind == WRONG
+    assert trial.judged(family, {"x": value}, {"x": value}, {}).kind == MATCHED
 
 
 def test_a_trial_without_end_is_stopped() -> None:
@@ -140,7 +142,7 @@ def test_the_page_lists_every_family() -> None:
 
 def rows(page: str) -> list[str]:
     """The rows of all tables, without headers; versions may differ from those at hand."""
-    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    lines = [x for x in page.partition(table.PRODUCTS)[0].splitlines() if x.startswith("| ")]
     return [line for line in lines if not line.startswith(("| family |", "| --- |"))]
 
 
@@ -185,3 +187,47 @@ def test_rows_of_the_page_can_be_written_anew() -> None:
     assert before
     assert after
     assert int(after[1]) == int(before[1]) - 1
+
+
+# -- under products of axes ------------------------------------------------------------------------
+
+
+def test_a_record_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path, matched = tmp_path / "record.jsonl", asdict(Outcome(MATCHED))
+    tried = [{"family": "gpt2", "spec": spec, **matched} for spec in products.SPECS]
+    half = [{"family": "bert", "spec": spec, **matched} for spec in products.SPECS[:3]]
+    again = {"family": "gpt2", "spec": "tp=4", **asdict(Outcome(REFUSED, reason="no", line="a:1"))}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in (*tried, *half, again)))
+    record = products.read_record(path)
+    assert products.missing(record, ["gpt2", "bert", "vit"]) == ["bert", "vit"]
+    assert record["gpt2"]["tp=4"].kind == REFUSED
+    text = products.chapter(record)
+    assert "2 families under 9 specs: tried 12: 11 matched, 1 refused, 0 wrong, 0 crashed" in text
+    assert "| gpt2 | matched | **refused** (1) | matched |" in text
+    assert text.endswith("1. no (`a:1`)\n")
+
+
+def test_the_chapter_of_products_is_its_own() -> None:
+    """Rows of other chapters are written anew without it, and it without them."""
+    page = table.PAGE.read_text(encoding="utf-8")
+    record = {"llama": {"tp=2": Outcome(MATCHED)}}
+    text = products.with_chapter(page, record)
+    assert table.updated(text, {}) == text
+    assert products.with_chapter(text, record) == text
+    assert rows(text) == rows(page)
+
+
+@pytest.mark.slow
+def test_products_of_a_family() -> None:
+    found = dict(products.try_specs(FAMILIES["gpt2"]))
+    assert {outcome.kind for outcome in found.values()} == {MATCHED}
+    assert list(found) == list(products.SPECS)
+
+
+def test_an_error_behind_transform_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any, **kwargs: Any) -> None:
+        raise RingCompileError("too late")
+
+    monkeypatch.setattr(products, "run", refuses)
+    (found,) = products.try_specs(FAMILIES["gpt2"], ["tp=2"])
+    assert found[1] == Outcome(CRASHED, reason="refused behind transform: too late")

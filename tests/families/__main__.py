@@ -23,8 +23,11 @@ def main(names: tuple[str, ...], write: bool, jobs: int, timeout: int) -> None:
         click.echo(table.terminal(trial))
     click.echo(table.summary(trials))
     if write:
-        known = table.PAGE.read_text(encoding="utf-8") if names else ""
+        known = table.PAGE.read_text(encoding="utf-8")
+        _, begin, products = known.partition(table.PRODUCTS)
         text = table.updated(known, trials) if names else table.page(trials)
+        if begin and not names:
+            text += f"\n{begin}{products}"
         table.PAGE.write_text(text, encoding="utf-8")
     found = table.counts(trials)
     raise SystemExit(1 if found[WRONG] or found[CRASHED] else 0)

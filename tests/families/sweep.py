@@ -65,10 +65,11 @@ def _alone(name: str, seconds: int, attempt: Any, died: Callable[[str], T]) -> T
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, context, initializer=_quiet)
+    return ProcessPoolExecutor(jobs, context, initializer=quiet)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Nothing but outcomes is printed; one thread."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -22,6 +22,8 @@ from tests.families.trial import (
 )
 from tests.support import TOLERANCE
 
+# Where the chapter begins that products.py writes, which is the last one.
+PRODUCTS = "## Under products of axes\n"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _HEADER = ("family", "class", "attention", "positions", "masks found", "split", "gathers",
            "outcome", "padded batch")
@@ -96,7 +98,7 @@ def counts(trials: Mapping[str, Trial]) -> Counter[str]:
 
 
 def page(trials: Mapping[str, Trial]) -> str:
-    """docs/families.md."""
+    """docs/families.md, as far as this module writes it."""
     text = [_INTRODUCTION.format(
         torch=torch.__version__.partition("+")[0], transformers=transformers.__version__,
         spec=SPEC, captured=CAPTURED, length=LENGTH, padded=PADDED, tolerance=TOLERANCE,
@@ -104,39 +106,43 @@ def page(trials: Mapping[str, Trial]) -> str:
     )]
     for title, families in CHAPTERS.items():
         rows = [cells(trials[family.name]) for family in families]
-        text += [f"## {title}\n", _line(_HEADER), _line(["---"] * len(_HEADER)),
-                 *(_line(list(row.values())) for row in rows), ""]
+        text += [f"## {title}\n", line(_HEADER), line(["---"] * len(_HEADER)),
+                 *(line(list(row.values())) for row in rows), ""]
     return "\n".join(text).rstrip("\n") + "\n"
 
 
 def updated(text: str, trials: Mapping[str, Trial]) -> str:
     """docs/families.md with the rows of these families as they are now."""
-    lines = text.splitlines()
+    text, begin, rest = text.partition(PRODUCTS)
+    lines = text.rstrip("\n").splitlines()
     worst: Counter[str] = Counter()
-    for i, line in enumerate(lines):
-        entries = line.split(" | ")
+    for i, row in enumerate(lines):
+        entries = row.split(" | ")
         name = entries[0].removeprefix("| ")
         if len(entries) < len(_HEADER) or name not in FAMILIES:
             continue
         if name in trials:
-            lines[i] = _line(list(cells(trials[name]).values()))
+            lines[i] = line(list(cells(trials[name]).values()))
         outcomes = " | ".join(lines[i].split(" | ")[len(_HEADER) - 2 :])
         kinds = (kind for kind in _WORST_FIRST[:-1] if f"**{kind}**" in outcomes)
         worst[next(kinds, MATCHED)] += 1
-    return _SUMMARY.sub(_summary(worst), "\n".join(lines), count=1) + "\n"
+    made = _SUMMARY.sub(summary_of(worst), "\n".join(lines), count=1) + "\n"
+    return f"{made}\n{begin}{rest}" if begin else made
 
 
 def summary(trials: Mapping[str, Trial]) -> str:
     """`tried 120: 110 matched, 10 refused, 0 wrong, 0 crashed`."""
-    return _summary(counts(trials))
+    return summary_of(counts(trials))
 
 
-def _summary(found: Counter[str]) -> str:
+def summary_of(found: Counter[str]) -> str:
+    """Outcomes by kind, in words."""
     kinds = (MATCHED, "refused", "wrong", "crashed")
     return f"tried {found.total()}: " + ", ".join(f"{found[kind]} {kind}" for kind in kinds)
 
 
-def _line(entries: Sequence[str]) -> str:
+def line(entries: Sequence[str]) -> str:
+    """A row in Markdown."""
     return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |"
 
 

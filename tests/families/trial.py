@@ -101,7 +101,7 @@ def try_family(family: Family, seconds: int = 240) -> Trial:
         family.name,
         plain,
         padding,
-        any_length=_any_length(program),
+        any_length=any_length(program),
         forms=_counted([a.form for a in attention]),
         masks=_counted([a.mask for a in attention]),
         gathers=len(report.gathers_of(program)),
@@ -175,12 +175,12 @@ def _compare(
 ) -> Outcome:
     inputs = _inputs(family, LENGTH, batch)
     program = capture(model, (), _inputs(family, CAPTURED, batch))
-    if not _any_length(program):
+    if not any_length(program):
         program = capture(model, (), inputs)
     parallel = transform(program, SPEC)
     found.append(parallel)
     outputs = run(parallel, inputs).outputs
-    return _judged(family, outputs, reference(model, inputs), inputs)
+    return judged(family, outputs, reference(model, inputs), inputs)
 
 
 def _inputs(family: Family, length: int, batch: int) -> dict[str, torch.Tensor]:
@@ -194,7 +194,8 @@ def _inputs(family: Family, length: int, batch: int) -> dict[str, torch.Tensor]:
     return {**inputs, "attention_mask": mask}
 
 
-def _any_length(program: Program) -> bool:
+def any_length(program: Program) -> bool:
+    """Whether a program serves other lengths than that of its example."""
     return any(
         isinstance(size, sympy.Expr) and size.free_symbols
         for given in program.inputs
@@ -210,12 +211,13 @@ def reference(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str,
     return {name: value for name, value in own(**inputs).items() if torch.is_tensor(value)}
 
 
-def _judged(
+def judged(
     family: Family,
     outputs: Mapping[str, Any],
     expected: Mapping[str, torch.Tensor],
     inputs: Mapping[str, torch.Tensor],
 ) -> Outcome:
+    """Outputs against one device's, by name."""
     names = {name for name, value in outputs.items() if torch.is_tensor(value)}
     if names != set(expected):
         return Outcome(WRONG, reason=f"outputs are {sorted(names)}, not {sorted(expected)}")
