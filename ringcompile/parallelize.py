@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-import blake3
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringcompile.artifact.blocks import hasher
 from ringcompile.capture.dims import Dims
 from ringcompile.capture.export import capture
 from ringcompile.capture.flat_call import flat, unwrapped
@@ -131,7 +131,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 def _weights_digest(program: Program) -> str:
     """Of the names and data of all weights."""
-    digest = blake3.blake3()
+    digest = hasher()()
     source: WeightSource | None = program.source
     for weight in sorted(program.weights.values(), key=lambda weight: weight.name):
         assert source is not None

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ringcompile.compiler import load
 from ringcompile.errors import RingCompileError
 from ringcompile.generation import Sampling, stream
 from ringcompile.parallel_program import ParallelProgram
@@ -23,7 +22,7 @@ class Asked:
     """What is to be continued, and by which artifact.
 
     Attributes:
-        out: the artifact.
+        parallel: the artifact, as it was loaded.
         text: the prompt, if it is text.
         input_ids: else the file of its token ids.
         chat: whether the text goes into the chat template.
@@ -31,7 +30,7 @@ class Asked:
         eos: the tokens that end the text; the tokenizer's where there are none.
     """
 
-    out: Path
+    parallel: ParallelProgram
     text: str | None
     input_ids: Path | None
     chat: bool = False
@@ -65,7 +64,7 @@ def answer(asked: Asked, how: Mapping[str, Any]) -> Iterator[Answer]:
     Raises:
         RingCompileError: files that cannot be read, no tokenizer, or as `generation.generate`.
     """
-    parallel = load(asked.out)
+    parallel = asked.parallel
     known = _tokenizer(parallel, asked) if asked.text is not None or asked.tokenizer else None
     ids = _encoded(known, asked) if asked.input_ids is None else read_ids(asked.input_ids)
     ends = list(asked.eos) or ([] if known is None else _ends(known))

@@ -6,16 +6,19 @@ nobody can make other data with the same digests, and BLAKE3 still runs at the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
+
+from ringcompile.errors import RingCompileError
 
 # Larger blocks make a rank check more than it reads; smaller ones make the list of digests long
 # (32 bytes a block: 4 MB for 140 GB of weights).
 BLOCK_BYTES = 1 << 20
-_DIGEST_BYTES = blake3.digest_size
+_DIGEST_BYTES = 32
 
 
 def block_digests(data: torch.Tensor) -> str:
@@ -24,7 +27,7 @@ def block_digests(data: torch.Tensor) -> str:
     Args:
         data: contiguous and on the CPU; its bytes are taken as they lie in memory.
     """
-    flat = _bytes(data)
+    flat, blake3 = _bytes(data), hasher()
     blocks = range(0, len(flat), BLOCK_BYTES)
     return "".join(blake3(flat[start : start + BLOCK_BYTES]).hexdigest() for start in blocks)
 
@@ -42,7 +45,7 @@ def first_damaged(data: torch.Tensor, digests: str, blocks: Iterable[int]) -> in
         digests: from `block_digests`.
         blocks: indices of blocks.
     """
-    flat = _bytes(data)
+    flat, blake3 = _bytes(data), hasher()
     for index in blocks:
         found = blake3(flat[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]).digest()
         digits = slice(index * 2 * _DIGEST_BYTES, (index + 1) * 2 * _DIGEST_BYTES)
@@ -86,6 +89,23 @@ def _covered(firsts: np.ndarray, lasts: np.ndarray) -> list[int]:
     np.add.at(edges, firsts, 1)
     np.add.at(edges, lasts + 1, -1)
     return [int(index) for index in np.flatnonzero(edges.cumsum())]
+
+
+@cache
+def hasher() -> Callable[..., Any]:
+    """BLAKE3, of a package that is imported when a digest is needed.
+
+    Raises:
+        RingCompileError: it is not installed.
+    """
+    try:
+        from blake3 import blake3
+    except ImportError:
+        raise RingCompileError(
+            "the digests of weights need the package blake3, which is not installed here",
+            hint="pip install blake3",
+        ) from None
+    return blake3
 
 
 def _bytes(data: torch.Tensor) -> memoryview:

@@ -7,12 +7,18 @@ import json
 import os
 import platform
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import CONSOLE, JSON, milliseconds, print_table
+from ringcompile.commands.options import (
+    CONSOLE,
+    JSON,
+    Out,
+    artifact_argument,
+    milliseconds,
+    print_table,
+)
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
@@ -20,7 +26,7 @@ from ringcompile.later import Later
 if TYPE_CHECKING:
     import torch
 
-    from ringcompile import compiler, execution, session
+    from ringcompile import execution, session
     from ringcompile.cost import rank as ranks_cost
     from ringcompile.cost import simulate as simulation
     from ringcompile.cost import timeline
@@ -30,7 +36,6 @@ if TYPE_CHECKING:
     from ringcompile.runtime.tasks import Stats
 else:
     torch = Later("torch")
-    compiler = Later("ringcompile.compiler")
     execution = Later("ringcompile.execution")
     ranks_cost = Later("ringcompile.cost.rank")
     simulation = Later("ringcompile.cost.simulate")
@@ -45,7 +50,7 @@ _PERCENTILES = (10, 50, 90, 99)
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("--seq", type=click.IntRange(1), default=1024, show_default=True,
               help="Tokens of a sequence, if the artifact serves any length.")
 @click.option("--batch", type=click.IntRange(1),
@@ -62,7 +67,7 @@ _PERCENTILES = (10, 50, 90, 99)
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds.")
 @JSON
 def bench(
-    out: Path,
+    out: Out,
     seq: int,
     batch: int | None,
     steps: int,
@@ -78,7 +83,7 @@ def bench(
     A step takes the token batch from the ranks' shares of the inputs to their outputs: tokens a
     second are those of the batch over its median, and TPOT is the step's time, as in the paper.
     """
-    made = compiler.load(out)
+    made = out.load()
     length = made.program.lengths.get(expr.SEQUENCE, seq)
     fixed = made.program.batch if isinstance(made.program.batch, int) else None
     if fixed is not None and batch not in (None, fixed):

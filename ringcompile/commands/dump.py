@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ringcompile.commands.options import Out, artifact_argument
 from ringcompile.later import Later
 from ringcompile.options import FORMATS
 
@@ -24,7 +24,7 @@ else:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("--rank", type=int, help="One rank's program (else what all have in common).")
 @click.option("--format", "format_", type=click.Choice([*FORMATS, "html", "plan"]),
               default="text",
@@ -34,7 +34,7 @@ else:
 @click.option("--diff", metavar="PASS", help="What this pass changed.")
 @click.option("--layer", help="The lines of this layer only, for example model.layers.3.")
 def dump(
-    out: Path,
+    out: Out,
     rank: int | None,
     format_: str,
     after: str | None,
@@ -47,7 +47,7 @@ def dump(
         raise click.UsageError("--cached and --after cannot be combined")
     if format_ != "text" and (diff is not None or layer is not None):
         raise click.UsageError("--diff and --layer print text")
-    made = compiler.load(out)
+    made = out.load()
     if cached:
         made = made.with_cache()
     if format_ == "plan":

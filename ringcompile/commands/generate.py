@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import JSON
+from ringcompile.commands.options import JSON, Out, artifact_argument
 from ringcompile.later import Later
 from ringcompile.options import BACKENDS
 
@@ -23,7 +23,7 @@ else:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("--prompt", help="The text to continue.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A file that holds it.")
 @click.option("--input-ids", type=click.Path(path_type=Path),
@@ -44,7 +44,7 @@ else:
               show_default=True)
 @JSON
 def generate(
-    out: Path,
+    out: Out,
     prompt: str | None,
     prompt_file: Path | None,
     input_ids: Path | None,
@@ -61,7 +61,7 @@ def generate(
     if chat and input_ids is not None:
         raise click.UsageError("--chat is for a prompt that is text")
     text = prompts.read_text(prompt_file) if prompt_file is not None else prompt
-    asked = prompts.Asked(out, text, input_ids, chat, tokenizer, eos)
+    asked = prompts.Asked(out.load(), text, input_ids, chat, tokenizer, eos)
     with prompts.answer(asked, how) as answer:
         started = time.perf_counter()
         times: list[float] = []

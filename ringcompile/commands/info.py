@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import JSON, gigabytes
+from ringcompile.commands.options import JSON, Out, artifact_argument, gigabytes
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
-    from ringcompile import compiler
     from ringcompile.commands import job
     from ringcompile.ir import communication, nodes
     from ringcompile.ir.types import TensorType
     from ringcompile.parallel_program import ParallelProgram
 else:
-    compiler = Later("ringcompile.compiler")
     job = Later("ringcompile.commands.job")
     communication = Later("ringcompile.ir.communication")
     nodes = Later("ringcompile.ir.nodes")
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @JSON
-def info(out: Path, as_json: bool) -> None:
+def info(out: Out, as_json: bool) -> None:
     """Say what the artifact OUT takes and gives, what each rank holds, and how to run it."""
-    facts = _facts(out, compiler.load(out))
+    facts = _facts(out, out.load())
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -52,7 +49,7 @@ def info(out: Path, as_json: bool) -> None:
         click.echo(f"run: {line}")
 
 
-def _facts(out: Path, made: ParallelProgram) -> dict[str, Any]:
+def _facts(out: Out, made: ParallelProgram) -> dict[str, Any]:
     program, name = made.program, shlex.quote(str(out))
     assert program.sequence is not None
     last = made.rank(made.world_size - 1)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import Field
+from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from ringcompile.cost.hardware import cluster_names
+from ringcompile.later import Later
 from ringcompile.options import DTYPES, Options, option_fields
+
+if TYPE_CHECKING:
+    from ringcompile import compiler
+    from ringcompile.parallel_program import ParallelProgram
+else:
+    compiler = Later("ringcompile.compiler")
 
 CONSOLE = Console(stderr=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -44,6 +51,45 @@ EAGER = click.option(
     "--eager", is_flag=True,
     help="Count the host's time for each node (else, as with CUDA graphs, it is not waited for).",
 )
+
+
+@dataclass(frozen=True)
+class Out:
+    """The artifact that a command is about.
+
+    Attributes:
+        path: its folder.
+        verify_key: the public key of who has to have signed it, if anybody has to.
+    """
+
+    path: Path
+    verify_key: Path | None = None
+
+    def load(self) -> ParallelProgram:
+        """Read it; every command reads artifacts this way.
+
+        Raises:
+            RingCompileError: as `compiler.load`.
+        """
+        return compiler.load(self.path, verify_key=self.verify_key)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def artifact_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The argument OUT and the option --verify-key; the command takes both as `out`, an `Out`."""
+
+    @functools.wraps(command)
+    def call(out: Path, verify_key: Path | None, **given: Any) -> Any:
+        return command(out=Out(out, verify_key), **given)
+
+    path = click.Path(path_type=Path)
+    argument = click.argument("out", type=path)
+    return argument(click.option(
+        "--verify-key", type=path, metavar="KEY",
+        help="Refuse an artifact that is not signed by the ed25519 public key in this PEM file.",
+    )(call))
 
 
 def _read_dims(text: str) -> tuple[str, dict[int, str]]:
@@ -112,7 +158,3 @@ def shares(parts: dict[str, float]) -> str:
     total = sum(parts.values()) or 1.0
     return ", ".join(f"{name} {part / total:.0%}" for name, part in parts.items()
                      if part / total >= 0.005)
-VERIFY_KEY = click.option(
-    "--verify-key", type=click.Path(path_type=Path), metavar="KEY",
-    help="Refuse an artifact that is not signed by the ed25519 public key in this PEM file.",
-)

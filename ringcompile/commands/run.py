@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import JSON, VERIFY_KEY
+from ringcompile.commands.options import JSON, Out, artifact_argument
 from ringcompile.later import Later
 from ringcompile.options import BACKENDS
 
 if TYPE_CHECKING:
     import torch
 
-    from ringcompile import compiler, execution
+    from ringcompile import execution
     from ringcompile.commands import job, prompts, tensor_files
     from ringcompile.numerics import files
     from ringcompile.parallel_program import ParallelProgram
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ringcompile.runtime import outputs as results
     from ringcompile.traces import events
 else:
-    compiler = Later("ringcompile.compiler")
     execution = Later("ringcompile.execution")
     job = Later("ringcompile.commands.job")
     prompts = Later("ringcompile.commands.prompts")
@@ -54,7 +53,7 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @_input_options
 @click.option("--outputs", type=click.Path(path_type=Path),
               help="Where to write whole outputs: .safetensors, .pt, or .npy for one.")
@@ -75,10 +74,9 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Measure when each rank does what, and write a trace for ui.perfetto.dev or "
               "`ringcompile view --trace`. The program is run once before.")
-@VERIFY_KEY
 @JSON
 def run(
-    out: Path,
+    out: Out,
     inputs: Path | None,
     prompt: str | None,
     prompt_file: Path | None,
@@ -93,7 +91,6 @@ def run(
     compiled: bool,
     check_finite: bool,
     trace: Path | None,
-    verify_key: Path | None,
     as_json: bool,
 ) -> None:
     """Run the artifact OUT on local processes; under torchrun, join the job that is there.
@@ -107,7 +104,7 @@ def run(
     if trace is not None and (compiled or backend == "lockstep"):
         raise click.UsageError("--trace times every op of ranks that run side by side; leave out "
                                "--compile and --backend lockstep")
-    parallel = compiler.load(out, verify_key=verify_key)
+    parallel = out.load()
     if outputs is not None:
         tensor_files.check_writable(outputs, job.output_dtypes(parallel))
     if trace is not None:
@@ -129,7 +126,7 @@ def run(
     if outputs is not None:
         tensor_files.write_tensors(outputs, found.tensors)
     if trace is not None:
-        events.write_events(trace, events.to_events(*job.timeline_of(parallel, found, out.name)))
+        events.write_events(trace, events.to_events(*job.timeline_of(parallel, found, out.path.name)))
         click.echo(f"wrote {trace}", err=True)
     _report(found, prompts.next_tokens(found.tensors, words) if words is not None else "", as_json)
 

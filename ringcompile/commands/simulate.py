@@ -13,6 +13,8 @@ from ringcompile.commands.options import (
     CONSOLE,
     EAGER,
     JSON,
+    Out,
+    artifact_argument,
     gigabytes,
     milliseconds,
     print_table,
@@ -23,7 +25,6 @@ from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
-    from ringcompile import compiler
     from ringcompile.commands import tensor_files
     from ringcompile.cost import rank as ranks
     from ringcompile.cost import simulate as simulation
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from ringcompile.traces import plot as pictures
     from ringcompile.traces import simulated as traces
 else:
-    compiler = Later("ringcompile.compiler")
     ranks = Later("ringcompile.cost.rank")
     simulation = Later("ringcompile.cost.simulate")
     timeline = Later("ringcompile.cost.timeline")
@@ -49,7 +49,7 @@ else:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @CLUSTER
 @click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, if the artifact serves "
               "any length; by default 16384.")
@@ -68,7 +68,7 @@ else:
               help="With --plot: draw what `run OUT --trace TRACE` measured beside it.")
 @JSON
 def simulate(
-    out: Path,
+    out: Out,
     cluster: str,
     seq: int | None,
     batch: int,
@@ -89,7 +89,7 @@ def simulate(
     if plot is not None:
         pictures.check_picture(plot)
     beside = None if measured is None else events.read_events(measured)
-    made = compiler.load(out)
+    made = out.load()
     hardware = load_cluster(cluster).sized(made.world_size)
     length = made.program.lengths.get(expr.SEQUENCE) or seq or 16384
     if seq is not None and seq != length:
@@ -101,7 +101,7 @@ def simulate(
         costs = [ranks.cost_of(program, length, batch) for program in made.ranks()]
         found = simulation.simulate(costs, hardware, timeline.How(microbatches, eager, deferred))
     if trace is not None or plot is not None:
-        title = f"{out.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
+        title = f"{out.path.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
         nodes = nodes_of.Nodes(
             made.ranks(), [values.bind_lengths(one, length, batch) for one in made.ranks()]
         )

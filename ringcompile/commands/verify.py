@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile.commands.options import CONSOLE, JSON, VERIFY_KEY
+from ringcompile.commands.options import CONSOLE, JSON, Out, artifact_argument
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 from ringcompile.options import TRIES
 
 if TYPE_CHECKING:
-    from ringcompile import compiler, execution
+    from ringcompile import execution
 else:
-    compiler = Later("ringcompile.compiler")
     execution = Later("ringcompile.execution")
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("--numerics", is_flag=True, help="Compare numbers with the single-device model.")
 @click.option("--model", help="The model to compare with (else the one it was made from, or the "
               "program for one device that the artifact keeps).")
@@ -33,17 +32,15 @@ else:
               help="Random inputs for each length.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Of the first random inputs; a difference is reported with its seed.")
-@VERIFY_KEY
 @JSON
 def verify(
-    out: Path,
+    out: Out,
     numerics: bool,
     model: str | None,
     seq: int | None,
     inputs: Path | None,
     tries: int,
     seed: int,
-    verify_key: Path | None,
     as_json: bool,
 ) -> None:
     """Check the ranks of the artifact OUT against each other; exit 1 if they do not fit.
@@ -51,7 +48,7 @@ def verify(
     With --numerics, --seq or --inputs also compare numbers with the model, on inputs that cover the
     vocabulary, masks, and lengths up to the thresholds in the model's code.
     """
-    made = compiler.load(out, verify_key=verify_key)
+    made = out.load()
     with CONSOLE.status("verifying"):
         found = execution.verify(
             made, numerics=numerics, model=model, seq=seq, inputs=inputs, tries=tries, seed=seed
@@ -68,7 +65,7 @@ def verify(
         )
 
 
-def _print(out: Path, found: execution.Verification) -> None:
+def _print(out: Out, found: execution.Verification) -> None:
     click.echo(f"{out}: {found.ranks} ranks fit together, {found.transfers} transfers")
     for row in found.numerics:
         about = f"length {row.length}, seed {row.seed}" if row.length else ""

@@ -8,22 +8,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile.commands.options import CONSOLE
+from ringcompile.commands.options import CONSOLE, Out, artifact_argument
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
-    from ringcompile import compiler
     from ringcompile import view as viewer
     from ringcompile.commands import tensor_files
 else:
-    compiler = Later("ringcompile.compiler")
     viewer = Later("ringcompile.view")
     tensor_files = Later("ringcompile.commands.tensor_files")
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("-o", "--html", "file", type=click.Path(path_type=Path),
               help="The file to write; by default named as OUT, with .html.")
 @click.option("--cluster", default="h100x16", show_default=True, metavar="NAME|FILE",
@@ -33,14 +31,14 @@ else:
               help="Show what `run OUT --trace FILE` measured above the simulated timeline.")
 @click.option("--open", "opens", is_flag=True, help="Open it in a browser.")
 def view(
-    out: Path, file: Path | None, cluster: str, seq: int | None, trace: Path | None, opens: bool
+    out: Out, file: Path | None, cluster: str, seq: int | None, trace: Path | None, opens: bool
 ) -> None:
     """Write an HTML file with the programs of all ranks of OUT: blocks, graphs, messages, times.
 
     It needs no network and no server: open it in any browser.
     """
-    made = compiler.load(out)
-    file = file or out.with_name(f"{out.name}.html")
+    made = out.load()
+    file = file or out.path.with_name(f"{out.path.name}.html")
     tensor_files.check_place(file)
     with CONSOLE.status(f"drawing {made.world_size} ranks"):
         text = viewer.page(made, cluster, seq, trace)

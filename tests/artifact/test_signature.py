@@ -113,3 +113,58 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(RingCompileError, match="was not made by"):
         cli.main(run, standalone_mode=False)
     assert json.loads((Path(out) / "manifest.json").read_text())["options"]["batch"] == 2
+
+
+# Every command that reads an artifact, and what it needs besides.
+READERS = {
+    "bench": [], "dump": [], "info": [], "run": ["--backend", "lockstep"], "verify": [], "view": [],
+    "simulate": ["--cluster", "h100x16"], "generate": ["--prompt", "x"],
+}
+
+
+def test_every_command_with_an_artifact_takes_a_key() -> None:
+    reads = {
+        name for name, command in cli.commands.items()
+        if any(param.name == "out" and param.param_type_name == "argument"
+               for param in command.params)
+    }
+    assert reads == set(READERS)
+    for name in reads:
+        assert "--verify-key" in {o for param in cli.commands[name].params for o in param.opts}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_every_command_refuses_what_was_not_signed_by_the_key(
+    signed: tuple[Path, Path], tmp_path: Path, command: str
+) -> None:
+    folder, _ = signed
+    _, other = keys(tmp_path, "other")
+    unsigned = save_model(compile_model("gpt-tiny"), tmp_path / "unsigned")
+    before = sorted(tmp_path.iterdir())
+    by_another = (
+        f"error: the signature of '{folder}' was not made by the holder of '{other}' for this "
+        "content\n  hint: do not use this artifact, or name the key of who signed it"
+    )
+    for out, key, message in (
+        (folder, other, by_another),
+        (unsigned, other,
+         f"error: '{unsigned}' is not signed\n  hint: ask its maker for a signed one (--sign)"),
+        (folder, tmp_path / "none.pub",
+         f"error: cannot read '{tmp_path / 'none.pub'}': No such file or directory"),
+    ):
+        arguments = [command, str(out), *READERS[command], "--verify-key", str(key)]
+        with pytest.raises(RingCompileError) as caught:
+            cli.main(arguments, standalone_mode=False)
+        assert str(caught.value) == message
+    assert sorted(tmp_path.iterdir()) == before, "nothing is written"
+
+
+@pytest.mark.parametrize("command", ["dump", "info"])
+def test_a_key_that_fits_lets_a_command_go_on(
+    signed: tuple[Path, Path], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, public = signed
+    cli.main([command, str(folder), "--verify-key", str(public)], standalone_mode=False)
+    with_key = capsys.readouterr().out
+    cli.main([command, str(folder)], standalone_mode=False)
+    assert with_key == capsys.readouterr().out != ""

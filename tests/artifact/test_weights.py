@@ -3,6 +3,8 @@
 import math
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,3 +346,23 @@ def test_data_that_does_not_fit_is_refused(
 def test_a_dtype_that_safetensors_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RingCompileError, match="complex128"):
         stored(tmp_path, {"w": torch.ones(2, dtype=torch.complex128)})
+
+
+def test_without_blake3_it_says_what_to_install(tmp_path: Path) -> None:
+    """By a process that never had it."""
+    folder = save_model(compile_model("gpt-tiny"), tmp_path / "out")
+    script = (
+        "import sys; sys.modules['blake3'] = None\n"
+        "from ringcompile.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, "run", str(folder), "--backend", "lockstep", "--seq", "8"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == (
+        "error: the digests of weights need the package blake3, which is not installed here\n"
+        "  hint: pip install blake3\n"
+    )
