@@ -37,7 +37,7 @@ FLOORS = [
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}
 # May be imported where they are needed.
-OPTIONAL = {"accelerate", "cryptography", "gguf", "matplotlib", "transformers"}
+OPTIONAL = {"accelerate", "blake3", "cryptography", "gguf", "matplotlib", "transformers"}
 
 
 def names(node: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -126,7 +126,8 @@ def run(
     if outputs is not None:
         tensor_files.write_tensors(outputs, found.tensors)
     if trace is not None:
-        events.write_events(trace, events.to_events(*job.timeline_of(parallel, found, out.path.name)))
+        timeline = job.timeline_of(parallel, found, out.path.name)
+        events.write_events(trace, events.to_events(*timeline))
         click.echo(f"wrote {trace}", err=True)
     _report(found, prompts.next_tokens(found.tensors, words) if words is not None else "", as_json)
 
