@@ -15,8 +15,9 @@ from ringcompile.errors import RingCompileError
 from ringcompile.held import scratch
 from ringcompile.ir.expr import BATCH, symbol
 from ringcompile.ir.program import Program
+from ringcompile.ops.slots import BLOCK, Reach
 from ringcompile.parallel_program import ParallelProgram
-from ringcompile.runtime.cache import token_dim
+from ringcompile.runtime.cache import reach_of, token_dim
 from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.distributed import JobRanks
 from ringcompile.runtime.inprocess import LockStepRanks
@@ -95,6 +96,9 @@ class Session:
         check_choice("backend", backend, _BACKENDS)
         parallel.ensure_verified()
         self.parallel, self.length = parallel, 0
+        self.reach = Reach(False)
+        if parallel.carried is not None:
+            self.reach = reach_of(parallel.carried.program)
         self.batch: int | None = None  # of the first call of `extend`
         self._until_closed = ExitStack()
         if trace and (backend == "lockstep" or compiler is not None):
@@ -208,6 +212,7 @@ class Session:
                 "more do not fit",
                 hint="compile with a larger cache, or rewind the session",
             )
+        self.reach.extend(self.length + new)
         if last and self._divides(new - 1):
             first = {name: x.narrow(dim, 0, new - 1) for name, x, dim in self._along(named)}
             self._open().answer(Prompt({**named, **first}, new - 1))
@@ -246,14 +251,22 @@ class Session:
         """Forget all tokens but the first `length`.
 
         Raises:
-            RingCompileError: there are not so many.
+            RingCompileError: there are not so many, or a convolution's last inputs were written
+                over since: they are kept for the last 32 tokens.
         """
         if not 0 <= length <= self.length:
             raise RingCompileError(
                 f"cannot go back to {length} tokens: the session has {self.length}"
             )
+        if not self.reach.holds(length):
+            raise RingCompileError(
+                f"cannot go back from {self.reach.highest} tokens to {length}: of state that is "
+                f"written over in turn the last {BLOCK} tokens' is kept",
+                hint="reset the session, and take the first tokens in again",
+            )
         self._open().rewind(length)
         self.length = length
+        self.reach.rewind(length)
 
     def reset(self) -> None:
         """Forget all tokens."""

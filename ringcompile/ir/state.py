@@ -4,6 +4,7 @@
 STATE_KINDS = {
     "cache": "kept: keys or values, by slot",
     "sums": "kept: prefix sums, by position",
+    "recent": "kept: what a convolution or a shift took in last, by position, in turn",
     "history": "kept: an input, all tokens so far",
     "positions": "of this call: positions of the new tokens",
     "slots": "of this call: where the new tokens are kept on this rank",

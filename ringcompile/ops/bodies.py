@@ -63,6 +63,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "pack_state": cached.pack_state,
     "merge_states": cached.merge_states,
     "running_sum": cached.running_sum,
+    "recent": cached.recent,
 }
 
 # Ops that make tensors out of nothing and so must be told the device.

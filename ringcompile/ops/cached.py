@@ -1,4 +1,4 @@
-"""Bodies of the ops that keep something from one call to the next: cached keys, prefix sums.
+"""Bodies of the ops that keep something from call to call: keys, prefix sums, last inputs.
 
 A rank keeps keys and values in slots, in the order in which they came. Which positions its slots
 hold is a tensor beside them, `places`; masks are always made from positions, never from slots. Its
@@ -117,3 +117,23 @@ def running_sum(
     total = torch.cumsum(x, dim, dtype=dtype) + before
     sums.index_copy_(dim, positions + 1, total)
     return total
+
+
+def recent(
+    x: torch.Tensor, kept: torch.Tensor, positions: torch.Tensor, *, dim: int, before: int
+) -> torch.Tensor:
+    """The new tokens of x and as many as `before` in front of them, [.., before + S, ..].
+
+    Args:
+        x: [.., S, ..], the new tokens.
+        kept: [.., size, ..], that of position p at p modulo `size`, which is `before` or more;
+            written in place. Entries in front of position 0 hold anything.
+        positions: int64 [S], of the new tokens, rising by one.
+        dim: the dim with the tokens.
+        before: how many earlier ones are wanted.
+    """
+    size, last = kept.shape[dim], min(x.shape[dim], kept.shape[dim])
+    earlier = torch.arange(-before, 0, device=x.device) + positions[:1]
+    window = torch.cat([kept.index_select(dim, earlier % size), x], dim)
+    kept.index_copy_(dim, positions[-last:] % size, x.narrow(dim, x.shape[dim] - last, last))
+    return window

@@ -62,6 +62,9 @@ SCHEMAS = {
         "(Tensor x, Tensor(a!) sums, Tensor positions, *, int dim, ScalarType? dtype=None) "
         "-> Tensor"
     ),
+    "recent": (
+        "(Tensor x, Tensor(a!) kept, Tensor positions, *, int dim, int before) -> Tensor"
+    ),
     "route": "(Tensor expert, *, int each, int ways) -> Tensor[]",
     "dispatch": (
         "(Tensor x, Tensor order, Tensor sends, Tensor takes, *, str axis, int lead) -> Tensor"

@@ -20,6 +20,34 @@ def slots_of(capacity: int, ranks: int) -> int:
 
 
 @dataclass
+class Reach:
+    """How far back a sequence can go, where some of its state is written over in turn.
+
+    Such state is kept for one block more than is looked back at.
+
+    Attributes:
+        bounded: whether there is such state.
+        highest: the most tokens that there were since the sequence was empty.
+    """
+
+    bounded: bool
+    highest: int = 0
+
+    def extend(self, length: int) -> None:
+        """Take in tokens, of which there are `length` then, or might be."""
+        self.highest = max(self.highest, length)
+
+    def holds(self, length: int) -> bool:
+        """Whether what the first `length` tokens left behind is still there."""
+        return not self.bounded or length == 0 or self.highest - length <= BLOCK
+
+    def rewind(self, length: int) -> None:
+        """Go back to so many tokens."""
+        if length == 0:
+            self.highest = 0
+
+
+@dataclass
 class Ledger:
     """The positions that each rank keeps.
 

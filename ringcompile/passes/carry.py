@@ -9,6 +9,7 @@ the chunks before it is state that a rank keeps between calls:
     r = redistribute(t)        [s/time]   ->  r = index_select(t, 0, positions)
     o = attention(q, k, v)     k [s/time] ->  k, v = store(k), store(v);  o = cached_attention(q)
     y = cumsum(x, 1)           [s/time]   ->  y = running_sum(x, sums)
+    y = conv1d(pad(x), w)      [s]        ->  y = conv1d(recent(x, kept), w)
     m = redistribute(x)        [s]            is refused: a token that comes later would change it
 
 `place` has said which values are split along time, by the same requests that give a rank its share
@@ -43,6 +44,7 @@ from ringcompile.passes.base import Pass, refuse
 from ringcompile.passes.carried_dims import check_call, is_last, is_positions
 from ringcompile.passes.carry_attention import AttentionWriter, check_fixed_keys, splits_of
 from ringcompile.passes.carry_context import NEW, Carrying, of_tokens
+from ringcompile.passes.carry_shifts import ShiftWriter
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
 
 aten = torch.ops.aten
@@ -91,6 +93,7 @@ class _Carrier:
         self.program, self.mesh = program, mesh
         self.into = Carrying(program, mesh, capacity)
         self.builder, self.attention = self.into.builder, AttentionWriter(self.into)
+        self.shifts = ShiftWriter(self.into)
 
     def run(self) -> Program:
         _check_length(self.program, self.into.capacity)
@@ -111,6 +114,8 @@ class _Carrier:
     def _write(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.builder.env[node] = self._placeholder(node)
+        elif self.shifts.handles(node):
+            self.builder.env[node] = self.shifts.write(node)
         elif node.op == "call_function":
             step = _STEPS.get(str(node.target), _Carrier._call)
             self.builder.env[node] = step(self, node)
@@ -136,6 +141,8 @@ class _Carrier:
         return new
 
     def _output(self, node: fx.Node) -> fx.Node:
+        if self.shifts.handles(node):
+            return self.shifts.leave(node)
         if any(map(of_tokens, type_of(self.builder.env[node]).shape)) or not any(
             map(of_tokens, type_of(node).shape)
         ):
@@ -151,7 +158,7 @@ class _Carrier:
         new.meta["type"] = self.into.type(node.meta["type"])
         if node.target is operator.getitem:
             return new
-        rule = check_call(node)
+        rule = self.shifts.check(node)
         self._check_table(node)
         new.args, new.kwargs = map_values(
             (new.args, dict(new.kwargs)), lambda v: self.into.size(v) if is_symbolic(v) else v
@@ -192,12 +199,13 @@ class _Carrier:
         """New tokens of what all positions have; what `tp` does stays as it is."""
         (source,) = operands(node)
         have, want = type_of(source), type_of(node)
-        x = self.builder.env[source]
+        between = self.shifts.handles(source)
+        x = self.shifts.leave(source) if between else self.builder.env[source]
         if TIME in have.layout.axes and TIME not in want.layout.axes:
             if all(is_last(user, self.into.length) for user in node.users):
                 return x
             raise _needs_all(node)
-        if TIME in want.layout.axes and TIME not in have.layout.axes:
+        if TIME in want.layout.axes and TIME not in have.layout.axes and not between:
             x = self._new_of(x, have, want)
         target = self.into.type(want)
         if type_of(x).layout == target.layout:

@@ -92,7 +92,7 @@ def may_prefill(program: Program) -> bool:
     mesh = program.mesh
     others = (axis for axis in AXES if axis != "ring" and AXES[axis].own_tokens)
     along = mesh.size("ring") > 1 and all(mesh.size(axis) == 1 for axis in (TIME, *others))
-    return along and "sums" not in program.state.values()
+    return along and {"sums", "recent"}.isdisjoint(program.state.values())
 
 
 def caches_of(program: Program) -> dict[str, tuple[TensorType, frozenset[int]]]:

@@ -7,15 +7,21 @@ from collections.abc import Mapping
 import torch
 
 from ringcompile.axes import KEEP_TOKENS
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import SEQUENCE, bind, is_symbolic, symbol
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
-from ringcompile.ops.slots import Ledger, slots_of
+from ringcompile.ops.slots import Ledger, Reach, slots_of
 from ringcompile.runtime.batches import Part, part_of
 from ringcompile.runtime.data import shares_of
 
-_KEPT = ("cache", "sums")
+_KEPT = ("cache", "sums", "recent")
+
+
+def reach_of(program: Program) -> Reach:
+    """How far back a sequence of a program with a cache can go."""
+    return Reach("recent" in program.state.values())
 
 
 def token_dim(type_: TensorType) -> int | None:
@@ -44,7 +50,7 @@ class Memory:
         capacity = program.length_range[1]
         assert capacity is not None
         self.capacity, self.slots = capacity, slots_of(capacity, self.ranks)
-        self.ledger = Ledger(self.ranks)
+        self.ledger, self.reach = Ledger(self.ranks), reach_of(program)
         self.places = torch.empty(self.slots, dtype=torch.int64, device=self.device)
         self.sizes: dict[str, int] | None = None
         self.kept: dict[str, torch.Tensor] = {}
@@ -81,6 +87,12 @@ class Memory:
         """
         self._made(part)
         start, used = self.length, self.ledger.count(self.rank)
+        if not self.reach.holds(start):
+            raise RingCompileError(
+                "what the tokens before left behind was written over by a call that failed",
+                hint="reset the session",
+            )
+        self.reach.extend(start + new)
         slots = torch.full((new,), self.slots, dtype=torch.int64)
         for owner, first, end in self.ledger.extend(new):
             if owner == self.rank:
@@ -154,3 +166,4 @@ class Memory:
     def rewind(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
         self.ledger.rewind(length)
+        self.reach.rewind(length)
