@@ -47,6 +47,7 @@ def test_artifacts_that_are_loaded_and_dropped_leave_nothing_open(loads: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_thousand_runs_take_no_more_memory() -> None:
     clean = pristine("small")
@@ -65,6 +66,7 @@ def test_ten_thousand_runs_take_no_more_memory() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_artifacts_are_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
     contents = []
     for seed in range(20):

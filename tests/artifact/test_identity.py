@@ -87,6 +87,7 @@ def test_an_artifact_has_one_identity(folder: Path, tmp_path: Path) -> None:
     assert artifact.load(other).identity != first.identity
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("reads", [10, pytest.param(300, marks=pytest.mark.slow)])
 def test_reads_while_it_is_overwritten_never_mix_two_models(tmp_path: Path, reads: int) -> None:
     """Each version has one number in all its weights, and the same number in its options."""

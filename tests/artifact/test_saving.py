@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from ringcompile import held
 from ringcompile.artifact import files, load
 from ringcompile.errors import RingCompileError
+from tests.artifact import killed_saves
 from tests.artifact.support import compile_model, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -119,17 +119,70 @@ def test_the_next_save_puts_it_back_too(
     assert list(folder.parent.iterdir()) == [folder]
 
 
-@pytest.mark.slow
-def test_two_hundred_kills_during_saves(folder: Path) -> None:
-    """None is torn or missing, and the next save clears up."""
-    for i in range(200):
-        process = saver(folder, "run")
-        said(process, "ready")
-        time.sleep(i % 50 * 0.004)
-        end(process)
+EVERY_NTH = [pytest.param(12, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+PATIENT = pytest.mark.timeout(3600)  # what counts is how often, and machines may be busy
+
+
+@pytest.mark.parametrize("nth", EVERY_NTH)
+def test_a_save_killed_at_any_step(folder: Path, nth: int) -> None:
+    """There is one whole version, the old or the new one; the next save clears up."""
+    parallel = compile_model(MODEL)
+    names = killed_saves.steps_of_a_save(parallel, folder)
+    aside, into_place = [at for at, name in enumerate(names) if name.startswith("os.rename")][-2:]
+    assert into_place == aside + 1, "a kill at the second is one between the two"
+    before = 0
+    for at in sorted({*range(0, len(names), nth), aside, into_place, into_place + 1}):
+        assert killed_saves.killed_save(parallel, folder, at, at), names[at]
+        assert folder.exists() == (at != into_place)
+        found = load(folder)
+        found.check()
+        assert found.manifest["options"]["count"] == (before if at <= into_place else at)
+        killed_saves.save(parallel, folder, at)
+        before = at
+        assert list(folder.parent.iterdir()) == [folder]
+    assert not killed_saves.killed_save(parallel, folder, 0, 10**6)
+
+
+@pytest.mark.parametrize("nth", EVERY_NTH)
+def test_a_first_save_killed_at_any_step(tmp_path: Path, nth: int) -> None:
+    parallel, folder = compile_model(MODEL), tmp_path / "out"
+    names = killed_saves.steps_of_a_save(parallel, folder)
+    for at in range(0, len(names), nth):
+        shutil.rmtree(folder)
+        if not killed_saves.killed_save(parallel, folder, at, at):
+            continue  # nothing was there to be moved aside: fewer steps
+        if folder.exists():
+            load(folder).check()
+        killed_saves.save(parallel, folder, at)
+        assert list(tmp_path.iterdir()) == [folder]
+
+
+@PATIENT
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_at_any_time_during_saves(folder: Path, kills: int) -> None:
+    """None is torn or missing; leftovers of one are cleared up by the next."""
+    parallel = compile_model(MODEL)
+    for i in range(kills):
+        killed_saves.saves_killed_after(parallel, folder, 0.001 + i % 50 * 0.004)
         load(folder).check()
-    save_model(compile_model(MODEL), folder, overwrite=True)
+    killed_saves.save(parallel, folder, -1)
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("nth", EVERY_NTH)
+def test_a_disk_that_is_full_at_any_step(folder: Path, nth: int) -> None:
+    """One error, and the old version stays."""
+    parallel = compile_model(MODEL)
+    names = killed_saves.steps_of_a_save(parallel, folder)
+    steps = [at for at, name in enumerate(names) if name.endswith("makes") and at][::-nth]
+    assert "rename" in names[steps[0]]
+    for at in steps:
+        said = killed_saves.refused_save(parallel, folder, 1, at)
+        assert said == f"cannot write '{folder}': No space left on device", names[at]
+        found = load(folder)
+        found.check()
+        assert found.manifest["options"]["count"] == 0
+        assert list(folder.parent.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("limit", [0, 100, 5_000, 20_000])
