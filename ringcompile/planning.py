@@ -11,7 +11,8 @@ from ringcompile.cost.estimate import Ask, Model, Parallel
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.node_times import node_times
-from ringcompile.cost.planner import Plan, Planner
+from ringcompile.cost.planner import Planner
+from ringcompile.cost.plans import Plan
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import Simulation
 from ringcompile.cost.simulate import simulate as run_simulation

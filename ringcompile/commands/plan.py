@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import re
+import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -18,15 +20,18 @@ from ringcompile.commands.options import (
 )
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.later import Later
-from ringcompile.options import DTYPES
+from ringcompile.options import DTYPES, NONE
 
 if TYPE_CHECKING:
     from ringcompile import planning
     from ringcompile.cost import estimate
-    from ringcompile.cost.planner import Plan
+    from ringcompile.cost.plans import Plan
 else:
     planning = Later("ringcompile.planning")
     estimate = Later("ringcompile.cost.estimate")
+    reasons = Later("ringcompile.cost.plans")
+
+_SHOWN = 2  # specs of each kind of reason
 
 
 @click.command()
@@ -60,6 +65,16 @@ def plan(
         return
     title = f"{model} on {gpus} x {ask.cluster.device.title}, {ask.tokens} tokens a step"
     _print(title, plans, top)
+    click.echo(f"next: {_command(plans[0], model, cluster, seq, dtype)}")
+
+
+def _command(best: Plan, model: str, cluster: str, seq: int, dtype: str | None) -> str:
+    """What compiles the best plan."""
+    words = ["ringcompile", "transform", shlex.quote(model), "-o", "out", "--parallel",
+             str(best.variant), "--seq", str(seq)]
+    if best.variant.overlap != NONE:
+        words += ["--overlap-on", shlex.quote(cluster)]
+    return " ".join([*words, *(["--dtype", dtype] if dtype else [])])
 
 
 def _print(title: str, plans: list[Plan], top: int) -> None:
@@ -70,10 +85,27 @@ def _print(title: str, plans: list[Plan], top: int) -> None:
          found.why]
         for found in fitting[:top]
     ]
-    columns = ["spec", "tokens/s", "TPOT", "latency", "bound by", "memory", "why"]
+    columns = ["--parallel", "tokens/s", "step time", "latency", "bound by", "memory",
+               "share of the critical path"]
     print_table(title, columns, rows)
     if len(fitting) > top:
         click.echo(f"and {len(fitting) - top} slower ones; --json has all")
-    reasons = Counter(found.why for found in plans if found.tps is None)
-    for reason, count in reasons.most_common():
-        click.echo(f"rejected {count}: {reason}")
+    if any(found.variant.mesh.size("pp") > 1 for found in fitting[:top]):
+        click.echo("with pp: step time is the time between two steps while the pipeline is full, "
+                   "latency that of one step alone")
+    for line in _rejections(plans):
+        click.echo(line)
+
+
+def _rejections(plans: list[Plan]) -> Iterator[str]:
+    """A line for each kind of reason, with a spec or two of each."""
+    kinds: dict[str, list[Plan]] = {}
+    for found in plans:
+        if found.tps is None:
+            # What the compiler refuses, it refuses for reasons of its own.
+            text = re.sub(r"\d+", "N", found.why) if found.reason == reasons.REFUSED else ""
+            kinds.setdefault(f"{found.reason}: {text}".rstrip(": "), []).append(found)
+    for alike in sorted(kinds.values(), key=len, reverse=True):
+        shown = "; ".join(f"{found.variant}: {found.why}" for found in alike[:_SHOWN])
+        more = f"; and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
+        yield f"rejected {len(alike)}, {alike[0].reason} ({shown}{more})"

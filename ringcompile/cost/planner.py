@@ -8,10 +8,9 @@ a close one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any
 
 from ringcompile.axes import AXES
 from ringcompile.cost import forks
@@ -23,6 +22,21 @@ from ringcompile.cost.estimate import (
     FarError,
     Model,
     TooLargeError,
+)
+from ringcompile.cost.plans import (
+    BATCH,
+    MEMORY,
+    NOTHING,
+    REFUSED,
+    SLOW,
+    STAGES,
+    Plan,
+    Reason,
+    by_speed,
+    rejected,
+    shares_of,
+    spent_text,
+    with_best,
 )
 from ringcompile.cost.rank import PIPELINE, cost_of
 from ringcompile.cost.specs import (
@@ -43,56 +57,6 @@ _CLOSE = 3
 _OVERLAPPED = 1
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A parallel spec with its estimate, or with the reason why it was rejected.
-
-    Attributes:
-        variant: the spec with its options.
-        tps: tokens per second with the pipeline full; None if it was rejected.
-        seconds: the time of a step of all tokens with the pipeline full; None if it was rejected.
-        latency: the time from the start of a step to its end, in seconds.
-        bound: the kind of work on which most of the critical path is spent.
-        memory_bytes: the peak memory of the rank that holds most.
-        fits: whether it can run on this cluster.
-        why: where the time goes, or why it was rejected.
-        close: whether the estimate is a close one, from all ranks whose programs differ.
-        least: a lower bound for the time of a step in seconds; None if there is none.
-        shares: the fraction of the critical path for each kind of work.
-    """
-
-    variant: Variant
-    tps: float | None
-    seconds: float | None
-    latency: float | None
-    bound: str | None
-    memory_bytes: int | None
-    fits: bool
-    why: str
-    close: bool = False
-    least: float | None = None
-    shares: Mapping[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        if self.tps is None:
-            return f"{self.variant}: rejected, {self.why}"
-        return f"{self.variant}: {self.tps / 1e6:.4g} M tokens/s, {self.why}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that `plan --json` prints."""
-        return {
-            "spec": str(self.variant.mesh),
-            "tps": self.tps,
-            "tpot_ms": None if self.seconds is None else self.seconds * 1e3,
-            "latency_ms": None if self.latency is None else self.latency * 1e3,
-            "bound": self.bound,
-            "memory_bytes": self.memory_bytes,
-            "fits": self.fits,
-            "why": self.why,
-            "options": self.variant.options,
-        }
-
-
 @dataclass
 class Planner:
     """Ranks the plans of one model for one question.
@@ -107,7 +71,7 @@ class Planner:
     ask: Ask
     compile_: Compile
     _estimator: Estimator = field(init=False)
-    _refused: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
+    _refused: dict[tuple[str, int], Reason | None] = field(default_factory=dict, init=False)
     _capacities: tuple[str, ...] | None = field(default=None, init=False)
     _counting: float = field(default=0.0, init=False)
     _best: dict[str, float] = field(init=False)
@@ -122,15 +86,42 @@ class Planner:
         Raises:
             RingCompileError: nothing fits.
         """
-        plans = _sorted(self._all_plans())
+        plans = by_speed(self._all_plans())
         self._estimator.prepare([plans[i].variant for i in self._fastest(plans)], close=True)
         while rough := [i for i in self._fastest(plans) if not plans[i].close]:
             plans[rough[0]] = self._closely(plans[rough[0]].variant)
-            plans = _sorted(plans)
-        plans = _sorted([*plans, *self._overlapping(plans)])
+            plans = by_speed(plans)
+        plans = by_speed([*plans, *self._overlapping(plans)])
         if not plans[0].fits:
             raise self._nothing_fits(plans)
-        return plans
+        return self._held_against_best(plans)
+
+    def _held_against_best(self, plans: list[Plan]) -> list[Plan]:
+        """The plans, and each that was too slow with the time of the best plan that there is.
+
+        Close estimates may be slower than the quick ones that specs were rejected by. A spec whose
+        lower bound is below the best plan's time is then estimated closely, too.
+        """
+        while True:
+            best = self._best_times(plans)
+            found = [
+                self._closely(plan.variant)
+                if plan.reason == SLOW and (plan.least or inf) < best[plan.variant.capacity]
+                and self._estimator.can_be_close(plan.variant) else plan
+                for plan in plans
+            ]
+            if all(old is new for old, new in zip(plans, found, strict=True)):
+                return [with_best(plan, best[plan.variant.capacity]) for plan in plans]
+            plans = by_speed(found)
+
+    def _best_times(self, plans: list[Plan]) -> dict[str, float]:
+        """The seconds of the best plan by capacity mode; of all where a mode has none."""
+        times = [(p.variant.capacity, p.seconds) for p in plans if p.seconds is not None]
+        least = min((seconds for _, seconds in times), default=inf)
+        return {
+            mode: min((seconds for other, seconds in times if other == mode), default=least)
+            for mode in self._best
+        }
 
     def _meshes(self) -> list[Mesh]:
         """All meshes, even factorizations first: they are often the best and prune the others."""
@@ -142,14 +133,15 @@ class Planner:
 
     def _all_plans(self) -> list[Plan]:
         """Estimate the first variant of each mesh, then other variants of the fastest meshes."""
-        rejected: list[Plan] = []
+        impossible: list[Plan] = []
         forms: list[list[Variant]] = []
         meshes = self._meshes()
         self._probe(mesh for mesh in meshes if not self._impossible(mesh))
+        meshes = [mesh for mesh in meshes if not self._without_experts(mesh)]
         for mesh in meshes:
             reason = self._impossible(mesh)
             if reason:
-                rejected.append(_rejected(Variant(mesh), reason))
+                impossible.append(rejected(Variant(mesh), *reason))
             else:
                 forms.append(self._variants(mesh))
         self._estimator.prepare(first for first, *_ in forms)
@@ -157,7 +149,12 @@ class Planner:
         found.sort(key=lambda entry: entry[0].least or inf)
         self._estimator.prepare(v for first, rest in found for v in self._promising(first, rest))
         others = [plan for first, rest in found for plan in self._others(first, rest)]
-        return rejected + [first for first, _ in found] + others
+        return impossible + [first for first, _ in found] + others
+
+    def _without_experts(self, mesh: Mesh) -> bool:
+        """Whether a mesh divides experts that the model does not have."""
+        refused = self._refused.get(("ep", mesh.size("ep")))
+        return refused is not None and refused.kind == NOTHING
 
     def _promising(self, first: Plan, rest: list[Variant]) -> Iterator[Variant]:
         """The other variants of a mesh that its first variant does not rule out."""
@@ -209,7 +206,9 @@ class Planner:
             # Another order takes no less memory.
             same = (variant.ring, variant.tp_sequence) == (other.variant.ring, False)
             if local in seen or (held and same):
-                return _rejected(variant, f"{other.variant} is no better: {other.why}")
+                return rejected(
+                    variant, f"{other.variant} is no better: {other.why}", other.reason
+                )
             return None
         best, takes, without = self._best[variant.capacity], other.least, ""
         if local in seen:
@@ -220,9 +219,8 @@ class Planner:
             without = f" without some {', '.join(spared)}" if spared else ""
         if takes <= _FAR * best:
             return None
-        why = (f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}, the best plan "
-               f"{best * 1e3:.4g} ms")
-        return replace(_rejected(variant, why), least=takes)
+        why = f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}"
+        return replace(rejected(variant, why, SLOW), least=takes)
 
     def _spared(self, variant: Variant, other: Variant) -> dict[str, float]:
         """The parts of the critical path that a variant could save, as fractions by kind."""
@@ -234,18 +232,20 @@ class Planner:
         causal = variant.ring == "rotate" and self.model.order == "zigzag"
         return transfers if causal else {**transfers, "attention": 1.0}
 
-    def _impossible(self, mesh: Mesh) -> str | None:
+    def _impossible(self, mesh: Mesh) -> Reason | None:
         """Why a mesh cannot work, judging by its sizes or by one axis alone; None if it can."""
         batch, dp, pp = self.ask.batch, mesh.size("dp"), mesh.size("pp")
         if batch % dp:
-            return f"a batch of {batch} does not divide over dp={dp}"
+            return Reason(f"a batch of {batch} does not divide over dp={dp}", BATCH)
         stack = self.model.stack
         if stack is not None and pp > stack.num_layers + stack.first:
-            return f"{stack.num_layers + stack.first} layers are fewer than pp={pp} stages"
+            layers = stack.num_layers + stack.first
+            return Reason(f"{layers} layers are fewer than pp={pp} stages", STAGES)
         least = self.model.weight_bytes / (mesh.size("tp") * pp * mesh.size("ep"))
         if least > self.ask.room:
-            return (f"its weights alone are at least {least / 1e9:.4g} GB a rank, there is room "
-                    f"for {self.ask.room / 1e9:.4g} GB")
+            why = (f"its weights alone are at least {least / 1e9:.4g} GB a rank, there is room "
+                   f"for {self.ask.room / 1e9:.4g} GB")
+            return Reason(why, MEMORY)
         refusals = (self._refused.get((axis, mesh.size(axis))) for axis in AXES)
         return next(filter(None, refusals), None)
 
@@ -255,18 +255,20 @@ class Planner:
         probes = sorted((axis, size) for axis, size in asked if axis != "ring" and size > 1)
         self._refused.update(zip(probes, forks.mapped(self._probed, probes), strict=True))
 
-    def _probed(self, probe: tuple[str, int]) -> str:
-        """Why this axis is useless for the model; empty if it helps."""
+    def _probed(self, probe: tuple[str, int]) -> Reason | None:
+        """Why this axis is useless for the model; None if it helps."""
         axis, size = probe
         try:
             made = self.compile_(Variant(Mesh(((axis, size),))), self.ask.length)
             if not AXES[axis].divides_weights:
-                return ""
+                return None
             held = cost_of(made.rank(0), self.ask.length).weight_bytes
         except RingCompileError as error:
-            return error.message
+            return Reason(error.message, REFUSED)
         whole = self._whole_weights(size if axis == PIPELINE else 1)
-        return "" if held < whole else f"{axis}={size} finds no weights of the model to divide"
+        if held < whole:
+            return None
+        return Reason(f"{axis}={size} finds no weights of the model to divide", NOTHING)
 
     def _whole_weights(self, stages: int) -> int:
         """The weight bytes on one device of the program that has one block per stage."""
@@ -276,11 +278,11 @@ class Planner:
         return self.model.outer_bytes + stack.block_bytes * stages
 
     def _quickly(self, variant: Variant) -> Plan:
-        best = self._best[variant.capacity]
+        limit = _FAR * self._best[variant.capacity]
         try:
-            return self._judged(variant, self._estimator.quick(variant, _FAR * best), close=False)
+            return self._judged(variant, self._estimator.quick(variant, limit), close=False)
         except RingCompileError as error:
-            return _rejected(variant, error.message)
+            return rejected(variant, error.message, REFUSED)
         except TooLargeError as error:
             # A stage of a pipeline stands for all, with what only the first and the last have.
             least = error.memory_bytes - self.model.outer_bytes
@@ -289,14 +291,16 @@ class Planner:
                 return self._closely(variant)
             return self._too_large(variant, error)
         except FarError as error:
-            why, found = f"{error}, the best plan {best * 1e3:.4g} ms", error.least
-            return replace(_rejected(variant, why), least=found.seconds, shares=_shares(found))
+            found = error.least
+            return replace(
+                rejected(variant, str(error), SLOW), least=found.seconds, shares=shares_of(found)
+            )
 
     def _closely(self, variant: Variant) -> Plan:
         try:
             return self._judged(variant, self._estimator.close(variant), close=True)
         except RingCompileError as error:
-            return _rejected(variant, error.message)
+            return rejected(variant, error.message, REFUSED)
         except TooLargeError as error:
             return self._too_large(variant, error)
 
@@ -326,13 +330,13 @@ class Planner:
     def _judged(self, variant: Variant, found: Estimate, *, close: bool) -> Plan:
         self._best[variant.capacity] = min(self._best[variant.capacity], found.seconds)
         return Plan(variant, self.ask.tokens / found.seconds, found.seconds, found.latency,
-                    found.bound, found.memory_bytes, True, _spent(found, variant), close,
-                    found.seconds, _shares(found))
+                    found.bound, found.memory_bytes, True, spent_text(found), close,
+                    found.seconds, shares_of(found))
 
     def _too_large(self, variant: Variant, error: TooLargeError) -> Plan:
         memory, room = error.memory_bytes, self.ask.room
         why = f"a rank holds {memory / 1e9:.4g} GB, there is room for {room / 1e9:.4g} GB"
-        return replace(_rejected(variant, why), memory_bytes=memory)
+        return replace(rejected(variant, why, MEMORY), memory_bytes=memory)
 
     def _nothing_fits(self, plans: list[Plan]) -> RingCompileError:
         needs = [plan.memory_bytes for plan in plans if plan.memory_bytes is not None]
@@ -347,26 +351,3 @@ class Planner:
             f"{self.ask.room / 1e9:.4g} GB on {self.ask.cluster.device.title}",
             hint="use more devices, a shorter sequence, a smaller batch or a larger device",
         )
-
-
-def _sorted(plans: list[Plan]) -> list[Plan]:
-    return sorted(plans, key=lambda plan: (not plan.fits, -(plan.tps or 0.0)))
-
-
-def _rejected(variant: Variant, reason: str) -> Plan:
-    return Plan(variant, None, None, None, None, None, False, reason)
-
-
-def _shares(found: Estimate) -> dict[str, float]:
-    """The fraction of the critical path that each kind of work takes, largest first."""
-    total = sum(found.path.values()) or 1.0
-    parts = sorted(found.path.items(), key=lambda entry: -entry[1])
-    return {kind: seconds / total for kind, seconds in parts}
-
-
-def _spent(found: Estimate, variant: Variant) -> str:
-    texts = [f"{kind} {share:.0%}" for kind, share in _shares(found).items() if share >= 0.01]
-    text = ", ".join(texts) + " of the longest path"
-    if variant.mesh.size("pp") > 1:
-        text += "; steps follow one another, so that the pipeline stays full"
-    return text

@@ -58,7 +58,11 @@ class Variant:
                 if getattr(self, name) != getattr(default, name)}
 
     def __str__(self) -> str:
-        return " ".join([str(self.mesh), *(f"{k}={v}" for k, v in self.options.items())])
+        """What `ringcompile transform` takes behind `--parallel`: `ring=4 --order zigzag`."""
+        words = [str(self.mesh)]
+        for name, value in self.options.items():
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return " ".join(words)
 
 
 def factorisations(num_ranks: int) -> Iterator[Mesh]:

@@ -15,13 +15,15 @@ import pytest
 from ringcompile.axes import AXES
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
+from ringcompile.commands.plan import _rejections
+from ringcompile.commands.transform import transform as transform_command
 from ringcompile.compiler import transform
 from ringcompile.cost import forks
 from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
 from ringcompile.cost.figures import Figure
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.cost.layers import cut, find_stack
-from ringcompile.cost.planner import Plan
+from ringcompile.cost.plans import BATCH, REFUSED, SLOW, Plan
 from ringcompile.cost.rank import cost_of
 from ringcompile.cost.scaling import with_batch
 from ringcompile.cost.simulate import simulate
@@ -43,7 +45,8 @@ from ringcompile.planning import plans_for
 from tests.cost.clusters import cluster, device, figure, table
 from tests.cost.patterns import layers_of
 
-FIELDS = {"spec", "tps", "tpot_ms", "latency_ms", "bound", "memory_bytes", "fits", "why", "options"}
+FIELDS = {"spec", "tps", "tpot_ms", "latency_ms", "bound", "memory_bytes", "fits", "why", "reason",
+          "options"}
 
 
 def small_cluster(num: int, **figures: Any) -> Cluster:
@@ -95,7 +98,7 @@ def test_axes_of_the_sequence_change_places() -> None:
 def test_a_variant_says_what_is_not_as_usual() -> None:
     assert str(Variant(Mesh.parse("ring=4"))) == "ring=4"
     assert str(Variant(Mesh.parse("ring=4"), order="zigzag", microbatches=2)) == (
-        "ring=4 order=zigzag microbatches=2")
+        "ring=4 --order zigzag --microbatches 2")
 
 
 def test_what_can_overlap() -> None:
@@ -120,7 +123,8 @@ def test_places_and_short_rings() -> None:
 def test_every_spec_is_there_with_a_reason() -> None:
     plans = dense()
     specs = {str(plan.variant.mesh) for plan in plans}
-    assert specs == {str(mesh) for mesh in factorisations(4)}
+    # A model without experts has nothing for ep.
+    assert specs == {str(mesh) for mesh in factorisations(4) if "ep" not in mesh.names}
     assert all(plan.why for plan in plans)
     fitting = [plan for plan in plans if plan.fits]
     assert fitting == plans[: len(fitting)]
@@ -151,7 +155,6 @@ def test_plans_as_json() -> None:
     ("spec", "reason"),
     [
         ("dp=4", "a batch of 1 does not divide over dp=4"),
-        ("ep=4", "ep=4 finds no weights of the model to divide"),
         ("dp=2,tp=2", "a batch of 1 does not divide over dp=2"),
     ],
 )
@@ -166,7 +169,6 @@ def test_heads_and_layers_that_do_not_divide() -> None:
     assert reasons == {
         "pp=5": "4 layers are fewer than pp=5 stages",
         "tp=5": "tp=5 finds no weights of the model to divide",
-        "ep=5": "ep=5 finds no weights of the model to divide",
         "dp=5": "a batch of 1 does not divide over dp=5",
     }
 
@@ -293,7 +295,7 @@ def test_a_batch_has_replicas_and_microbatches() -> None:
     plans = dense(4, 4)
     fitting = {str(p.variant) for p in plans if p.fits}
     assert "dp=4" in fitting
-    assert any("microbatches=2" in text for text in fitting)
+    assert any("--microbatches 2" in text for text in fitting)
     assert any("pp=2,dp=2" in text for text in fitting)
 
 
@@ -341,3 +343,52 @@ def test_plans_are_made_in_time(num: int, name: str, limit: float) -> None:
     plans = plans_for("dense-4l", Ask(num, load_cluster(name).sized(num), 16384))
     assert time.process_time() - started < limit
     assert all(plan.why for plan in plans)
+
+
+# -- words ----------------------------------------------------------------------------------------
+
+
+def test_rejections_by_time_name_the_best_plan_that_there_is() -> None:
+    plans = dense()
+    best = {
+        mode: min((p.seconds for p in plans if p.seconds and p.variant.capacity == mode),
+                  default=plans[0].seconds) for mode in ("exact", "local")
+    }
+    slow = [plan for plan in plans if plan.reason == SLOW]
+    assert slow
+    for plan in slow:
+        least = best[plan.variant.capacity]
+        assert plan.why.endswith(f", the best plan takes {least * 1e3:.4g} ms")
+        assert plan.least is None or plan.least >= least
+
+
+def test_every_spec_is_what_transform_takes() -> None:
+    every = [*dense(), *(Plan(v, 1.0, 1.0, 1.0, "", 1, True, "") for v in (
+        Variant(Mesh.parse("ring=2,tp=2"), "zigzag", "gather", True, "local", 4, "halves"),))]
+    for plan in every:
+        words = ["dense-4l-tiny", "-o", "out", "--parallel", *str(plan.variant).split()]
+        given = transform_command.make_context("transform", words).params
+        assert given["parallel"] == str(plan.variant.mesh)
+        chosen = given["overlap"], given["order"], given["tp_sequence"], given["capacity"]
+        variant = plan.variant
+        assert chosen == (variant.overlap, variant.order, variant.tp_sequence, variant.capacity)
+        assert given["microbatches"] == variant.options.get("microbatches")
+
+
+def test_rejections_are_folded_by_reason() -> None:
+    def refused(spec: str, why: str, reason: str) -> Plan:
+        return replace(dense()[0], variant=Variant(Mesh.parse(spec)), tps=None, why=why,
+                       reason=reason)
+
+    lines = list(_rejections([
+        refused("tp=2", "6 heads do not divide over tp=4", REFUSED),
+        refused("tp=8", "6 heads do not divide over tp=8", REFUSED),
+        refused("dp=2", "a", BATCH), refused("dp=4", "b", BATCH), refused("dp=8", "c", BATCH),
+        refused("pp=8", "another reason", REFUSED),
+    ]))
+    assert lines == [
+        "rejected 3, the batch does not divide over dp (dp=2: a; dp=4: b; and 1 more)",
+        "rejected 2, refused by the compiler (tp=2: 6 heads do not divide over tp=4; tp=8: 6 heads "
+        "do not divide over tp=8)",
+        "rejected 1, refused by the compiler (pp=8: another reason)",
+    ]

@@ -10,7 +10,8 @@ from ringcompile.compiler import transform
 from ringcompile.cost import planner
 from ringcompile.cost.estimate import Ask, Model, Parallel
 from ringcompile.cost.layers import cut, find_stack
-from ringcompile.cost.planner import Plan, Planner
+from ringcompile.cost.planner import Planner
+from ringcompile.cost.plans import Plan
 from ringcompile.cost.specs import Variant
 from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
