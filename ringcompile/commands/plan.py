@@ -25,6 +25,7 @@ from ringcompile.options import DTYPES, NONE
 if TYPE_CHECKING:
     from ringcompile import planning
     from ringcompile.cost import estimate
+    from ringcompile.cost import plans as reasons
     from ringcompile.cost.plans import Plan
 else:
     planning = Later("ringcompile.planning")

@@ -381,14 +381,13 @@ def test_rejections_are_folded_by_reason() -> None:
                        reason=reason)
 
     lines = list(_rejections([
-        refused("tp=2", "6 heads do not divide over tp=4", REFUSED),
-        refused("tp=8", "6 heads do not divide over tp=8", REFUSED),
+        refused("tp=2", "6 heads over tp=4", REFUSED),
+        refused("tp=8", "6 heads over tp=8", REFUSED),
         refused("dp=2", "a", BATCH), refused("dp=4", "b", BATCH), refused("dp=8", "c", BATCH),
         refused("pp=8", "another reason", REFUSED),
     ]))
     assert lines == [
         "rejected 3, the batch does not divide over dp (dp=2: a; dp=4: b; and 1 more)",
-        "rejected 2, refused by the compiler (tp=2: 6 heads do not divide over tp=4; tp=8: 6 heads "
-        "do not divide over tp=8)",
+        "rejected 2, refused by the compiler (tp=2: 6 heads over tp=4; tp=8: 6 heads over tp=8)",
         "rejected 1, refused by the compiler (pp=8: another reason)",
     ]
