@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ringcompile import artifact
+from ringcompile.axes import TIME
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.crosscheck import cross_check
@@ -19,6 +20,7 @@ from ringcompile.ir.origin import check_origin
 from ringcompile.ir.plan import Plan, plan_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.serialize import program_to_json
+from ringcompile.ir.shortened import Shortened, shorten
 from ringcompile.mesh import Mesh
 from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pass, Pipeline
@@ -55,6 +57,7 @@ class ParallelProgram:
     carried: ParallelProgram | None = None
     prefill: ParallelProgram | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
+    _short: dict[int, Program] = field(default_factory=dict)
     _verified: bool = False
 
     def __repr__(self) -> str:
@@ -98,8 +101,25 @@ class ParallelProgram:
         return self._ranks[rank]
 
     def _lower(self, rank: int) -> Program:
+        """A rank's program; of blocks that are alike, few go through the passes."""
+        if self._shortened is not None:
+            short = self._passed(rank, self._shortened.program)
+            stretched = self._shortened.stretched(short)
+            if stretched is not None:
+                self._short[rank] = short
+                return stretched
+        return self._passed(rank, self.program)
+
+    def _passed(self, rank: int, program: Program) -> Program:
         passes = rank_passes(rank, self.mesh, self.schedule)
-        return Pipeline(passes, self.observe, self.check).run(self.program)
+        return Pipeline(passes, self.observe, self.check).run(program)
+
+    @cached_property
+    def _shortened(self) -> Shortened | None:
+        """The program with few of its alike blocks, where passes treat each block by itself."""
+        if self.observe or self.schedule or self.mesh.size(TIME) > 1:
+            return None
+        return shorten(self.program)
 
     def ranks(self) -> list[Program]:
         """The programs of all ranks, in order."""
@@ -115,7 +135,9 @@ class ParallelProgram:
             RingCompileError: naming the ranks and nodes that do not fit together.
         """
         with one_error("comparing the ranks", self.saved is not None):
-            cross_check(self.ranks(), self.mesh)
+            ranks = self.ranks()
+            short = [self._short[rank] for rank in range(self.world_size) if rank in self._short]
+            cross_check(short if len(short) == len(ranks) else ranks, self.mesh)
         if self.saved is not None and self.saved.made_here:
             for rank, program in enumerate(self.ranks()):
                 check_origin(rank, program, self._derived(rank))

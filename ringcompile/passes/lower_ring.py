@@ -205,7 +205,8 @@ class _Ring:
         if (x, kept) not in self.cut:
             parts = [self._slice(x, have, run) for run in _runs(have, kept)]
             self.cut[x, kept] = parts[0] if len(parts) == 1 else self.builder.call(
-                aten.cat.default, (parts, 2), self._local_type(type_of(x), len(kept))
+                aten.cat.default, (parts, 2), self._local_type(type_of(x), len(kept)),
+                name="chunks",
             )
         return self.cut[x, kept]
 
@@ -214,7 +215,8 @@ class _Ring:
         first = have.index(run[0])
         start, end = simplify(first * self.unit), simplify((first + len(run)) * self.unit)
         return self.builder.call(
-            aten.slice.Tensor, (x, 2, start, end), self._local_type(type_of(x), len(run))
+            aten.slice.Tensor, (x, 2, start, end), self._local_type(type_of(x), len(run)),
+            name="chunks",
         )
 
     def local(self, type_: TensorType) -> tuple[Size, ...]:

@@ -1,0 +1,204 @@
+"""Of blocks that are alike, few go through the passes of a rank: programs are the same to the byte.
+
+Each rank's program is made both ways and written as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ringcompile.capture.export import capture
+from ringcompile.compiler import transform
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.repeats import FEWEST
+from ringcompile.ir.serialize import program_to_json
+from ringcompile.models.config import TransformerConfig
+from ringcompile.models.transformer import Transformer
+from ringcompile.parallel_program import ParallelProgram
+from tests.random_models import RandomModel, case_of, inputs_of
+from tests.support import TOLERANCE, difference, run
+
+LAYERS, LENGTH = 2 * FEWEST + 3, 24
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
+    "mlp_hidden": 24, "max_positions": 64,
+}
+IDS = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 64
+
+
+def model(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Transformer(TransformerConfig(**{**SIZES, "num_layers": LAYERS, **changes})).eval()
+
+
+class Plain(nn.Module):
+    """Layers, each made from its index; returns what `ends` makes of all that they give."""
+
+    def __init__(
+        self, layer: Callable[[int], nn.Module], ends: Callable[..., Any] = lambda *all_: all_[-1],
+        count: int = LAYERS,
+    ) -> None:
+        super().__init__()
+        self.layers, self.ends = nn.ModuleList(map(layer, range(count))), ends
+
+    def forward(self, x: Tensor) -> Any:
+        found = [torch.nn.functional.one_hot(x, 16).float()]
+        for layer in self.layers:
+            found.append(layer(found[-1]))
+        return self.ends(*found)
+
+
+class Mixer(nn.Module):
+    def __init__(self, width: int = 16, heads: int = 2, window: int = 0) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.up, self.down = nn.Linear(16, width), nn.Linear(width, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[0], x.shape[1], self.heads, 16 // self.heads)
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in self.qkv)
+        mask = None
+        if self.window:
+            at = torch.arange(x.shape[1])
+            mask = (at[:, None] >= at) & (at[:, None] - at < self.window)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        x = x + out.transpose(1, 2).flatten(2)
+        return x + self.down(self.up(x).relu())
+
+
+SPECS = ["ring=4", "ring=2,ulysses=2", "tp=2,pp=2", "pp=2,ring=2", "dp=2,tp=2", "pp=2,tp=2,dp=2"]
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "decoder": (model, [*SPECS, "ring=8", "pp=2,time=2"]),
+    "encoder, biases": (
+        lambda: model(causal=False, positions="learned", norm="layer", mlp="plain", bias=True),
+        ["ring=4", "tp=2,pp=2"],
+    ),
+    "experts": (
+        lambda: model(num_experts=4, capacity_factor=Fraction(5, 4)),
+        ["ring=2", "ep=2", "ep=2,pp=2"],
+    ),
+    "windows, two and one": (
+        lambda: Plain(lambda i: Mixer(window=0 if i % 3 == 2 else 7), count=24), ["ring=4"],
+    ),
+}
+
+
+def same(parallel: ParallelProgram) -> None:
+    parallel.verify()
+    for rank, found in enumerate(parallel.ranks()):
+        expected = parallel._passed(rank, parallel.program)
+        texts = [json.dumps(program_to_json(program)) for program in (found, expected)]
+        assert texts[0] == texts[1], f"rank {rank}"
+        assert list(map(repr, vars(found))) == list(map(repr, vars(expected)))
+    others = filter(None, (parallel.carried, parallel.prefill))
+    for other in others:
+        same(other)
+
+
+def test_a_decoder() -> None:
+    """Graphs are written when they are looked at, and the check across ranks does not look."""
+    program = capture(model(), (IDS,), compare_with_eager=False)
+    for spec in ("ring=4", "pp=2,tp=2"):
+        parallel = transform(program, spec)
+        parallel.verify()
+        graphs = [program.graph for program in parallel.ranks()]
+        assert not any("_root" in vars(graph) for graph in graphs)
+        same(parallel)
+        assert all("_root" in vars(graph) for graph in graphs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_to_the_byte(name: str) -> None:
+    make, specs = MODELS[name]
+    program = capture(make(), (IDS,), compare_with_eager=False)
+    for spec in specs:
+        parallel = transform(program, spec)
+        same(parallel)
+        assert len(parallel._short) == ("time" not in spec) * parallel.world_size, spec
+
+
+@pytest.mark.slow
+def test_other_options() -> None:
+    program = capture(model(), (IDS,), compare_with_eager=False)
+    for spec, options in (
+        ("ring=4", {"order": "contiguous"}), ("ring=4", {"ring": "gather"}),
+        ("ring=4", {"length": 1024}), ("tp=2,pp=2", {"tp_sequence": True}),
+        ("ring=2,tp=2", {"cache": 64}),
+    ):
+        parallel = transform(program, spec, **options)  # type: ignore[arg-type]
+        same(parallel)
+        assert len(parallel._short) == parallel.world_size, options
+
+
+def other_width(index: int) -> nn.Module:
+    return Mixer(width=24 if index == LAYERS // 2 else 16)
+
+
+SHARED, ONE = nn.Linear(16, 16), Mixer()
+
+
+def tied(index: int) -> nn.Module:
+    layer = Mixer()
+    if index % 2:
+        layer.up = SHARED
+    return layer
+
+
+UNEVEN: dict[str, Callable[[], nn.Module]] = {
+    "one layer is wider": lambda: Plain(other_width),
+    "one layer has more heads": lambda: Plain(lambda i: Mixer(heads=4 if i == 9 else 2)),
+    "one layer has a window": lambda: Plain(lambda i: Mixer(window=5 * (i == 7))),
+    "all are returned": lambda: Plain(lambda i: Mixer(), lambda *found: found),
+    "the sum of all": lambda: Plain(lambda i: Mixer(), lambda *found: sum(found)),
+    "one in the middle": lambda: Plain(lambda i: Mixer(), lambda *f: f[-1] + f[len(f) // 2]),
+    "every second shares weights": lambda: Plain(tied),
+    "all are one": lambda: Plain(lambda i: ONE),
+}
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "one layer has a window" else pytest.mark.slow)
+    for name in UNEVEN
+])
+def test_what_is_not_alike(name: str) -> None:
+    program = capture(UNEVEN[name](), (IDS,), compare_with_eager=False)
+    for spec in ("ring=2", "tp=2,pp=2"):
+        same(transform(program, spec))
+
+
+def of_many_layers(seed: int) -> None:
+    """A random model with more layers; what is refused is refused either way."""
+    case = dataclasses.replace(case_of(seed), layers=LAYERS)
+    example = inputs_of(case, case.capture_length)
+    first = example.pop("inputs")
+    try:
+        program = capture(RandomModel(case), (first,), example, compare_with_eager=False)
+        parallel = transform(program, f"ring={case.ranks}", gather_unknown=case.gather_unknown)
+    except RingCompileError:
+        return
+    same(parallel)
+
+
+@pytest.mark.slow
+def test_random_models() -> None:
+    for seed in range(60):
+        of_many_layers(seed)
+
+
+@pytest.mark.slow
+def test_numbers() -> None:
+    given = model()
+    parallel = transform(capture(given, (IDS,)), "ring=4")
+    with torch.no_grad():
+        assert difference(run(parallel, (IDS,)).outputs, given(IDS)) < TOLERANCE
+    assert parallel._short
