@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import JSON, Out, artifact_argument
+from ringcompile.commands.options import BACKEND, JSON, PROMPT, Out, artifact_argument
 from ringcompile.later import Later
-from ringcompile.options import BACKENDS
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +23,12 @@ else:
 
 @click.command()
 @artifact_argument
-@click.option("--prompt", help="The text to continue.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="A file that holds it.")
+@PROMPT[0]
+@PROMPT[1]
+@PROMPT[2]
 @click.option("--input-ids", type=click.Path(path_type=Path),
               help="A file of token ids: numbers, or JSON of one list or of several.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option("--tokenizer", metavar="FOLDER",
-              help="The checkpoint whose tokenizer is used (else the one that was compiled).")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--chunk", type=click.IntRange(1),
               help="Take a long prompt in this many tokens at a time.")
@@ -40,8 +38,7 @@ else:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--eos", type=int, multiple=True, help="A token that ends the text (else the "
               "tokenizer's).")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto",
-              show_default=True)
+@BACKEND
 @JSON
 def generate(
     out: Out,
@@ -69,7 +66,7 @@ def generate(
         if not answer.reports:  # another rank of a torchrun job
             _drain(columns)
         elif as_json or answer.decode is None:
-            _print_ids([column.tolist() for column in columns], as_json)
+            _print_ids(columns, as_json)
         else:
             _stream(columns, answer.decode)
         if answer.reports and times:
@@ -88,13 +85,20 @@ def _drain(columns: Iterable[torch.Tensor]) -> None:
         pass
 
 
-def _print_ids(columns: list[list[int]], as_json: bool) -> None:
-    rows = [list(row) for row in zip(*columns, strict=True)]
+def _print_ids(columns: Iterable[torch.Tensor], as_json: bool) -> None:
+    """The ids of one sequence as they come; of several, or as JSON, at the end."""
+    made: list[list[int]] = []
+    for column in columns:
+        made.append(column.tolist())
+        if len(column) == 1 and not as_json:
+            click.echo(f"{' ' * (len(made) > 1)}{int(column)}", nl=False)
+    rows = [list(row) for row in zip(*made, strict=True)]
     if as_json:
         click.echo(json.dumps({"tokens": rows}))
-        return
-    for row in rows:
-        click.echo(" ".join(map(str, row)))
+    elif len(rows) == 1:
+        click.echo()
+    else:
+        click.echo("\n".join(" ".join(map(str, row)) for row in rows))
 
 
 def _stream(columns: Iterable[torch.Tensor], decode: Callable[[list[int]], str]) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ringcompile.cost.hardware import cluster_names
 from ringcompile.later import Later
-from ringcompile.options import DTYPES, Options, option_fields
+from ringcompile.options import BACKENDS, DTYPES, Options, option_fields
 
 if TYPE_CHECKING:
     from ringcompile import compiler
@@ -24,6 +24,17 @@ else:
 
 CONSOLE = Console(stderr=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+BACKEND = click.option(
+    "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
+    help="lockstep: all ranks in this process; gloo, nccl: a process for each; auto: nccl where "
+    "there are as many GPUs as ranks, else gloo.",
+)
+PROMPT = (
+    click.option("--prompt", metavar="TEXT", help="Text for the checkpoint's tokenizer."),
+    click.option("--prompt-file", type=click.Path(path_type=Path), help="A file with the prompt."),
+    click.option("--tokenizer", metavar="FOLDER", help="A checkpoint with the tokenizer, if the "
+                 "model's own is not where it was."),
+)
 PARALLEL = click.option(
     "--parallel", required=True, metavar="SPEC",
     help="The parallel spec: axes and sizes, such as ring=4 or pp=2,ring=4,tp=2; outermost first."

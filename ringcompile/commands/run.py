@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import JSON, Out, artifact_argument
+from ringcompile.commands.options import BACKEND, JSON, PROMPT, Out, artifact_argument
 from ringcompile.later import Later
-from ringcompile.options import BACKENDS
 
 if TYPE_CHECKING:
     import torch
 
-    from ringcompile import execution
-    from ringcompile.commands import job, prompts, tensor_files
+    from ringcompile import execution, prompts
+    from ringcompile.commands import job, tensor_files
     from ringcompile.numerics import files
     from ringcompile.parallel_program import ParallelProgram
     from ringcompile.runtime import data
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 else:
     execution = Later("ringcompile.execution")
     job = Later("ringcompile.commands.job")
-    prompts = Later("ringcompile.commands.prompts")
+    prompts = Later("ringcompile.prompts")
     tensor_files = Later("ringcompile.commands.tensor_files")
     files = Later("ringcompile.numerics.files")
     data = Later("ringcompile.runtime.data")
@@ -40,11 +39,7 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed([
         click.option("--inputs", type=path, help="Whole inputs by name: .safetensors or .pt; or "
                      ".npy, for a model with one."),
-        click.option("--prompt", metavar="TEXT", help="Text for the checkpoint's tokenizer; "
-                     "prints the tokens that may follow."),
-        click.option("--prompt-file", type=path, help="A file with the prompt."),
-        click.option("--tokenizer", metavar="FOLDER", help="A checkpoint with the tokenizer, if "
-                     "the model's own is not where it was."),
+        *PROMPT,
         click.option("--seq", type=click.IntRange(1), default=128, show_default=True,
                      help="Length of random inputs, where none are given."),
     ]):
@@ -61,8 +56,7 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Compute outputs for the last N positions only; hidden states of others do not "
               "go through the head.")
 @click.option("--nproc", type=click.IntRange(1), help="Number of local processes (world size).")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto",
-              show_default=True)
+@BACKEND
 @click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds.")
 @click.option("--join-timeout", type=float, default=120.0, show_default=True,
               help="Seconds to wait for all ranks, on all hosts, to be there.")
@@ -109,9 +103,9 @@ def run(
         tensor_files.check_writable(outputs, job.output_dtypes(parallel))
     if trace is not None:
         tensor_files.check_place(trace)
-    text = prompts.read_prompt(prompt_file) if prompt_file is not None else prompt
+    text = prompts.read_text(prompt_file) if prompt_file is not None else prompt
     model = parallel.options.get("model")
-    words = None if text is None else prompts.load_tokenizer(tokenizer, model)
+    words = None if text is None else prompts.load_tokenizer(tokenizer, model, "--inputs")
     if text is not None and outputs is None:
         last = last or 1
     keep = results.Keep(last, outputs=outputs is not None or last is not None, summary=True)

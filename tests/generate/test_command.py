@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from click.testing import CliRunner, Result
 import ringcompile as rc
 from ringcompile.cli import cli
 from ringcompile.errors import RingCompileError
-from tests.generate.models import VOCABULARY, Learned, cached, ids
+from tests.generate.models import VOCABULARY, Learned, Rotary, cached, ids
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -96,41 +99,111 @@ def test_it_ends_with_an_end_token(out: Path, tmp_path: Path) -> None:
     assert run(out, "--input-ids", tmp_path / "ids", "--eos", first).stdout.split() == [str(first)]
 
 
+IDS_HINT = "name the folder with --tokenizer, or pass token ids with --input-ids"
+NO_WORDS = "so that there is no tokenizer for a prompt"
+NO_IDS = "'IDS' does not hold token ids"
+TOO_MANY = "new ones do not fit the cache, which is for 80"
+LARGER = "compile with cache=81 (--cache 81), or ask for fewer tokens"
+ROWS_HINT = "write numbers between blanks, or JSON of lists of the same length"
+
+
 @pytest.mark.parametrize(
-    ("content", "options", "message"),
+    ("content", "options", "message", "hint"),
     [
-        ("1 2 x", (), "does not hold token ids"),
-        ("[[1, 2], [3]]", (), "does not hold token ids"),
-        ("", (), "holds no token ids"),
-        ("1 2", ("--max-new-tokens", 80), "do not fit the cache, which is for 80"),
-        ("1 2", ("--temperature", -1), "temperature -1.0: it must be 0 or more"),
-        ("1 2", ("--tokenizer", "nowhere"), "there is no tokenizer: 'nowhere' is no checkpoint"),
+        ("1 2 x", (), f"{NO_IDS}: invalid literal for int() with base 10: 'x'", ROWS_HINT),
+        ("[[1, 2], [3]]", (), f"{NO_IDS}: expected sequence of length 2 at dim 1 (got 1)",
+         ROWS_HINT),
+        ("", (), "'IDS' holds no token ids", None),
+        ("1 2", ("--max-new-tokens", 80), f"2 tokens and 80 {TOO_MANY}", LARGER),
+        (" ".join(["1"] * 81), ("--max-new-tokens", 1), f"81 tokens and 1 {TOO_MANY}", LARGER),
+        ("1 2", ("--temperature", -1), "temperature -1.0: it must be 0 or more", None),
+        ("1 2", ("--top-k", 0), "top_k 0: it must be at least 1", None),
+        ("1 2", ("--top-p", 1.5), "top_p 1.5: it must be above 0 and at most 1", None),
+        ("1 2", ("--tokenizer", "nowhere"), f"'nowhere' is no checkpoint folder, {NO_WORDS}",
+         IDS_HINT),
     ],
 )
 def test_what_is_refused(
-    out: Path, tmp_path: Path, content: str, options: tuple[object, ...], message: str
+    out: Path, tmp_path: Path, content: str, options: tuple[object, ...], message: str,
+    hint: str | None,
 ) -> None:
     (tmp_path / "ids").write_text(content)
     found = run(out, "--input-ids", tmp_path / "ids", *options)
+    said = f"error: {message}".replace("IDS", str(tmp_path / "ids"))
     assert isinstance(found.exception, RingCompileError)
-    assert message in str(found.exception)
+    assert str(found.exception) == said + (f"\n  hint: {hint}" if hint else "")
+    assert found.stdout == ""
 
 
 def test_prompts_that_are_refused(out: Path, words: Path, tmp_path: Path) -> None:
+    none, missing = tmp_path / "none", "[Errno 2] No such file or directory"
     for arguments, message in (
-        (("--prompt", "w1"), "there is no tokenizer: 'None' is no checkpoint"),
-        (("--prompt", "", "--tokenizer", words), "the prompt is empty"),
-        (("--prompt", "w1", "--tokenizer", tmp_path), "has no tokenizer"),
-        (("--prompt-file", tmp_path / "none"), "cannot read a prompt from"),
+        (("--prompt", "w1"), f"the artifact names no model, {NO_WORDS}\n  hint: {IDS_HINT}"),
+        (("--prompt", "", "--tokenizer", words), "the prompt has no tokens"),
+        (("--prompt-file", none), f"cannot read the prompt from '{none}': {missing}: '{none}'"),
     ):
-        assert message in str(run(out, *arguments).exception)
+        assert str(run(out, *arguments).exception) == f"error: {message}"
+    found = run(out, "--prompt", "w1", "--tokenizer", tmp_path)
+    assert f"error: cannot read the tokenizer in '{tmp_path}': " in str(found.exception)
     assert run(out).exit_code == 2
     assert run(out, "--prompt", "w1", "--input-ids", "ids").exit_code == 2
-    plain = tmp_path / "plain"
+    assert run(out, "--input-ids", "ids", "--chat").exit_code == 2
+
+
+def test_an_artifact_without_a_cache(tmp_path: Path) -> None:
     parallel = cached(Learned, "ring=2")[1]
-    rc.ParallelProgram(parallel.program, parallel.mesh).save(plain)
+    rc.ParallelProgram(parallel.program, parallel.mesh).save(tmp_path / "plain")
     (tmp_path / "ids").write_text("1 2")
-    assert "without a cache" in str(run(plain, "--input-ids", tmp_path / "ids").exception)
+    found = run(tmp_path / "plain", "--input-ids", tmp_path / "ids")
+    assert str(found.exception) == (
+        "error: the program was compiled without a cache\n"
+        "  hint: pass cache=N to transform, or --cache N on the command line"
+    )
+
+
+def test_another_batch_than_the_session_s() -> None:
+    with rc.Session(cached(Learned, "ring=2")[1]) as session:
+        session.extend(ids(3))
+        with pytest.raises(RingCompileError) as caught:
+            session.extend(ids(3, batch=2))
+    assert str(caught.value) == (
+        "error: input 'ids' has 2 sequences, the session is for 1\n"
+        "  hint: open another session for another batch"
+    )
+
+
+def in_session(leader: int) -> list[str]:
+    """The processes of a process session that are still there, whatever became of its leader."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().rpartition(")")
+            state, _, _, session = rest.split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_ctrl_c_in_the_middle_leaves_no_process(tmp_path: Path) -> None:
+    cached(Rotary, "ring=2", cache=20_000)[1].save(tmp_path / "long")
+    (tmp_path / "ids").write_text("1 2 3")
+    command = [sys.executable, "-m", "ringcompile", "generate", str(tmp_path / "long"),
+               "--input-ids", str(tmp_path / "ids"), "--max-new-tokens", "19000",
+               "--backend", "gloo"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4)  # the first tokens are there, and most are not
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the ranks get it too
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.decode().strip()) == (1, "aborted")
+    deadline = time.monotonic() + 10
+    while (left := in_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
 
 
 def test_dump_shows_the_program_for_the_next_tokens(out: Path) -> None:
