@@ -53,7 +53,7 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_simulate_as_json(ring: str) -> None:
     found = told("simulate", ring, "--cluster", "h100x16", "--seq", "4096")
     assert found["tokens"] == 4096
-    assert found["tps"] * found["tpot_ms"] / 1e3 == pytest.approx(4096)
+    assert found["tps"] * found["step_ms"] / 1e3 == pytest.approx(4096)
     assert found["fits"]
     assert sum(found["path_ms"].values()) == pytest.approx(found["latency_ms"])
     assert [row["rank"] for row in found["ranks"]] == [0, 1]
@@ -76,7 +76,7 @@ def test_simulate_prints_a_table_and_a_trace(ring: str, tmp_path: Path) -> None:
 
 def test_an_eager_host_takes_longer(ring: str) -> None:
     graphs, eager = (
-        told("simulate", ring, "--cluster", "h100x16", "--seq", "256", *more)["tpot_ms"]
+        told("simulate", ring, "--cluster", "h100x16", "--seq", "256", *more)["step_ms"]
         for more in ((), ("--eager",))
     )
     assert eager > 1.5 * graphs
@@ -123,7 +123,7 @@ def test_plan_as_json_is_a_list_of_specs() -> None:
     rows = told("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "h100x16", "--seq", "4096")
     assert {row["spec"] for row in rows} == {"ring=2", "ulysses=2", "tp=2", "pp=2", "dp=2", "ep=2"}
     for row in rows:
-        assert {"spec", "tps", "tpot_ms", "bound", "memory_bytes", "fits", "why"} <= row.keys()
+        assert {"spec", "tps", "step_ms", "bound", "memory_bytes", "fits", "why"} <= row.keys()
         assert row["why"]
 
 
@@ -207,10 +207,10 @@ def test_bench_measures_what_simulate_predicts(ring: str) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["steps"] == 3
-    assert found["tps"] == pytest.approx(64 / found["tpot_ms"] * 1e3)
+    assert found["tps"] == pytest.approx(64 / found["step_ms"] * 1e3)
     assert found["prefill_tps"] == found["tps"]
     assert list(found["percentiles_ms"]) == ["p10", "p50", "p90", "p99"]
-    assert found["percentiles_ms"]["p50"] == pytest.approx(found["tpot_ms"])
+    assert found["percentiles_ms"]["p50"] == pytest.approx(found["step_ms"])
     sent = [row["bytes_sent"] for row in found["ranks"]]
     assert sent == found["predicted"]["bytes_sent"]
     assert found["predicted"]["tps"] > 0

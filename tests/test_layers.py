@@ -15,7 +15,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"calibration", "planning", "prompts"},
+    {"calibration", "generation_plans", "latency", "planning", "prompts"},
     {"generation", "parallelize"},
     {"execution", "view"},
     {"session"},

@@ -13,7 +13,9 @@ import click
 
 from ringcompile.commands.options import (
     CONSOLE,
+    CONTEXT,
     JSON,
+    NEW_TOKENS,
     Out,
     artifact_argument,
     milliseconds,
@@ -26,7 +28,7 @@ from ringcompile.later import Later
 if TYPE_CHECKING:
     import torch
 
-    from ringcompile import execution, session
+    from ringcompile import execution, generation_plans, latency, session
     from ringcompile.cost import rank as ranks_cost
     from ringcompile.cost import simulate as simulation
     from ringcompile.cost import timeline
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 else:
     torch = Later("torch")
     execution = Later("ringcompile.execution")
+    generation_plans = Later("ringcompile.generation_plans")
+    latency = Later("ringcompile.latency")
     ranks_cost = Later("ringcompile.cost.rank")
     simulation = Later("ringcompile.cost.simulate")
     timeline = Later("ringcompile.cost.timeline")
@@ -46,6 +50,7 @@ else:
     outputs = Later("ringcompile.runtime.outputs")
     session = Later("ringcompile.session")
 
+_CONTEXT = 1024  # tokens of a prompt, where the cache has room for them
 _PERCENTILES = (10, 50, 90, 99)
 
 
@@ -65,6 +70,8 @@ _PERCENTILES = (10, 50, 90, 99)
               help="Tables for what was predicted; a file that `calibrate` wrote here is best. By "
               "default those of a CPU, where they go far enough.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds.")
+@NEW_TOKENS
+@CONTEXT
 @JSON
 def bench(
     out: Out,
@@ -76,14 +83,23 @@ def bench(
     backend: str,
     cluster: str | None,
     timeout: float,
+    new_tokens: int | None,
+    context: int | None,
     as_json: bool,
 ) -> None:
     """Run the artifact OUT step after step on local processes, and say what the tables predicted.
 
     A step takes the token batch from the ranks' shares of the inputs to their outputs: tokens a
-    second are those of the batch over its median, and TPOT is the step's time, as in the paper.
+    second are those of the batch over its median step time. With --new-tokens a step is a request:
+    TTFT is the time to its first token, TPOT that of each later one, ITL what lies between two.
     """
     made = out.load()
+    if new_tokens is not None:
+        how = {"steps": steps, "warm_up": warm_up, "threads": threads, "timeout": timeout}
+        _generation(made, cluster, backend, (batch or 1, context, new_tokens), as_json, how)
+        return
+    if context is not None:
+        raise click.UsageError("--context goes with --new-tokens")
     length = made.program.lengths.get(expr.SEQUENCE, seq)
     fixed = made.program.batch if isinstance(made.program.batch, int) else None
     if fixed is not None and batch not in (None, fixed):
@@ -110,6 +126,69 @@ def bench(
         _print(facts)
 
 
+def _generation(
+    made: ParallelProgram,
+    cluster: str | None,
+    backend: str,
+    request: tuple[int, int | None, int],
+    as_json: bool,
+    how: dict[str, Any],
+) -> None:
+    capacity = made.with_cache().program.length_range[1]
+    batch, context, new = request
+    batch = max(batch, made.mesh.size("dp"))
+    if new < 2:
+        raise RingCompileError("--new-tokens 1: TPOT needs two tokens at least")
+    context = context or max(1, min(_CONTEXT, (capacity or _CONTEXT) - new))
+    asked = generation_plans.GenerationRequest(context, new, batch)
+    ids = torch.randint(0, 2, (batch, context), generator=torch.Generator().manual_seed(0))
+    steps, warm_up = how.pop("steps"), how.pop("warm_up")
+    picked = join.pick_backend(backend, made.world_size)
+    opened = session.Session(made, picked, **how)
+    with CONSOLE.status(f"running {made.world_size} ranks"), opened as ranks:
+        found = [latency.request(ranks, ids, new) for _ in range(warm_up + steps)][warm_up:]
+    facts = {
+        "parallel": str(made.mesh), "model": made.program.name, "context": context,
+        "new_tokens": new, "batch": batch, "steps": steps, **latency.summary(found),
+        "predicted": _predicted_request(made, cluster, asked),
+        "environment": environment(picked, how["threads"]),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print_generation(facts)
+
+
+def _predicted_request(
+    made: ParallelProgram, cluster: str | None, asked: generation_plans.GenerationRequest
+) -> dict[str, Any]:
+    """What the tables say; where no cluster is named, that of a CPU, as far as it goes."""
+    try:
+        hardware = load_cluster(cluster or "cpu").sized(made.world_size)
+        found = generation_plans.simulate_request(made, hardware, asked)
+    except RingCompileError as error:
+        if cluster is not None:
+            raise
+        return {"cluster": None, "why_not": error.message}
+    return {"cluster": hardware.name, "ttft_ms": found.ttft * 1e3,
+            "tpot_ms": found.step.seconds * 1e3, "memory_bytes": found.memory_bytes}
+
+
+def _print_generation(facts: dict[str, Any]) -> None:
+    predicted = facts["predicted"]
+    names = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_p50_ms": "ITL p50", "itl_p99_ms": "ITL p99"}
+    rows = [
+        [name, milliseconds(facts[key] / 1e3),
+         milliseconds(predicted[key] / 1e3) if key in predicted else ""]
+        for key, name in names.items()
+    ]
+    rows.append(["tokens a second", f"{facts['tps']:,.1f}", ""])
+    title = (f"{facts['model']}, {facts['parallel']}, batch {facts['batch']}, {facts['context']} "
+             f"tokens and {facts['new_tokens']} new ones")
+    print_table(title, ["", "measured", f"predicted by '{predicted['cluster']}'"], rows)
+    _print_machine(facts, "requests")
+
+
 def _measured(runs: list[list[Stats]], tokens: int) -> dict[str, Any]:
     """Of each step the slowest rank counts."""
     seconds = [max(stats.seconds for stats in run) for run in runs]
@@ -118,8 +197,8 @@ def _measured(runs: list[list[Stats]], tokens: int) -> dict[str, Any]:
     return {
         "tps": tokens / middle,
         "prefill_tps": tokens / middle,
-        "tpot_ms": middle * 1e3,
-        "percentiles_ms": {f"p{p}": _percentile(seconds, p) * 1e3 for p in _PERCENTILES},
+        "step_ms": middle * 1e3,
+        "percentiles_ms": {f"p{p}": latency.percentile(seconds, p) * 1e3 for p in _PERCENTILES},
         "ranks": [
             {
                 "rank": stats.rank,
@@ -131,12 +210,6 @@ def _measured(runs: list[list[Stats]], tokens: int) -> dict[str, Any]:
             for i, stats in enumerate(last)
         ],
     }
-
-
-def _percentile(values: list[float], percent: int) -> float:
-    """Nearest rank: a value that was measured."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
 def _predicted(
@@ -159,7 +232,7 @@ def _predicted(
     return {
         "cluster": hardware.name,
         "tps": tokens / found.seconds,
-        "tpot_ms": found.seconds * 1e3,
+        "step_ms": found.seconds * 1e3,
         "bound": found.bound,
         # Measured is whatever a rank waits for, other stages included.
         "exposed_ms": max(r.exposed_seconds + r.bubble_seconds for r in found.ranks) * 1e3,
@@ -187,7 +260,7 @@ def _print(facts: dict[str, Any]) -> None:
     predicted, percentiles = facts["predicted"], facts["percentiles_ms"]
     rows = [
         ["tokens a second", f"{facts['tps']:,.0f}"],
-        ["TPOT", milliseconds(facts["tpot_ms"] / 1e3)],
+        ["step time", milliseconds(facts["step_ms"] / 1e3)],
         *([name, milliseconds(value / 1e3)] for name, value in percentiles.items()),
         ["waiting for others", milliseconds(max(r["exposed_ms"] for r in facts["ranks"]) / 1e3)],
         ["bytes sent, rank 0", f"{facts['ranks'][0]['bytes_sent']:,}"],
@@ -197,15 +270,19 @@ def _print(facts: dict[str, Any]) -> None:
         columns.append(f"predicted by '{predicted['cluster']}'")
         by_name = {
             "tokens a second": f"{predicted['tps']:,.0f}",
-            "TPOT": milliseconds(predicted["tpot_ms"] / 1e3),
+            "step time": milliseconds(predicted["step_ms"] / 1e3),
             "waiting for others": milliseconds(predicted["exposed_ms"] / 1e3),
             "bytes sent, rank 0": f"{predicted['bytes_sent'][0]:,}",
         }
         rows = [[*row, by_name.get(row[0], "")] for row in rows]
     title = f"{facts['model']}, {facts['parallel']}, {facts['tokens']} tokens a step"
     print_table(title, columns, rows)
-    if predicted["cluster"] is None:
-        click.echo(f"not predicted: {predicted['why_not']}")
+    _print_machine(facts, "steps")
+
+
+def _print_machine(facts: dict[str, Any], what: str) -> None:
+    if facts["predicted"]["cluster"] is None:
+        click.echo(f"not predicted: {facts['predicted']['why_not']}")
     known = facts["environment"]
-    click.echo(f"{facts['steps']} steps, {known['backend']}, torch {known['torch']}, "
+    click.echo(f"{facts['steps']} {what}, {known['backend']}, torch {known['torch']}, "
                f"{known['cores']} cores, load {known['load']:.1f}")

@@ -54,6 +54,15 @@ DIMS = click.option(
     "that does not vary; for several inputs, several times. By default they are read off the "
     "example and the code.",
 )
+NEW_TOKENS = click.option(
+    "--new-tokens", type=click.IntRange(1), metavar="N",
+    help="For generating so many tokens: TTFT, the time to the first one, and TPOT, that of each "
+    "later one.",
+)
+CONTEXT = click.option(
+    "--context", type=click.IntRange(1), metavar="C",
+    help="With --new-tokens: tokens of the prompt, before the new ones.",
+)
 CLUSTER = click.option(
     "--cluster", required=True, metavar="NAME|FILE",
     help=f"The hardware: {', '.join(cluster_names())}, or a file that `calibrate` wrote.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,21 +14,25 @@ import click
 from ringcompile.commands.options import (
     CLUSTER,
     CONSOLE,
+    CONTEXT,
+    DTYPE,
     JSON,
+    NEW_TOKENS,
     gigabytes,
     milliseconds,
     print_table,
 )
-from ringcompile.cost.hardware import load_cluster
+from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.later import Later
-from ringcompile.options import DTYPES, NONE
+from ringcompile.options import NONE
 
 if TYPE_CHECKING:
-    from ringcompile import planning
+    from ringcompile import generation_plans, planning
     from ringcompile.cost import estimate
     from ringcompile.cost import plans as reasons
     from ringcompile.cost.plans import Plan
 else:
+    generation_plans = Later("ringcompile.generation_plans")
     planning = Later("ringcompile.planning")
     estimate = Later("ringcompile.cost.estimate")
     reasons = Later("ringcompile.cost.plans")
@@ -43,7 +48,9 @@ _SHOWN = 2  # specs of each kind of reason
               help="Tokens of a sequence.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
               help="Sequences of a step.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
+@NEW_TOKENS
+@CONTEXT
+@DTYPE
 @click.option("--top", type=click.IntRange(1), default=12, show_default=True,
               help="Plans to print; --json has all.")
 @JSON
@@ -53,11 +60,23 @@ def plan(
     cluster: str,
     seq: int,
     batch: int,
+    new_tokens: int | None,
+    context: int | None,
     dtype: str | None,
     top: int,
     as_json: bool,
 ) -> None:
-    """Rank all parallel specs of MODEL on so many devices by tokens a second; reads no weights."""
+    """Rank all parallel specs of MODEL on so many devices by tokens a second; reads no weights.
+
+    With --new-tokens they are ranked for generating: TTFT is the time from the request to the first
+    token, TPOT that of each later one.
+    """
+    if new_tokens is not None:
+        request = generation_plans.GenerationRequest(context or seq, new_tokens, batch)
+        _generation(model, load_cluster(cluster).sized(gpus), request, dtype, top, as_json)
+        return
+    if context is not None:
+        raise click.UsageError("--context goes with --new-tokens")
     ask = estimate.Ask(gpus, load_cluster(cluster).sized(gpus), seq, batch)
     with CONSOLE.status(f"planning {model}"):
         plans = planning.plans_for(model, ask, dtype)
@@ -76,6 +95,36 @@ def _command(best: Plan, model: str, cluster: str, seq: int, dtype: str | None) 
     if best.variant.overlap != NONE:
         words += ["--overlap-on", shlex.quote(cluster)]
     return " ".join([*words, *(["--dtype", dtype] if dtype else [])])
+
+
+def _generation(
+    model: str,
+    hardware: Cluster,
+    request: generation_plans.GenerationRequest,
+    dtype: str | None,
+    top: int,
+    as_json: bool,
+) -> None:
+    with CONSOLE.status(f"planning {model}"):
+        plans = generation_plans.generation_plans(model, hardware, request, dtype)
+    if as_json:
+        click.echo(json.dumps([found.to_json(request.batch) for found in plans], indent=2))
+        return
+    fitting = [found for found in plans if found.fits]
+    title = (f"{model} on {hardware.num_devices} x {hardware.device.title}, batch {request.batch}, "
+             f"{request.context} tokens and {request.new_tokens} new ones")
+    rows = [
+        [str(found.mesh), milliseconds(found.ttft or 0), milliseconds(found.tpot or 0),
+         f"{request.batch / (found.tpot or 1):,.1f}", gigabytes(found.memory_bytes or 0),
+         ", ".join(found.serves), found.why]
+        for found in fitting[:top]
+    ]
+    columns = ["spec", "TTFT", "TPOT", "tokens/s", "memory", "best for", "a token's time"]
+    print_table(title, columns, rows)
+    if len(fitting) > top:
+        click.echo(f"and {len(fitting) - top} slower ones; --json has all")
+    for why, count in Counter(found.why for found in plans if not found.fits).most_common():
+        click.echo(f"rejected {count}: {why}")
 
 
 def _print(title: str, plans: list[Plan], top: int) -> None:

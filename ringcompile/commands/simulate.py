@@ -11,8 +11,10 @@ import click
 from ringcompile.commands.options import (
     CLUSTER,
     CONSOLE,
+    CONTEXT,
     EAGER,
     JSON,
+    NEW_TOKENS,
     Out,
     artifact_argument,
     gigabytes,
@@ -25,17 +27,21 @@ from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
+    from ringcompile import generation_plans
     from ringcompile.commands import tensor_files
     from ringcompile.cost import rank as ranks
     from ringcompile.cost import simulate as simulation
     from ringcompile.cost import timeline, values
+    from ringcompile.cost.rank import RankCost
     from ringcompile.ir import expr
+    from ringcompile.ir.program import Program
     from ringcompile.parallel_program import ParallelProgram
     from ringcompile.traces import events
     from ringcompile.traces import nodes as nodes_of
     from ringcompile.traces import plot as pictures
     from ringcompile.traces import simulated as traces
 else:
+    generation_plans = Later("ringcompile.generation_plans")
     ranks = Later("ringcompile.cost.rank")
     simulation = Later("ringcompile.cost.simulate")
     timeline = Later("ringcompile.cost.timeline")
@@ -57,6 +63,8 @@ else:
               help="Sequences that each replica runs at a time.")
 @click.option("--microbatches", type=click.IntRange(1), default=1, show_default=True,
               help="How often every rank repeats its program, one behind the other.")
+@NEW_TOKENS
+@CONTEXT
 @EAGER
 @click.option("--deferred", is_flag=True,
               help="As if the compute waited for a collective only where its result is read.")
@@ -73,6 +81,8 @@ def simulate(
     seq: int | None,
     batch: int,
     microbatches: int,
+    new_tokens: int | None,
+    context: int | None,
     eager: bool,
     deferred: bool,
     trace: Path | None,
@@ -80,17 +90,28 @@ def simulate(
     measured: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the timeline of every rank of the artifact OUT on a cluster that need not be there."""
-    if measured is not None and plot is None:
-        raise click.UsageError("--measured TRACE is drawn beside the simulated timeline: give "
-                               "--plot FILE")
-    for file in filter(None, (trace, plot)):
-        tensor_files.check_place(file)
-    if plot is not None:
-        pictures.check_picture(plot)
-    beside = None if measured is None else events.read_events(measured)
+    """Show the timeline of every rank of the artifact OUT on a cluster that need not be there.
+
+    With --new-tokens it is that of the step which makes the token in the middle of the new ones.
+    """
+    if context is not None and new_tokens is None:
+        raise click.UsageError("--context goes with --new-tokens")
+    beside = _beside(trace, plot, measured)
     made = out.load()
     hardware = load_cluster(cluster).sized(made.world_size)
+    if new_tokens is not None:
+        how = timeline.How(microbatches, eager, deferred)
+        request = generation_plans.GenerationRequest(
+            context or seq or 1024, new_tokens, batch * made.mesh.size("dp")
+        )
+        with CONSOLE.status(f"simulating {made.world_size} ranks"):
+            told = generation_plans.simulate_request(made, hardware, request, how)
+        if trace is not None or plot is not None:
+            title = f"{out.path.name}: {made.mesh}, one token, simulated on {hardware.name}"
+            carried = made.with_cache().ranks()
+            _write(_shown(carried, told.lengths, told.step, told.costs, title), beside, trace, plot)
+        _generation(made, hardware, request, told, as_json)
+        return
     length = made.program.lengths.get(expr.SEQUENCE) or seq or 16384
     if seq is not None and seq != length:
         raise RingCompileError(f"'{out}' is for {length} tokens, --seq asks for {seq}")
@@ -102,17 +123,69 @@ def simulate(
         found = simulation.simulate(costs, hardware, timeline.How(microbatches, eager, deferred))
     if trace is not None or plot is not None:
         title = f"{out.path.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
-        nodes = nodes_of.Nodes(
-            made.ranks(), [values.bind_lengths(one, length, batch) for one in made.ranks()]
-        )
-        shown = events.to_events(traces.simulated(found.timeline, costs, title), nodes)
-        _write(shown, beside, trace, plot)
+        lengths = [values.bind_lengths(one, length, batch) for one in made.ranks()]
+        _write(_shown(made.ranks(), lengths, found, costs, title), beside, trace, plot)
     # Of all replicas, in one microbatch.
     facts = _facts(made, hardware, length, batch * made.mesh.size("dp"), found)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
     _print(facts, found)
+
+
+def _beside(
+    trace: Path | None, plot: Path | None, measured: Path | None
+) -> dict[str, Any] | None:
+    """What was measured, to draw beside; raises where a file cannot be read or written."""
+    if measured is not None and plot is None:
+        raise click.UsageError("--measured TRACE is drawn beside the simulated timeline: give "
+                               "--plot FILE")
+    for file in filter(None, (trace, plot)):
+        tensor_files.check_place(file)
+    if plot is not None:
+        pictures.check_picture(plot)
+    return None if measured is None else events.read_events(measured)
+
+
+def _shown(
+    programs: list[Program],
+    lengths: list[dict[str, int]],
+    found: simulation.Simulation,
+    costs: list[RankCost],
+    title: str,
+) -> dict[str, Any]:
+    """The timeline as events, with what is known of its nodes."""
+    nodes = nodes_of.Nodes(programs, lengths)
+    return events.to_events(traces.simulated(found.timeline, costs, title), nodes)
+
+
+def _generation(
+    made: ParallelProgram,
+    hardware: Cluster,
+    request: generation_plans.GenerationRequest,
+    found: generation_plans.SimulatedRequest,
+    as_json: bool,
+) -> None:
+    step = found.step
+    title = (f"{made.mesh} on {hardware.name}, batch {request.batch}, {request.context} tokens and "
+             f"{request.new_tokens} new ones")
+    facts = {
+        **_facts(made, hardware, 1, request.batch, step),
+        "context": request.context,
+        "new_tokens": request.new_tokens,
+        "ttft_ms": found.ttft * 1e3,
+        "tpot_ms": step.seconds * 1e3,
+        "cache_bytes": found.cache_bytes,
+        "memory_bytes": found.memory_bytes,
+        "fits": found.memory_bytes <= _room(hardware),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    print_table(title, COLUMNS, _rows(step))
+    click.echo(f"TTFT {milliseconds(found.ttft)}, TPOT {milliseconds(step.seconds)}, "
+               f"{facts['tps']:,.1f} tokens/s, cache {gigabytes(found.cache_bytes)} a rank")
+    click.echo(f"longest path of a token: {shares(dict(step.path))}")
 
 
 def _facts(
@@ -123,18 +196,17 @@ def _facts(
     found: simulation.Simulation,
 ) -> dict[str, Any]:
     tokens = length * batch
-    room = hardware.device.value("memory") - hardware.device.value("reserved")
     return {
         "parallel": str(made.mesh),
         "cluster": hardware.name,
         "tokens": tokens,
         "tps": tokens / found.period,
-        "tpot_ms": found.period * 1e3,
+        "step_ms": found.period * 1e3,
         "latency_ms": found.seconds * 1e3,
         "bound": found.bound,
         "path_ms": {kind: seconds * 1e3 for kind, seconds in found.path.items()},
         "memory_bytes": found.memory_bytes,
-        "fits": found.memory_bytes <= room,
+        "fits": found.memory_bytes <= _room(hardware),
         "ranks": [
             {
                 "rank": rank.rank,
@@ -151,18 +223,28 @@ def _facts(
     }
 
 
-def _print(facts: dict[str, Any], found: simulation.Simulation) -> None:
-    columns = ["rank", "compute", "exposed communication", "bubble", "TFLOP", "sent", "weights",
-               "memory peak"]
-    rows = [
+def _room(hardware: Cluster) -> float:
+    """The bytes that a rank may hold."""
+    return hardware.device.value("memory") - hardware.device.value("reserved")
+
+
+COLUMNS = ["rank", "compute", "exposed communication", "bubble", "TFLOP", "sent", "weights",
+           "memory peak"]
+
+
+def _rows(found: simulation.Simulation) -> list[list[str]]:
+    return [
         [str(r.rank), milliseconds(r.compute_seconds), milliseconds(r.exposed_seconds),
          milliseconds(r.bubble_seconds), f"{r.flops / 1e12:.4g}", gigabytes(r.bytes_sent),
          gigabytes(r.weight_bytes), gigabytes(r.memory_bytes)]
         for r in found.ranks
     ]
+
+
+def _print(facts: dict[str, Any], found: simulation.Simulation) -> None:
     title = f"{facts['parallel']} on {facts['cluster']}, {facts['tokens']} tokens"
-    print_table(title, columns, rows)
-    click.echo(f"step {milliseconds(found.seconds)}, {facts['tps'] / 1e6:.4g} M tokens/s")
+    print_table(title, COLUMNS, _rows(found))
+    click.echo(f"step time {milliseconds(found.seconds)}, {facts['tps'] / 1e6:.4g} M tokens/s")
     click.echo(f"longest path: {shares(dict(found.path))}")
     if not facts["fits"]:
         click.echo(f"does not fit: {gigabytes(found.memory_bytes)} a rank")

@@ -85,12 +85,15 @@ class Ask:
         cluster: the hardware.
         length: tokens of a sequence.
         batch: the number of sequences in a step.
+        context: of programs for the next tokens, the tokens in the cache after the step; such a
+            program computes the new tokens on every rank of `ring`.
     """
 
     num_gpus: int
     cluster: Cluster
     length: int
     batch: int = 1
+    context: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -302,9 +305,12 @@ class Estimator:
     def _compiled(self, part: Part) -> list[RankCost] | RingCompileError:
         try:
             made = self.compile_(part.variant, part.length)
-            return [cost_of(made.rank(rank), part.length) for rank in part.ranks]
+            return [self._cost(made, rank, part.length) for rank in part.ranks]
         except RingCompileError as error:
             return error
+
+    def _cost(self, made: Parallel, rank: int, length: int) -> RankCost:
+        return cost_of(made.rank(rank), length, context=self.ask.context)
 
     def _staged(
         self, variant: Variant, costs: Sequence[RankCost], length: int, blocks: int
@@ -314,6 +320,8 @@ class Estimator:
         if pp == 1:
             return [one]
         shares = prod(size for axis, size in variant.mesh.axes if AXES[axis].own_tokens)
+        if self.ask.context is not None:
+            shares = 1
         if variant.tp_sequence:
             shares *= variant.mesh.size("tp")
         apart = variant.mesh.world_size // pp
@@ -325,7 +333,7 @@ class Estimator:
         """The bytes that cross between stages for one sequence, taken from a two-stage pipeline."""
         if self._hidden is None:
             made = self.compile_(Variant(Mesh(((PIPELINE, 2),))), self.ask.length)
-            self._hidden = crossing_bytes(cost_of(made.rank(0), self.ask.length))
+            self._hidden = crossing_bytes(self._cost(made, 0, self.ask.length))
         return self._hidden
 
     def _repeated(self, costs: Sequence[RankCost], blocks: int) -> list[RankCost]:

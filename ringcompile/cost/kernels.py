@@ -24,9 +24,9 @@ class Kernel:
 
     Attributes:
         kind: a field of a device: "matmul", "attention", "attention_causal", "attention_masked",
-            "stream", "strided", "special" or "reduction"; "scan", a prefix sum of `rows` steps;
-            or "merge", which folds a block into the accumulator, and is free where the attention
-            kernel does it.
+            "stream", "strided", "special" or "reduction"; "attention_cached", one query over cached
+            keys, bound by memory; "scan", a prefix sum of `rows` steps; or "merge", which folds a
+            block into the accumulator, and is free where the attention kernel does it.
         dtype: the dtype of its operands.
         num_bytes: the bytes read and written, each operand and result once.
         flops: the FLOPs of a matmul, or of the visible pairs in attention; pointwise
@@ -75,6 +75,10 @@ def time_of(kernel: Kernel, device: Device) -> Time:
     if kernel.kind == "matmul":
         times = {"matmul": _matmul(kernel, device),
                  "weights": kernel.num_bytes / device.value("bandwidth")}
+    elif kernel.kind == "attention_cached":
+        # Keys are divided among all parts of a device, however few queries there are: nothing but
+        # memory limits a kernel that reads every key once for a query or a few.
+        times = {"memory": kernel.num_bytes / device.value("bandwidth")}
     elif kernel.kind.startswith("attention"):
         times = {"attention": _attention(kernel, device),
                  "memory": kernel.num_bytes / device.value("bandwidth")}

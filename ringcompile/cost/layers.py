@@ -192,8 +192,10 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
         steps += [_renamed(step, i) for i in range(times) for step in run] if inside else run
     nodes = cost.num_nodes * len(steps) // max(len(cost.steps), 1)
     more = [w for w in cost.weights if stack.index(w[0]) is not None] * (times - 1)
+    caches = [c for c in cost.caches if stack.index(c[0]) is not None] * (times - 1)
+    held = sum(num_bytes for _, num_bytes in (*more, *caches))
     return replace(cost, steps=tuple(steps), num_nodes=nodes, weights=(*cost.weights, *more),
-                   peak_bytes=cost.peak_bytes + sum(num_bytes for _, num_bytes in more))
+                   caches=(*cost.caches, *caches), peak_bytes=cost.peak_bytes + held)
 
 
 def _crosses(step: Step) -> bool:

@@ -237,11 +237,24 @@ def _attend_merge(work: Work) -> list[Kernel]:
 
 
 def _cached_attention(work: Work) -> list[Kernel]:
-    """New queries over the keys in slots that are in use: all visible, but for the new ones."""
-    q, v, columns = work["q"], work["v"], work["places"].shape[0]
-    kind = "attention" if q.shape[2] == 1 and not _is_masked(work) else "attention_masked"
-    block = Block(kind, q.shape[2], columns, q.shape[2] * columns)
-    return [_attend(q, block, q.shape[3], v.shape[3])]
+    """New queries over the keys in slots that are in use.
+
+    The first tokens of a sequence see each other alone, as in any causal attention. Of later ones
+    nearly all keys are visible. A single query reads every key and value once for all query heads
+    that share it.
+    """
+    q, k, v, columns = work["q"], work["k"], work["v"], work["places"].shape[0]
+    rows = q.shape[2]
+    if rows == 1:
+        block = Block("attention_cached", 1, columns, columns)
+        made = _attend(q, block, q.shape[3], v.shape[3])
+        size = (q.shape[3] + v.shape[3]) * q.dtype.itemsize
+        heads = q.shape[0] * (q.shape[1] + k.shape[1] * columns)
+        return [replace(made, num_bytes=heads * size)]
+    first = rows == columns and not _is_masked(work)
+    kind = "attention_causal" if first else "attention_masked"
+    visible = rows * (rows + 1) // 2 if first else rows * columns
+    return [_attend(q, Block(kind, rows, columns, visible), q.shape[3], v.shape[3])]
 
 
 def _block_kernels(work: Work, value_dim: int) -> list[Kernel]:

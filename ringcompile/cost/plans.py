@@ -65,7 +65,7 @@ class Plan:
         return {
             "spec": str(self.variant.mesh),
             "tps": self.tps,
-            "tpot_ms": None if self.seconds is None else self.seconds * 1e3,
+            "step_ms": None if self.seconds is None else self.seconds * 1e3,
             "latency_ms": None if self.latency is None else self.latency * 1e3,
             "bound": self.bound,
             "memory_bytes": self.memory_bytes,

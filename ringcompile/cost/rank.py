@@ -29,6 +29,8 @@ from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 
 PIPELINE = "pp"
+# The kinds of state that stay in memory from call to call; see `runtime/cache.py`.
+KEPT = ("cache", "sums")
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,10 @@ class RankCost:
         rank: its number on the mesh.
         steps: the steps in order.
         weights: the names and bytes of its shares of the weights.
-        peak_bytes: its peak memory: weights, inputs and values.
+        peak_bytes: its peak memory: weights, inputs, values, and what it keeps of a sequence.
         num_nodes: the number of calls that a host runs, views included.
         held: for each node by name, the bytes that the rank holds while it runs.
+        caches: what it keeps of earlier tokens: module paths and bytes.
     """
 
     rank: int
@@ -112,6 +115,12 @@ class RankCost:
     peak_bytes: int
     num_nodes: int
     held: Mapping[str, int] = field(default_factory=dict, compare=False)
+    caches: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of keys, values and sums that it keeps from call to call."""
+        return sum(num_bytes for _, num_bytes in self.caches)
 
     @property
     def weight_bytes(self) -> int:
@@ -140,7 +149,8 @@ def sent_by(step: Step) -> int:
 
 
 def cost_of(
-    program: Program, length: int | None = None, batch: int | None = None
+    program: Program, length: int | None = None, batch: int | None = None,
+    context: int | None = None,
 ) -> RankCost:
     """Compute the cost of a rank's program from its graph.
 
@@ -148,11 +158,12 @@ def cost_of(
         program: of one rank.
         length: of the whole sequence; None where the program fixes it.
         batch: sequences that the program runs at a time; None for the fewest.
+        context: as for `bind_lengths`.
 
     Raises:
         RingCompileError: the length does not fit the program, or an op is not known.
     """
-    values = Values(program, bind_lengths(program, length, batch))
+    values = Values(program, bind_lengths(program, length, batch, context))
     assert program.coordinates is not None
     mesh = program.mesh or Mesh(())
     rank = mesh.rank(program.coordinates)
@@ -167,6 +178,10 @@ def cost_of(
         max(held.values(), default=0),
         len(nodes),
         held,
+        tuple(
+            (location_of(next(iter(node.users), node)).layer, _num_bytes(values.tensor(node)))
+            for node in program.graph.nodes if program.state.get(node.name) in KEPT
+        ),
     )
 
 
@@ -265,7 +280,9 @@ def _frees(values: Values) -> dict[int, list[int]]:
             read += started.all_input_nodes
         for operand in read:
             last.update((identity, i) for identity, _ in storages(values.of[operand]))
-    kept = [n for n in values.of if n.name in values.program.weights] + list(values.program.outputs)
+    program = values.program
+    kept = [n for n in values.of if n.name in program.weights or program.state.get(n.name) in KEPT]
+    kept += program.outputs
     for node in kept:
         for identity, _ in storages(values.of[node]):
             last.pop(identity, None)

@@ -23,7 +23,8 @@ def with_batch(cost: RankCost, batch: int) -> RankCost:
         for step in cost.steps
     )
     values = cost.peak_bytes - cost.weight_bytes
-    return replace(cost, steps=steps, peak_bytes=cost.weight_bytes + batch * values)
+    caches = tuple((layer, num_bytes * batch) for layer, num_bytes in cost.caches)
+    return replace(cost, steps=steps, peak_bytes=cost.weight_bytes + batch * values, caches=caches)
 
 
 def _larger(kernel: Kernel, batch: int) -> Kernel:

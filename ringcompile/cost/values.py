@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
+from ringcompile.axes import KEEP_TOKENS
 from ringcompile.cost.kinds import is_elementwise, looks_at
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
@@ -22,6 +24,7 @@ from ringcompile.ir.expr import BATCH, FIRST, OWN, PART, SEQUENCE, Size, bind, i
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
+from ringcompile.mesh import Mesh
 
 Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
@@ -29,7 +32,7 @@ _MERGES = frozenset({"ringcompile.merge.default", "ringcompile.attend_merge.defa
 
 
 def bind_lengths(
-    program: Program, length: int | None, batch: int | None = None
+    program: Program, length: int | None, batch: int | None = None, context: int | None = None
 ) -> dict[str, int]:
     """The values of all size symbols of a rank's program for a sequence length.
 
@@ -37,6 +40,8 @@ def bind_lengths(
         program: of one rank, or of a single device.
         length: of the whole sequence; None where the program fixes it.
         batch: sequences that the program runs at a time; None for the fewest.
+        context: of a program with a cache, the tokens in it after the run; None for the new ones
+            alone. A rank keeps its even share of them.
 
     Raises:
         RingCompileError: the program needs a length and none is given, or it is fixed to another.
@@ -47,6 +52,7 @@ def bind_lengths(
     known = {SEQUENCE: length} if length is not None else dict(program.lengths)
     sequences = max(batch or 1, program.batch_range[0])
     known |= {BATCH: sequences, PART: sequences, FIRST: 0}
+    known |= _slots_in_use(program, context or length or 1)
     low, high = program.length_range
     if length is not None and (length < low or (high is not None and length > high)):
         raise RingCompileError(
@@ -60,6 +66,17 @@ def bind_lengths(
     if coordinates is not None:
         known[OWN] = sequence.own_length(coordinates, known)
     return known
+
+
+def _slots_in_use(program: Program, context: int) -> dict[str, int]:
+    """The number of cached keys that a rank attends to, by the symbol that stands for it."""
+    mesh = program.mesh or Mesh(())
+    ranks = prod(mesh.size(axis) for axis in KEEP_TOKENS)
+    return {
+        str(type_of(node).shape[0]): -(-context // ranks)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and program.state.get(node.name) == "places"
+    }
 
 
 @dataclass

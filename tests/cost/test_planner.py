@@ -45,7 +45,7 @@ from ringcompile.planning import plans_for
 from tests.cost.clusters import cluster, device, figure, table
 from tests.cost.patterns import layers_of
 
-FIELDS = {"spec", "tps", "tpot_ms", "latency_ms", "bound", "memory_bytes", "fits", "why", "reason",
+FIELDS = {"spec", "tps", "step_ms", "latency_ms", "bound", "memory_bytes", "fits", "why", "reason",
           "options"}
 
 
@@ -145,9 +145,9 @@ def test_plans_as_json() -> None:
     rows = json.loads(json.dumps([plan.to_json() for plan in dense()]))
     for row in rows:
         assert row.keys() == FIELDS
-        assert (row["tps"] is None) == (row["tpot_ms"] is None) == (not row["fits"])
+        assert (row["tps"] is None) == (row["step_ms"] is None) == (not row["fits"])
         if row["fits"]:
-            assert row["tps"] * row["tpot_ms"] / 1e3 == pytest.approx(4096)
+            assert row["tps"] * row["step_ms"] / 1e3 == pytest.approx(4096)
             assert row["memory_bytes"] > 0
 
 
