@@ -26,11 +26,10 @@ from ringcompile.ir.communication import (
 )
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
+from ringcompile.ir.state import KEPT
 from ringcompile.mesh import Mesh
 
 PIPELINE = "pp"
-# The kinds of state that stay in memory from call to call; see `runtime/cache.py`.
-KEPT = ("cache", "sums")
 
 
 @dataclass(frozen=True)

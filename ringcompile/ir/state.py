@@ -10,3 +10,6 @@ STATE_KINDS = {
     "slots": "of this call: where the new tokens are kept on this rank",
     "places": "of this call: positions in the slots that are in use on this rank",
 }
+
+# Those that are memory of a rank's own, made once; a history is made where an input is first read.
+KEPT = ("cache", "sums", "recent")

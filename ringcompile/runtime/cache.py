@@ -11,12 +11,11 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import SEQUENCE, bind, is_symbolic, symbol
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
+from ringcompile.ir.state import KEPT
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops.slots import Ledger, Reach, slots_of
 from ringcompile.runtime.batches import Part, part_of
 from ringcompile.runtime.data import shares_of
-
-_KEPT = ("cache", "sums", "recent")
 
 
 def reach_of(program: Program) -> Reach:
@@ -148,7 +147,7 @@ class Memory:
         if self.sizes is None:
             self.sizes = part.lengths
             self.kept = {name: self._zeros(name) for name, kind in self.program.state.items()
-                         if kind in _KEPT}
+                         if kind in KEPT}
 
     def _noted(self, own: Mapping[str, torch.Tensor], start: int) -> dict[str, torch.Tensor]:
         """Inputs, by placeholder, of which all tokens so far are read; later ones are 0."""
