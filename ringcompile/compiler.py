@@ -30,6 +30,7 @@ from ringcompile.passes.keep import caches_of, may_prefill
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.schedule import Schedule
 from ringcompile.passes.split_pipeline import starts_of
+from ringcompile.passes.user_pass import UserPass
 from ringcompile.runtime.device_mesh import mesh_of
 
 
@@ -93,7 +94,7 @@ def transform(
 
     def compiled(options: Options, **which: bool) -> Program:
         front = front_passes(mesh, options, told, checked, **which)
-        front[NUM_COMMON:NUM_COMMON] = passes
+        front[NUM_COMMON:NUM_COMMON] = map(UserPass, passes)
         return Pipeline(front[done:], observe, check).run(with_origin(program))
 
     placed = compiled(chosen)
