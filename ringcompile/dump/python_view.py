@@ -25,7 +25,7 @@ from ringcompile.ir import expr
 from ringcompile.ir.call_text import elided, given_arguments, is_ours, op_name, symbols_of
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.legend import legend, rank_text, title
-from ringcompile.ir.nodes import location_of
+from ringcompile.ir.nodes import kinds_of_nodes, location_of
 from ringcompile.ir.printer import block_of, blocks, type_text
 from ringcompile.ir.program import Program
 from ringcompile.ops import schemas
@@ -73,7 +73,8 @@ class _View:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.calls = [node for node in program.graph.nodes if node.op == "call_function"]
-        used = {name for node in self.calls for name in symbols_of(node)}
+        kinds = kinds_of_nodes(program.graph)
+        used = {name for n in kinds if n.op == "call_function" for name in symbols_of(n)}
         if expr.LOCAL in used:
             used.add(expr.SEQUENCE)  # a rank's share follows from the length
         self.symbols = sorted(used, key=lambda name: (name == expr.LOCAL, name))

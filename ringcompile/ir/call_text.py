@@ -72,15 +72,13 @@ def given_arguments(node: fx.Node) -> list[Argument]:
             *(Argument("", value, True, False) for value in node.args),
             *(Argument(name, value, False, True) for name, value in node.kwargs.items()),
         ]
-    values, given, gap = Call(node).arguments, [], False
+    values, given, gap, ours = Call(node).arguments, [], False, is_ours(node)
     for known in _parameters(target):
         value = values[known.name]
         if known.optional and _equals(value, known.default):
             gap = True
             continue
-        named = (
-            gap or known.keyword_only or not known.is_operand or (known.optional and is_ours(node))
-        )
+        named = gap or known.keyword_only or not known.is_operand or (known.optional and ours)
         given.append(Argument(known.name, value, known.is_operand, named))
     return given
 
@@ -108,7 +106,7 @@ def _parameters(target: Any) -> tuple[_Parameter, ...]:
 
 
 def _equals(value: Any, default: Any) -> bool:
-    return not isinstance(value, fx.Node) and bool(value == default)
+    return value is default or (not isinstance(value, fx.Node) and bool(value == default))
 
 
 def call_text(program: Program, node: fx.Node, names: Mapping[fx.Node, str]) -> str:

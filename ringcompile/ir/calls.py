@@ -30,12 +30,10 @@ class Call:
     def __init__(self, node: fx.Node) -> None:
         self.node = node
         self.target: Any = node.target
+        args, kwargs = node.args, node.kwargs  # torch looks them up anew at every access
         self.arguments: dict[str, Any] = {}
         for i, (name, _, default) in enumerate(_signature(node.target)):
-            if i < len(node.args):
-                self.arguments[name] = node.args[i]
-            else:
-                self.arguments[name] = node.kwargs.get(name, default)
+            self.arguments[name] = args[i] if i < len(args) else kwargs.get(name, default)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ringcompile.ir.call_text import (
 from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
+from ringcompile.ir.nodes import kinds_of_nodes
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType, bind_type, state_type
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ def rank_text(program: Program) -> str:
 
 def legend(program: Program, without: Collection[str] = ()) -> list[str]:
     """The symbols and words of a program's text, a line or a few each, but those in `without`."""
-    entries = [entry for make in _ENTRIES for entry in make(program) if entry[0] not in without]
+    uses = _Uses(program)
+    entries = [entry for make in _ENTRIES for entry in make(uses) if entry[0] not in without]
     width = max((len(term) for term, _ in entries), default=0) + 2
     return [line for term, text in entries for line in _filled(f"{term:<{width}}", text)]
 
@@ -79,8 +82,49 @@ def is_state(value: ValueType | None) -> bool:
 _Entries = Iterator[tuple[str, str]]
 
 
-def _lengths(program: Program) -> _Entries:
-    used = _symbols(program)
+class _Uses:
+    """What a program's text uses, found once for all entries."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.nodes = kinds_of_nodes(program.graph)
+        self.calls = [node for node in self.nodes if node.op == "call_function"]
+        self.ours = [node for node in self.calls if is_ours(node)]
+
+    @cached_property
+    def types(self) -> list[TensorType]:
+        """All types, in the order of their first use."""
+        found: dict[TensorType, None] = {}
+        given = dict.fromkeys(node.meta["type"] for node in self.nodes if "type" in node.meta)
+        for type_ in given:
+            value = bind_type(type_, self.program.lengths)
+            found.update(dict.fromkeys(value if isinstance(value, tuple) else (value,)))
+        return list(found)
+
+    @property
+    def split_atoms(self) -> Iterator[Any]:
+        """The atoms of all types that lie over a mesh axis."""
+        dims = (dim for type_ in self.types for dim in type_.layout.dims)
+        return (atom for dim in dims for atom in dim if atom.axes)
+
+    @cached_property
+    def symbols(self) -> set[str]:
+        """The names of all symbols in types and arguments."""
+        found = {name for node in self.nodes for name in symbols_of(node)}
+        for type_ in self.types:
+            atoms = [atom.size for dim in type_.layout.dims for atom in dim]
+            sizes = (size for size in (*type_.shape, *atoms) if expr.is_symbolic(size))
+            found.update(name for size in sizes for name in expr.symbols_in(size))
+        return found
+
+    def takes(self, names: set[str]) -> bool:
+        """Whether one of our ops has an argument of these names."""
+        return any(names & set(Call(node).arguments) for node in self.ours)
+
+
+def _lengths(uses: _Uses) -> _Entries:
+    program = uses.program
+    used = uses.symbols
     if expr.SEQUENCE in {*used, *program.lengths}:
         low, high = program.length_range
         allowed = f"{low} to {high}" if high is not None else f"at least {low}"
@@ -88,7 +132,7 @@ def _lengths(program: Program) -> _Entries:
         yield _term(program, expr.SEQUENCE), (
             f"length of the sequence in tokens, {'fixed' if fixed else allowed}"
         )
-    if program.sequence is not None and (expr.LOCAL in used or any(_split_atoms(program))):
+    if program.sequence is not None and (expr.LOCAL in used or any(uses.split_atoms)):
         sequence = program.sequence
         yield _term(program, expr.LOCAL), (
             f"tokens {_share(sequence)}: s, padded to a multiple of {sequence.num_chunks}, over "
@@ -110,8 +154,9 @@ def _shares(sequence: SequenceSplit) -> str:
     return " and ".join(both or [ranks])
 
 
-def _batches(program: Program) -> _Entries:
-    used = _symbols(program)
+def _batches(uses: _Uses) -> _Entries:
+    program = uses.program
+    used = uses.symbols
     low, high = program.batch_range
     allowed = f"{low} to {high}" if high is not None else f"at least {low}"
     if expr.BATCH in used:
@@ -122,8 +167,9 @@ def _batches(program: Program) -> _Entries:
         yield expr.FIRST, "number in the batch of the first sequence of this part"
 
 
-def _own_sizes(program: Program) -> _Entries:
-    used = _symbols(program)
+def _own_sizes(uses: _Uses) -> _Entries:
+    program = uses.program
+    used = uses.symbols
     if expr.OWN in used:
         yield _term(program, expr.OWN), "tokens that this rank holds, padding not counted"
     if any(expr.depends_on_data(expr.unbacked(name)) for name in used):
@@ -134,10 +180,11 @@ def _term(program: Program, name: str) -> str:
     return f"{name} = {program.lengths[name]}" if name in program.lengths else name
 
 
-def _split_dims(program: Program) -> _Entries:
+def _split_dims(uses: _Uses) -> _Entries:
     """`s/ring` and what else is split."""
+    program = uses.program
     sequence, seen = program.sequence, {}
-    for atom in _split_atoms(program):
+    for atom in uses.split_atoms:
         text = f"a dim of {atom.size}, split over mesh axis {' and '.join(atom.axes)}"
         if sequence is not None and atom.sequence and expr.equal(
             atom.size, expr.bind(sequence.length, program.lengths)
@@ -148,21 +195,23 @@ def _split_dims(program: Program) -> _Entries:
     yield from seen.items()
 
 
-def _axes(program: Program) -> _Entries:
-    mesh, used = program.mesh, _symbols(program)
+def _axes(uses: _Uses) -> _Entries:
+    program = uses.program
+    mesh, used = program.mesh, uses.symbols
     for axis in mesh.names if mesh is not None else ():
         if axis in used:
             last = mesh.size(axis) - 1  # type: ignore[union-attr]
             what = "which piece of the sequence" if axis == TIME else (
                 f"this rank's coordinate on mesh axis {axis}")
             yield axis, f"{what}, 0 to {last}"
-        if any(op_name(node).startswith(f"{axis}.") for node in _calls(program)):
+        if any(op_name(node).startswith(f"{axis}.") for node in uses.calls):
             yield f"{axis}.op", f"an op that communicates along mesh axis {axis}"
 
 
-def _chunks(program: Program) -> _Entries:
+def _chunks(uses: _Uses) -> _Entries:
+    program = uses.program
     sequence = program.sequence
-    if sequence is None or not _takes(program, {"chunks", "queries"}):
+    if sequence is None or not uses.takes({"chunks", "queries"}):
         return
     chunk = expr.bind(sequence.chunk, program.lengths)
     yield "chunks", (
@@ -178,12 +227,12 @@ def _held(program: Program, sequence: SequenceSplit) -> str:
     return "holds " + " and ".join(str(chunk).replace(" ", _NO_BREAK) for chunk in own)
 
 
-def _attention(program: Program) -> _Entries:
-    words = {word for node in _calls(program) if has_band(node) for word in band_text(node).split()}
+def _attention(uses: _Uses) -> _Entries:
+    words = {word for node in uses.ours if has_band(node) for word in band_text(node).split()}
     yield from ((word, text) for word, text in _BANDS.items() if word in words)
-    given = {a.name for node in _calls(program) if is_ours(node) for a in given_arguments(node)}
+    given = {a.name for node in uses.ours for a in given_arguments(node)}
     yield from ((name, text) for name, text in _SCORES.items() if name in given)
-    if any(is_state(node.meta.get("type")) for node in _calls(program)):
+    if any(is_state(node.meta.get("type")) for node in uses.calls):
         yield "state", (
             "attention over some of the keys: out, of the shape shown, and for each of its rows "
             "lse, the logarithm of the sum of the exponentials of its scores"
@@ -203,30 +252,32 @@ _SCORES = {
 _EXPERTS = "ringcompile.expert_linear.default"
 
 
-def _experts(program: Program) -> _Entries:
-    if any(target_name(node.target) == _EXPERTS for node in _calls(program)):
+def _experts(uses: _Uses) -> _Entries:
+    if any(target_name(node.target) == _EXPERTS for node in uses.calls):
         yield "expert_linear", "each row times the matrix of its own expert"
 
 
-def _transfers(program: Program) -> _Entries:
-    if _takes(program, {"to", "source"}):
+def _transfers(uses: _Uses) -> _Entries:
+    if uses.takes({"to", "source"}):
         yield "to, source", "whom a rank sends to, whom it receives from; None: nobody"
 
 
-def _weights(program: Program) -> _Entries:
+def _weights(uses: _Uses) -> _Entries:
+    program = uses.program
     if program.weights:
         total = sum(weight.num_bytes for weight in program.weights.values())
         yield "@name", f"one of {len(program.weights)} weights, {total:,} bytes together"
 
 
-def _lines(program: Program) -> _Entries:
+def _lines(uses: _Uses) -> _Entries:
     yield "file:line", (
         "the model's own line behind an op, and its layer inside the block named above; after ';' "
         "why a pass put it there"
     )
 
 
-def _notes(program: Program) -> _Entries:
+def _notes(uses: _Uses) -> _Entries:
+    program = uses.program
     yield from (("note", note) for note in program.notes)
 
 
@@ -236,43 +287,12 @@ _ENTRIES = (
 )
 
 
-def _calls(program: Program) -> list[fx.Node]:
-    return [node for node in program.graph.nodes if node.op == "call_function"]
-
-
-def _takes(program: Program, names: set[str]) -> bool:
-    """Whether one of our ops has an argument of these names."""
-    return any(names & set(Call(n).arguments) for n in _calls(program) if is_ours(n))
-
-
-def _types(program: Program) -> Iterator[TensorType]:
-    for node in program.graph.nodes:
-        if "type" in node.meta:
-            value = bind_type(node.meta["type"], program.lengths)
-            yield from value if isinstance(value, tuple) else (value,)
-
-
-def _split_atoms(program: Program) -> Iterator[Any]:
-    dims = (dim for type_ in _types(program) for dim in type_.layout.dims)
-    return (atom for dim in dims for atom in dim if atom.axes)
-
-
-def _symbols(program: Program) -> set[str]:
-    """The names of all symbols in the program's types and arguments."""
-    found = {name for node in program.graph.nodes for name in symbols_of(node)}
-    for type_ in set(_types(program)):
-        atoms = [atom.size for dim in type_.layout.dims for atom in dim]
-        sizes = (size for size in (*type_.shape, *atoms) if expr.is_symbolic(size))
-        found.update(name for size in sizes for name in expr.symbols_in(size))
-    return found
-
-
 # -- the end -------------------------------------------------------------------------------------
 
 
 def summary(program: Program) -> list[str]:
     """What the program sends and receives in one run, and how many ops of each name it has."""
-    calls = _calls(program)
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
     counts = sorted(Counter(map(op_name, calls)).items(), key=lambda item: (-item[1], item[0]))
     named = ", ".join(f"{count}{_NO_BREAK}{name}" for name, count in counts)
     lines = [] if program.mesh is None else _communication(program, calls)

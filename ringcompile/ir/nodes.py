@@ -8,6 +8,8 @@ from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.types import TensorType, ValueType
 
+_NOWHERE = SourceLocation()
+
 
 def type_of(node: fx.Node) -> TensorType:
     """The tensor type of a node that returns one tensor."""
@@ -29,7 +31,17 @@ def results_of(node: fx.Node) -> tuple[TensorType, ...]:
 
 def location_of(node: fx.Node) -> SourceLocation:
     """The user's line behind a node."""
-    return node.meta.get("loc", SourceLocation())
+    return node.meta.get("loc", _NOWHERE)
+
+
+def kinds_of_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes of every kind that a graph has: of blocks that are alike, those of a few blocks.
+
+    A graph that is written out from a shorter one (`ir/stretched.py`) has no op, type or symbol
+    that the shorter one does not have.
+    """
+    short = getattr(graph, "short", None)
+    return list(graph.nodes if short is None else short.graph.nodes)
 
 
 def error_at(node: fx.Node, message: str, hint: str | None = None) -> RingCompileError:
