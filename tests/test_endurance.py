@@ -13,7 +13,7 @@ import torch
 
 from ringcompile import compiler, execution
 from ringcompile.runtime.inprocess import run_lockstep
-from tests.fuzz.case import pristine
+from tests.fuzz.pristine import pristine
 
 ROOT = Path(__file__).parents[1]
 SAVE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from ringcompile import compiler, execution
 from ringcompile.errors import RingCompileError, SourceLocation
 from tests.artifact.test_damage import resign
-from tests.fuzz.case import judge, pristine
+from tests.fuzz.case import artifact_of, judge
+from tests.fuzz.pristine import RECIPES, pristine
 
 
 @pytest.mark.parametrize("first", range(350, 500, 50))
@@ -24,10 +26,30 @@ def test_fifty_cases(first: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", range(1000, 6000, 500))
 def test_five_hundred_cases(first: int) -> None:
     verdicts = [judge(seed) for seed in range(first, first + 500)]
     assert [verdict for verdict in verdicts if verdict.failed] == []
+
+
+def test_every_kind_of_artifact_and_change_is_drawn() -> None:
+    """By the cases that are always run; replaying one needs its seed alone."""
+    drawn = [(seed, artifact_of(seed)) for seed in range(350, 500)]
+    assert {name for _, name in drawn} == set(RECIPES)
+    assert drawn == [(seed, artifact_of(seed)) for seed in range(350, 500)]
+
+
+def test_nobody_else_can_sign(tmp_path: Path) -> None:
+    """Digests that were made to fit again do not help where a signature is asked for."""
+    clean = pristine("small and signed")
+    assert clean.key is not None
+    folder = tmp_path / "out"
+    shutil.copytree(clean.folder, folder)
+    resign(folder, lambda manifest: manifest["options"].update(new=1))
+    compiler.load(folder)
+    with pytest.raises(RingCompileError, match="was not made by the holder of"):
+        compiler.load(folder, verify_key=clean.key)
 
 
 def edited(folder: Path, tmp_path: Path, change: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import signal
 import sys
@@ -11,39 +12,20 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from ringcompile import compiler, dump, execution
-from ringcompile.capture.export import capture
 from ringcompile.errors import RingCompileError
-from ringcompile.models import zoo
 from tests.fuzz.changes import spoil
-from tests.support import tensors
+from tests.fuzz.pristine import RECIPES, Pristine, memory, pristine
 
 SECONDS, BYTES = 5.0, 1 << 30
 _STUCK = 30  # seconds after which a case that hangs is broken off
-MODELS = {"small": "ring=2", "small in stages": "pp=2", "llama-tiny": "ring=2"}
-
-
-class Small(nn.Module):
-    """One attention and two matrices: quick to spoil, load and run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            y = layer(x).view(*x.shape[:2], 2, 4).transpose(1, 2)
-            y = F.scaled_dot_product_attention(y, y, y, is_causal=True)
-            x = x + y.transpose(1, 2).reshape(x.shape) * torch.arange(x.shape[1])[:, None]
-        return x
+FORMATS = dump.formats()
+NUMERICS = 0.02  # of the cases compare numbers with the model that the artifact keeps
 
 
 @dataclass(frozen=True)
@@ -52,13 +34,15 @@ class Verdict:
 
     Attributes:
         seed: the case.
+        model: the artifact, as in `RECIPES`.
         changes: what was done to the artifact.
-        signed: whether its digests were made to fit again.
+        signed: whether its digests were made to fit again, and nobody asks for a signature.
         outcome: "refused", "same", "other numbers", or what must never be.
         seconds: of computing that using it took.
     """
 
     seed: int
+    model: str
     changes: list[str]
     signed: bool
     outcome: str
@@ -71,49 +55,36 @@ class Verdict:
         return self.outcome not in fine
 
 
-@dataclass(frozen=True)
-class Pristine:
-    """An artifact before it is spoilt, inputs for it, and its outputs."""
-
-    folder: Path
-    inputs: tuple[torch.Tensor, ...]
-    outputs: list[torch.Tensor]
-
-
-@cache
-def pristine(model: str) -> Pristine:
-    torch.manual_seed(0)
-    if model.startswith("small"):
-        module, args = Small().eval(), (torch.randn(1, 12, 8),)
-    else:
-        module, args = zoo.build(model, sequence=12)
-    made = compiler.transform(capture(module, args), MODELS[model])
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-")) / "out"
-    made.save(folder)
-    return Pristine(folder, args, tensors(execution.run(made, args)))
-
-
-def use(folder: Path, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """Everything that one does with an artifact."""
-    made = compiler.load(folder)
-    for program in (made.program, *made.ranks()):
-        for form in dump.formats():
-            dump.render(program, form)
+def use(folder: Path, clean: Pristine, rng: random.Random) -> list[torch.Tensor]:
+    """Everything that one does with an artifact; a part of it that takes long is drawn."""
+    made = compiler.load(folder, verify_key=clean.key)
+    sets = [made, *filter(None, (made.carried, made.prefill))]
+    for program in (program for one in sets for program in (one.program, *one.ranks())):
+        dump.render(program, rng.choice(FORMATS))
     made.plan()
-    execution.verify(made)
-    return tensors(execution.run(made, inputs))
+    if rng.random() < NUMERICS:
+        execution.verify(made, seq=rng.choice((5, 8)), tries=1)
+    else:
+        execution.verify(made)
+    return clean.use(made)
+
+
+def artifact_of(seed: int) -> str:
+    """The artifact that a case spoils, as in `RECIPES`."""
+    names, weights = zip(*((n, recipe.weight) for n, recipe in RECIPES.items()), strict=True)
+    return str(random.Random(f"artifact {seed}").choices(names, weights)[0])
 
 
 def judge(seed: int) -> Verdict:
     """Run the case of a seed."""
-    model = list(MODELS)[seed % len(MODELS) if seed % 5 == 0 else seed % 2]
+    model, rng = artifact_of(seed), random.Random(f"use {seed}")
     clean = pristine(model)
-    with tempfile.TemporaryDirectory(prefix="fuzz-case-") as place:
+    with tempfile.TemporaryDirectory(prefix="fuzz-case-", dir=memory()) as place:
         folder = Path(place) / "out"
         changes, signed = spoil(clean.folder, folder, seed)
         before, start = _peak(), time.process_time()
-        with _watched(Path(place)) as outside:
-            outcome = _outcome(folder, clean)
+        with _watched(Path(place), clean.key) as outside:
+            outcome = _outcome(folder, clean, rng)
         seconds = time.process_time() - start
         if outside:
             outcome = f"opened {outside[0]}"
@@ -121,12 +92,13 @@ def judge(seed: int) -> Verdict:
             outcome = f"took {seconds:.1f} s"
         elif _peak() - before > BYTES:
             outcome = f"took {(_peak() - before) >> 20} MiB"
-    return Verdict(seed, changes, signed, outcome, seconds)
+    # Whoever makes digests fit has not the key.
+    return Verdict(seed, model, changes, signed and clean.key is None, outcome, seconds)
 
 
-def _outcome(folder: Path, clean: Pristine) -> str:
+def _outcome(folder: Path, clean: Pristine, rng: random.Random) -> str:
     try:
-        found = use(folder, clean.inputs)
+        found = use(folder, clean, rng)
     except RingCompileError as error:
         return "refused" if str(error) else "refused without a word"
     except BaseException as error:
@@ -144,24 +116,27 @@ def _peak() -> int:
 # -- files that are opened -------------------------------------------------------------------------
 
 _ALLOWED = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "/proc/self/", "/sys/")
-_watching: list[tuple[Path, list[str]]] = []
+_watching: list[tuple[tuple[str, ...], list[str]]] = []
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
     if not _watching or event not in ("open", "os.open", "os.system", "subprocess.Popen", "exec"):
         return
-    inside, found = _watching[-1]
+    allowed, found = _watching[-1]
     if event in ("os.system", "subprocess.Popen"):
         found.append(f"{event} {args[0]!r}")
         return
     path = str(args[0])
-    if event == "open" and path.startswith("/") and not path.startswith((str(inside), *_ALLOWED)):
+    if event == "open" and path.startswith("/") and not path.startswith(allowed):
         found.append(path)
 
 
 @contextmanager
-def _watched(inside: Path) -> Iterator[list[str]]:
-    """The files outside a folder that are opened meanwhile; ends what hangs or takes all memory."""
+def _watched(inside: Path, key: Path | None) -> Iterator[list[str]]:
+    """The files outside a folder that are opened meanwhile, but for a key.
+
+    Ends what hangs or takes all memory.
+    """
     if not getattr(_hook, "added", False):
         sys.addaudithook(_hook)
         _hook.added = True  # type: ignore[attr-defined]
@@ -175,7 +150,8 @@ def _watched(inside: Path) -> Iterator[list[str]]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * BYTES, hard))
-    _watching.append((inside, found))
+    own = (str(inside), *(() if key is None else (str(key),)))
+    _watching.append(((*own, *_ALLOWED), found))
     try:
         yield found
     finally:

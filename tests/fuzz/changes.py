@@ -26,6 +26,7 @@ EXPRESSIONS = [
     "Mod((s+n)**8, (n+m)**8+1)", "(s+n+m+1)**8", "9**8**8**8", "s/0", "Mod(s, 0)", "-s", "s*10**18",
     "u0", "u99999", "q", "ring", "floor()", "Max(s)", "s**9", "1/3", "s/7", "((((s))))", "s+" * 400,
     "__import__('os')", "Min(s, n, m, 2, 3)", "floor(floor(floor(s/2)/3)/5)", "10**11", "2*n",
+    "b", "k", "k0", "b*s", "b - k", "k0 + k", "b/2", "b**8*s**8", "m", "n", "s + 1",
 ]
 OPS = [
     "os.system", "torch.os.system", "aten.set_.source_Storage", "aten.from_file.default",
@@ -105,7 +106,9 @@ def move_a_value(folder: Path, rng: random.Random) -> None:
 
 
 def _in_a_program(folder: Path, rng: random.Random, change: Callable[[Any], None]) -> None:
-    names = sorted(path for path in folder.glob("*.json") if path.name[:4] in ("rank", "prog"))
+    """Change any program: of all ranks, of one, of the next tokens, of a prompt, the reference."""
+    others = ("manifest.json", "digests.json")
+    names = sorted(path for path in folder.glob("*.json") if path.name not in others)
     if names:
         _rewrite(rng.choice(names), change)
 
@@ -242,7 +245,82 @@ def change_an_option(folder: Path, rng: random.Random) -> None:
     _rewrite(folder / "manifest.json", change)
 
 
+def change_the_state(folder: Path, rng: random.Random) -> None:
+    """What a program with a cache keeps between calls: its kind, its name, or that it keeps it."""
+
+    def change(data: Any) -> None:
+        state = data.get("state")
+        if not isinstance(state, dict) or not state:
+            state = data["state"] = {rng.choice(sorted(data["placeholders"])): "cache"}
+        name = rng.choice(sorted(state))
+        kinds = ("cache", "slots", "places", "positions", "carried", "", 7, None, ["cache"])
+        rng.choice((
+            lambda: state.pop(name),
+            lambda: state.update({name: rng.choice(kinds)}),
+            lambda: state.update({f"{name}x": state.pop(name)}),
+            lambda: state.update({rng.choice(sorted(data["placeholders"])): rng.choice(kinds)}),
+        ))()
+
+    _in_a_program(folder, rng, change)
+
+
+def change_a_range(folder: Path, rng: random.Random) -> None:
+    """Which lengths and batches a program is for, in its file or in the manifest."""
+
+    def change(data: Any) -> None:
+        ends = (None, -1, 0, 1, 2, 12, 13, 2**62, 0.5, "1", True)
+        what = rng.choice(("length_range", "batch_range", "lengths", "microbatches"))
+        data[what] = {
+            "lengths": {rng.choice(("s", "b", "k", "n", "q")): rng.choice(ends)},
+            "microbatches": rng.choice(ends),
+        }.get(what, [rng.choice(ends) for _ in range(rng.choice((1, 2, 2, 2, 2, 3)))])
+
+    if rng.random() < 0.3:
+        _rewrite(folder / "manifest.json", change)
+    else:
+        _in_a_program(folder, rng, change)
+
+
+def exchange_two_files(folder: Path, rng: random.Random) -> None:
+    """One program for another: of another rank, of the next tokens, of a prompt."""
+    a, b = rng.sample(sorted(path for path in folder.glob("*.json") if _plain(path)), 2)
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+def leave_out_a_program(folder: Path, rng: random.Random) -> None:
+    """The manifest no longer has a file, or has those of another set of programs."""
+
+    def change(manifest: Any) -> None:
+        files = manifest["files"]
+        name = rng.choice(sorted(files))
+        record = files.pop(name)
+        if rng.random() < 0.5:
+            files[rng.choice(("cached-", "prefill-")) + name] = record
+
+    _rewrite(folder / "manifest.json", change)
+
+
+def change_the_signature(folder: Path, rng: random.Random) -> None:
+    path = folder / "manifest.sig"
+    if path.exists() or path.is_symlink():
+        path.unlink()
+    kind = rng.choice(("gone", "empty", "zeros", "junk", "long", "link", "pipe", "folder"))
+    if kind == "link":
+        path.symlink_to("/etc/hostname")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.write_bytes({
+            "empty": b"", "zeros": b"00" * 64, "junk": rng.randbytes(64), "long": b"0" * 10**6,
+        }[kind])
+
+
 CHANGES: tuple[Change, ...] = (
+    change_the_state, change_a_range, exchange_two_files, leave_out_a_program, change_the_signature,
     replace_a_value, remove_a_value, move_a_value, change_an_expression, change_an_op,
     change_a_node, change_a_node, ask_for_memory, flip_bits, cut_or_grow, replace_a_file,
     refer_elsewhere, change_the_weights, change_an_option,
