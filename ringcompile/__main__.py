@@ -5,8 +5,15 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from ringcompile import cli
+from ringcompile.interrupt import end_on_interrupt
+from ringcompile.later import Later
+
+if TYPE_CHECKING:
+    from ringcompile import cli
+else:
+    cli = Later("ringcompile.cli")
 
 
 class _QuickEnd:
@@ -34,6 +41,7 @@ class _QuickEnd:
 
 def main() -> None:
     """Run the command line in a process of its own."""
+    end_on_interrupt()  # before all that takes long to import
     end = _QuickEnd()
     try:
         cli.main()

@@ -5,7 +5,12 @@ Exit codes: 0 done; 1 refused or failed, with one message on stderr; 2 wrong usa
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
+import time
+from pathlib import Path
 
 import click
 
@@ -50,7 +55,18 @@ def main() -> None:
         sys.exit(1)
     except RingCompileError as error:
         click.echo(str(error), err=True)
+        _tell_torchrun(str(error))
         sys.exit(1)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Put a message into the report that torchrun prints last, thirty lines below our own."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        details = {"timestamp": str(int(time.time())), "py_callstack": message}
+        report = {"message": {"message": message, "extraInfo": details}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(report), encoding="utf-8")
 
 
 for _command in (

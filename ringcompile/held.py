@@ -17,6 +17,8 @@ from pathlib import Path
 
 _SCRATCH = "ringcompile-run-"
 _TRIES = 3
+# What this process works in and would leave behind if it ended now.
+_unfinished: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -46,13 +48,54 @@ def new_held(parent: Path, prefix: str) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         for _ in range(_TRIES):
             folder = parent / f"{prefix}{secrets.token_hex(8)}"
+            stack.enter_context(_removed_at_the_end(folder))
             folder.mkdir()
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
             # Before it is held, another process may take it for left over; where nothing can be
             # locked nobody does.
             if stack.enter_context(hold(folder)):
                 break
         yield folder
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which gets the name `path` when it is written, and is else removed.
+
+    What is no regular file, such as a pipe, is written directly.
+
+    Raises:
+        OSError: the system refuses to give it its name.
+    """
+    target = path.resolve()
+    if (target.exists() and not target.is_file()) or not os.access(target.parent, os.W_OK):
+        yield path
+        return
+    partial = target.with_name(f".{target.stem}-{secrets.token_hex(8)}{target.suffix}")
+    with _removed_at_the_end(partial):
+        yield partial
+        partial.replace(target)
+
+
+@contextlib.contextmanager
+def _removed_at_the_end(path: Path) -> Iterator[None]:
+    _unfinished.add(path)
+    try:
+        yield
+    finally:
+        _remove(path)
+        _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Remove all that this process works in, since it ends now."""
+    for path in tuple(_unfinished):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def remove_left_over(parent: Path, prefix: str) -> None:

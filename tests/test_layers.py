@@ -32,6 +32,7 @@ FLOORS = [
     {"ir"},
     {"mesh", "options"},
     {"axes"},
+    {"interrupt"},
     {"errors", "held", "later", "garbage"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ringcompile.errors import RingCompileError
+from ringcompile.held import whole_file
 from ringcompile.later import Later
 from ringcompile.options import DTYPES
 
@@ -55,7 +56,8 @@ def calibrate(
         click.echo(text)
         return
     try:
-        out.write_text(text + "\n", encoding="utf-8")
+        with whole_file(out) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RingCompileError(f"cannot write '{out}': {error}") from None
     click.echo(f"wrote {out}: {found.about}")

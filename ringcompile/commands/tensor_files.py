@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ringcompile.errors import RingCompileError
+from ringcompile.held import whole_file
 
 Tensors = Mapping[str, torch.Tensor]
 # numpy has no name for these.
@@ -64,7 +65,8 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     """
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        _writer(path)(path, dense)
+        with whole_file(path) as partial:
+            _writer(path)(partial, dense)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RingCompileError(f"cannot write '{path}': {error}") from None
 

@@ -10,6 +10,7 @@ import click
 
 from ringcompile.commands.options import CONSOLE, Out, artifact_argument
 from ringcompile.errors import RingCompileError
+from ringcompile.held import whole_file
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def view(
     with CONSOLE.status(f"drawing {made.world_size} ranks"):
         text = viewer.page(made, cluster, seq, trace)
     try:
-        file.write_text(text, encoding="utf-8")
+        with whole_file(file) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RingCompileError(f"cannot write '{file}': {error}") from None
     click.echo(f"wrote {file}: {len(text) / 1e6:.2g} MB; open it in a browser")

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from ringcompile.errors import RingCompileError
+from ringcompile.interrupt import deferred
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -49,7 +50,9 @@ def mapped(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list
             # Of threads that a fork does not take along (Python 3.12); see `_start`.
             warnings.filterwarnings("ignore", r"This process .* is multi-threaded")
             with ProcessPoolExecutor(count, context, _start) as pool:
-                return list(pool.map(_call, items))
+                with deferred():  # until all processes are there
+                    results = pool.map(_call, items)
+                return list(results)
     except BrokenProcessPool as error:
         raise RingCompileError(
             f"one of {count} processes that compile was ended from outside",

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -27,6 +27,7 @@ import torch
 
 from ringcompile.errors import RingCompileError
 from ringcompile.held import scratch
+from ringcompile.interrupt import deferred
 from ringcompile.runtime.join import (
     EXCHANGE_TIMEOUT,
     JOIN_TIMEOUT,
@@ -163,6 +164,7 @@ class Processes:
             self.kill()
 
     def _start(self, place: Place) -> None:
+        _start_server()
         for index in range(self.num_ranks):
             ours, theirs = self._context.Pipe()
             self._connections.append(ours)
@@ -173,7 +175,7 @@ class Processes:
                 daemon=True,
             )
             try:
-                with _main_hidden():
+                with _main_hidden(), deferred():
                     process.start()
             except (OSError, EOFError) as error:
                 raise RingCompileError(
@@ -260,6 +262,18 @@ class Processes:
                 "sequence or a smaller dtype",
             )
         return RingCompileError(f"rank {index} ended with exit code {code}")
+
+
+def _start_server() -> None:
+    """Start the server that forks ranks, if it is not there, with Ctrl-C blocked in it and in them.
+
+    The terminal sends it to them, too; a rank that has just been forked would print a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_stopped(pid: int | None) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ringcompile.errors import RingCompileError
+from ringcompile.held import whole_file
 from ringcompile.traces.nodes import Nodes
 from ringcompile.traces.slices import COMMUNICATION, COMPUTE, Slice, Trace
 
@@ -113,7 +114,8 @@ def write_events(file: Path, events: Mapping[str, Any]) -> None:
         RingCompileError: the file cannot be written.
     """
     try:
-        file.write_text(json.dumps(events, separators=(",", ":")), encoding="utf-8")
+        with whole_file(file) as partial:
+            partial.write_text(json.dumps(events, separators=(",", ":")), encoding="utf-8")
     except OSError as error:
         raise RingCompileError(f"cannot write '{file}': {error}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ringcompile.errors import RingCompileError
+from ringcompile.held import whole_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _COLORS = {
@@ -111,7 +112,8 @@ def draw(file: Path, timelines: Sequence[Mapping[str, Any]]) -> None:
     patches = [panels[0].barh([0], [0], color=_COLORS.get(kind, _OTHER)) for kind in shown]
     figure.legend(patches, list(shown), loc="outside lower center", ncols=len(shown), fontsize=8)
     try:
-        figure.savefig(file, dpi=130)
+        with whole_file(file) as partial:
+            figure.savefig(partial, dpi=130)
     except OSError as error:
         raise RingCompileError(f"cannot write '{file}': {error}") from None
 
