@@ -8,7 +8,7 @@ part is ever dropped or guessed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.even_rows import evened, may_even, may_hide
 from ringcompile.passes.mask_analysis import Analysis
 from ringcompile.passes.mask_kinds import kind_of_rest
 from ringcompile.passes.mask_operands import joined
@@ -33,15 +34,26 @@ _ATTENTION = op("attention")
 
 @dataclass
 class Parts:
-    """What a mask is made of."""
+    """What a mask is made of.
+
+    Attributes:
+        band: which differences of positions are visible.
+        nodes: what else has to be seen, or is added.
+        kinds: what people call these.
+        finite: a finite number that hides keys was taken for -inf.
+        may_blind: some of it may hide the key at a query's own position.
+    """
 
     band: Band = field(default_factory=Band)
     nodes: list[fx.Node] = field(default_factory=list)
     kinds: dict[fx.Node, str] = field(default_factory=dict)
+    finite: bool = False
+    may_blind: bool = False
 
     def __add__(self, other: Parts) -> Parts:
         return Parts(
-            self.band & other.band, self.nodes + other.nodes, {**self.kinds, **other.kinds}
+            self.band & other.band, self.nodes + other.nodes, {**self.kinds, **other.kinds},
+            self.finite or other.finite, self.may_blind or other.may_blind,
         )
 
 
@@ -71,15 +83,23 @@ class RecognizeMasks(Pass):
 def _rewrite(node: fx.Node, analysis: Analysis, builder: Builder) -> fx.Node:
     call = Call(node)
     parts = _parts(call["mask"], analysis)
+    if parts.finite and parts.may_blind:  # together they may hide a row, which is then even
+        parts = Parts(nodes=[call["mask"]])
     band = parts.band & Band(call["lower"], call["upper"])
-    key_nodes = [builder.env[n] for n in parts.nodes if _for_all_queries(n)]
-    others = [n for n in parts.nodes if not _for_all_queries(n)]
     q, k, v = (builder.env[call[name]] for name in ("q", "k", "v"))
     sink = builder.env[call["sink"]] if call["sink"] is not None else None
-    rest = joined([builder.env[n] for n in others], builder)
+    masks = [builder.env[n] for n in parts.nodes]
+    if sink is None and may_even(analysis.program, parts.nodes):
+        bias = joined(masks, builder)
+        assert bias is not None
+        q, bias = evened(builder, q, bias, band, type_of(k).shape[2])
+        masks = [bias]
+    others = [n for n in parts.nodes if not _for_all_queries(n)]
+    keys = joined([n for n in masks if _for_all_queries(n)], builder)
+    rest = joined([n for n in masks if not _for_all_queries(n)], builder)
     new = builder.call(
         _ATTENTION,
-        (q, k, v, joined(key_nodes, builder), rest, sink),
+        (q, k, v, keys, rest, sink),
         node.meta["type"],
         name=node.name,
         scale=call["scale"],
@@ -104,10 +124,13 @@ def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
         return _parts(terms[0], analysis) + _parts(terms[1], analysis)  # type: ignore[arg-type]
     if mask.target is aten.expand.default:
         return _parts(mask.args[0], analysis)  # type: ignore[arg-type]
-    condition = _as_condition(analysis.of(mask), mask)
-    if condition is not None:
-        return _of_condition(mask, condition)
-    return _of_hidden(mask, analysis) or Parts(nodes=[mask])
+    value = analysis.of(mask)
+    condition = _as_condition(value, mask)
+    if condition is not None and isinstance(value, Choice):
+        parts = _of_condition(mask, condition)
+        return replace(parts, finite=parts.finite or -inf not in (value.true, value.false))
+    hidden = _of_hidden(mask, analysis)
+    return hidden or Parts(nodes=[mask], may_blind=may_hide(analysis.program, [mask], True))
 
 
 def _of_hidden(mask: fx.Node, analysis: Analysis) -> Parts | None:
@@ -173,9 +196,9 @@ def _as_condition(value: object, mask: fx.Node) -> Condition | None:
 
 
 def _of_condition(mask: fx.Node, condition: Condition) -> Parts:
-    parts = Parts()
+    parts = Parts(may_blind=not sees_itself(condition))
     if condition.never:
-        return Parts(nodes=[mask])
+        return replace(parts, nodes=[mask])
     whole = False
     for test in condition.tests:
         band = band_of(test)
@@ -188,7 +211,7 @@ def _of_condition(mask: fx.Node, condition: Condition) -> Parts:
                 parts.kinds[test.node] = test.kind
         elif not test.implied:  # understood, but no band, and its own node no longer lines up
             whole = True
-    return Parts(parts.band, [mask], parts.kinds) if whole else parts
+    return replace(parts, nodes=[mask]) if whole else parts
 
 
 def _kind(nodes: list[fx.Node], parts: Parts, analysis: Analysis) -> str:
