@@ -34,15 +34,15 @@ _HIDES = -1e6
 def may_hide(program: Program | None, nodes: Sequence[fx.Node], infinite: bool = False) -> bool:
     """Whether additive masks may hold numbers so low that scores vanish beside them.
 
-    They are followed to what they are made of: a float input may hold anything, a number in the
-    graph is what it is, weights are none of this size. Matmuls end the way.
+    They are followed to the floats that they are made of: a float input may hold anything, a number
+    in the graph is what it is, weights are none of this size. Matmuls end the way.
 
     Args:
         program: of the graph; without it every placeholder is an input.
         nodes: the masks.
         infinite: whether -inf counts, too.
     """
-    queue, seen = [n for n in nodes if type_of(n).dtype.is_floating_point], set[fx.Node]()
+    queue, seen = [n for n in nodes if _is_float(n)], set[fx.Node]()
     while queue:
         node = queue.pop()
         if node in seen:
@@ -50,15 +50,20 @@ def may_hide(program: Program | None, nodes: Sequence[fx.Node], infinite: bool =
         seen.add(node)
         if node.op == "placeholder":
             given = program is None or node.name in program.placeholders
-            if given and type_of(node).dtype.is_floating_point:
+            if given:
                 return True
             continue
         lowest = -inf if infinite else -sys.float_info.max
         if any(_is_low(value, lowest) for value in (*node.args, *node.kwargs.values())):
             return True
         if read(node) is None:
-            queue += [n for n in node.all_input_nodes if "type" in n.meta]
+            queue += [n for n in node.all_input_nodes if _is_float(n)]
     return False
+
+
+def _is_float(node: fx.Node) -> bool:
+    type_ = node.meta.get("type")
+    return isinstance(type_, TensorType) and type_.dtype.is_floating_point
 
 
 def _is_low(value: Any, lowest: float) -> bool:

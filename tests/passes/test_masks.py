@@ -202,7 +202,7 @@ KEPT: dict[str, tuple[Mask, str]] = {
     "min and keys": (
         lambda x: torch.zeros(x.shape[0], 1, 1, x.shape[1]).masked_fill(~by_key(x), MIN)
         + full(x, MIN).triu(1),
-        "causal + key mask"),
+        "full + bias f32[b, 1, s/ring, s]"),
     "learned bias by key": (
         lambda x: TABLE[: x.shape[1], 0][None, None, None, :] + full(x, INF).triu(1),
         "causal + key mask"),
