@@ -134,7 +134,7 @@ def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
 
 
 def _of_hidden(mask: fx.Node, analysis: Analysis) -> Parts | None:
-    """-inf where a condition does not hold, and another additive mask where it does."""
+    """A number that hides where a condition does not hold, another additive mask where it does."""
     name = str(mask.target).split(".")[1] if mask.op == "call_function" else ""
     if name not in ("where", "masked_fill"):
         return None
@@ -143,14 +143,17 @@ def _of_hidden(mask: fx.Node, analysis: Analysis) -> Parts | None:
         condition, rest, hidden, where = call["mask"], call["self"], call["value"], False
     else:
         condition, rest, hidden, where = call["condition"], call["self"], call["other"], True
-        if not isinstance(rest, fx.Node) or analysis.number(rest) == -inf:
+        if not isinstance(rest, fx.Node) or _is_low(analysis.number(rest), mask):
             rest, hidden, where = hidden, rest, False
-    if not isinstance(rest, fx.Node) or analysis.number(hidden) != -inf:
+    number = analysis.number(hidden)
+    if not isinstance(rest, fx.Node) or not _is_low(number, mask):
         return None
     seen: Condition | None = analysis.condition(condition)
     if not where and seen is not None:
         seen = seen.negated()
     if seen is None or any(test.node is None and test.value is None for test in seen.tests):
+        return None
+    if number != -inf and not _no_row_is_hidden(mask, seen):
         return None
     parts = _of_condition(mask, seen)
     if mask in parts.nodes:
@@ -179,20 +182,28 @@ def _as_condition(value: object, mask: fx.Node) -> Condition | None:
     """
     if not isinstance(value, Choice):
         return None
-    low = max(torch.finfo(type_of(mask).dtype).min, _LOW)
-    if value.true == 0 and value.false <= low:
+    if value.true == 0 and _is_low(value.false, mask):
         condition, hidden = value.condition, value.false
-    elif value.false == 0 and value.true <= low:
+    elif value.false == 0 and _is_low(value.true, mask):
         negated = value.condition.negated()
         if negated is None:
             return None
         condition, hidden = negated, value.true
     else:
         return None
+    return condition if hidden == -inf or _no_row_is_hidden(mask, condition) else None
+
+
+def _is_low(number: float | None, mask: fx.Node) -> bool:
+    """Whether a number that is added to scores hides them from a softmax over others."""
+    low = max(torch.finfo(type_of(mask).dtype).min, _LOW)
+    return number is not None and number <= low
+
+
+def _no_row_is_hidden(mask: fx.Node, seen: Condition) -> bool:
+    """Whether every query sees itself, so that no row is of hidden keys alone."""
     rows, columns = type_of(mask).shape[-2:]
-    if hidden != -inf and not (equal(rows, columns) and sees_itself(condition)):
-        return None
-    return condition
+    return equal(rows, columns) and sees_itself(seen)
 
 
 def _of_condition(mask: fx.Node, condition: Condition) -> Parts:

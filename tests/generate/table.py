@@ -61,6 +61,8 @@ def rows_of(page: str) -> dict[str, list[str]]:
 
 def kind_of(cells: list[str]) -> str:
     """The worst that became of a family."""
+    if cells[1] == "-":  # at ring=4, which is what counts as matched
+        return UNMATCHED
     found = [_KINDS[entry.partition(":")[0]] for entry in cells[1:] if entry != "likewise"]
     return min(found, key=_WORST_FIRST.index)
 

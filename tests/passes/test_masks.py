@@ -232,7 +232,13 @@ KEPT: dict[str, tuple[Mask, str]] = {
         lambda x: torch.where(by_key(x) & causal(x), -0.1 * apart(x), INF),
         f"causal + key mask + relative {BIAS}"),
     "ALiBi where causal, of min": (lambda x: torch.where(causal(x), -0.1 * apart(x), MIN),
-                                   f"full + relative {BIAS}"),
+                                   f"causal + relative {BIAS}"),
+    "ALiBi filled with min, as Falcon does": (
+        lambda x: (-0.1 * apart(x)).masked_fill(torch.where(causal(x), 0.0, MIN) < -1, MIN),
+        f"causal + relative {BIAS}"),
+    "a bias filled with min where a row may be of hidden keys alone": (
+        lambda x: (-0.1 * apart(x)).masked_fill(query(x) <= key(x), MIN),
+        f"full + relative {BIAS}"),
     "learned where causal": (lambda x: torch.where(causal(x), TABLE[: x.shape[1], 0], INF),
                              "causal + key mask"),
     "shifted by what is learned": (
