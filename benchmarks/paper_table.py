@@ -99,22 +99,22 @@ FORMS = {
 
 
 def simulated(
-    model: str, programs: dict[bool, Program], spec: str, tokens: int, cluster: Cluster
+    model: str, program: Program, spec: str, tokens: int, cluster: Cluster
 ) -> Row:
     """One method's fastest form, all ranks; experts count their own tokens, as the paper's do."""
-    rows = [_simulated(model, programs, spec, form, tokens, cluster) for form in FORMS[spec]]
+    rows = [_simulated(model, program, spec, form, tokens, cluster) for form in FORMS[spec]]
     fastest = max(rows, key=lambda row: row.tps)
     return replace(fastest, unhindered_tps=max(row.unhindered_tps or 0.0 for row in rows))
 
 
 def _simulated(
-    model: str, programs: dict[bool, Program], spec: str, form: Form, tokens: int, cluster: Cluster
+    model: str, program: Program, spec: str, form: Form, tokens: int, cluster: Cluster
 ) -> Row:
     halves = form.overlap == "halves"
     schedule = Schedule(node_times(cluster, tokens)) if form.overlap != "none" else None
     made = compiler.transform(
-        programs[halves], spec, length=tokens, capacity="local", order=form.order, ring=form.ring,
-        schedule=schedule, check=False,
+        program, f"{spec},halves=2" if halves else spec, length=tokens, capacity="local",
+        order=form.order, ring=form.ring, schedule=schedule, check=False,
     )
     costs = [cost_of(rank, tokens) for rank in made.ranks()]
     count = MICROBATCHES if "pp" in spec else 1
@@ -160,12 +160,12 @@ def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
     for model in MODELS:
         loaded = load_model(model, weights=False)
         captured = capture(loaded.module, loaded.args, name=model)
-        programs = {False: compiler.prepare(captured), True: compiler.in_halves(captured)}
+        program = compiler.prepare(captured)
         weights = sum(weight.num_bytes for weight in captured.weights.values())
-        limits_of = {n: kernel_limit(model, programs[False], n, cluster) for n in (1024, *lengths)}
+        limits_of = {n: kernel_limit(model, program, n, cluster) for n in (1024, *lengths)}
         for tokens in lengths:
             limit = limits_of[tokens]
-            found = [simulated(model, programs, spec, tokens, cluster) for spec in METHODS]
+            found = [simulated(model, program, spec, tokens, cluster) for spec in METHODS]
             for row in [*found, best(model, tokens, cluster)]:
                 rows.append({**asdict(row), "kernel_limit_tps": limit, "weight_bytes": weights})
                 click.echo(

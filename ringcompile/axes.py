@@ -26,8 +26,8 @@ class Axis:
         only_sequence: whether the sequence is all that it ever divides.
         rotates: whether keys and values may pass from place to place along it.
         balances: whether zigzag order, which gives all ranks the same causal work, is for it.
-        has_ranks: whether its places are different ranks. The places of `time` are pieces of work
-            that one rank does in turn.
+        has_ranks: whether its places are different ranks. The places of `time` and of `halves` are
+            pieces of work that one rank does in turn.
         own_tokens: whether its ranks compute different tokens, whatever the options.
         keeps_tokens: whether the tokens of a cache lie along it, each on one rank.
         divides_weights: whether each of its ranks is meant to hold a part of the weights only.
@@ -46,6 +46,7 @@ class Axis:
 
 
 TIME = "time"
+HALVES = "halves"
 
 # Outermost first. Ranks that exchange most are neighbours, so that they share a node if any do;
 # where several axes divide the sequence, it is divided in this order.
@@ -54,6 +55,7 @@ AXES = {
     for axis in (
         Axis("pp", "splits layers", divides_weights=True),
         Axis("dp", "splits the batch"),
+        Axis(HALVES, "splits the batch; ranks compute one half beside the other", has_ranks=False),
         Axis(TIME, "splits the sequence; ranks compute one piece after another",
              divides_sequence=True, only_sequence=True, rotates=True, has_ranks=False),
         Axis("ring", "splits the sequence; keys and values rotate", divides_sequence=True,
@@ -66,6 +68,7 @@ AXES = {
     )
 }
 KEEP_TOKENS = tuple(axis.name for axis in AXES.values() if axis.keeps_tokens)
+WITHOUT_RANKS = tuple(axis.name for axis in AXES.values() if not axis.has_ranks)
 ONLY_SEQUENCE = frozenset(axis.name for axis in AXES.values() if axis.only_sequence)
 
 _PART = re.compile(r"(\w+)(//|%)(\d+)")

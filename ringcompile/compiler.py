@@ -23,29 +23,14 @@ from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
 from ringcompile.parallel_program import Observer, ParallelProgram
-from ringcompile.pass_list import NUM_COMMON, front_passes, prepare, rank_passes, with_origin
+from ringcompile.pass_list import NUM_COMMON, front_passes, rank_passes, with_origin
 from ringcompile.passes.base import Pass, Pipeline
-from ringcompile.passes.halves import Halves
 from ringcompile.passes.keep import caches_of, may_prefill
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.schedule import Schedule
 from ringcompile.passes.split_pipeline import starts_of
 from ringcompile.passes.user_pass import UserPass
 from ringcompile.runtime.device_mesh import mesh_of
-
-
-def in_halves(program: Program, capacity: str = "exact") -> Program:
-    """A program that computes the halves of a batch apart, for schedules that overlap them.
-
-    Args:
-        program: from `capture`, for any batch.
-        capacity: "local" where each half may count a capacity of experts alone.
-
-    Raises:
-        RingCompileError: at the op that mixes the sequences of a batch, or the batch is fixed.
-    """
-    made = Pipeline([Halves(capacity)]).run(prepare(program))
-    return made.with_graph(made.graph, captured=program)
 
 
 def transform(

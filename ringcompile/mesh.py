@@ -13,7 +13,7 @@ from ringcompile.errors import RingCompileError
 
 @dataclass(frozen=True, init=False)
 class Mesh:
-    """Named axes in order, outermost first; ranks are numbered row-major over all but `time`.
+    """Named axes in order, outermost first; ranks are numbered row-major over those with ranks.
 
     Args:
         axes: a parallel spec such as `ring=4,tp=2`, or pairs of axis name and size.
@@ -62,13 +62,19 @@ class Mesh:
 
     @property
     def across(self) -> tuple[tuple[str, int], ...]:
-        """The axes that ranks lie along: all but `time`."""
+        """The axes that ranks lie along: all but `time` and `halves`."""
         return tuple((name, size) for name, size in self.axes if AXES[name].has_ranks)
 
     @property
     def world_size(self) -> int:
-        """The number of ranks: the product of the sizes of all axes but `time`."""
+        """The number of ranks: the product of the sizes of the axes that ranks lie along."""
         return prod(size for _, size in self.across)
+
+    def with_axis(self, axis: str, size: int) -> Mesh:
+        """The mesh with one axis more, outermost, or with another size of one that it has."""
+        if axis in self.names:
+            return Mesh(tuple((name, size if name == axis else n) for name, n in self.axes))
+        return Mesh(((axis, size), *self.axes))
 
     def size(self, axis: str) -> int:
         """Size of an axis, of several together (`ring,ulysses`), or of a part (`tp//4`, `tp%4`).

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ringcompile.axes import TIME
+from ringcompile.axes import HALVES, WITHOUT_RANKS
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.options import DEFAULT, Options
@@ -72,7 +72,7 @@ def front_passes(
         LimitIds(),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
         *([DealBatch(mesh, known, options.capacity), CleanUp()]
-          if mesh.size("dp") * mesh.size("pp") > 1 else []),
+          if mesh.size("dp") * mesh.size("pp") * mesh.size(HALVES) > 1 else []),
         place,
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
@@ -87,9 +87,9 @@ def front_passes(
 def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list[Pass]:
     """From the program for all ranks to that of one."""
     take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
-    time = [Unroll()] if mesh.size(TIME) > 1 else []
+    pieces = [Unroll()] if any(mesh.size(axis) > 1 for axis in WITHOUT_RANKS) else []
     last = [schedule] if schedule is not None else []
-    return [Specialize(rank), *take, *time, LowerRing(), FuseMerge(), *last]
+    return [Specialize(rank), *take, *pieces, LowerRing(), FuseMerge(), *last]
 
 
 # The passes that come before any layout.

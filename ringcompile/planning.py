@@ -115,26 +115,27 @@ def plans_of(whole: Program, ask: Ask) -> list[Plan]:
             hint="; ".join(whole.notes) or None,
         )
     stack = find_stack(whole)
-    prepared, checked = dict[tuple[int, bool], Program](), dict[Any, Any]()
+    prepared, checked = dict[int, Program](), dict[Any, Any]()
 
-    def ready(stages: int, halves: bool = False) -> Program:
+    def ready(stages: int) -> Program:
         """A block for each of so many stages, or the model, as far as all specs have in common."""
         stages = stages if stack is not None and stack.stands_for(stages) else 0
-        if (stages, halves) not in prepared:
+        if stages not in prepared:
             program = cut(whole, stack, stages) if stack is not None and stages else whole
-            prepared[stages, halves] = (
-                compiler.in_halves(program, "local") if halves else prepare(program)
-            )
-        return prepared[stages, halves]
+            prepared[stages] = prepare(program)
+        return prepared[stages]
 
     def compile_(variant: Variant, length: int) -> Parallel:
         stages = variant.mesh.size("pp")
         starts = stack.starts(stages) if stack is not None else ()
+        mesh = variant.mesh
+        if variant.overlap == HALVES:
+            mesh = mesh.with_axis(HALVES, variant.sequences)
         times = node_times(ask.cluster, length)
         schedule = Schedule(times) if variant.overlap != NONE else None
         return compiler.transform(
-            ready(stages, variant.overlap == HALVES), variant.mesh, check=False, checked=checked,
-            schedule=schedule, **variant.choices(length, starts),
+            ready(stages), mesh, check=False, checked=checked, schedule=schedule,
+            **variant.choices(length, starts),
         )
 
     total = sum(weight.num_bytes for weight in whole.weights.values())

@@ -60,7 +60,7 @@ def _sizes(rng: random.Random, in_time: bool) -> dict[str, int]:
         axes = [*["time"] * in_time, *rng.sample(AXES, rng.randint(1 - in_time, 4 - in_time))]
         sizes = {axis: rng.choice(SIZES) for axis in axes}
         if prod(sizes.values()) <= MOST_RANKS:
-            return sizes
+            return sizes | ({"halves": 2} if rng.random() < 0.15 else {})
 
 
 def plan_of(seed: int) -> Plan:
@@ -118,7 +118,8 @@ def checked(seed: int, numbers: bool = False) -> Outcome:
 
 @torch.no_grad()
 def _compared(plan: Plan, parallel: Any) -> tuple[str, str]:
-    length, replicas = plan.options.get("length", 24 + plan.seed % 7), parallel.mesh.size("dp")
+    length = plan.options.get("length", 24 + plan.seed % 7)
+    replicas = parallel.mesh.size("dp,halves")
     module, one = zoo.build(plan.model, sequence=length)
     assert isinstance(module, Transformer)
     inputs = tuple(x.repeat(replicas, *[1] * (x.dim() - 1)) for x in one)

@@ -29,7 +29,7 @@ def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
     kind = click.option(
         "--overlap", type=click.Choice(OVERLAPS), default=NONE, show_default=True,
         help="schedule: start transfers as early as can be; halves: also compute two halves of "
-        "the batch apart, one beside the other's transfers.",
+        "the batch apart, one beside the other's transfers (the axis halves=2).",
     )
     where = click.option(
         "--overlap-on", default="h100x16", show_default=True, metavar="CLUSTER|FILE",

@@ -92,6 +92,8 @@ def transform(
 ) -> None:
     """Compile MODEL and write one program per rank to OUT."""
     mesh = Mesh.parse(parallel)
+    if overlap == HALVES:
+        mesh = mesh.with_axis(HALVES, 2)
     if out is None and passes is None:
         raise click.UsageError("give a folder to write with -o, or passes to print with --passes")
     if out is not None:
@@ -106,8 +108,6 @@ def transform(
         program = export.capture(
             loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=dims
         )
-        if overlap == HALVES:
-            program = compiler.in_halves(program, options.capacity)
     told = None if plan is None else plans.read_plan(plan, program, mesh)
     if passes is not None:
         every = pass_list.front_passes(

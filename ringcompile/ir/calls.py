@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from ringcompile.ir.expr import is_symbolic
+
 
 @lru_cache(maxsize=4096)
 def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...]:
@@ -81,6 +83,19 @@ def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: map_values(v, change) for key, v in value.items()}
     return change(value)
+
+
+def symbols_in(node: fx.Node) -> set[Any]:
+    """The symbols in the expressions among a node's arguments."""
+    found: set[Any] = set()
+
+    def note(value: Any) -> Any:
+        if is_symbolic(value):
+            found.update(value.free_symbols)
+        return value
+
+    map_values((node.args, dict(node.kwargs)), note)
+    return found
 
 
 _SEQUENCES = (list, tuple)  # `list | tuple` would be made anew at every call

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch import fx
 
-from ringcompile.axes import TIME
+from ringcompile.axes import HALVES, TIME
 from ringcompile.ir import expr
 from ringcompile.ir.call_text import (
     band_text,
@@ -195,14 +195,16 @@ def _split_dims(uses: _Uses) -> _Entries:
     yield from seen.items()
 
 
+_WITHOUT_RANKS = {TIME: "which piece of the sequence", HALVES: "which half of the batch"}
+
+
 def _axes(uses: _Uses) -> _Entries:
     program = uses.program
     mesh, used = program.mesh, uses.symbols
     for axis in mesh.names if mesh is not None else ():
         if axis in used:
             last = mesh.size(axis) - 1  # type: ignore[union-attr]
-            what = "which piece of the sequence" if axis == TIME else (
-                f"this rank's coordinate on mesh axis {axis}")
+            what = _WITHOUT_RANKS.get(axis, f"this rank's coordinate on mesh axis {axis}")
             yield axis, f"{what}, 0 to {last}"
         if any(op_name(node).startswith(f"{axis}.") for node in uses.calls):
             yield f"{axis}.op", f"an op that communicates along mesh axis {axis}"

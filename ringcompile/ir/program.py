@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ringcompile.axes import HALVES
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import BATCH, SEQUENCE, Size, bind, symbol
 from ringcompile.ir.legend import rank_text
@@ -176,7 +177,7 @@ class Program:
     @property
     def batch_multiple(self) -> int:
         """What a batch has to be a multiple of: 2 where halves of it are computed apart."""
-        return 2 if "halves" in self.passes else 1
+        return 1 if self.mesh is None else self.mesh.size(HALVES)
 
     @property
     def output_node(self) -> fx.Node:
@@ -216,8 +217,9 @@ class Program:
         length, batch = lengths.get(SEQUENCE), lengths.get(BATCH)
         if batch is not None and batch % self.batch_multiple:
             raise RingCompileError(
-                f"a batch of {batch} has no two halves",
-                hint="pass an even batch, or compile without --overlap halves",
+                f"a batch of {batch} cannot be cut into {self.batch_multiple} equal parts",
+                hint=f"pass a multiple of {self.batch_multiple} sequences, or compile without "
+                f"{HALVES} (--overlap {HALVES})",
             )
         _check_range(self.length_range, length, _LENGTHS, self.notes)
         _check_range(self.batch_range, batch, _BATCHES, self.notes)

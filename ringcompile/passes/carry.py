@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ringcompile.axes import KEEP_TOKENS, TIME
+from ringcompile.axes import HALVES, KEEP_TOKENS, TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, map_values, operands, with_argument
 from ringcompile.ir.expr import SEQUENCE, equal, is_symbolic, product, spelled, symbol
@@ -60,6 +60,11 @@ def carried_mesh(mesh: Mesh) -> Mesh:
         raise RingCompileError(
             f"a cache does not go with ep={mesh.size('ep')}",
             hint="split the experts' features over tp instead of the experts over ep",
+        )
+    if mesh.size(HALVES) > 1:
+        raise RingCompileError(
+            f"a cache does not go with {HALVES}={mesh.size(HALVES)}",
+            hint=f"leave out {HALVES} (--overlap {HALVES})",
         )
     kept = tuple((name, size) for name, size in mesh.axes if name not in (*KEEP_TOKENS, TIME))
     return Mesh((*kept, (TIME, 2)))  # any number of chunks: the program is written for one

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 
+from ringcompile.axes import HALVES
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, map_values, with_argument
 from ringcompile.ir.expr import (
@@ -23,6 +25,7 @@ from ringcompile.ir.expr import (
     PART,
     Size,
     bind_to,
+    coordinate,
     divide,
     product,
     simplify,
@@ -48,13 +51,16 @@ _B, _K, _FIRST = symbol(BATCH), symbol(PART), symbol(FIRST)
 class DealBatch(Pass):
     """Deal the batch out; a pipeline takes it whole where its sequences are mixed.
 
+    With `halves` the program becomes that of one half, of a part or of the whole batch; which one
+    is the coordinate `halves`, and `unroll` writes both.
+
     x: f32[b, s, 8]                        ->  x: f32[k, s, 8]
     y = expand(w, [b, s, 8])                   y = expand(w, [k, s, 8])
     n = arange(0, b)                           n = arange(k0, k0 + k)
     z = div(x, b)                              z = div(x, b)
 
     Attributes:
-        mesh: the parallel plan; only with `dp` or `pp` are batches dealt.
+        mesh: the parallel plan; only with `dp`, `pp` or `halves` are batches dealt.
         checked: as for `Place`.
         capacity: "exact" where a capacity of experts counts the tokens of the whole batch, so that
             a batch is not dealt out; "local" where each part may count its own.
@@ -69,15 +75,15 @@ class DealBatch(Pass):
         """The program for a part, with a note where a capacity is counted by each part.
 
         Raises:
-            RingCompileError: with `dp`, at the op that mixes sequences, or where the batch is
-                fixed.
+            RingCompileError: with `dp` or `halves`, at the op that mixes sequences, or where the
+                batch is fixed.
         """
-        replicas = self.mesh.size("dp")
+        must = self.mesh.size("dp") * self.mesh.size(HALVES) > 1
         if program.batch != _B:
-            if replicas == 1:
+            if not must:
                 return program
             raise RingCompileError(
-                f"dp={replicas}: the batch is fixed at {program.batch}, and cannot be dealt out",
+                f"{self.mesh}: the batch is fixed at {program.batch}, and cannot be dealt out",
                 hint="; ".join(program.notes) or None,
             )
         regions = routing(program, self.checked)
@@ -85,31 +91,55 @@ class DealBatch(Pass):
         apart = [region for region in regions if region not in counted]
         local = self.capacity == "local"
         try:
-            dealt = deal_out(program, regions if local else apart)
+            dealt = deal_out(program, regions if local else apart, *self._part())
         except RingCompileError as error:
-            found = error if local else _counted_whole(error, counted)
-            if replicas > 1:
+            found = error if local else _counted_whole(error, counted, self._without)
+            if must:
                 raise RingCompileError(
-                    found.message, hint=found.hint or "leave dp out", location=error.location,
-                    node=error.node,
+                    found.message, hint=found.hint or self._without,
+                    location=error.location, node=error.node,
                 ) from None
             where = f"{error.location.short}: " if error.location else ""
             note = f"{where}{found.message}: a pipeline takes every batch as one microbatch"
             return program.with_graph(program.graph, notes=(*program.notes, note))
+        if self.mesh.size(HALVES) > 1:  # what the caller passes are whole batches, not halves
+            dealt = dealt.with_graph(dealt.graph, inputs=program.inputs)
+        part = "microbatch" if self._is_dealt else "half"
         notes = [
             f"{region.name}: with {self.mesh}, the capacity of experts is counted for each "
-            "microbatch alone" for region in counted if local
+            f"{part} alone" for region in counted if local
         ]
         return dealt.with_graph(dealt.graph, notes=(*program.notes, *dict.fromkeys(notes)))
 
+    @property
+    def _without(self) -> str:
+        """What to do where the batch cannot be dealt out."""
+        halves = self.mesh.size(HALVES) > 1
+        return f"leave out {HALVES} (--overlap {HALVES})" if halves else "leave dp out"
 
-def _counted_whole(error: RingCompileError, regions: Sequence[Region]) -> RingCompileError:
+    @property
+    def _is_dealt(self) -> bool:
+        """Whether parts of a batch run as batches by themselves."""
+        return self.mesh.size("dp") * self.mesh.size("pp") > 1
+
+    def _part(self) -> tuple[Size, Size]:
+        """How many sequences the program is for, and the number of the first of them."""
+        count, first = (_K, _FIRST) if self._is_dealt else (_B, sympy.Integer(0))
+        halves = self.mesh.size(HALVES)
+        each = count / halves
+        which = coordinate(HALVES) if halves > 1 else sympy.Integer(0)
+        return simplify(each), simplify(first + which * each)
+
+
+def _counted_whole(
+    error: RingCompileError, regions: Sequence[Region], without: str
+) -> RingCompileError:
     """What to say of an op that mixes sequences: in a mixture, that they share a capacity."""
     if not any(node.name == error.node for region in regions for node in region.nodes):
         return error
     return RingCompileError(
         "experts take a limited number of tokens of the whole batch here",
-        hint="leave dp out; or --capacity local counts the tokens of each part alone, which "
+        hint=f"{without}; or --capacity local counts the tokens of each part alone, which "
         "changes results",
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -18,7 +18,7 @@ from torch import fx
 
 from ringcompile.axes import TIME
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, map_values
+from ringcompile.ir.calls import Call, symbols_in
 from ringcompile.ir.communication import COLLECTIVES, GATHER, short_name
 from ringcompile.ir.expr import (
     OWN,
@@ -55,6 +55,8 @@ class TimePieces:
 
     program: Program
     builder: Builder
+    axis: ClassVar[str] = TIME
+    suffix: ClassVar[str] = "t"
 
     def __post_init__(self) -> None:
         assert self.program.sequence is not None
@@ -298,15 +300,7 @@ def _without_time(axes: Sequence[str]) -> tuple[str, ...]:
 
 def _holds_time(node: fx.Node) -> bool:
     """Whether an argument tells one piece from another."""
-    found: set[Any] = set()
-
-    def note(value: Any) -> Any:
-        if is_symbolic(value):
-            found.update(value.free_symbols)
-        return value
-
-    map_values((node.args, dict(node.kwargs)), note)
-    return not found.isdisjoint((coordinate(TIME), symbol(OWN)))
+    return not symbols_in(node).isdisjoint((coordinate(TIME), symbol(OWN)))
 
 
 def _is_timed(type_: TensorType) -> bool:

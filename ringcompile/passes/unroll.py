@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from ringcompile.axes import TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT
@@ -29,37 +28,40 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass, refuse
+from ringcompile.passes.batch_halves import BatchHalves
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.time_pieces import TimePieces
 
 
 @dataclass(frozen=True)
 class Unroll(Pass):
-    """Write a program out for every piece in time.
+    """Write a program out for every piece in time, and for both halves of a batch.
 
     p = positions([time], chunk=n)          ->  p_0 = positions([0], ...); p_1 = positions([1], ...)
     y = linear(x, w)                        ->  y_0 = linear(x_0, w);      y_1 = linear(x_1, w)
     o = ring_attention(q, k, v, axis=time)  ->  o_1: q_1 over k_1, v_1, and over k_0, v_0
     t = shift_start(y, axis=pp, to=1)       ->  a transfer for each piece
+    x: f32[b/2, s, 8]  = input              ->  x_half0 = x[: b/2];        x_half1 = x[b/2 :]
     """
 
     name: ClassVar[str] = "unroll"
 
     def run(self, program: Program) -> Program:
-        """The program of the same rank without `time`; one that does not have it stays as it is.
+        """The program of the same rank without `time` and `halves`; one without them stays as is.
 
         Raises:
             RingCompileError: an op communicates along `time` in a way that is not known.
         """
-        if program.mesh is None or program.mesh.size(TIME) == 1:
-            return program
-        return CleanUp().run(_Unroller(program).run())
+        for kind in (TimePieces, BatchHalves):
+            if program.mesh is not None and program.mesh.size(kind.axis) > 1:
+                program = CleanUp().run(_Unroller(program, kind).run())
+        return program
 
 
 class _Unroller:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, kind: type[TimePieces | BatchHalves]) -> None:
         self.program, self.builder = program, Builder()
-        self.pieces = TimePieces(program, self.builder)
+        self.pieces = kind(program, self.builder)
         self.count = self.pieces.count
         self.calls = [node for node in program.graph.nodes if node.op == "call_function"]
         self.varying = self._varying()
@@ -175,7 +177,8 @@ class _Unroller:
         return self.pieces.at(value, piece) if is_symbolic(value) else value
 
     def _name(self, node: fx.Node, piece: int) -> str:
-        return f"{node.name}_t{piece}" if node in self.varying else node.name
+        suffix = f"_{self.pieces.suffix}{piece}"
+        return f"{node.name}{suffix}" if node in self.varying else node.name
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """An output, of all pieces."""
@@ -213,7 +216,8 @@ class _Unroller:
                     self._start(start, piece)
 
     def _start(self, node: fx.Node, piece: int) -> None:
-        named = f"{node.kwargs['of']}_t{piece}" if node in self.varying else node.kwargs["of"]
+        of, suffix = node.kwargs["of"], f"_{self.pieces.suffix}{piece}"
+        named = f"{of}{suffix}" if node in self.varying else of
         self._keep(node, piece, self._copy(node, piece, of=named))
 
 

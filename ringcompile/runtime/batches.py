@@ -84,14 +84,15 @@ def deal(program: Program, inputs: Mapping[str, torch.Tensor]) -> Deal:
     replicas = mesh.size("dp") if mesh is not None else 1
     if mesh is None or not program.returns:
         return Deal(lengths, ((Part(0, 0, lengths),),) * replicas)
-    batch = lengths[BATCH]
-    if batch < replicas:
+    batch, unit = lengths[BATCH], program.batch_multiple
+    if batch < replicas * unit:
+        each = "one" if unit == 1 else str(unit)
         raise RingCompileError(
             f"a batch of {batch} is too small for dp={replicas}",
-            hint=f"pass at least {replicas} sequences, one for each replica",
+            hint=f"pass at least {replicas * unit} sequences, {each} for each replica",
         )
     runs = num_microbatches(program, batch)
-    firsts = [i * batch // (replicas * runs) for i in range(replicas * runs + 1)]
+    firsts = [i * (batch // unit) // (replicas * runs) * unit for i in range(replicas * runs + 1)]
     parts = [
         Part(end - first, first, {**lengths, PART: end - first, FIRST: first})
         for first, end in pairwise(firsts)
@@ -113,7 +114,7 @@ def num_microbatches(program: Program, batch: int) -> int:
         return 1
     stages = mesh.size("pp")
     wanted = program.microbatches or (_PER_STAGE * stages if stages > 1 else 1)
-    return max(1, min(batch // mesh.size("dp"), wanted))
+    return max(1, min(batch // (mesh.size("dp") * program.batch_multiple), wanted))
 
 
 def runs_of(program: Program, batch: int) -> tuple[int, int]:
@@ -125,8 +126,8 @@ def runs_of(program: Program, batch: int) -> tuple[int, int]:
     """
     if not program.returns or program.mesh is None:
         return 1, batch
-    count = num_microbatches(program, batch)
-    return count, -(-batch // (count * program.mesh.size("dp")))
+    count, unit = num_microbatches(program, batch), program.batch_multiple
+    return count, -(-batch // (count * program.mesh.size("dp") * unit)) * unit
 
 
 def uses_numbers(program: Program) -> bool:

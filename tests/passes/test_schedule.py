@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.compiler import in_halves, transform
+from ringcompile.compiler import transform
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.node_times import node_times
 from ringcompile.cost.rank import cost_of
@@ -111,26 +113,25 @@ def test_a_schedule_is_not_slower(spec: str) -> None:
 # -- halves of a batch ----------------------------------------------------------------------------
 
 
-@lru_cache
-def halves(name: str) -> Program:
-    return in_halves(captured(name, 2))
+def halves(name: str, spec: str, **options: Any) -> ParallelProgram:
+    return transform(captured(name, 2), f"{spec},halves=2", **options)
 
 
 @pytest.mark.parametrize("schedule", [None, TIMED], ids=["as-it-is", "scheduled"])
 @pytest.mark.parametrize("spec", ["ring=4", "tp=2", "ulysses=2", "ring=2,tp=2", "pp=2,ring=2"])
 def test_halves_give_what_the_batch_gives(spec: str, schedule: Schedule | None) -> None:
-    compare(transform(halves("dense-4l-tiny"), spec, schedule=schedule), "dense-4l-tiny", 2)
+    compare(halves("dense-4l-tiny", spec, schedule=schedule), "dense-4l-tiny", 2)
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny", "bert-tiny"])
 def test_halves_of_other_models(name: str) -> None:
-    compare(transform(halves(name), "ring=2", schedule=TIMED), name, 2)
+    compare(halves(name, "ring=2", schedule=TIMED), name, 2)
 
 
 def test_halves_take_turns() -> None:
     """Each attention's transfers of one half, then of the other, then the next attention's."""
     for rank in range(4):
-        program = transform(halves("dense-4l-tiny"), "ring=4", schedule=TIMED).rank(rank)
+        program = halves("dense-4l-tiny", "ring=4", schedule=TIMED).rank(rank)
         order = [str(n.kwargs["of"]) for n in program.graph.nodes if str(n.target) == SHIFT]
         turns = [name.split("_")[-1] for name in dict.fromkeys(order)]
         assert turns == ["half0", "half1"] * 4
@@ -139,7 +140,7 @@ def test_halves_take_turns() -> None:
 
 def test_what_does_not_depend_on_the_batch_is_computed_once() -> None:
     alone = transform(captured("dense-4l-tiny"), "ring=2").rank(0)
-    both = transform(halves("dense-4l-tiny"), "ring=2").rank(0)
+    both = halves("dense-4l-tiny", "ring=2").rank(0)
     for name in ("aten.cos.default", "ringcompile.positions.default"):
         assert [sum(str(n.target) == name for n in p.graph.nodes) for p in (alone, both)] == [1, 1]
 
@@ -150,7 +151,7 @@ def test_one_half_hides_the_other_halfs_transfers() -> None:
     timed = Schedule(node_times(cluster, length))
     exposed = []
     for schedule in (None, timed):
-        parallel = transform(halves("dense-4l-small"), "ring=4", schedule=schedule)
+        parallel = halves("dense-4l-small", "ring=4", schedule=schedule)
         costs = [cost_of(program, length) for program in parallel.ranks()]
         exposed.append(simulate(costs, cluster).exposed_seconds)
     assert exposed[1] < 0.8 * exposed[0]
@@ -165,25 +166,29 @@ class Mean(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("program", "line"),
+    ("program", "why", "line"),
     [
-        (lambda: captured("moe-4l-tiny", 2), "cumsum"),
-        (lambda: capture(Mean().eval(), (torch.randn(2, 8, 4),)), "mean"),
+        (lambda: captured("moe-4l-tiny", 2), "experts take a limited number of tokens", "cumsum"),
+        (lambda: capture(Mean().eval(), (torch.randn(2, 8, 4),)), "sequences of a batch are mixed",
+         "mean"),
     ],
     ids=["capacity", "mean"],
 )
-def test_a_batch_whose_sequences_are_mixed_has_no_halves(program: object, line: str) -> None:
-    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here") as error:
-        in_halves(program())  # type: ignore[operator]
+def test_a_batch_whose_sequences_are_mixed_has_no_halves(
+    program: Callable[[], Program], why: str, line: str
+) -> None:
+    with pytest.raises(RingCompileError, match=why) as error:
+        transform(program(), "ring=2,halves=2")
     assert line in str(error.value)
-    assert "--overlap halves" in str(error.value)
+    assert "leave out halves (--overlap halves)" in str(error.value)
 
 
 def test_a_capacity_that_each_half_counts_alone_is_all_that_may_mix() -> None:
-    in_halves(captured("moe-4l-tiny", 2), "local")
+    parallel = halves("moe-4l-tiny", "ring=2", capacity="local")
+    assert any("counted for each half alone" in note for note in parallel.notes)
     whole = capture(Mean().eval(), (torch.randn(2, 8, 4),))
     with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
-        in_halves(whole, "local")
+        transform(whole, "ring=2,halves=2", capacity="local")
 
 
 class Pooled(nn.Module):
@@ -197,4 +202,32 @@ class Pooled(nn.Module):
 def test_one_number_for_the_whole_batch_has_no_halves() -> None:
     program = capture(Pooled().eval(), (torch.randn(1, 8, 4),))
     with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
-        in_halves(program)
+        transform(program, "halves=2")
+
+
+@pytest.mark.parametrize("spec", [
+    "dp=2,ring=2", "pp=2,tp=2", "ring=2,time=2",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in (
+        "pp=2,ring=2,time=2", "dp=2,pp=2", "time=3", "ep=2,time=2", "ulysses=2,time=2")),
+])
+@pytest.mark.parametrize("name", [
+    "llama-tiny", pytest.param("mixtral-tiny", marks=pytest.mark.slow)])
+def test_halves_go_with_every_axis(name: str, spec: str) -> None:
+    """Batches of 4 and 6: microbatches and replicas get pairs of sequences."""
+    parallel = halves(name, spec)
+    for batch in (4, 6):
+        compare(parallel, name, batch)
+
+
+def test_an_odd_batch_and_one_that_is_fixed_have_no_halves() -> None:
+    loaded = load_model("llama-tiny", batch=3)
+    with pytest.raises(RingCompileError, match="a batch of 3 cannot be cut into 2 equal parts"):
+        run(halves("llama-tiny", "ring=2"), loaded.args)
+    one = capture(loaded.module, loaded.args, loaded.kwargs, dims={"inputs": {1: "sequence"}})
+    with pytest.raises(RingCompileError, match="batch is fixed at 3, and cannot be dealt out"):
+        transform(one, "ring=2,halves=2")
+
+
+def test_halves_and_a_cache_are_refused() -> None:
+    with pytest.raises(RingCompileError, match="a cache does not go with halves=2"):
+        transform(captured("llama-tiny", 2), "halves=2", cache=32)
