@@ -10,26 +10,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.compile_time import LLAMA_70B
 from tests.support import some_fast
 
 SECONDS, BYTES = 60, 2e9
 VERIFIED = 5  # seconds for 16 ranks of 3,000 nodes
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "float16",
-    "vocab_size": 128256,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "rms_norm_eps": 1e-05,
-    "tie_word_embeddings": False,
-    "use_cache": False,
-}
 # Seconds are CPU seconds of the one thread that works: wall time where nothing else runs.
 # What one process does from the model's name to the checked programs of all ranks.
 SCRIPT = """

@@ -176,12 +176,22 @@ def divide(a: Size, b: Size) -> Size | None:
     """A / b where that is an integer for all values of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
+    return _quotient(a, b)
+
+
+@lru_cache(maxsize=65536)  # sympy takes a millisecond; layers ask for the same ones
+def _quotient(a: Size, b: Size) -> Size | None:
     quotient = sympy.cancel(sympy.sympify(a) / b)
     return simplify(quotient) if quotient.is_integer else None
 
 
 def product(sizes: Any) -> Size:
     """The product of sizes, expanded so that equal products compare equal."""
+    return _product(tuple(sizes))
+
+
+@lru_cache(maxsize=65536)
+def _product(sizes: tuple[Size, ...]) -> Size:
     result: Any = 1
     for size in sizes:
         result = result * size

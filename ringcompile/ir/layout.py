@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ringcompile.axes import ONLY_SEQUENCE, AxisRef, base_axis, refs, size_of
 from ringcompile.ir.expr import Size, divide, equal, product, to_text
@@ -155,6 +156,19 @@ def regroup(
     dims begin and end changes. An atom that is split may be cut in two only if its major part
     still divides over its axes.
     """
+    return _regrouped(
+        tuple(sizes), layout, tuple(out_sizes), tuple(sorted(axis_sizes.items()))
+    )
+
+
+@lru_cache(maxsize=65536)  # views repeat from layer to layer
+def _regrouped(
+    sizes: tuple[Size, ...],
+    layout: Layout,
+    out_sizes: tuple[Size, ...],
+    axes: tuple[tuple[str, int], ...],
+) -> Layout | None:
+    axis_sizes = dict(axes)
     atoms = _rejoined(
         merge(
             atom
