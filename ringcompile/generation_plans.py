@@ -105,7 +105,7 @@ class GenerationPlan:
 
 def generation_plans(
     model: str | Program, cluster: Cluster, request: GenerationRequest, dtype: str | None = None,
-    specs: Iterable[str] = (),
+    specs: Iterable[str] = (), any_fit: bool = True,
 ) -> list[GenerationPlan]:
     """Plans for a request: those that fit, soonest next token first, and then the others.
 
@@ -115,6 +115,7 @@ def generation_plans(
         request: what is generated.
         dtype: to cast a model that is named to.
         specs: parallel specs; all products of `dp`, `pp`, `ring` and `tp` where none are named.
+        any_fit: refuse where none fits.
 
     Raises:
         RingCompileError: the model cannot be captured, or none fits.
@@ -127,7 +128,7 @@ def generation_plans(
         if not any(mesh.size(axis) > 1 for axis in _LEFT_OUT)
     ]
     plans = _ranked(_Judge(model, cluster, request).all(meshes))
-    if not plans[0].fits:
+    if any_fit and not plans[0].fits:
         raise RingCompileError(
             f"no parallel spec can generate this: {plans[0].why}",
             hint="use more devices, a shorter context, a smaller batch or a larger device",
