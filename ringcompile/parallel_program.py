@@ -22,6 +22,7 @@ from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.serialize import program_to_json
 from ringcompile.ir.shortened import Shortened, shorten
 from ringcompile.mesh import Mesh
+from ringcompile.ops.ownership import check_ownership
 from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize import Canonicalize
@@ -129,7 +130,8 @@ class ParallelProgram:
         """Check all ranks' programs against each other; see `ir/crosscheck.py`.
 
         Programs of an artifact are also compared with what follows from the program for all ranks;
-        see `ir/origin.py`.
+        see `ir/origin.py`. With a cache, each key is stored once and seen once by every later
+        query; see `ops/ownership.py`.
 
         Raises:
             RingCompileError: naming the ranks and nodes that do not fit together.
@@ -143,6 +145,12 @@ class ParallelProgram:
                 check_origin(rank, program, self._derived(rank))
         for other in filter(None, (self.carried, self.prefill)):
             other.verify()
+        if self.carried is not None:
+            with one_error("proving that each key is kept once", self.saved is not None):
+                check_ownership(
+                    self.carried.program, self.carried.ranks(),
+                    [] if self.prefill is None else self.prefill.ranks(), self.mesh,
+                )
 
     def _derived(self, rank: int) -> Program:
         """What follows for a rank from a program for all ranks that may be anything."""
