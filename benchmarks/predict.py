@@ -134,7 +134,7 @@ def run(model: str, turns: int) -> list[Row]:
             """Of a step, and of the products around it on all ranks."""
             inputs = {
                 name: torch.cat([tensor] * count_of(spec))
-                for name, tensor in random_inputs(program, length).items()
+                for name, tensor in random_inputs(made[spec], length, 1).items()
             }
             before = ranks[spec].call(product_seconds)
             stats = ranks[spec].run(inputs).stats

@@ -11,10 +11,10 @@ from torch import nn
 
 from ringcompile.compiler import recorded_model
 from ringcompile.ir.communication import SHIFT
-from ringcompile.ir.expr import BATCH, SEQUENCE, bind
-from ringcompile.ir.program import Program
 from ringcompile.numerics.check import Comparison, Numerics, Request
+from ringcompile.numerics.draw import Draw, draw_inputs
 from ringcompile.numerics.files import read_input_file
+from ringcompile.numerics.roles import roles_of
 from ringcompile.options import TRIES
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.data import name_inputs
@@ -143,25 +143,23 @@ def _request(
 
 
 def random_inputs(
-    program: Program, length: int, batch: int | None = None
+    parallel: ParallelProgram, length: int, batch: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Whole inputs by name: small token ids, masks of ones, normal floats; seeded.
+    """Whole inputs by name, drawn as `verify --numerics` draws them, without padding; seeded.
+
+    Ids come from all rows of the tables that they index, but for those that the model compares ids
+    with, such as that of padding.
 
     Args:
-        program: any rank's.
+        parallel: what is to take them.
         length: of the sequences, in tokens.
         batch: how many sequences; by default one for each replica.
     """
-    generator = torch.Generator().manual_seed(0)
-    replicas = 1 if program.mesh is None else program.mesh.size("dp")
-    known = {SEQUENCE: length, BATCH: batch or max(replicas, program.batch_range[0])}
-    made = {}
-    for spec in program.inputs:
-        shape = [int(bind(size, known)) for size in spec.type.shape]
-        if spec.type.dtype.is_floating_point:
-            made[spec.name] = torch.randn(shape, generator=generator).to(spec.type.dtype)
-        elif "mask" in spec.name:
-            made[spec.name] = torch.ones(shape, dtype=spec.type.dtype)
-        else:
-            made[spec.name] = torch.randint(0, 2, shape, generator=generator).to(spec.type.dtype)
-    return made
+    program, mesh = parallel.program, parallel.mesh
+    captured = parallel.reference or program
+    least = max(mesh.size("dp"), program.batch_range[0])
+    least += -least % program.batch_multiple
+    return draw_inputs(
+        captured, roles_of(captured), Draw(length, seed=0, plain=1), mesh.size("dp"),
+        mesh.size("tp"), program, batch or least,
+    )

@@ -126,7 +126,7 @@ def test_outputs_are_written_by_suffix(folder: Path, suffix: str) -> None:
     }
     found = readers[suffix](folder / f"last{suffix}")
     made = compiler.load(folder / "out")
-    expected = execution.run(made, execution.random_inputs(made.program, 40))[:, -3:]
+    expected = execution.run(made, execution.random_inputs(made, 40))[:, -3:]
     assert difference(found, expected) <= TOLERANCE
 
 

@@ -106,7 +106,7 @@ def bench(
         raise RingCompileError(f"'{out}' is for a batch of {fixed}, --batch asks for {batch}")
     batch = fixed or batch or max(made.mesh.size("dp"), made.program.batch_range[0])
     predicted = _predicted(made, cluster, length, batch)
-    inputs = execution.random_inputs(made.program, length, batch)
+    inputs = execution.random_inputs(made, length, batch)
     picked = join.pick_backend(backend, made.world_size)
     opened = session.Session(made, picked, threads=threads, timeout=timeout)
     with CONSOLE.status(f"running {made.world_size} ranks"), opened as ranks:

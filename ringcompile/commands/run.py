@@ -138,7 +138,7 @@ def _whole_inputs(
         return data.name_inputs(program, files.read_input_file(file))
     if text is not None:
         return prompts.prompt_inputs(program, tokenizer, text)
-    return execution.random_inputs(program, length)
+    return execution.random_inputs(parallel, length)
 
 
 def _report(found: job.RunReport, following: str, as_json: bool) -> None:

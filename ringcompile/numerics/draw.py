@@ -50,6 +50,7 @@ def draw_inputs(
     replicas: int,
     shares: int,
     run_by: Program | None = None,
+    batch: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Whole inputs by name.
 
@@ -60,14 +61,16 @@ def draw_inputs(
         replicas: as many sequences as there are, one more, or a few for each, by the seed.
         shares: into how many parts ranks divide a vocabulary.
         run_by: the program that has to take the batch as well, if it is another one.
+        batch: how many sequences, whatever the seed.
     """
     generator = torch.Generator().manual_seed(draw.seed)
     found = {}
     run_by = run_by or program
     low, high = run_by.batch_range
     wanted = (replicas + 1, replicas, 3 * replicas + 2)[draw.seed % 3]
-    batch = max(low, replicas, min(wanted, high or wanted))
-    batch += -batch % run_by.batch_multiple
+    if batch is None:
+        batch = max(low, replicas, min(wanted, high or wanted))
+        batch += -batch % run_by.batch_multiple
     known = {SEQUENCE: draw.length, BATCH: batch}
     for spec in program.inputs:
         shape = [int(bind(size, known)) for size in spec.type.shape]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ringcompile import execution
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
@@ -133,3 +134,16 @@ def test_lengths_stay_in_the_range_of_the_program_and_reach_its_last_row() -> No
     lengths = lengths_to_try([program], 4, 8)
     assert min(lengths) >= program.length_range[0]
     assert max(lengths) == program.length_range[1] == 29
+
+
+@pytest.mark.parametrize(("spec", "batch"), [("tp=2", 1), ("dp=2", 2)])
+def test_what_is_run_without_inputs_is_drawn_likewise(spec: str, batch: int) -> None:
+    """Ids come from the whole vocabulary; there is a sequence for each replica."""
+    module, args = zoo.build("gpt-tiny", sequence=24)
+    parallel = transform(capture(module, args), spec)
+    (ids,) = execution.random_inputs(parallel, 500).values()
+    assert list(ids.shape) == [batch, 500]
+    assert (int(ids.min()), int(ids.max())) == (0, 511)
+    assert ids.unique().numel() > 256
+    assert torch.equal(ids, execution.random_inputs(parallel, 500)[parallel.program.inputs[0].name])
+    assert execution.random_inputs(parallel, 30, 5)[parallel.program.inputs[0].name].shape[0] == 5
