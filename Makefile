@@ -25,7 +25,7 @@ help:  ## Show this list
 
 setup: $(STAMP)  ## Make .venv with the pinned versions; quick when nothing changed
 
-demo: setup  ## SmolLM2 on real text: one device against ring=4 on 4 processes
+demo: setup  ## SmolLM2 on real text, and an answer: one device against ring=4 on 4 processes
 	$(PY) examples/demo.py
 
 test: lint  ## Lint, then every test that is not slow

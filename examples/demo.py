@@ -1,7 +1,8 @@
 """SmolLM2-135M on real English text: one device against ring attention on four processes.
 
 Makes a Hugging Face checkpoint from the packaged weights, compiles it for `ring=4` through the same
-calls as the command line, runs both on the same text, and prints a table. `make demo` runs it.
+calls as the command line, runs both on the same text, and prints a table. Then both answer a
+question about the text, token by token, with the same words. `make demo` runs it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import torch
 from real_models import english_text, smollm2_checkpoint
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ringcompile as rc
-from ringcompile.runtime.launcher import LocalRanks
+from ringcompile.generation import stream
+from ringcompile.runtime.outputs import EVERYTHING
 
 BUILD = Path(__file__).parents[1] / "build"
 RANKS = 4
+# The question is about the beginning of the text; a small model answers in a sentence or two.
+ABOUT, NEW_TOKENS, CACHE = 400, 32, 1024
+QUESTION = "What does the assert statement do? Answer in one sentence."
 
 
 def main() -> None:
@@ -35,13 +40,16 @@ def main() -> None:
 
     with console.status("making the checkpoint"):
         checkpoint = smollm2_checkpoint(BUILD)
-        ids = english_text(tokens, AutoTokenizer.from_pretrained(checkpoint))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        ids = english_text(tokens, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
 
     with console.status("compiling for ring=4"):
         start = time.perf_counter()
         program = rc.capture(model, (ids[:, :24],), name="SmolLM2-135M")
-        parallel = rc.transform(program, f"ring={RANKS}", record={"model": str(checkpoint)})
+        parallel = rc.transform(
+            program, f"ring={RANKS}", cache=CACHE, record={"model": str(checkpoint)}
+        )
         out = BUILD / "smollm2-ring4"
         parallel.save(out, overwrite=True)
         compile_seconds = time.perf_counter() - start
@@ -51,9 +59,15 @@ def main() -> None:
         with torch.no_grad():
             expected = model(ids, use_cache=False).logits
         single_seconds = time.perf_counter() - start
-    waiting = console.status(f"{RANKS} processes, {tokens} tokens")
-    with waiting, LocalRanks(rc.load, (out,)) as ranks:
-        done = ranks.run((ids,))
+    prompt = question(tokenizer, ids)
+    with console.status("one device answers a question"), torch.no_grad():
+        told = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    answer = told[0, prompt.shape[1] :].tolist()
+    with rc.Session(rc.load(out), "gloo") as session:
+        with console.status(f"{RANKS} processes, {tokens} tokens"):
+            done = session.result(ids, EVERYTHING)
+        print(f"\n{QUESTION}\none device: {tokenizer.decode(answer)}")
+        same = answered(session, prompt, tokenizer) == answer
     logits = done.outputs["logits"]
 
     table = Table(title=f"SmolLM2-135M, {tokens} tokens of English, {os.cpu_count()} CPU cores")
@@ -79,6 +93,32 @@ def main() -> None:
     print(f"programs: {out} (read {out / 'rank1.py'}, or: ringcompile dump {out} --rank 1)")
     if difference > 2e-5:
         raise SystemExit("the numbers differ")
+    if not same:
+        raise SystemExit("the words differ")
+
+
+def question(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:
+    """The beginning of the text and a question about it, as the model was taught: [1, tokens]."""
+    text = f"{tokenizer.decode(ids[0, :ABOUT])}\n\n{QUESTION}"
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return torch.tensor([tokenizer(asked, add_special_tokens=False)["input_ids"]])
+
+
+def answered(
+    session: rc.Session, prompt: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The tokens of the answer, printed as they come."""
+    made: list[int] = []
+    print(f"ring={RANKS}:     ", end="", flush=True)
+    started = time.perf_counter()
+    for column in stream(session, prompt, NEW_TOKENS, eos_token_id=tokenizer.eos_token_id):
+        made.append(int(column[0]))
+        print(tokenizer.decode(made[-1:]), end="", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"\n{len(made)} tokens behind {prompt.shape[1]} in {seconds:.1f} s\n")
+    return made
 
 
 def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
