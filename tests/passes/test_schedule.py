@@ -110,6 +110,52 @@ def test_a_schedule_is_not_slower(spec: str) -> None:
     assert seconds[1] <= seconds[0] * 1.001
 
 
+# -- pieces of a sequence -------------------------------------------------------------------------
+
+
+def hidden_seconds(parallel: ParallelProgram, rank: int, length: int) -> dict[str, float]:
+    """By layer: how long keys of piece 0 travel there while piece 1 is in the layer before.
+
+    Only nodes with the name of their piece count, so attention of piece 1 comes on top.
+    """
+    program = parallel.rank(rank)
+    of = {node.name: str(node.kwargs["of"]) for node in program.graph.nodes
+          if str(node.target) == SHIFT}
+    layer = {node.name: node.meta["loc"].layer.partition(".attention")[0]
+             for node in program.graph.nodes if "loc" in node.meta}
+    found = simulate(
+        [cost_of(x, length) for x in parallel.ranks()], load_cluster("h100x16")).timeline
+    late = [(layer[event.name], found.start(i), found.ends[i])
+            for i, event in enumerate(found.events)
+            if event.rank == rank and event.stream == "compute" and event.name.endswith("_t1")]
+    hidden = dict.fromkeys((f"blocks.{i}" for i in range(1, 4)), 0.0)
+    for transfer in found.transfers:
+        if transfer.rank != rank or not of[transfer.name].endswith("_t0"):
+            continue
+        here, begin, end = layer[transfer.name], found.ends[transfer.begin], found.ends[
+            transfer.done]
+        for there, start, stop in late:
+            if here in hidden and there.startswith(f"blocks.{int(here[-1]) - 1}"):
+                hidden[here] += max(0.0, min(end, stop) - max(begin, start))
+    return hidden
+
+
+def test_keys_of_a_pieces_next_layer_travel_while_the_other_piece_is_computed() -> None:
+    length = 2048
+    timed = Schedule(node_times(load_cluster("h100x16"), length))
+    scheduled, plain = (
+        transform(captured("dense-4l-small"), "ring=4,time=2", order="contiguous", schedule=how)
+        for how in (timed, None)
+    )
+    hidden = hidden_seconds(scheduled, 1, length)
+    assert len(hidden) == 3
+    assert min(hidden.values()) > 5e-6, hidden
+    assert max(hidden_seconds(plain, 1, length).values()) == 0.0  # in the order of the graph
+    costs = [[cost_of(x, length) for x in p.ranks()] for p in (plain, scheduled)]
+    exposed = [simulate(each, load_cluster("h100x16")).exposed_seconds for each in costs]
+    assert exposed[1] < 0.5 * exposed[0]
+
+
 # -- halves of a batch ----------------------------------------------------------------------------
 
 
