@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
 
@@ -19,6 +18,7 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.expr import SEQUENCE, is_symbolic, symbols_in
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
@@ -197,7 +197,7 @@ def _inputs(family: Family, length: int, batch: int) -> dict[str, torch.Tensor]:
 def any_length(program: Program) -> bool:
     """Whether a program serves other lengths than that of its example."""
     return any(
-        isinstance(size, sympy.Expr) and size.free_symbols
+        is_symbolic(size) and SEQUENCE in symbols_in(size)
         for given in program.inputs
         for size in given.type.shape
     )
