@@ -62,6 +62,16 @@ def test_the_page_is_up_to_date(all_texts: dict[str, Text]) -> None:
     )
 
 
+def test_the_page_lists_every_candidate() -> None:
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert list(table.rows_of(page)) == candidates()
+    assert table.written(page, {}) == page
+    kinds = [table.kind_of(cells) for cells in table.rows_of(page).values()]
+    matched = [kind for kind in kinds if kind != UNMATCHED]
+    assert not {WRONG, CRASHED} & set(matched)
+    assert matched.count(IDENTICAL) >= LEAST_IDENTICAL * len(matched)
+
+
 def test_rows_are_written_anew_and_counted() -> None:
     refused = Outcome(REFUSED, reason="for a test. And more", line="a.py:3")
     page = table.written("# Page\n", {

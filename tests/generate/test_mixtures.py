@@ -1,0 +1,125 @@
+"""Mixtures of experts in plain PyTorch, token by token: routing is each token's own affair."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ringcompile as rc
+from tests.generate.models import WIDTH, Rotary, cached, checked_session, difference, ids
+
+EXACT, EXPERTS, TURNS = 1e-10, 4, (1, 1, 20, 1, 5)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, 2 * WIDTH))
+        self.down = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH, WIDTH))
+
+    def chosen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(self.router(x).softmax(-1).topk(2, -1))
+
+    def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x @ self.up[e]) @ self.down[e]
+
+
+class Dense(Mixture):
+    """Every expert on every token, weighed by 0 unless it is one of the best two."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, index = self.chosen(x)
+        gates = torch.zeros(*x.shape[:2], EXPERTS, dtype=x.dtype).scatter(-1, index, weight)
+        hidden = F.gelu(torch.einsum("bsd,edf->besf", x, self.up))
+        return torch.einsum("besf,efd,bse->bsd", hidden, self.down, gates)
+
+
+class Gathered(Mixture):
+    """The weights of each token's own experts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, index = self.chosen(x)
+        hidden = F.gelu(torch.einsum("bsd,bskdf->bskf", x, self.up[index]))
+        return torch.einsum("bskf,bskfd,bsk->bsd", hidden, self.down[index], weight)
+
+
+class Loop(Mixture):
+    """Expert by expert."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, index = self.chosen(x)
+        return sum(
+            (weight * (index == e)).sum(-1, keepdim=True) * self.expert(e, x)
+            for e in range(EXPERTS)
+        )
+
+
+class FirstFew(Mixture):
+    """An expert takes the first four tokens of a sequence that choose it: a prefix sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, index = self.router(x).softmax(-1).max(-1)
+        hot = F.one_hot(index, EXPERTS)
+        kept = (hot.cumsum(1) * hot).sum(-1) <= 4
+        return sum(
+            (((index == e) & kept) * weight)[..., None] * self.expert(e, x)
+            for e in range(EXPERTS)
+        )
+
+
+class HalfOfAll(Mixture):
+    """An expert takes half of all tokens of the batch: how many there are matters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, index = self.router(x).softmax(-1).max(-1)
+        hot = F.one_hot(index, EXPERTS)
+        kept = (hot.cumsum(1) * hot).sum(-1) <= x.shape[1] // 2
+        return sum(
+            (((index == e) & kept) * weight)[..., None] * self.expert(e, x)
+            for e in range(EXPERTS)
+        )
+
+
+class Routed(Rotary):
+    def __init__(self, mixture: type[Mixture]) -> None:
+        super().__init__()
+        self.mixture = mixture()
+
+    def run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, self.turn, mask)
+            x = x + self.mixture(x)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mixture", "spec"),
+    [(Gathered, "ring=2,tp=2"), (FirstFew, "ring=4"), *(
+        pytest.param(mixture, spec, marks=pytest.mark.slow)
+        for mixture in (Dense, Gathered, Loop, FirstFew)
+        for spec in ("ring=4", "ring=2,tp=2", "pp=2", "ulysses=2")
+        if (mixture, spec) not in ((Gathered, "ring=2,tp=2"), (FirstFew, "ring=4"))
+    )],
+)
+def test_turns(mixture: type[Mixture], spec: str) -> None:
+    module, parallel = cached(partial(Routed, mixture), spec)
+    tokens = ids(60)
+    expected = module(tokens)
+    with checked_session(parallel) as session:
+        first = session.extend(tokens[:, :9], last=True)
+        assert difference(first, expected[:, 8:9]) < EXACT
+        for new in TURNS:
+            now = slice(session.length, session.length + new)
+            assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
+
+
+def test_a_capacity_that_counts_all_tokens_is_refused() -> None:
+    with pytest.raises(rc.RingCompileError, match="is used as a number") as refused:
+        cached(partial(Routed, HalfOfAll), "ring=2")
+    assert "test_mixtures.py:" in str(refused.value)
