@@ -18,6 +18,7 @@ from ringcompile.commands.bench import bench
 from ringcompile.commands.calibrate import calibrate
 from ringcompile.commands.check import check
 from ringcompile.commands.dump import dump
+from ringcompile.commands.examples import epilog
 from ringcompile.commands.generate import generate
 from ringcompile.commands.info import info
 from ringcompile.commands.models import models
@@ -73,4 +74,8 @@ for _command in (
     bench, calibrate, check, dump, generate, info, models, plan, run, simulate, transform, verify,
     view,
 ):
+    _options = tuple(
+        str(option.name) for option in _command.params if isinstance(option, click.Option)
+    )
+    _command.epilog = epilog(str(_command.name), _options)
     cli.add_command(_command)

@@ -218,7 +218,7 @@ def test_info(folder: Path) -> None:
         "  output output: float32 [b, s, 512]",
         "  length of the sequence: s, at least 1 tokens",
         "  batch: any number of sequences",
-        "  weights of a rank: 0.00118 GB",
+        "  weights of a rank: 1.18 MB",
         "run: ringcompile run out",
         "run: torchrun --nproc-per-node 2 -m ringcompile run out",
     ]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 
 import ringcompile
 from ringcompile.cli import cli
+from ringcompile.commands.examples import EXAMPLES
 from ringcompile.later import Later, package_with
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +103,25 @@ USAGE: dict[str, tuple[dict[str, str], str]] = {  # what is set, what stands in 
          "plain,simulate"),
     " ": ({"_RINGCOMPILE_COMPLETE": COMPLETION, "COMP_CWORD": "2",
            "COMP_WORDS": "ringcompile transform --or"}, "plain,--order"),
+    "  ": ({"_RINGCOMPILE_COMPLETE": COMPLETION, "COMP_CWORD": "3",
+            "COMP_WORDS": "ringcompile transform --parallel ring=2,u"}, "plain,ring=2,ulysses="),
+    "   ": ({"_RINGCOMPILE_COMPLETE": COMPLETION, "COMP_CWORD": "3",
+             "COMP_WORDS": "ringcompile plan --cluster h2"}, "plain,h200x16"),
 }
+
+
+def test_every_command_has_examples_that_it_takes() -> None:
+    assert set(EXAMPLES) == set(cli.commands)
+    for name, examples in EXAMPLES.items():
+        text = cli.commands[name].get_help(click.Context(cli.commands[name], info_name=name))
+        for example in examples:
+            assert f"  ringcompile {example}\n" in f"{text}\n"
+            first, *words = shlex.split(example)
+            assert first == name
+            cli.commands[name].make_context(name, words)
+    help_ = cli.commands["run"].get_help(click.Context(cli.commands["run"], info_name="run"))
+    assert "Every option can be set by a variable, such as RINGCOMPILE_RUN_SEQ." in help_
+    assert "  torchrun --nproc-per-node 8 -m ringcompile run out" in help_
 
 
 @pytest.mark.parametrize("words", USAGE)

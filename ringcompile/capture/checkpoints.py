@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,10 @@ def load_weights(folder: Path, cls: Any, dtype: torch.dtype | None) -> nn.Module
     """
     check_weight_files(folder)
     try:
-        module, info = cls.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=dtype or "auto"
-        )
+        with _bars_on_terminals_only():
+            module, info = cls.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, dtype=dtype or "auto"
+            )
     except Exception as error:  # transformers raises many kinds
         first = (str(error).strip().splitlines() or [""])[0]
         raise RingCompileError(
@@ -158,6 +160,20 @@ def load_weights(folder: Path, cls: Any, dtype: torch.dtype | None) -> nn.Module
             hint=f"{_AGAIN}; or the checkpoint is for another class",
         )
     return module
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the progress bars of transformers out of pipes and log files."""
+    logging = sys.modules["transformers"].utils.logging
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def without_weights(cls: Any, config: Any, dtype: torch.dtype | None) -> nn.Module:

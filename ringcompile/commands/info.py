@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import JSON, Out, artifact_argument, gigabytes
+from ringcompile.commands.options import JSON, Out, artifact_argument, size_text
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def info(out: Out, as_json: bool) -> None:
     click.echo(f"  length of the sequence: {facts['length']}")
     click.echo(f"  batch: {facts['batch']}")
     weights = facts["weight_bytes"]
-    share = gigabytes(weights[0]) if len(set(weights)) == 1 else (
-        f"{gigabytes(min(weights))} to {gigabytes(max(weights))}"
+    share = size_text(weights[0]) if len(set(weights)) == 1 else (
+        f"{size_text(min(weights))} to {size_text(max(weights))}"
     )
     click.echo(f"  weights of a rank: {share}")
     for note in facts["notes"]:

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ringcompile.axes import AXES
 from ringcompile.cost.hardware import cluster_names
 from ringcompile.later import Later
 from ringcompile.options import BACKENDS, DTYPES, Options, option_fields
@@ -35,8 +36,22 @@ PROMPT = (
     click.option("--tokenizer", metavar="FOLDER", help="A checkpoint with the tokenizer, if the "
                  "model's own is not where it was."),
 )
+
+
+def _complete_axes(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
+    """The axes that may come next in a parallel spec."""
+    before, comma, last = text.rpartition(",")
+    used = [part.partition("=")[0] for part in before.split(",")]
+    return [f"{before}{comma}{axis}=" for axis in AXES if axis.startswith(last)
+            and axis not in used]
+
+
+def _complete_clusters(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
+    return [name for name in cluster_names() if name.startswith(text)]
+
+
 PARALLEL = click.option(
-    "--parallel", required=True, metavar="SPEC",
+    "--parallel", required=True, metavar="SPEC", shell_complete=_complete_axes,
     help="The parallel spec: axes and sizes, such as ring=4 or pp=2,ring=4,tp=2; outermost first."
 )
 DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
@@ -64,7 +79,7 @@ CONTEXT = click.option(
     help="With --new-tokens: tokens of the prompt, before the new ones.",
 )
 CLUSTER = click.option(
-    "--cluster", required=True, metavar="NAME|FILE",
+    "--cluster", required=True, metavar="NAME|FILE", shell_complete=_complete_clusters,
     help=f"The hardware: {', '.join(cluster_names())}, or a file that `calibrate` wrote.",
 )
 EAGER = click.option(
@@ -168,9 +183,12 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms"
 
 
-def gigabytes(num_bytes: float) -> str:
-    """`6.44 GB`."""
-    return f"{num_bytes / 1e9:.3g} GB"
+def size_text(num_bytes: float) -> str:
+    """`6.44 GB`, `453 kB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def shares(parts: dict[str, float]) -> str:

@@ -18,9 +18,9 @@ from ringcompile.commands.options import (
     DTYPE,
     JSON,
     NEW_TOKENS,
-    gigabytes,
     milliseconds,
     print_table,
+    size_text,
 )
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.later import Later
@@ -115,7 +115,7 @@ def _generation(
              f"{request.context} tokens and {request.new_tokens} new ones")
     rows = [
         [str(found.mesh), milliseconds(found.ttft or 0), milliseconds(found.tpot or 0),
-         f"{request.batch / (found.tpot or 1):,.1f}", gigabytes(found.memory_bytes or 0),
+         f"{request.batch / (found.tpot or 1):,.1f}", size_text(found.memory_bytes or 0),
          ", ".join(found.serves), found.why]
         for found in fitting[:top]
     ]
@@ -131,7 +131,7 @@ def _print(title: str, plans: list[Plan], top: int) -> None:
     fitting = [found for found in plans if found.tps is not None]
     rows = [
         [str(found.variant), f"{(found.tps or 0) / 1e6:.4g} M", milliseconds(found.seconds or 0),
-         milliseconds(found.latency or 0), found.bound or "", gigabytes(found.memory_bytes or 0),
+         milliseconds(found.latency or 0), found.bound or "", size_text(found.memory_bytes or 0),
          found.why]
         for found in fitting[:top]
     ]

@@ -17,10 +17,10 @@ from ringcompile.commands.options import (
     NEW_TOKENS,
     Out,
     artifact_argument,
-    gigabytes,
     milliseconds,
     print_table,
     shares,
+    size_text,
 )
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.errors import RingCompileError
@@ -184,7 +184,7 @@ def _generation(
         return
     print_table(title, COLUMNS, _rows(step))
     click.echo(f"TTFT {milliseconds(found.ttft)}, TPOT {milliseconds(step.seconds)}, "
-               f"{facts['tps']:,.1f} tokens/s, cache {gigabytes(found.cache_bytes)} a rank")
+               f"{facts['tps']:,.1f} tokens/s, cache {size_text(found.cache_bytes)} a rank")
     click.echo(f"longest path of a token: {shares(dict(step.path))}")
 
 
@@ -235,8 +235,8 @@ COLUMNS = ["rank", "compute", "exposed communication", "bubble", "TFLOP", "sent"
 def _rows(found: simulation.Simulation) -> list[list[str]]:
     return [
         [str(r.rank), milliseconds(r.compute_seconds), milliseconds(r.exposed_seconds),
-         milliseconds(r.bubble_seconds), f"{r.flops / 1e12:.4g}", gigabytes(r.bytes_sent),
-         gigabytes(r.weight_bytes), gigabytes(r.memory_bytes)]
+         milliseconds(r.bubble_seconds), f"{r.flops / 1e12:.4g}", size_text(r.bytes_sent),
+         size_text(r.weight_bytes), size_text(r.memory_bytes)]
         for r in found.ranks
     ]
 
@@ -247,7 +247,7 @@ def _print(facts: dict[str, Any], found: simulation.Simulation) -> None:
     click.echo(f"step time {milliseconds(found.seconds)}, {facts['tps'] / 1e6:.4g} M tokens/s")
     click.echo(f"longest path: {shares(dict(found.path))}")
     if not facts["fits"]:
-        click.echo(f"does not fit: {gigabytes(found.memory_bytes)} a rank")
+        click.echo(f"does not fit: {size_text(found.memory_bytes)} a rank")
 
 
 def _write(
