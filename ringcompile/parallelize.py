@@ -49,8 +49,7 @@ def parallelize(
         module: the model in eval mode, with its weights.
         example: one tensor, a tuple of positional arguments, or a mapping of keyword arguments.
             Later calls may have another sequence length and another batch, as far as the model's
-            code allows: Hugging Face models that are captured with one sequence take one, and those
-            captured with two take two or more.
+            code allows.
         parallel: a spec such as "ring=4", or a torch `DeviceMesh` of all ranks whose dims are named
             by axes; its process groups are used.
         outputs: "whole" returns whole outputs on every rank; "local" a `Share`, what this rank has
