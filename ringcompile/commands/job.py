@@ -16,6 +16,7 @@ from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.batches import deal
 from ringcompile.runtime.join import JOIN_TIMEOUT, in_job, pick_backend
 from ringcompile.runtime.outputs import Keep, Summary, combined, shape_of
+from ringcompile.runtime.reports import slow_rank
 from ringcompile.session import Session
 from ringcompile.traces.measured import RankTrace, measured
 from ringcompile.traces.nodes import Nodes
@@ -60,6 +61,7 @@ class RunReport:
         outputs: of every output by name, its dtype, shape, mean and largest magnitude.
         tensors: whole outputs by name, where they are kept.
         traces: what each rank did when, where that was asked for.
+        slow: which rank the others waited for; empty where none was much slower.
     """
 
     ranks: int
@@ -69,6 +71,7 @@ class RunReport:
     outputs: dict[str, str]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     traces: Sequence[RankTrace] = ()
+    slow: str = ""
 
 
 def run_job(
@@ -99,6 +102,7 @@ def run_job(
         described(parallel, inputs, job.keep, found.summaries),
         outputs_by_name(found.outputs),
         found.traces,
+        slow_rank(found.stats),
     )
 
 

@@ -145,12 +145,16 @@ def _report(found: job.RunReport, following: str, as_json: bool) -> None:
     if as_json:
         facts = {"ranks": found.ranks, "backend": found.backend, "seconds": found.seconds,
                  "bytes_sent": found.bytes_sent, "outputs": found.outputs}
-        click.echo(json.dumps({**facts, **({"next": following} if following else {})}, indent=2))
+        more = {"next": following, "slow": found.slow}
+        said = {name: text for name, text in more.items() if text}
+        click.echo(json.dumps({**facts, **said}, indent=2))
         return
     click.echo(f"{found.ranks} ranks over {found.backend}, {found.seconds:.3f} s")
     for name, text in found.outputs.items():
         click.echo(f"  {name}: {text}")
     for rank, sent in enumerate(found.bytes_sent):
         click.echo(f"  rank {rank} sent {sent:,} bytes")
+    if found.slow:
+        click.echo(f"note: {found.slow}")
     if following:
         click.echo(f"next: {following}")

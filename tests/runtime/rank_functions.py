@@ -201,3 +201,21 @@ def miss_one(rank: Rank, absent: int) -> str:
     except PeerLostError as error:
         return str(error)
     return ""
+
+
+def run_slowly(rank: Rank, folder: str, slow: int, inputs: Any) -> list[Any]:
+    """A run in which one rank thinks for long before each exchange: what it cost everyone."""
+    session = Peer(artifact.load(folder), rank)
+    answer = session.exchange.answer
+
+    def slowly(request: Any) -> Any:
+        time.sleep(0.2 if rank.index == slow else 0)
+        return answer(request)
+
+    session.exchange.answer = slowly  # type: ignore[method-assign]
+    return session.everyones_stats(session.run(inputs))
+
+
+def children_of(ranks: Any) -> list[int]:
+    """The process ids of local ranks, in order."""
+    return [process.pid for process in ranks._processes]
