@@ -30,6 +30,7 @@ from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How
 from ringcompile.ir.program import Program
+from ringcompile.pass_list import prepare
 from ringcompile.passes.schedule import Schedule
 from ringcompile.planning import plans_for
 
@@ -160,7 +161,7 @@ def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
     for model in MODELS:
         loaded = load_model(model, weights=False)
         captured = capture(loaded.module, loaded.args, name=model)
-        program = compiler.prepare(captured)
+        program = prepare(captured)
         weights = sum(weight.num_bytes for weight in captured.weights.values())
         limits_of = {n: kernel_limit(model, program, n, cluster) for n in (1024, *lengths)}
         for tokens in lengths:

@@ -40,6 +40,7 @@ from ringcompile.cost.rank import cost_of
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How
 from ringcompile.execution import random_inputs
+from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.launcher import LocalRanks
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +109,7 @@ def count_of(spec: str) -> int:
     return MICROBATCHES if "pp" in spec else 1
 
 
-def predicted(made: compiler.ParallelProgram, length: int, spec: str, cluster: Cluster) -> float:
+def predicted(made: ParallelProgram, length: int, spec: str, cluster: Cluster) -> float:
     """Seconds of a step."""
     costs = [cost_of(program, length) for program in made.ranks()]
     return simulate(costs, cluster, How(count_of(spec))).seconds
