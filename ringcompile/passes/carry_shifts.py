@@ -160,7 +160,7 @@ class ShiftWriter(ShiftRegion):
         here, form = places(self.into, before), self.forms[node]
         if form.offset:
             here = self.builder.call(aten.add.Tensor, (here, form.offset), type_of(here))
-        if before:
+        if before or form.offset < 0:
             here = self.builder.call(aten.clamp.default, (here, 0), type_of(here))
         return self.builder.call(
             aten.index_select.default, (self.builder.env[node], form.dim, here),

@@ -138,6 +138,14 @@ class Ngrams(Mixed):
         return self.embed(ids) + self.embed((before * 3 + ids) % VOCABULARY)
 
 
+class PairsOfIds(Mixed):
+    """Two slices of the ids are looked up, and a first entry is put in front of the pairs."""
+
+    def entered(self, ids: torch.Tensor) -> torch.Tensor:
+        pairs = self.embed(ids[:, 1:]) * self.embed(ids[:, :-1])
+        return self.embed(ids) + F.pad(pairs, (0, 0, 1, 0), value=1.0)
+
+
 class AfterEnd(Mixed):
     """Documents end with token 0: the next one begins behind it."""
 
@@ -170,7 +178,7 @@ class BeforeEnd(AfterEnd):
 
 CAUSAL: tuple[Callable[[], nn.Module], ...] = (
     Convolution, Dilated, TokenShift, ByCat, Twice, Windows, Sums, Differences, Products, Picture,
-    EveryLayer, Ngrams, AfterEnd, Changes,
+    EveryLayer, Ngrams, PairsOfIds, AfterEnd, Changes,
 )
 
 
