@@ -4,8 +4,9 @@ torch.export traces the model with several sequences of several tokens. Code may
 is only one (to leave out a mask, say), a size of one is broadcast (that of `x[:, :-1]`, where there
 are two tokens), and torch reads `min(2, s)` as 2 for all lengths that it knows of. So where the
 weights are at hand, the first tokens and sequences of the example go through both the model and the
-captured graph. Results must be the same, and every value must have the shape that the graph's types
-say of it. Without weights, one sequence is taken if the model, exported for it, is the same graph.
+captured graph, as they are and, of floats, many times as large. Results must be the same, and every
+value must have the shape that the graph's types say of it. Without weights, one sequence is taken
+if the model, exported for it, is the same graph.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from ringcompile.capture.sizes import SYMBOLS, Sizes
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import bind, from_torch
 
+# What floats among the inputs are multiplied with: code for one sequence alone may differ where
+# numbers are large only, or of the other sign (a clamp, a threshold).
+_GAINS = (1.0, 40.0, -1000.0)
 # Sizes from here on are left to what torch says of them.
 FEW = 4
 _MEANT = {BATCH: ("one sequence alone", "{} sequences alone"),
@@ -86,20 +90,12 @@ class Few:
             why the program is not for so few of that role, as a note; empty where it is.
         """
         begin = refused(role, numbers[role])
-        few = copy.copy(self.call)
-        few.example = {leaf.name: _of_sizes(leaf, numbers) for leaf in self.example.leaves}
         kept: Kept = []
-        try:
-            reason = next(
-                (n for n in compare(few, self.exported, kept) if n.startswith(NOT_COMPARED)), ""
-            )
+        floats = any(leaf.tensor.is_floating_point() for leaf in self.example.leaves)
+        for gain in _GAINS if floats else _GAINS[:1]:
+            reason = self._differs(numbers, gain, kept)
             if reason:
                 return f"{begin}: {reason}"
-        except RingCompileError as error:
-            return f"{begin}: {error.message}"
-        except Exception as error:  # whatever torch's ops say of sizes that do not fit
-            said = (str(error).strip().splitlines() or [""])[0][:200]
-            return f"{begin}: the captured program raises {type(error).__name__}: {said}"
         sizes = {BATCH: self.example.batch or 1, SEQUENCE: self.example.length or 1, **numbers}
         known = {SYMBOLS[of]: size for of, size in sizes.items()}
         wrong = next((n for n, value in kept if not _fits(n, value, self.sizes, known)), None)
@@ -107,15 +103,29 @@ class Few:
             f"{begin}: the shape of '{wrong.name}' is known for {numbers[role] + 1} and more"
         )
 
+    def _differs(self, numbers: Mapping[str, int], gain: float, kept: Kept) -> str:
+        """What becomes of so few at some gain of the inputs; empty where both runs are alike."""
+        few = copy.copy(self.call)
+        few.example = {leaf.name: _of_sizes(leaf, numbers, gain) for leaf in self.example.leaves}
+        kept.clear()
+        try:
+            notes = compare(few, self.exported, kept)
+        except RingCompileError as error:
+            return error.message
+        except Exception as error:  # whatever torch's ops say of sizes that do not fit
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            return f"the captured program raises {type(error).__name__}: {said}"
+        return next((note for note in notes if note.startswith(NOT_COMPARED)), "")
 
-def _of_sizes(leaf: Leaf, numbers: Mapping[str, int]) -> torch.Tensor:
+
+def _of_sizes(leaf: Leaf, numbers: Mapping[str, int], gain: float) -> torch.Tensor:
     """The first sequences and tokens of an input; the same again where there are too few."""
     tensor = leaf.tensor
     for role, number in numbers.items():
         for dim in leaf.dims_of(role):
             times = -(-number // tensor.shape[dim])
             tensor = torch.cat([tensor] * times, dim).narrow(dim, 0, number)
-    return tensor.contiguous()
+    return (tensor * gain if tensor.is_floating_point() else tensor).contiguous()
 
 
 def _fits(node: fx.Node, value: torch.Tensor, sizes: Sizes, known: dict[str, int]) -> bool:

@@ -122,6 +122,30 @@ def test_one_sequence_is_computed_otherwise() -> None:
     assert caught.value.hint == note
 
 
+class Clamped(nn.Module):
+    """For one sequence alone, or one token alone, large numbers are cut off."""
+
+    def __init__(self, dim: int, low: float, high: float) -> None:
+        super().__init__()
+        self.dim, self.low, self.high = dim, low, high
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)
+        y = y.transpose(1, 2).flatten(2)
+        return y.clamp(self.low, self.high) if x.shape[self.dim] == 1 else y * 1
+
+
+@pytest.mark.parametrize("ends", [(-1e9, 50), (-200, 1e9)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_differs_for_large_numbers_alone(dim: int, ends: tuple[float, float]) -> None:
+    example = torch.randn(2, CAPTURED, 8, dtype=torch.float64)
+    program = capture(Clamped(dim, *ends), (example,))
+    found = (program.batch_range, program.length_range)[dim]
+    assert found == (2, None)
+    assert any("alone is refused" in note for note in program.notes)
+
+
 def test_a_model_for_two_and_more() -> None:
     program = capture(Model(two_at_least), (ids(CAPTURED, 2),))
     assert program.batch_range == (2, None)
