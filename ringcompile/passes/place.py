@@ -378,18 +378,24 @@ class _Placer(Requests):
 def _rows_of_pairs(node: fx.Node, layouts: Sequence[Layout]) -> list[Layout] | None:
     """Layouts for one rank's rows of flags or numbers of token pairs (equal documents, say).
 
-    What varies along columns is one number a token: it is had whole. None for other pairs.
+    What varies along columns is one number a token, which is replicated: any for flags and whole
+    numbers of pairs, a flag or a whole number for floats (a bias, and keys that it hides). None
+    for other pairs: they may be scores, whose keys are not to be gathered without a word.
     """
     type_ = node.meta.get("type")
-    if not isinstance(type_, TensorType) or type_.dtype.is_floating_point:
+    if not isinstance(type_, TensorType):
         return None
     splits = [
         {i - len(layout.dims) for i, dim in enumerate(layout.dims) if dim} for layout in layouts
     ]
     row = min(min(split) for split in splits if split)
+    columns = [not split <= {row} for split in splits]
+    floats = [type_of(operand).dtype.is_floating_point for operand in Call(node).operands]
+    if type_.dtype.is_floating_point and any(map(operator.and_, columns, floats)):
+        return None
     return [
-        layout if split <= {row} else Layout.whole(len(layout.dims))
-        for layout, split in zip(layouts, splits, strict=True)
+        Layout.whole(len(layout.dims)) if column else layout
+        for layout, column in zip(layouts, columns, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ringcompile.errors import one_error
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.data import name_inputs
@@ -135,7 +136,14 @@ def run_lockstep(
         keep: what is kept of the outputs.
         whole: whether outputs that are kept are put together.
         check_finite: see `Settings`.
+
+    Raises:
+        RingCompileError: there is not one program for each rank, or a run fails.
     """
+    if len(programs) != mesh.world_size:
+        raise RingCompileError(
+            f"{len(programs)} programs for a mesh of {mesh.world_size} ranks ({mesh})"
+        )
     task = run_task(programs[0], inputs, keep, whole)
     settings = Settings(check_types, compiler, check_finite)
     ranks = LockStepRanks(lambda _, rank: programs[rank], mesh, source, settings, device)
