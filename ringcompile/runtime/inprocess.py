@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ringcompile.errors import one_error
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.data import name_inputs
