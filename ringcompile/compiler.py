@@ -18,7 +18,7 @@ from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind
-from ringcompile.ir.plan import Plan
+from ringcompile.ir.plan import SplitPlan
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
@@ -37,7 +37,7 @@ def transform(
     program: Program,
     parallel: str | Mesh | DeviceMesh,
     *,
-    plan: Plan | None = None,
+    plan: SplitPlan | None = None,
     record: Mapping[str, Any] | None = None,
     observe: Observer | None = None,
     check: bool = True,
@@ -114,7 +114,7 @@ def _prompt(
     return prompt if caches_of(prompt) == caches_of(next_tokens) else None
 
 
-def with_plan(options: Options, plan: Plan | None) -> Options:
+def with_plan(options: Options, plan: SplitPlan | None) -> Options:
     """The options, with the stages of a plan where none are given."""
     stages = options.stages or (tuple(plan.stages) if plan else ())
     return replace(options, stages=stages)

@@ -17,7 +17,7 @@ from ringcompile import compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.cost import forks
-from ringcompile.cost.estimate import Ask, Estimate, Estimator, Model, Parallel, TooLargeError
+from ringcompile.cost.estimate import Ask, Estimate, Estimator, HasRanks, Model, TooLargeError
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.layers import Stack, cut, find_stack
 from ringcompile.cost.rank import RankCost, cost_of
@@ -248,7 +248,7 @@ class _Judge:
         stores keys ends in front of the last one's attention.
         """
 
-        def compile_(one: Variant, _: int) -> Parallel:
+        def compile_(one: Variant, _: int) -> HasRanks:
             made = self._compiled(one)
             return _LastToken(made, length) if context is None else made.with_cache()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ops.kernels.contract import Call, Provider
+from ringcompile.ops.kernels.contract import BlockCall, Provider
 from ringcompile.ops.kernels.plain import MATH
 from ringcompile.ops.kernels.select import put_first
 
@@ -18,9 +18,9 @@ _DEVICES = ("cpu", "cuda")
 
 def register_kernel(
     name: str,
-    run: Callable[[Call], tuple[Tensor, Tensor]],
+    run: Callable[[BlockCall], tuple[Tensor, Tensor]],
     *,
-    refuses: Callable[[Call], str | None],
+    refuses: Callable[[BlockCall], str | None],
     device: str = "cpu",
     softcap: bool = False,
 ) -> None:
@@ -32,9 +32,9 @@ def register_kernel(
 
     Args:
         name: what error messages and `ops.kernels.select.attend(provider=...)` call it.
-        run: from a `Call` (q [B,H,Sq,D], k [B,G,Sk,D], v [B,G,Sk,E], scale, causal, mask, softcap)
-            to out [B,H,Sq,E] in q's dtype and the natural-log LSE [B,H,Sq], contiguous, in float32
-            (float64 for float64). A row that sees no key has out 0 and LSE -inf.
+        run: from a `BlockCall` (q [B,H,Sq,D], k [B,G,Sk,D], v [B,G,Sk,E], scale, causal, mask,
+            softcap) to out [B,H,Sq,E] in q's dtype and the natural-log LSE [B,H,Sq], contiguous, in
+            float32 (float64 for float64). A row that sees no key has out 0 and LSE -inf.
         refuses: the reason why it does not take a call, or None.
         device: "cpu" or "cuda".
         softcap: whether it takes calls with a soft cap.
@@ -56,7 +56,7 @@ def register_kernel(
     put_first(provider)
 
 
-def _compare(provider: Provider, call: Call) -> None:
+def _compare(provider: Provider, call: BlockCall) -> None:
     got, want = provider.run(call), MATH.run(call)
     allowed = _CLOSE[call.q.dtype]
     for what, x, y in zip(("output", "LSE"), got, want, strict=True):
@@ -76,7 +76,7 @@ def _compare(provider: Provider, call: Call) -> None:
         )
 
 
-def _calls(device: str) -> Iterator[Call]:
+def _calls(device: str) -> Iterator[BlockCall]:
     generator = torch.Generator().manual_seed(0)
     for dtype in _CLOSE:
         for heads, groups, rows, keys, dim in ((2, 2, 16, 16, 64), (4, 2, 8, 24, 32)):
@@ -89,11 +89,11 @@ def _calls(device: str) -> Iterator[Call]:
             for mask in (None, holes.to(device)):
                 for cap in (None, 5.0):
                     causal = rows == keys and mask is None
-                    yield Call(q, k, v, dim**-0.5, causal, mask, cap)
-                    yield Call(q, k, v, dim**-0.5, False, mask, cap)
+                    yield BlockCall(q, k, v, dim**-0.5, causal, mask, cap)
+                    yield BlockCall(q, k, v, dim**-0.5, False, mask, cap)
 
 
-def _described(call: Call) -> str:
+def _described(call: BlockCall) -> str:
     parts = [f"q {list(call.q.shape)} x k {list(call.k.shape)} {call.q.dtype}"]
     parts += ["causal"] * call.causal + ["a mask"] * (call.mask is not None)
     parts += ["a soft cap"] * (call.softcap is not None)

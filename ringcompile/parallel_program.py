@@ -17,7 +17,7 @@ from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.crosscheck import cross_check
 from ringcompile.ir.origin import check_origin
-from ringcompile.ir.plan import Plan, plan_of
+from ringcompile.ir.plan import SplitPlan, plan_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.serialize import program_to_json
 from ringcompile.ir.shortened import Shortened, shorten
@@ -206,12 +206,12 @@ class ParallelProgram:
         captured = self.program.captured
         return None if captured is None else Pipeline([Canonicalize(), CleanUp()]).run(captured)
 
-    def plan(self) -> Plan:
+    def plan(self) -> SplitPlan:
         """What splits each weight and why, and where stages begin; to edit and feed back."""
         with one_error("making a plan of the program", self.program.from_file):
             return self._plan()
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> SplitPlan:
         return plan_of(self.program, starts_of(self.program))
 
     def save(

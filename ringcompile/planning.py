@@ -7,7 +7,7 @@ from typing import Any
 from ringcompile import compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
-from ringcompile.cost.estimate import Ask, Model, Parallel
+from ringcompile.cost.estimate import Ask, HasRanks, Model
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.node_times import node_times
@@ -125,7 +125,7 @@ def plans_of(whole: Program, ask: Ask) -> list[Plan]:
             prepared[stages] = prepare(program)
         return prepared[stages]
 
-    def compile_(variant: Variant, length: int) -> Parallel:
+    def compile_(variant: Variant, length: int) -> HasRanks:
         stages = variant.mesh.size("pp")
         starts = stack.starts(stages) if stack is not None else ()
         mesh = variant.mesh

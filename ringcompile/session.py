@@ -29,7 +29,7 @@ from ringcompile.runtime.join import (
 )
 from ringcompile.runtime.launcher import LocalRanks
 from ringcompile.runtime.local_outputs import share_of_rank
-from ringcompile.runtime.outputs import Keep
+from ringcompile.runtime.outputs import Kept
 from ringcompile.runtime.runner import Settings
 from ringcompile.runtime.tasks import (
     CARRIED,
@@ -154,12 +154,12 @@ class Session:
         check_choice("form of outputs", outputs, OUTPUTS)
         if last is not None and last < 1:
             raise RingCompileError(f"last={last}: it must be at least 1")
-        found = self.result(inputs, Keep(last), whole=outputs == "whole")
+        found = self.result(inputs, Kept(last), whole=outputs == "whole")
         if outputs == "whole":
             return found.outputs
         return [share_of_rank(self.parallel.rank(run.stats.rank), run, last) for run in found.runs]
 
-    def result(self, inputs: Any, keep: Keep, *, whole: bool = True) -> Result:
+    def result(self, inputs: Any, keep: Kept, *, whole: bool = True) -> Result:
         """Run once, for outputs and for what they cost.
 
         Args:

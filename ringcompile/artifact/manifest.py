@@ -23,7 +23,7 @@ from ringcompile.artifact.files import (
 )
 from ringcompile.artifact.opened import DAMAGED, OpenFolder
 from ringcompile.artifact.shards import WrittenWeights
-from ringcompile.artifact.weights import Place
+from ringcompile.artifact.weights import WeightPlace
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.ir.serialize import inputs_to_json
@@ -102,7 +102,7 @@ def made_with_this(manifest: Mapping[str, Any]) -> bool:
     return isinstance(made, dict) and made.get("ringcompile") == _own_version()
 
 
-def read_manifest(folder: OpenFolder) -> tuple[dict[str, Any], Mesh, dict[str, Place]]:
+def read_manifest(folder: OpenFolder) -> tuple[dict[str, Any], Mesh, dict[str, WeightPlace]]:
     """The manifest, with its mesh and weight table read.
 
     Raises:
@@ -117,7 +117,7 @@ def read_manifest(folder: OpenFolder) -> tuple[dict[str, Any], Mesh, dict[str, P
         member(data, "references", dict)
         _check_complete(member(data, "files", dict), mesh)
         table = member(data, "weights", dict)
-        return data, mesh, {name: Place.from_json(name, row) for name, row in table.items()}
+        return data, mesh, {name: WeightPlace.from_json(name, row) for name, row in table.items()}
     except RingCompileError as error:
         raise in_file(path, error) from None
 

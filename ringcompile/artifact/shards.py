@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ringcompile.artifact.blocks import block_digests
 from ringcompile.artifact.opened import DAMAGED, OpenFile
 from ringcompile.artifact.tensor_file import DTYPES, TensorFile, read_tensor_file
-from ringcompile.artifact.weights import Place, entry_of, open_reference
+from ringcompile.artifact.weights import WeightPlace, entry_of, open_reference
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Weight, WeightSource
 from ringcompile.ir.serialize import dtype_to_json
@@ -40,15 +40,15 @@ def write_weights(
     Raises:
         RingCompileError: data that does not fit the weight, or that safetensors does not take.
     """
-    writer, elsewhere = _Writer(folder, shard_bytes), _References()
-    places: dict[str, Place] = {}
+    writer, elsewhere = _ShardWriter(folder, shard_bytes), _References()
+    places: dict[str, WeightPlace] = {}
     for weight in weights:
         if weight.name in references:
             place = elsewhere.add(weight, *references[weight.name])
         else:
             data = None if source is None else source(weight.name)
             if data is None or isinstance(data, FakeTensor) or data.is_meta:
-                place = Place(weight, "none")
+                place = WeightPlace(weight, "none")
             else:
                 place = writer.add(weight, data)
         places[weight.name] = place
@@ -72,7 +72,7 @@ class WrittenWeights:
         digests: by file and tensor, the digests of the data's blocks.
     """
 
-    places: dict[str, Place]
+    places: dict[str, WeightPlace]
     records: dict[str, Any]
     references: dict[str, Any]
     digests: dict[str, dict[str, str]]
@@ -85,9 +85,10 @@ class _References:
     files: dict[str, TensorFile] = field(default_factory=dict)
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def add(self, weight: Weight, path: str | Path, tensor: str) -> Place:
+    def add(self, weight: Weight, path: str | Path, tensor: str) -> WeightPlace:
         resolved = os.path.abspath(path)  # a link keeps its name, which says what is behind it
-        place = Place.from_json(weight.name, Place(weight, "reference", resolved, tensor).to_json())
+        written = WeightPlace(weight, "reference", resolved, tensor).to_json()
+        place = WeightPlace.from_json(weight.name, written)
         if resolved not in self.files:
             self.files[resolved] = open_reference(resolved)
         entry_of(self.files[resolved], place)
@@ -98,7 +99,7 @@ class _References:
 
 
 @dataclass
-class _Writer:
+class _ShardWriter:
     """Collects tensors, and writes them when a shard is full."""
 
     folder: Path
@@ -108,9 +109,9 @@ class _Writer:
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
     # A weak reference to a storage keeps its address from being given to another one, so that a
     # tensor which a source made and dropped is never taken for the next one's twin.
-    known: dict[Any, Place] = field(default_factory=dict)
+    known: dict[Any, WeightPlace] = field(default_factory=dict)
 
-    def add(self, weight: Weight, data: torch.Tensor) -> Place:
+    def add(self, weight: Weight, data: torch.Tensor) -> WeightPlace:
         _check_data(weight, data)
         key = (
             StorageWeakRef(data.untyped_storage()),
@@ -125,7 +126,7 @@ class _Writer:
         if self.pending and held + data.nbytes > self.shard_bytes:
             self._flush()
         self.pending[weight.name] = self._own(data)
-        place = Place(weight, "file", self._next_file, weight.name)
+        place = WeightPlace(weight, "file", self._next_file, weight.name)
         self.known[key] = place
         return place
 

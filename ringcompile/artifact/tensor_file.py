@@ -36,7 +36,7 @@ _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor of a file: its dtype by safetensors' name, its shape, and where its bytes lie."""
 
     dtype: str
@@ -57,7 +57,7 @@ class TensorFile:
 
     file: OpenFile
     header_sha256: str
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
 
     def bytes_of(self, tensor: str) -> torch.Tensor:
         """The bytes of a tensor of the file, as uint8, over the file's own pages."""
@@ -93,7 +93,7 @@ def read_tensor_file(file: OpenFile, hint: str) -> TensorFile:
     return TensorFile(file, digest(start + header), entries)
 
 
-def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, Entry]:
+def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
     entries = {
         name: _entry(name, row, start) for name, row in header.items() if name != "__metadata__"
     }
@@ -104,7 +104,7 @@ def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, Entry]:
     return entries
 
 
-def _entry(name: str, row: Any, start: int) -> Entry:
+def _entry(name: str, row: Any, start: int) -> TensorEntry:
     row = expect(row, dict, f"tensor '{name[:80]}'")
     dtype, offsets = member(row, "dtype", str), member(row, "data_offsets", list)
     shape = tuple(count(size, f"a size of '{name[:80]}'") for size in member(row, "shape", list))
@@ -113,4 +113,4 @@ def _entry(name: str, row: Any, start: int) -> Entry:
     first, last = (count(offset, f"an offset of '{name[:80]}'") for offset in offsets)
     if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:
         raise RingCompileError(f"tensor '{name[:80]}' does not have the bytes of its shape")
-    return Entry(dtype, shape, start + first, start + last)
+    return TensorEntry(dtype, shape, start + first, start + last)

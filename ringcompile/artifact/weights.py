@@ -13,7 +13,7 @@ from ringcompile.artifact.blocks import blocks_of, first_damaged, num_digits
 from ringcompile.artifact.fields import expect, member, weight_from_json
 from ringcompile.artifact.files import check_size, plain_name
 from ringcompile.artifact.opened import DAMAGED, OpenFile, OpenFolder, regular_size
-from ringcompile.artifact.tensor_file import DTYPES, Entry, TensorFile, read_tensor_file
+from ringcompile.artifact.tensor_file import DTYPES, TensorEntry, TensorFile, read_tensor_file
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Weight
 from ringcompile.ir.serialize import dtype_to_json, weight_to_json
@@ -23,7 +23,7 @@ _SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPlace:
     """Where the data of a weight lies.
 
     Attributes:
@@ -46,7 +46,7 @@ class Place:
         return data
 
     @classmethod
-    def from_json(cls, name: str, entry: Any) -> Place:
+    def from_json(cls, name: str, entry: Any) -> WeightPlace:
         """Reads an entry that need not be ours."""
         data = expect(entry, dict, f"weight '{name}'")
         weight, where = weight_from_json(name, data), member(data, "where", str)
@@ -88,7 +88,7 @@ def open_reference(path: str, record: Mapping[str, Any] | None = None) -> Tensor
 
 
 def open_weight_files(
-    folder: OpenFolder, places: Mapping[str, Place], records: Mapping[str, Any]
+    folder: OpenFolder, places: Mapping[str, WeightPlace], records: Mapping[str, Any]
 ) -> dict[str, TensorFile]:
     """Open the artifact's weight files and compare them with the manifest; reads no data.
 
@@ -116,7 +116,7 @@ def _open_weights(folder: OpenFolder, name: str, records: Mapping[str, Any]) -> 
     return read_tensor_file(file, DAMAGED)
 
 
-def entry_of(file: TensorFile, place: Place) -> Entry:
+def entry_of(file: TensorFile, place: WeightPlace) -> TensorEntry:
     """The tensor that a weight refers to.
 
     Raises:
@@ -145,7 +145,7 @@ class Weights:
         digests: by file and tensor, the digests of the data's blocks.
     """
 
-    places: Mapping[str, Place]
+    places: Mapping[str, WeightPlace]
     files: Mapping[str, TensorFile]
     references: Mapping[str, Mapping[str, Any]]
     digests: Mapping[str, Mapping[str, str]]
@@ -196,7 +196,7 @@ class Weights:
                 self.share(name, ())
                 yield name
 
-    def _check(self, place: Place, data: torch.Tensor, ranges: list[range]) -> None:
+    def _check(self, place: WeightPlace, data: torch.Tensor, ranges: list[range]) -> None:
         digests = self.digests.get(place.file, {}).get(place.tensor, "")
         weight = place.weight
         if len(digests) != num_digits(len(data)):

@@ -15,7 +15,7 @@ from ringcompile.numerics.compare import outputs_by_name
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.batches import deal
 from ringcompile.runtime.join import JOIN_TIMEOUT, in_job, pick_backend
-from ringcompile.runtime.outputs import Keep, Summary, combined, shape_of
+from ringcompile.runtime.outputs import Kept, Summary, combined, shape_of
 from ringcompile.runtime.reports import slow_rank
 from ringcompile.session import Session
 from ringcompile.traces.measured import RankTrace, measured
@@ -39,7 +39,7 @@ class Job:
         trace: write down what each rank does when; runs once more before, and nothing is compiled.
     """
 
-    keep: Keep
+    keep: Kept
     nproc: int | None = None
     backend: str = "auto"
     timeout: float = 300.0
@@ -118,7 +118,7 @@ def _backend(parallel: ParallelProgram, job: Job) -> str:
 def described(
     parallel: ParallelProgram,
     inputs: Mapping[str, torch.Tensor],
-    keep: Keep,
+    keep: Kept,
     everyones: Sequence[Sequence[tuple[Summary, ...]]],
 ) -> dict[str, str]:
     """A line for each output, from what the ranks counted and added up."""

@@ -108,7 +108,7 @@ def run(
     words = None if text is None else prompts.load_tokenizer(tokenizer, model, "--inputs")
     if text is not None and outputs is None:
         last = last or 1
-    keep = results.Keep(last, outputs=outputs is not None or last is not None, summary=True)
+    keep = results.Kept(last, outputs=outputs is not None or last is not None, summary=True)
     found = job.run_job(
         parallel,
         _whole_inputs(parallel, inputs, text, words, seq),

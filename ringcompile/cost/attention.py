@@ -14,7 +14,7 @@ _NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
-class Block:
+class KernelCall:
     """One kernel call.
 
     Attributes:
@@ -39,7 +39,7 @@ def blocks(
     limit: int,
     band: Band,
     masked: bool,
-) -> list[Block]:
+) -> list[KernelCall]:
     """The kernel calls of attention over a block of keys.
 
     Args:
@@ -58,8 +58,9 @@ def blocks(
         if queries == keys and queries is not None:
             columns = rows
         if rows == columns and num_rows == num_columns:
-            return [Block("attention_causal", num_rows, num_rows, num_rows * (num_rows + 1) // 2)]
-    made: list[Block] = []
+            scores = num_rows * (num_rows + 1) // 2
+            return [KernelCall("attention_causal", num_rows, num_rows, scores)]
+    made: list[KernelCall] = []
     last: tuple[tuple[Piece, str], ...] = ()
     for row in rows:
         seen = _seen(row, columns, band)
@@ -68,11 +69,11 @@ def blocks(
         num_seen = sum(column.length for column, _ in seen)
         visible = sum(_visible(row, column, band) for column, _ in seen)
         if made and seen == last and not partial:  # they see the same: one call
-            made[-1] = Block(
+            made[-1] = KernelCall(
                 kind, made[-1].rows + row.length, num_seen, made[-1].visible + visible
             )
         else:
-            made.append(Block(kind, row.length, num_seen, visible))
+            made.append(KernelCall(kind, row.length, num_seen, visible))
         last = seen
     return made
 

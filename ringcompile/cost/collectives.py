@@ -11,7 +11,7 @@ from collections import Counter
 from math import ceil, log2
 
 from ringcompile.cost.hardware import Cluster, Link
-from ringcompile.cost.rank import Collective, Shift
+from ringcompile.cost.rank import TimedCollective, TimedShift
 
 # What is read in a link's table for each kind: nccl-tests calls it bus bandwidth.
 _FIGURES = {"gather": "all_gather", "reduce_scatter": "all_gather", "all_reduce": "all_reduce",
@@ -24,7 +24,7 @@ def message_seconds(cluster: Cluster, source: int, to: int, num_bytes: int) -> f
     return link.value("startup") + link.seconds(num_bytes)
 
 
-def collective_seconds(cluster: Cluster, exchange: Collective) -> float:
+def collective_seconds(cluster: Cluster, exchange: TimedCollective) -> float:
     """The time of a collective, once all ranks of its group are ready.
 
     If a group spans nodes with several ranks each, all links between the nodes are used at once:
@@ -85,7 +85,7 @@ def num_steps(kind: str, num_ranks: int) -> int:
     return 2 * depth - 1 if kind == "all_reduce" else depth - 1
 
 
-def held_up(cluster: Cluster, rank: int, shift: Shift, num_bytes: int) -> float:
+def held_up(cluster: Cluster, rank: int, shift: TimedShift, num_bytes: int) -> float:
     """The compute time that a rank loses while a transfer uses its memory."""
     peer = shift.to if shift.to is not None else shift.source
     if peer is None:

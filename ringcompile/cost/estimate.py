@@ -38,7 +38,7 @@ from ringcompile.mesh import Mesh
 _WHOLE_RING, _MOST_RANKS = 16, 16
 
 
-class Parallel(Protocol):
+class HasRanks(Protocol):
     """A program for all ranks."""
 
     def rank(self, rank: int, /) -> Program:
@@ -47,7 +47,7 @@ class Parallel(Protocol):
 
 # Makes the program of a variant for one sequence of a length (for two, if it computes halves), with
 # one block for each stage if it has so many; raises RingCompileError for what cannot be.
-Compile = Callable[[Variant, int], Parallel]
+Compile = Callable[[Variant, int], HasRanks]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class TooLargeError(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class CompiledForm:
     """The programs that one compilation yields.
 
     Attributes:
@@ -197,7 +197,9 @@ class Estimator:
     ask: Ask
     compile_: Compile
     _hidden: int | None = field(default=None, init=False)
-    _costs: dict[Part, list[RankCost] | RingCompileError] = field(default_factory=dict, init=False)
+    _costs: dict[CompiledForm, list[RankCost] | RingCompileError] = field(
+        default_factory=dict, init=False
+    )
 
     def prepare(self, variants: Iterable[Variant], *, close: bool = False) -> None:
         """Compile now, several at a time, the programs that these variants' estimates need first.
@@ -281,7 +283,7 @@ class Estimator:
         pp = variant.mesh.size(PIPELINE)
         return pp == 1 or self.model.repeats(pp)
 
-    def _slowest(self, variant: Variant, length: int) -> Part:
+    def _slowest(self, variant: Variant, length: int) -> CompiledForm:
         """The slowest rank of one stage alone, which many meshes have in common.
 
         Where stages differ, the slowest rank of each stage.
@@ -289,11 +291,11 @@ class Estimator:
         variant = one_stage(variant) if self._stages_alike(variant) else variant
         return _part(variant, length, [slowest_place(variant, self.ask.cluster)])
 
-    def _whole(self, variant: Variant) -> Part:
+    def _whole(self, variant: Variant) -> CompiledForm:
         """The ranks at every place of the ring, in all stages."""
         return _part(variant, self.ask.length, range(variant.mesh.size("ring")))
 
-    def _costs_of(self, variant: Variant, part: Part) -> list[RankCost]:
+    def _costs_of(self, variant: Variant, part: CompiledForm) -> list[RankCost]:
         """The costs of the ranks of a part, for the number of sequences in one microbatch."""
         if part not in self._costs:
             self._costs[part] = self._compiled(part)
@@ -302,14 +304,14 @@ class Estimator:
             raise found
         return [with_batch(cost, self._batch(variant)) for cost in found]
 
-    def _compiled(self, part: Part) -> list[RankCost] | RingCompileError:
+    def _compiled(self, part: CompiledForm) -> list[RankCost] | RingCompileError:
         try:
             made = self.compile_(part.variant, part.length)
             return [self._cost(made, rank, part.length) for rank in part.ranks]
         except RingCompileError as error:
             return error
 
-    def _cost(self, made: Parallel, rank: int, length: int) -> RankCost:
+    def _cost(self, made: HasRanks, rank: int, length: int) -> RankCost:
         return cost_of(made.rank(rank), length, context=self.ask.context)
 
     def _staged(
@@ -385,7 +387,7 @@ class Estimator:
         return Estimate(seconds, one.seconds, one.path, one.memory_bytes)
 
 
-def _part(variant: Variant, length: int, places: Iterable[int]) -> Part:
+def _part(variant: Variant, length: int, places: Iterable[int]) -> CompiledForm:
     """Of all stages, at some places of the ring; programs are the same for all microbatches."""
     ranks = ranks_of(variant.mesh, places, range(variant.mesh.size(PIPELINE)))
-    return Part(replace(variant, microbatches=1), length, tuple(ranks))
+    return CompiledForm(replace(variant, microbatches=1), length, tuple(ranks))

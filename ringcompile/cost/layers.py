@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from ringcompile.cost.rank import PIPELINE, RankCost, Shift, Step, Wait
+from ringcompile.cost.rank import PIPELINE, RankCost, TimedShift, TimedStep, TimedWait
 from ringcompile.ir.calls import append, map_values
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
@@ -179,10 +179,10 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
         stack: the repeated layers.
         times: how often the whole model has each block.
     """
-    steps: list[Step] = []
+    steps: list[TimedStep] = []
     between = {step.name for step in cost.steps if _crosses(step)}
     between |= {step.name for step in cost.steps
-                if isinstance(step.communicates, Wait) and step.communicates.of in between}
+                if isinstance(step.communicates, TimedWait) and step.communicates.of in between}
     runs = groupby(
         cost.steps,
         key=lambda step: stack.index(step.layer) is not None and step.name not in between,
@@ -198,12 +198,12 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
                    caches=(*cost.caches, *caches), peak_bytes=cost.peak_bytes + held)
 
 
-def _crosses(step: Step) -> bool:
+def _crosses(step: TimedStep) -> bool:
     """Whether a step sends to or receives from another stage, which happens once per run."""
-    return isinstance(step.communicates, Shift) and step.communicates.channel == PIPELINE
+    return isinstance(step.communicates, TimedShift) and step.communicates.channel == PIPELINE
 
 
-def _joined(runs: list[tuple[bool, list[Step]]]) -> list[tuple[bool, list[Step]]]:
+def _joined(runs: list[tuple[bool, list[TimedStep]]]) -> list[tuple[bool, list[TimedStep]]]:
     """The steps from the first to the last one inside a block, as one run."""
     inside = [i for i, (flag, _) in enumerate(runs) if flag]
     if not inside:
@@ -214,10 +214,10 @@ def _joined(runs: list[tuple[bool, list[Step]]]) -> list[tuple[bool, list[Step]]
     return [*runs[:first], (False, shared), (True, layer), *runs[last + 1 :]]
 
 
-def _renamed(step: Step, copy: int) -> Step:
+def _renamed(step: TimedStep, copy: int) -> TimedStep:
     communicates = step.communicates
-    if isinstance(communicates, Wait):
-        communicates = Wait(f"{communicates.of}#{copy}")
+    if isinstance(communicates, TimedWait):
+        communicates = TimedWait(f"{communicates.of}#{copy}")
     return replace(step, name=f"{step.name}#{copy}", communicates=communicates,
                    reads=tuple(f"{name}#{copy}" for name in step.reads))
 

@@ -32,7 +32,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MeasuredSizes:
     """What is measured.
 
     Attributes:
@@ -62,7 +62,7 @@ _LONG = 5e-3
 # On a CPU, what takes longer than this is timed once more.
 _VERY_LONG = 60e-3
 SIZES = {
-    "cuda": Sizes(
+    "cuda": MeasuredSizes(
         rows=(16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         widths=(512, 1024, 2048, 4096, 8192, 16384),
         lengths=(256, 1024, 4096, 16384), masked=(256, 1024, 4096),
@@ -70,14 +70,14 @@ SIZES = {
         tensors=tuple(_MIB << i for i in range(0, 11, 2)),
         cache=256 * _MIB, sample=1e-3, num_samples=7,
     ),
-    "cpu": Sizes(
+    "cpu": MeasuredSizes(
         rows=(1, 4, 16, 64, 128, 256, 512, 1024, 2048), widths=(64, 128, 256, 512, 1024, 2048),
         lengths=(16, 64, 256, 512, 1024, 2048), masked=(64, 256, 512, 1024),
         head_dims=(16, 32, 64, 128, 512), heads=8,
         tensors=tuple(4 * _KIB << i for i in range(0, 15, 2)),
         cache=64 * _MIB, sample=2e-3, num_samples=9,
     ),
-    "quick": Sizes(
+    "quick": MeasuredSizes(
         rows=(1, 16, 64), widths=(32, 128), lengths=(16, 64), masked=(16,), head_dims=(16, 32),
         heads=2, tensors=(4 * _KIB, 64 * _KIB), cache=_MIB, sample=1e-5, num_samples=2,
     ),
@@ -166,7 +166,7 @@ class Clock:
 
 
 def measure_device(
-    device: torch.device, dtype: torch.dtype, sizes: Sizes, report: Report = lambda _: None
+    device: torch.device, dtype: torch.dtype, sizes: MeasuredSizes, report: Report = lambda _: None
 ) -> dict[str, dict[str, Any]]:
     """Measure all figures of a device that one process can measure.
 
@@ -207,7 +207,7 @@ def _slower(figure: dict[str, Any], times: float) -> dict[str, Any]:
 
 
 def _fields(
-    clock: Clock, dtype: torch.dtype, sizes: Sizes
+    clock: Clock, dtype: torch.dtype, sizes: MeasuredSizes
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "matmul.{}", partial(_matmul, clock, dtype, sizes)
     for kind, lengths in (("", sizes.lengths), ("_causal", sizes.lengths),
@@ -220,7 +220,7 @@ def _fields(
     yield "scan", partial(_scan, clock, sizes)
 
 
-def _matmul(clock: Clock, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
+def _matmul(clock: Clock, dtype: torch.dtype, sizes: MeasuredSizes) -> dict[str, Any]:
     """A linear layer without bias, [rows, width] by [width, width]."""
     grid = []
     for rows in sizes.rows:
@@ -257,7 +257,7 @@ def _product(x: torch.Tensor, weights: torch.Tensor) -> Callable[[int], object]:
 
 
 def _attention(
-    clock: Clock, dtype: torch.dtype, sizes: Sizes, kind: str, lengths: tuple[int, ...]
+    clock: Clock, dtype: torch.dtype, sizes: MeasuredSizes, kind: str, lengths: tuple[int, ...]
 ) -> dict[str, Any]:
     """The kernel that `ops.kernels.attend` picks, the FLOPs of what queries see counted."""
     grid = [[_attend(clock, dtype, sizes.heads, head_dim, length, kind) for length in lengths]
@@ -298,7 +298,7 @@ POINTWISE: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], object], int]]
 _IN_A_ROW = ("strided",)
 
 
-def _pointwise(clock: Clock, dtype: torch.dtype, sizes: Sizes, kind: str) -> dict[str, Any]:
+def _pointwise(clock: Clock, dtype: torch.dtype, sizes: MeasuredSizes, kind: str) -> dict[str, Any]:
     """Bytes read and written a second, by how many they are."""
     function, passes = POINTWISE[kind]
     rates = []
@@ -316,7 +316,7 @@ def _binary(
     return lambda _: function(x, y)
 
 
-def _bandwidth(clock: Clock, sizes: Sizes) -> dict[str, Any]:
+def _bandwidth(clock: Clock, sizes: MeasuredSizes) -> dict[str, Any]:
     """A copy of more than caches hold."""
     num_bytes = 4 * sizes.cache
     source = torch.empty(num_bytes, dtype=torch.uint8, device=clock.device).random_()
@@ -332,7 +332,7 @@ def _launch(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
     return {"value": _rounded(seconds * 1e6), "unit": "us"}
 
 
-def _scan(clock: Clock, sizes: Sizes) -> dict[str, Any]:
+def _scan(clock: Clock, sizes: MeasuredSizes) -> dict[str, Any]:
     """A step of a running sum over the rows of [rows, 8], as slots of experts are counted."""
     rows = max(sizes.rows)
     counts = torch.ones(rows, 8, dtype=torch.int64, device=clock.device)

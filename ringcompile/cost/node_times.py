@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ringcompile.cost.collectives import collective_seconds, message_seconds
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.kernels import time_of
-from ringcompile.cost.rank import Collective, Shift, Step, cost_of
+from ringcompile.cost.rank import TimedCollective, TimedShift, TimedStep, cost_of
 from ringcompile.ir.program import Program
 
 
@@ -28,13 +28,13 @@ def node_times(
     return times
 
 
-def _seconds(cluster: Cluster, rank: int, step: Step) -> tuple[float, float]:
+def _seconds(cluster: Cluster, rank: int, step: TimedStep) -> tuple[float, float]:
     kernels = sum(time_of(kernel, cluster.device).seconds for kernel in step.kernels)
     match step.communicates:
-        case Shift(to=to, source=source, sent=sent, taken=taken):
+        case TimedShift(to=to, source=source, sent=sent, taken=taken):
             out = message_seconds(cluster, rank, to, sent) if to is not None else 0.0
             back = message_seconds(cluster, source, rank, taken) if source is not None else 0.0
             return kernels, max(out, back)
-        case Collective() as exchange:
+        case TimedCollective() as exchange:
             return kernels, collective_seconds(cluster, exchange)
     return kernels, 0.0

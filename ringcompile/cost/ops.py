@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.cost.attention import Block, blocks
+from ringcompile.cost.attention import KernelCall, blocks
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.kinds import kind_of
 from ringcompile.cost.values import Value, Values, distinct_bytes
@@ -246,7 +246,7 @@ def _cached_attention(work: Work) -> list[Kernel]:
     q, k, v, columns = work["q"], work["k"], work["v"], work["places"].shape[0]
     rows = q.shape[2]
     if rows == 1:
-        block = Block("attention_cached", 1, columns, columns)
+        block = KernelCall("attention_cached", 1, columns, columns)
         made = _attend(q, block, q.shape[3], v.shape[3])
         size = (q.shape[3] + v.shape[3]) * q.dtype.itemsize
         heads = q.shape[0] * (q.shape[1] + k.shape[1] * columns)
@@ -254,7 +254,7 @@ def _cached_attention(work: Work) -> list[Kernel]:
     first = rows == columns and not _is_masked(work)
     kind = "attention_causal" if first else "attention_masked"
     visible = rows * (rows + 1) // 2 if first else rows * columns
-    return [_attend(q, Block(kind, rows, columns, visible), q.shape[3], v.shape[3])]
+    return [_attend(q, KernelCall(kind, rows, columns, visible), q.shape[3], v.shape[3])]
 
 
 def _block_kernels(work: Work, value_dim: int) -> list[Kernel]:
@@ -274,7 +274,7 @@ def _is_masked(work: Work) -> bool:
     return work.call["key_mask"] is not None or work.call["mask"] is not None
 
 
-def _attend(q: torch.Tensor, block: Block, head_dim: int, value_dim: int) -> Kernel:
+def _attend(q: torch.Tensor, block: KernelCall, head_dim: int, value_dim: int) -> Kernel:
     """2 D flops for a score of a visible pair, 2 E for its value."""
     num_heads = q.shape[0] * q.shape[1]
     size = head_dim + value_dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -33,7 +34,7 @@ PIPELINE = "pp"
 
 
 @dataclass(frozen=True)
-class Shift:
+class TimedShift:
     """A transfer that a rank starts: it sends to one peer and receives from another.
 
     Attributes:
@@ -50,7 +51,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Collective:
+class TimedCollective:
     """A collective over a group of ranks.
 
     Attributes:
@@ -67,14 +68,18 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Wait:
+class TimedWait:
     """A wait for the transfer that the step of this name started."""
 
     of: str
 
 
+# What a step does to other ranks.
+Exchange: TypeAlias = TimedShift | TimedCollective | TimedWait
+
+
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """A node that computes or communicates.
 
     Attributes:
@@ -90,7 +95,7 @@ class Step:
     op: str
     layer: str
     kernels: tuple[Kernel, ...]
-    communicates: Shift | Collective | Wait | None = None
+    communicates: Exchange | None = None
     reads: tuple[str, ...] = ()
 
 
@@ -109,7 +114,7 @@ class RankCost:
     """
 
     rank: int
-    steps: tuple[Step, ...]
+    steps: tuple[TimedStep, ...]
     weights: tuple[tuple[str, int], ...]
     peak_bytes: int
     num_nodes: int
@@ -137,12 +142,12 @@ class RankCost:
         return sum(map(sent_by, self.steps))
 
 
-def sent_by(step: Step) -> int:
+def sent_by(step: TimedStep) -> int:
     """The bytes that a step sends, counted as in `ir/communication.py`."""
     match step.communicates:
-        case Shift(sent=sent):
+        case TimedShift(sent=sent):
             return sent
-        case Collective(kind, _, group, brought):
+        case TimedCollective(kind, _, group, brought):
             return int(collective_bytes(kind, brought, len(group)))
     return 0
 
@@ -186,10 +191,10 @@ def cost_of(
 
 def _step(
     values: Values, mesh: Mesh, rank: int, node: fx.Node, reads: tuple[str, ...]
-) -> Step:
+) -> TimedStep:
     name = str(node.target)
     op = name.split(".")[1] if "." in name else name
-    return Step(
+    return TimedStep(
         node.name, op, location_of(node).layer, tuple(kernels_of(values, node)),
         _exchanged(values, mesh, rank, node) if name in COMMUNICATION else None, reads,
     )
@@ -197,19 +202,20 @@ def _step(
 
 def _exchanged(
     values: Values, mesh: Mesh, rank: int, node: fx.Node
-) -> Shift | Collective | Wait:
+) -> Exchange:
     target, operand = str(node.target), node.args[0]
     if target == WAIT:
         assert isinstance(operand, fx.Node)
-        return Wait(operand.name)
+        return TimedWait(operand.name)
     channel = str(node.kwargs["axis"])
     # As many rows come back from experts as went to them.
     moved = node if target == COMBINE else operand
     brought = _num_bytes(values.tensor(moved)) if isinstance(moved, fx.Node) else 0
     if target != SHIFT:
-        return Collective(short_name(node), channel, tuple(mesh.group_of(rank, channel)), brought)
+        group = tuple(mesh.group_of(rank, channel))
+        return TimedCollective(short_name(node), channel, group, brought)
     to, source = (_peer(mesh, rank, channel, node.kwargs[key]) for key in ("to", "source"))
-    return Shift(
+    return TimedShift(
         channel, to, source, brought if to is not None else 0,
         _num_bytes(values.tensor(node)) if source is not None else 0,
     )

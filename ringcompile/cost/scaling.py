@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ringcompile.cost.kernels import Kernel
-from ringcompile.cost.rank import PIPELINE, Collective, RankCost, Shift, Step, Wait
+from ringcompile.cost.rank import (
+    PIPELINE,
+    Exchange,
+    RankCost,
+    TimedCollective,
+    TimedShift,
+    TimedStep,
+    TimedWait,
+)
 
 
 def with_batch(cost: RankCost, batch: int) -> RankCost:
@@ -38,12 +46,12 @@ def _larger(kernel: Kernel, batch: int) -> Kernel:
 
 
 def _more(
-    exchange: Shift | Collective | Wait | None, batch: int
-) -> Shift | Collective | Wait | None:
+    exchange: Exchange | None, batch: int
+) -> TimedShift | TimedCollective | TimedWait | None:
     match exchange:
-        case Shift():
+        case TimedShift():
             return replace(exchange, sent=exchange.sent * batch, taken=exchange.taken * batch)
-        case Collective():
+        case TimedCollective():
             return replace(exchange, brought=exchange.brought * batch)
     return exchange
 
@@ -51,12 +59,12 @@ def _more(
 def moved(cost: RankCost, by: int) -> RankCost:
     """The same cost on another rank, with all of its peers shifted by as much."""
 
-    def there(exchange: Shift | Collective | Wait | None) -> Shift | Collective | Wait | None:
+    def there(exchange: Exchange | None) -> Exchange | None:
         match exchange:
-            case Shift(to=to, source=source):
+            case TimedShift(to=to, source=source):
                 return replace(exchange, to=None if to is None else to + by,
                                source=None if source is None else source + by)
-            case Collective(group=group):
+            case TimedCollective(group=group):
                 return replace(exchange, group=tuple(rank + by for rank in group))
         return exchange
 
@@ -81,9 +89,9 @@ def as_stage(cost: RankCost, stage: int, last: bool, apart: int, hidden_bytes: i
     before, after = here.rank - apart, here.rank + apart
     steps = list(here.steps)
     if stage:
-        steps[:0] = _crossing("received", Shift(PIPELINE, None, before, 0, hidden_bytes))
+        steps[:0] = _crossing("received", TimedShift(PIPELINE, None, before, 0, hidden_bytes))
     if not last:
-        steps += _crossing("sent", Shift(PIPELINE, after, None, hidden_bytes, 0))
+        steps += _crossing("sent", TimedShift(PIPELINE, after, None, hidden_bytes, 0))
     return replace(here, steps=tuple(steps))
 
 
@@ -92,12 +100,12 @@ def busiest_stage(cost: RankCost, num_stages: int, apart: int, hidden_bytes: int
     return as_stage(cost, 1 if num_stages > 2 else 0, False, apart, hidden_bytes)
 
 
-def _crossing(name: str, shift: Shift) -> list[Step]:
-    start = Step(name, "shift_start", "", (), shift)
-    return [start, Step(f"{name}_wait", "wait", "", (), Wait(name))]
+def _crossing(name: str, shift: TimedShift) -> list[TimedStep]:
+    start = TimedStep(name, "shift_start", "", (), shift)
+    return [start, TimedStep(f"{name}_wait", "wait", "", (), TimedWait(name))]
 
 
 def crossing_bytes(cost: RankCost) -> int:
     """The bytes that a stage's program sends to the next stage."""
     shifts = (step.communicates for step in cost.steps)
-    return sum(s.sent for s in shifts if isinstance(s, Shift) and s.channel == PIPELINE)
+    return sum(s.sent for s in shifts if isinstance(s, TimedShift) and s.channel == PIPELINE)

@@ -18,7 +18,7 @@ import networkx as nx
 from ringcompile.cost.collectives import collective_seconds, held_up, message_seconds
 from ringcompile.cost.hardware import Cluster
 from ringcompile.cost.kernels import Kernel, Time, time_of
-from ringcompile.cost.rank import Collective, RankCost, Shift, Step, Wait
+from ringcompile.cost.rank import RankCost, TimedCollective, TimedShift, TimedStep, TimedWait
 
 COMPUTE = "compute"
 HOST = "host"
@@ -151,22 +151,22 @@ def timeline(costs: Sequence[RankCost], cluster: Cluster, how: How | None = None
 
 
 @dataclass
-class _Started:
+class _InFlight:
     """A transfer: the event at which both ends have started, and the one at which it is done."""
 
     begin: int
     done: int
-    shift: Shift
+    shift: TimedShift
 
 
 @dataclass
-class _Rank:
+class _Streams:
     """The state of a rank's streams during the simulation."""
 
     compute: int | None = None
     host: int | None = None
     channels: dict[str, int] = field(default_factory=dict)
-    started: dict[str, _Started] = field(default_factory=dict)
+    started: dict[str, _InFlight] = field(default_factory=dict)
     pending: dict[str, int] = field(default_factory=dict)
     met: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
@@ -176,15 +176,15 @@ class _Builder:
     def __init__(self, ranks: set[int], cluster: Cluster, how: How) -> None:
         self.ranks, self.cluster, self.how = ranks, cluster, how
         self.graph, self.events = nx.DiGraph(), list[Event]()
-        self.sent: dict[tuple[str, int, int], list[_Started]] = {}
-        self.taken: dict[tuple[str, int, int], list[_Started]] = {}
+        self.sent: dict[tuple[str, int, int], list[_InFlight]] = {}
+        self.taken: dict[tuple[str, int, int], list[_InFlight]] = {}
         self.shared: dict[tuple[str, tuple[int, ...], int], int] = {}
         self.times: dict[Kernel, Time] = {}
         self.transfers: list[Transfer] = []
 
     def build(self, costs: Sequence[RankCost]) -> Timeline:
         for cost in costs:
-            rank = _Rank()
+            rank = _Streams()
             for microbatch in range(self.how.microbatches):
                 for step in cost.steps:
                     self._step(cost, rank, step, microbatch)
@@ -199,7 +199,7 @@ class _Builder:
         self.graph.add_edges_from((other, number) for other in after if other is not None)
         return number
 
-    def _step(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
+    def _step(self, cost: RankCost, rank: _Streams, step: TimedStep, microbatch: int) -> None:
         for name in step.reads:
             if name in rank.pending:
                 self._wait(cost, rank, step, rank.pending.pop(name), microbatch)
@@ -211,14 +211,14 @@ class _Builder:
         else:
             self._compute(cost, rank, step, microbatch)
         match step.communicates:
-            case Shift() as shift:
+            case TimedShift() as shift:
                 self._start(cost, rank, step, shift, microbatch)
-            case Wait(name):
+            case TimedWait(name):
                 self._finish(cost, rank, step, rank.started.pop(name), microbatch)
-            case Collective() as collective:
+            case TimedCollective() as collective:
                 self._meet(cost, rank, step, collective, microbatch)
 
-    def _collect(self, cost: RankCost, rank: _Rank, step: Step) -> None:
+    def _collect(self, cost: RankCost, rank: _Streams, step: TimedStep) -> None:
         """Collect a step's kernels, to merge them with the next ones into one event."""
         if not self.cluster.device.asynchronous:
             rank.parts[HOST] = rank.parts.get(HOST, 0.0) + self._host_seconds(cost)
@@ -226,14 +226,14 @@ class _Builder:
             time = self._time(kernel)
             rank.parts[time.bound] = rank.parts.get(time.bound, 0.0) + time.seconds
 
-    def _flush(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
+    def _flush(self, cost: RankCost, rank: _Streams, step: TimedStep, microbatch: int) -> None:
         if rank.parts:
             event = Event(cost.rank, COMPUTE, step.name, COMPUTE, sum(rank.parts.values()),
                           step.layer, microbatch, tuple(rank.parts.items()))
             rank.compute = self._add(event, (rank.compute,))
             rank.parts = {}
 
-    def _compute(self, cost: RankCost, rank: _Rank, step: Step, microbatch: int) -> None:
+    def _compute(self, cost: RankCost, rank: _Streams, step: TimedStep, microbatch: int) -> None:
         device = self.cluster.device
         host = self._host_seconds(cost)
         if device.asynchronous and self.how.eager:
@@ -257,18 +257,20 @@ class _Builder:
         """The host's time for a step in seconds, including the views around it."""
         return self.cluster.device.value("issue") * cost.num_nodes / max(len(cost.steps), 1)
 
-    def _begin(self, cost: RankCost, rank: _Rank, step: Step, channel: str, mb: int) -> int:
+    def _begin(self, cost: RankCost, rank: _Streams, step: TimedStep, channel: str, mb: int) -> int:
         event = Event(cost.rank, channel, step.name, "wait", 0.0, step.layer, mb)
         return self._add(event, (rank.compute, rank.host, rank.channels.get(channel)))
 
-    def _start(self, cost: RankCost, rank: _Rank, step: Step, shift: Shift, mb: int) -> None:
+    def _start(
+        self, cost: RankCost, rank: _Streams, step: TimedStep, shift: TimedShift, mb: int
+    ) -> None:
         if self.how.deferred and shift.to is None:  # there is nothing to compute for it
             event = Event(cost.rank, shift.channel, step.name, "wait", 0.0, step.layer, mb)
             begin = self._add(event, (rank.channels.get(shift.channel),))
         else:
             begin = self._begin(cost, rank, step, shift.channel, mb)
         event = Event(cost.rank, shift.channel, step.name, "wait", 0.0, step.layer, mb)
-        started = _Started(begin, self._add(event, (begin,)), shift)
+        started = _InFlight(begin, self._add(event, (begin,)), shift)
         rank.channels[shift.channel] = started.done
         rank.started[step.name] = started
         self.transfers.append(
@@ -279,7 +281,9 @@ class _Builder:
         if shift.source is not None:
             self.taken.setdefault((shift.channel, shift.source, cost.rank), []).append(started)
 
-    def _finish(self, cost: RankCost, rank: _Rank, step: Step, started: _Started, mb: int) -> None:
+    def _finish(
+        self, cost: RankCost, rank: _Streams, step: TimedStep, started: _InFlight, mb: int
+    ) -> None:
         shift = started.shift
         if self.how.deferred and shift.source is None:
             return
@@ -289,13 +293,13 @@ class _Builder:
             rank.compute = self._add(event, (rank.compute,))
         self._wait(cost, rank, step, started.done, mb)
 
-    def _wait(self, cost: RankCost, rank: _Rank, step: Step, done: int, mb: int) -> None:
+    def _wait(self, cost: RankCost, rank: _Streams, step: TimedStep, done: int, mb: int) -> None:
         self._flush(cost, rank, step, mb)
         event = Event(cost.rank, COMPUTE, step.name, "wait", 0.0, step.layer, mb)
         rank.compute = self._add(event, (rank.compute, done))
 
     def _meet(
-        self, cost: RankCost, rank: _Rank, step: Step, exchange: Collective, mb: int
+        self, cost: RankCost, rank: _Streams, step: TimedStep, exchange: TimedCollective, mb: int
     ) -> None:
         begin = self._begin(cost, rank, step, exchange.channel, mb)
         group = (exchange.channel, exchange.group)
@@ -328,7 +332,7 @@ class _Builder:
                 self._message(channel, source, to, expected, expected)
 
     def _message(
-        self, channel: str, source: int, to: int, begun: _Started, expected: _Started
+        self, channel: str, source: int, to: int, begun: _InFlight, expected: _InFlight
     ) -> None:
         num_bytes = begun.shift.sent if begun.shift.to == to else expected.shift.taken
         first = self.events[begun.begin]

@@ -50,7 +50,7 @@ class Start:
 
 
 @dataclass(frozen=True, eq=False)
-class Wait:
+class WaitEvent:
     """A rank goes on when a transfer that it started is done."""
 
     name: str
@@ -66,7 +66,7 @@ class Meeting:
     what: str
 
 
-Event = Start | Wait | Meeting
+Event = Start | WaitEvent | Meeting
 
 
 @dataclass
@@ -169,13 +169,13 @@ def _operand(node: fx.Node) -> fx.Node:
     return operand
 
 
-def _wait(rank: int, node: fx.Node, started: dict[fx.Node, Start]) -> Wait:
+def _wait(rank: int, node: fx.Node, started: dict[fx.Node, Start]) -> WaitEvent:
     start = started.get(_operand(node))
     if start is None:
         raise RingCompileError(
             f"rank {rank} waits in %{node.name} for %{_operand(node).name}, which is no transfer"
         )
-    return Wait(node.name, start)
+    return WaitEvent(node.name, start)
 
 
 def _sends_what_it_says(rank: int, node: fx.Node) -> None:

@@ -38,7 +38,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """A plan as its file says it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Plan:
         return {name: split.dims.get(axis) for name, split in self.weights.items()}
 
 
-def plan_of(program: Program, stages: tuple[str, ...] = ()) -> Plan:
+def plan_of(program: Program, stages: tuple[str, ...] = ()) -> SplitPlan:
     """The plan that a program for all ranks was compiled with.
 
     Args:
@@ -89,7 +89,7 @@ def plan_of(program: Program, stages: tuple[str, ...] = ()) -> Plan:
             }
             why = node.meta.get("why", "" if dims else "whole on every rank")
             weights[program.weights[node.name].name] = Split(dims, why)
-    return Plan(program.name, str(program.mesh), digest(program), weights, stages)
+    return SplitPlan(program.name, str(program.mesh), digest(program), weights, stages)
 
 
 def digest(program: Program) -> int:
@@ -98,7 +98,7 @@ def digest(program: Program) -> int:
     return crc32(repr((program.name, inputs)).encode())
 
 
-def read_plan(file: Path, program: Program, mesh: Mesh) -> Plan:
+def read_plan(file: Path, program: Program, mesh: Mesh) -> SplitPlan:
     """Read a plan that need not be ours.
 
     Args:
@@ -131,7 +131,7 @@ def read_plan(file: Path, program: Program, mesh: Mesh) -> Plan:
     splits = {
         name: _split(file, name, entry, weights, mesh) for name, entry in data["weights"].items()
     }
-    return Plan(str(data.get("model")), str(mesh), data["digest"], splits, tuple(stages))
+    return SplitPlan(str(data.get("model")), str(mesh), data["digest"], splits, tuple(stages))
 
 
 _HOW = "`ringcompile dump OUT --format plan` writes the plan of an artifact"

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 import networkx as nx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.messages import End, Event, Meeting, Start, Wait
+from ringcompile.ir.messages import End, Event, Meeting, Start, WaitEvent
 from ringcompile.mesh import Mesh
 
 _OTHER_END = {"to": "source", "source": "to"}
 
 
 @dataclass(eq=False)
-class _Transfer:
+class _Started:
     """A transfer that a rank has started, and which message between two ranks each end is.
 
     Attributes:
@@ -35,7 +35,7 @@ class _Transfer:
 
 
 @dataclass
-class _Rank:
+class _RankState:
     """How far a rank has come.
 
     Attributes:
@@ -46,9 +46,9 @@ class _Rank:
 
     events: Sequence[Event]
     at: int = 0
-    transfers: dict[Start, _Transfer] = field(default_factory=dict)
-    under_way: dict[str, deque[_Transfer]] = field(default_factory=dict)
-    books: dict[tuple[str, int], list[_Transfer]] = field(default_factory=dict)
+    transfers: dict[Start, _Started] = field(default_factory=dict)
+    under_way: dict[str, deque[_Started]] = field(default_factory=dict)
+    books: dict[tuple[str, int], list[_Started]] = field(default_factory=dict)
     met: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -56,12 +56,12 @@ class _Rank:
         """What it does next."""
         return self.events[self.at] if self.at < len(self.events) else None
 
-    def first(self, axis: str) -> _Transfer | None:
+    def first(self, axis: str) -> _Started | None:
         """The transfer that has begun and is not done."""
         waiting = self.under_way.get(axis)
         return waiting[0] if waiting else None
 
-    def begun(self, transfer: _Transfer) -> bool:
+    def begun(self, transfer: _Started) -> bool:
         """Whether a transfer of this rank has begun."""
         return transfer.done or self.first(transfer.start.axis) is transfer
 
@@ -78,7 +78,7 @@ class Rendezvous:
     events: Sequence[Sequence[Event]]
 
     def __post_init__(self) -> None:
-        self.ranks = [_Rank(events) for events in self.events]
+        self.ranks = [_RankState(events) for events in self.events]
         axes = {e.axis for events in self.events for e in events if isinstance(e, Meeting)}
         self.groups = {
             (axis, rank): group
@@ -114,7 +114,7 @@ class Rendezvous:
                 return False
             case Start() as start:
                 self._start(index, start)
-            case Wait(started=started):
+            case WaitEvent(started=started):
                 if not rank.transfers[started].done:
                     return False
             case Meeting() as meeting:
@@ -135,7 +135,7 @@ class Rendezvous:
 
     def _start(self, index: int, start: Start) -> None:
         rank = self.ranks[index]
-        transfer = rank.transfers[start] = _Transfer(start, {})
+        transfer = rank.transfers[start] = _Started(start, {})
         rank.under_way.setdefault(start.axis, deque()).append(transfer)
         for name, end in start.ends:
             book = rank.books.setdefault((name, end.peer), [])
@@ -143,13 +143,13 @@ class Rendezvous:
             book.append(transfer)
             self._compare(index, transfer, name, end)
 
-    def _matching(self, index: int, transfer: _Transfer, name: str) -> _Transfer | None:
+    def _matching(self, index: int, transfer: _Started, name: str) -> _Started | None:
         """The peer's transfer that holds the other end, if it was started."""
         peer, place = transfer.places[name]
         book = self.ranks[peer].books.get((_OTHER_END[name], index), [])
         return book[place] if place < len(book) else None
 
-    def _compare(self, index: int, transfer: _Transfer, name: str, end: End) -> None:
+    def _compare(self, index: int, transfer: _Started, name: str, end: End) -> None:
         """Hold a message's two ends against each other, once both are known."""
         other = self._matching(index, transfer, name)
         if other is None:
@@ -162,7 +162,7 @@ class Rendezvous:
                 f"rank {end.peer} {did} {theirs} in %{other.start.name}"
             )
 
-    def _lacking(self, index: int, transfer: _Transfer) -> Iterator[_Place]:
+    def _lacking(self, index: int, transfer: _Started) -> Iterator[_Place]:
         """What keeps a transfer that has begun from being done."""
         for name, (peer, _) in transfer.places.items():
             other = self._matching(index, transfer, name)
@@ -228,7 +228,7 @@ class Rendezvous:
             return transfer.start.name, list(self._lacking(index, transfer))
         if isinstance(rank.event, Meeting):
             return rank.event.name, list(self._missing(index, rank.event))
-        assert isinstance(rank.event, Wait)
+        assert isinstance(rank.event, WaitEvent)
         transfer = rank.transfers[rank.event.started]
         if rank.begun(transfer):
             return rank.event.name, list(self._lacking(index, transfer))

@@ -26,7 +26,7 @@ _NOTES = ("why", "why_not", "mask_kind", "stage")
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Repeats:
     """Calls `start` to `start + period * count` of a program: `count` blocks that are alike.
 
     Attributes:
@@ -52,10 +52,10 @@ class Run:
         return self.calls[first : first + self.period]
 
 
-def find_runs(program: Program) -> list[Run]:
+def find_runs(program: Program) -> list[Repeats]:
     """The runs of at least `FEWEST` blocks that make up most of a program; none where none do."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    found: list[Run] = []
+    found: list[Repeats] = []
     for period in _periods(calls):
         runs = _runs(program, calls, period)
         if sum(run.period * run.count for run in runs) > sum(r.period * r.count for r in found):
@@ -80,10 +80,10 @@ def _periods(calls: Sequence[fx.Node]) -> list[int]:
     return [gap for gap, _ in sorted(often.items(), key=lambda item: -item[0] * item[1])[:4]]
 
 
-def _runs(program: Program, calls: Sequence[fx.Node], period: int) -> list[Run]:
+def _runs(program: Program, calls: Sequence[fx.Node], period: int) -> list[Repeats]:
     places = {node: i for i, node in enumerate(calls)}
     pairs = Pairs(program, places, period)
-    runs: list[Run] = []
+    runs: list[Repeats] = []
     at = 0
     while at + period < len(calls):
         end = at
@@ -91,7 +91,7 @@ def _runs(program: Program, calls: Sequence[fx.Node], period: int) -> list[Run]:
             end += 1
         count = (end - at) // period + 1
         if count >= FEWEST:
-            run = Run(calls, at, period, count)
+            run = Repeats(calls, at, period, count)
             runs += [run] if _is_closed(run, places, program) else []
             at = run.end
         else:
@@ -164,7 +164,7 @@ def _same_line(one: fx.Node, other: fx.Node) -> bool:
     return (first.file, first.line) == (second.file, second.line)
 
 
-def _is_closed(run: Run, places: dict[fx.Node, int], program: Program) -> bool:
+def _is_closed(run: Repeats, places: dict[fx.Node, int], program: Program) -> bool:
     """Whether blocks read the block before them at most, and what follows reads the last one."""
     inside = range(run.start, run.end)
     for node in [*run.calls[run.start :], program.output_node]:

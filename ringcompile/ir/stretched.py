@@ -1,6 +1,6 @@
 """A graph with many alike blocks, written out from a program that has few of them.
 
-What is repeated, and what stands for what in each repetition, is a `Part`; `shortened` finds them.
+What is repeated, and what stands for what in each repetition, is a `RepeatedPart`; `shortened` finds them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx
 from ringcompile.errors import SourceLocation
 from ringcompile.ir.calls import append, map_values
 from ringcompile.ir.program import Program
-from ringcompile.ir.repeats import Run
+from ringcompile.ir.repeats import Repeats
 
 # Of each run, the first three blocks and the last one are kept.
 HEAD = 3
@@ -33,7 +33,7 @@ class UnclearError(Exception):
 class Images:
     """For the names and lines of a run's first blocks, those that stand for them further on."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Repeats) -> None:
         self.run = run
         self._places: dict[str, list[fx.Node]] = {}
         for index in range(HEAD):
@@ -73,7 +73,7 @@ def _operands(across: list[fx.Node]) -> Iterator[list[fx.Node]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class RepeatedPart:
     """A block of a rank's program that stands for all that were left out behind it.
 
     Attributes:
@@ -108,7 +108,7 @@ class StretchedGraph(fx.Graph):
         short: the program of the rank with few blocks.
     """
 
-    def __init__(self, short: Program, parts: Sequence[Part], heads: Sequence[fx.Node]) -> None:
+    def __init__(self, short: Program, parts: Sequence[RepeatedPart], heads: Sequence[fx.Node]) -> None:
         self.short, self._parts, self._heads = short, parts, heads
 
     def __getattr__(self, name: str) -> Any:
@@ -123,7 +123,7 @@ class _Writer:
     """Writes a stretched graph."""
 
     def __init__(
-        self, graph: fx.Graph, short: Program, parts: Sequence[Part], heads: Sequence[fx.Node]
+        self, graph: fx.Graph, short: Program, parts: Sequence[RepeatedPart], heads: Sequence[fx.Node]
     ) -> None:
         self.graph, self.short, self.parts, self.heads = graph, short, parts, heads
         self.calls = [node for node in short.graph.nodes if node.op == "call_function"]
@@ -170,7 +170,7 @@ class _Writer:
         base, number = split(node.name)
         return f"{base}_{number + added[base]}" if added.get(base) else node.name
 
-    def _repeat(self, part: Part, ahead: int) -> None:
+    def _repeat(self, part: RepeatedPart, ahead: int) -> None:
         """Write a block as it is so many blocks ahead; `env` then holds its nodes."""
         size, images = part.end - part.start, part.images
         steps = {base: self.added[base] + step * ahead for base, step in part.steps.items()}

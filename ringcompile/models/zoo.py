@@ -25,7 +25,7 @@ from ringcompile.models.transformer import Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
-class Entry:
+class ZooModel:
     """One row of the zoo: what it is, its sizes, and the sequence length of its example inputs."""
 
     description: str
@@ -78,37 +78,37 @@ _TINY: Final[dict[str, Any]] = {
 }
 
 ENTRIES: Final = {
-    "dense-4l": Entry(
+    "dense-4l": ZooModel(
         "the paper's dense model: hidden states in and out, MHA 16 x 512, MLP 32768, float16",
         _DENSE_4L,
         default_sequence=16384,
     ),
-    "dense-4l-small": Entry(
+    "dense-4l-small": ZooModel(
         "dense-4l with 8 heads x 32, hidden 256, MLP 1024, float32",
         dataclasses.replace(_DENSE_4L, **_SMALL),
         default_sequence=192,
     ),
-    "dense-4l-tiny": Entry(
+    "dense-4l-tiny": ZooModel(
         "dense-4l with 4 heads x 16, hidden 64, MLP 256, float32",
         dataclasses.replace(_DENSE_4L, **_TINY),
         default_sequence=48,
     ),
-    "moe-4l": Entry(
+    "moe-4l": ZooModel(
         "the paper's mixture of experts: dense-4l with 8 experts, top 2, capacity factor 1.25",
         _MOE_4L,
         default_sequence=16384,
     ),
-    "moe-4l-small": Entry(
+    "moe-4l-small": ZooModel(
         "moe-4l with 8 heads x 32, hidden 256, experts of 1024, float32",
         dataclasses.replace(_MOE_4L, **_SMALL),
         default_sequence=192,
     ),
-    "moe-4l-tiny": Entry(
+    "moe-4l-tiny": ZooModel(
         "moe-4l with 4 heads x 16, hidden 64, experts of 256, float32",
         dataclasses.replace(_MOE_4L, **_TINY),
         default_sequence=48,
     ),
-    "gpt-tiny": Entry(
+    "gpt-tiny": ZooModel(
         "GPT-2 type decoder: learned positions, LayerNorm, GELU MLP, biases, tied head",
         dataclasses.replace(
             _SMALL_TOKENS,
@@ -120,14 +120,14 @@ ENTRIES: Final = {
         ),
         default_sequence=64,
     ),
-    "llama-tiny": Entry(
+    "llama-tiny": ZooModel(
         "Llama type decoder: rotary, RMSNorm, gated SiLU MLP, grouped-query 6 heads / 2 KV heads",
         dataclasses.replace(
             _SMALL_TOKENS, hidden_size=96, num_heads=6, num_kv_heads=2, max_positions=1 << 16
         ),
         default_sequence=64,
     ),
-    "mixtral-tiny": Entry(
+    "mixtral-tiny": ZooModel(
         "Mixtral type decoder: as llama-tiny, with 4 gated experts for 2 choices, none dropped",
         dataclasses.replace(
             _SMALL_TOKENS,
@@ -140,7 +140,7 @@ ENTRIES: Final = {
         ),
         default_sequence=64,
     ),
-    "bert-tiny": Entry(
+    "bert-tiny": ZooModel(
         "BERT type encoder: learned positions, LayerNorm, GELU MLP, biases, key padding mask",
         dataclasses.replace(
             _SMALL_TOKENS, causal=False, positions="learned", norm="layer", mlp="plain", bias=True
@@ -155,7 +155,7 @@ def names() -> list[str]:
     return list(ENTRIES)
 
 
-def entry(name: str) -> Entry:
+def entry(name: str) -> ZooModel:
     """The row of ``name``.
 
     Raises:

@@ -49,7 +49,7 @@ def check_ownership(
             that a query sees twice or not at all.
     """
     axes = tuple(axis for axis in KEEP_TOKENS if mesh.size(axis) > 1)
-    checker = _Checker(spmd, mesh, axes)
+    checker = _Owners(spmd, mesh, axes)
     stored = [checker.rank(index, program) for index, program in enumerate(ranks)]
     checker.stages(ranks)
     _positions(checker.capacity, checker.num_ranks)
@@ -59,7 +59,7 @@ def check_ownership(
         _chunks(prompts[0], checker.capacity, checker.num_ranks)
 
 
-class _Checker:
+class _Owners:
     def __init__(self, spmd: Program, mesh: Mesh, axes: tuple[str, ...]) -> None:
         capacity = spmd.length_range[1]
         assert capacity is not None

@@ -72,7 +72,7 @@ class ExpertParallel(Pass):
         """
         if self.mesh.size(_EP) == 1:
             return program
-        return _Writer(program, self.mesh).run()
+        return _ExpertWriter(program, self.mesh).run()
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Group:
 
 
 @dataclass
-class _Writer:
+class _ExpertWriter:
     program: Program
     mesh: Mesh
     builder: Builder = field(default_factory=Builder)
@@ -216,7 +216,7 @@ def _leaving(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
 class _Rows:
     """Writes a group of rows: route, dispatch, run, combine."""
 
-    writer: _Writer
+    writer: _ExpertWriter
     group: Group
     expert: fx.Node
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -369,7 +369,7 @@ def _keeps_slots(node: fx.Node, num_experts: Size, slots: Size) -> bool:
 class _Buffers:
     """Writes a group of buffers: exchange, run, exchange back."""
 
-    writer: _Writer
+    writer: _ExpertWriter
     group: Group
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
 

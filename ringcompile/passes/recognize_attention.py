@@ -77,7 +77,7 @@ class RecognizeAttention(Pass):
             except NotUnderstoodError as reason:
                 reasons.update(dict.fromkeys(_scores_near(node), str(reason)))
         builder = Builder()
-        writer = _Writer(builder, reader, Analysis(program))
+        writer = _AttentionWriter(builder, reader, Analysis(program))
         for node in program.graph.nodes:
             builder.at(node)
             if node in found:
@@ -157,7 +157,7 @@ class _Scores:
 
 
 @dataclass
-class _Writer:
+class _AttentionWriter:
     """Writes attention in place of what was read."""
 
     builder: Builder

@@ -25,22 +25,22 @@ from ringcompile.runtime.executor import Request
 from ringcompile.runtime.handshake import agree, facts_of
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory, peak_bytes
-from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary, from_numbers, to_numbers
+from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary, from_numbers, to_numbers
 from ringcompile.runtime.runner import (
     Computed,
+    OpenWeights,
     Prepared,
     Runner,
     Settings,
-    Weights,
     computed,
     freed,
 )
 from ringcompile.runtime.tail import rows_by_rank
 from ringcompile.runtime.tasks import (
     WHOLE,
+    HasPrograms,
     Inputs,
     Opened,
-    Parallel,
     RankRun,
     Result,
     Run,
@@ -73,7 +73,7 @@ class Peer:
 
     def __init__(
         self,
-        parallel: Parallel,
+        parallel: HasPrograms,
         rank: Rank,
         kinds: Sequence[str] = (WHOLE,),
         *,
@@ -89,7 +89,7 @@ class Peer:
         self.tracer = Tracer(rank) if settings.trace else None
         self.runner = Runner(
             lambda kind: of_kind(parallel, kind).rank(rank.index),
-            Weights(parallel.source, rank.device), settings, self.tracer,
+            OpenWeights(parallel.source, rank.device), settings, self.tracer,
         )
         for kind in kinds:
             self.program(kind)
@@ -127,7 +127,7 @@ class Peer:
         tracer.start()
         return replace(self._timed(prepared), trace=tracer.recorded())
 
-    def run(self, inputs: Any, keep: Keep = EVERYTHING) -> RankRun:
+    def run(self, inputs: Any, keep: Kept = EVERYTHING) -> RankRun:
         """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor."""
         return self.answer(run_task(self.program(), inputs, keep))
 
@@ -179,7 +179,7 @@ class Peer:
         return [[from_numbers(row)] for row in self.exchange.everyones(mine)]
 
     def assemble(
-        self, run: RankRun, keep: Keep = EVERYTHING, kind: str = WHOLE, everywhere: bool = False
+        self, run: RankRun, keep: Kept = EVERYTHING, kind: str = WHOLE, everywhere: bool = False
     ) -> Any:
         """Whole outputs, nested as the model returned them, on rank 0; None on the others.
 
@@ -255,7 +255,7 @@ class JobRanks:
     """
 
     def __init__(
-        self, parallel: Parallel, rank: Rank, kinds: Sequence[str], settings: Settings
+        self, parallel: HasPrograms, rank: Rank, kinds: Sequence[str], settings: Settings
     ) -> None:
         self.peer = Peer(parallel, rank, kinds, check_inputs=True, settings=settings)
         self.reports = rank.index == 0
@@ -293,7 +293,7 @@ class JobRanks:
 
 def open_peer(
     rank: Rank,
-    load: Callable[..., Parallel],
+    load: Callable[..., HasPrograms],
     args: tuple[Any, ...],
     kinds: Sequence[str],
     settings: Settings,
@@ -316,7 +316,7 @@ def rewind(rank: Rank, length: int) -> None:
     peer.runner.rewind(length)
 
 
-def _joined(parallel: Parallel) -> tuple[str, ...]:
+def _joined(parallel: HasPrograms) -> tuple[str, ...]:
     """The combinations of axes that any rank's program communicates along."""
     mesh = parallel.mesh
     stages = {mesh.coordinates(rank).get("pp", 0): rank for rank in range(mesh.world_size)}

@@ -15,10 +15,10 @@ from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.executor import Executor, run_alone
 from ringcompile.runtime.lockstep import LockStep
 from ringcompile.runtime.memory import peak_bytes
-from ringcompile.runtime.outputs import EVERYTHING, Keep
-from ringcompile.runtime.runner import Runner, Settings, Weights, computed, read_weights
+from ringcompile.runtime.outputs import EVERYTHING, Kept
+from ringcompile.runtime.runner import OpenWeights, Runner, Settings, computed, read_weights
 from ringcompile.runtime.tasks import (
-    Parallel,
+    HasPrograms,
     RankRun,
     Result,
     Stats,
@@ -52,7 +52,7 @@ class LockStepRanks:
     ) -> None:
         self.mesh, self.bytes_sent = mesh, list[int]()
         self.device, self._programs = torch.device(device), programs
-        weights = Weights(source, self.device)
+        weights = OpenWeights(source, self.device)
 
         def runner(rank: int) -> Runner:
             return Runner(lambda kind: programs(kind, rank), weights, settings or Settings())
@@ -60,7 +60,7 @@ class LockStepRanks:
         self.runners = [runner(rank) for rank in range(mesh.world_size)]
 
     @classmethod
-    def of(cls, parallel: Parallel, kinds: Sequence[str], settings: Settings) -> LockStepRanks:
+    def of(cls, parallel: HasPrograms, kinds: Sequence[str], settings: Settings) -> LockStepRanks:
         """The ranks of compiled programs; `kinds` and `settings` as for `JobRanks`."""
         made = cls(lambda kind, rank: of_kind(parallel, kind).rank(rank), parallel.mesh,
                    parallel.source, settings)
@@ -118,7 +118,7 @@ def run_lockstep(
     device: torch.device | str = "cpu",
     check_types: bool = False,
     compiler: str | None = None,
-    keep: Keep = EVERYTHING,
+    keep: Kept = EVERYTHING,
     whole: bool = True,
     check_finite: bool = False,
 ) -> Result:

@@ -11,12 +11,12 @@ from ringcompile.errors import RingCompileError
 from ringcompile.runtime.batches import deal
 from ringcompile.runtime.distributed import answer_task, open_peer, rewind
 from ringcompile.runtime.join import EXCHANGE_TIMEOUT, check_world_size
-from ringcompile.runtime.outputs import EVERYTHING, Keep
+from ringcompile.runtime.outputs import EVERYTHING, Kept
 from ringcompile.runtime.processes import Processes
 from ringcompile.runtime.runner import Settings
 from ringcompile.runtime.tasks import (
     WHOLE,
-    Parallel,
+    HasPrograms,
     RankRun,
     Result,
     Task,
@@ -72,7 +72,7 @@ class LocalRanks(Processes):
 
     def __init__(
         self,
-        load: Callable[..., Parallel],
+        load: Callable[..., HasPrograms],
         args: tuple[Any, ...] = (),
         kinds: Sequence[str] = (WHOLE,),
         *,
@@ -102,7 +102,7 @@ class LocalRanks(Processes):
         self.bytes_sent = found.bytes_sent
         return found
 
-    def run(self, inputs: Any, *, keep: Keep = EVERYTHING, whole: bool = True) -> Result:
+    def run(self, inputs: Any, *, keep: Kept = EVERYTHING, whole: bool = True) -> Result:
         """Run the program of the whole sequence once: see `run_task`."""
         return self.answer(run_task(self.parallel.rank(0), inputs, keep, whole))
 

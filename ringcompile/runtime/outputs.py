@@ -26,7 +26,7 @@ _PIECE = 1 << 20  # numbers that are added up at a time
 
 
 @dataclass(frozen=True)
-class Keep:
+class Kept:
     """What a rank keeps of a run's outputs.
 
     Attributes:
@@ -51,7 +51,7 @@ class Keep:
         return shares if self.outputs else (), found
 
 
-EVERYTHING = Keep()
+EVERYTHING = Kept()
 
 
 @dataclass(frozen=True)

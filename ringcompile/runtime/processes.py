@@ -36,7 +36,7 @@ from ringcompile.runtime.join import (
     pick_backend,
 )
 from ringcompile.runtime.transport import pack, unpack
-from ringcompile.runtime.worker import Answer, Call, Failure, Place, serve
+from ringcompile.runtime.worker import Failure, RankCall, RankPlace, Reply, serve
 
 _PRELOAD = ["torch", "torch.distributed", "ringcompile.runtime.launcher", "ringcompile.artifact"]
 _GRACE = 1.0  # seconds for the cause to arrive when a consequence was reported first
@@ -77,7 +77,7 @@ class Processes:
         self._lifelines = self._context.Pipe(duplex=False)
         self._num_calls = 0
         try:
-            place = Place(
+            place = RankPlace(
                 index=0,
                 world_size=num_ranks,
                 folder=self._folder,
@@ -116,7 +116,7 @@ class Processes:
         self._num_calls += 1
         try:
             folder.mkdir()
-            self._send(pack(Call(function, args, folder), folder, "args"))
+            self._send(pack(RankCall(function, args, folder), folder, "args"))
             return self._collect(timeout or self.timeout, _unanswered, _GRACE)
         except BaseException:
             self.kill()
@@ -163,7 +163,7 @@ class Processes:
         else:
             self.kill()
 
-    def _start(self, place: Place) -> None:
+    def _start(self, place: RankPlace) -> None:
         _start_server()
         for index in range(self.num_ranks):
             ours, theirs = self._context.Pipe()
@@ -214,7 +214,7 @@ class Processes:
             for end in ready:
                 index = waiting.pop(end)  # type: ignore[call-overload]
                 match self._receive(index):
-                    case Answer(value):
+                    case Reply(value):
                         answers[index] = value
                     case Failure(error, consequence=True):
                         suspect = suspect or error
@@ -242,7 +242,7 @@ class Processes:
             hint=f"{name_ranks(stopped)} got SIGSTOP, or a debugger holds it; SIGCONT ends that",
         )
 
-    def _receive(self, index: int) -> Answer | Failure:
+    def _receive(self, index: int) -> Reply | Failure:
         try:
             message = unpack(self._connections[index].recv_bytes())
         except (EOFError, OSError) as error:

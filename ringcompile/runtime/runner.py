@@ -18,7 +18,7 @@ from ringcompile.runtime.cache import Memory
 from ringcompile.runtime.data import share_keys, share_of, share_slices, shares_of
 from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
-from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary
+from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
 from ringcompile.runtime.tasks import CARRIED, WHOLE, Extend, Inputs, Prompt, Run, Task
 from ringcompile.runtime.tracer import Tracer
 
@@ -48,7 +48,7 @@ def _read(program: Program, source: WeightSource, name: str, type_: TensorType) 
 
 
 @dataclass
-class Weights:
+class OpenWeights:
     """Weights on a device; programs and ranks that take the same share of one have it once.
 
     Attributes:
@@ -104,7 +104,7 @@ class Prepared:
 
     dealt: Deal
     calls: list[tuple[Executor, Inputs]]
-    keep: Keep = EVERYTHING
+    keep: Kept = EVERYTHING
     last: bool = False
     tracer: Tracer | None = None
 
@@ -140,7 +140,7 @@ class Runner:
     """
 
     def __init__(
-        self, programs: Callable[[str], Program], weights: Weights, settings: Settings,
+        self, programs: Callable[[str], Program], weights: OpenWeights, settings: Settings,
         tracer: Tracer | None = None,
     ) -> None:
         self.programs, self.weights, self.settings = programs, weights, settings
@@ -161,7 +161,7 @@ class Runner:
         weights = {name: _copied(weight) for name, weight in whole.weights.items()}
         program = freed(whole.program)
         self.opened = {WHOLE: _Opened(program, weights, whole.numbered)}
-        self.weights, self.programs = Weights(None, self.weights.device), lambda kind: program
+        self.weights, self.programs = OpenWeights(None, self.weights.device), lambda kind: program
         return program
 
     @property
@@ -219,14 +219,14 @@ class Runner:
         return Prepared(Deal(lengths, ((part,),) * replicas), [call])
 
     def _call(
-        self, opened: _Opened, part: Part, keep: Keep, values: Inputs
+        self, opened: _Opened, part: Part, keep: Kept, values: Inputs
     ) -> tuple[Executor, Inputs]:
         device = self.weights.device
         needed = part.needed(opened.numbered)
         own = {name: tensor.to(device) for name, tensor in values.items()}
         return self._executor(opened, needed, keep), {**opened.weights, **own}
 
-    def _executor(self, opened: _Opened, lengths: dict[str, int], keep: Keep) -> Executor:
+    def _executor(self, opened: _Opened, lengths: dict[str, int], keep: Kept) -> Executor:
         key, made = (tuple(sorted(lengths.items())), keep.last), opened.executors
         if key not in made:
             if len(made) == _MAX_EXECUTORS:

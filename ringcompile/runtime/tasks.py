@@ -17,13 +17,13 @@ from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.batches import Deal, whole_outputs
 from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.outputs import EVERYTHING, Keep, Summary
+from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
 from ringcompile.traces.measured import RankTrace
 
 Inputs: TypeAlias = dict[str, torch.Tensor]
 
 
-class Parallel(Protocol):
+class HasPrograms(Protocol):
     """Programs for all ranks, as compiled or as loaded from an artifact."""
 
     @property
@@ -42,17 +42,17 @@ class Parallel(Protocol):
         """A digest of all that the ranks must have in common."""
 
     @property
-    def carried(self) -> Parallel | None:
+    def carried(self) -> HasPrograms | None:
         """The programs for the next tokens of a sequence, if there is a cache."""
 
     @property
-    def prefill(self) -> Parallel | None:
+    def prefill(self) -> HasPrograms | None:
         """The programs that divide a prompt among ranks, if there are any."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The programs of some ranks, whose weights have been read: a `Parallel` without their data."""
+    """The programs of some ranks, whose weights have been read: `HasPrograms` without data."""
 
     mesh: Mesh
     ranks: Mapping[int, Program]
@@ -68,14 +68,14 @@ class Opened:
 
 # The kinds of programs that an artifact may hold.
 WHOLE, CARRIED, PREFILL = "whole", "carried", "prefill"
-_OF_KIND: dict[str, Callable[[Parallel], Parallel | None]] = {
+_OF_KIND: dict[str, Callable[[HasPrograms], HasPrograms | None]] = {
     WHOLE: lambda parallel: parallel,
     CARRIED: lambda parallel: parallel.carried,
     PREFILL: lambda parallel: parallel.prefill,
 }
 
 
-def of_kind(parallel: Parallel, kind: str) -> Parallel:
+def of_kind(parallel: HasPrograms, kind: str) -> HasPrograms:
     """The programs of a kind.
 
     Raises:
@@ -102,7 +102,7 @@ class Run:
 
     kind: ClassVar[str] = WHOLE
     inputs: Inputs
-    keep: Keep = EVERYTHING
+    keep: Kept = EVERYTHING
     whole: bool = True
 
 
@@ -117,7 +117,7 @@ class Extend:
     """
 
     kind: ClassVar[str] = CARRIED
-    keep: ClassVar[Keep] = EVERYTHING
+    keep: ClassVar[Kept] = EVERYTHING
     whole: ClassVar[bool] = True
     inputs: Inputs
     new: int
@@ -134,7 +134,7 @@ class Prompt:
     """
 
     kind: ClassVar[str] = PREFILL
-    keep: ClassVar[Keep] = Keep(outputs=False)
+    keep: ClassVar[Kept] = Kept(outputs=False)
     whole: ClassVar[bool] = False
     inputs: Inputs
     new: int
@@ -273,7 +273,7 @@ class Driver(Protocol):
         """The same at once, whatever the ranks are doing."""
 
 
-def run_task(program: Program, inputs: Any, keep: Keep = EVERYTHING, whole: bool = True) -> Run:
+def run_task(program: Program, inputs: Any, keep: Kept = EVERYTHING, whole: bool = True) -> Run:
     """The task of running once on inputs: a mapping by name, a sequence in order, or one tensor.
 
     Raises:

@@ -22,7 +22,7 @@ from ringcompile.runtime.transport import pack, unpack
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """What a rank's process is told when it starts."""
 
     index: int
@@ -36,7 +36,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Call:
+class RankCall:
     """A function that every rank is to call, as `function(rank, *args)`."""
 
     function: Callable[..., Any]
@@ -45,7 +45,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What a rank returned."""
 
     value: Any
@@ -66,7 +66,7 @@ class Failure:
     consequence: bool
 
 
-def serve(connection: Connection, lifeline: Connection, place: Place) -> None:
+def serve(connection: Connection, lifeline: Connection, place: RankPlace) -> None:
     """Join, then answer calls until the parent hangs up.
 
     Args:
@@ -81,12 +81,12 @@ def serve(connection: Connection, lifeline: Connection, place: Place) -> None:
     os.environ.clear()
     os.environ.update(place.environment)
     torch.set_num_threads(place.threads)
-    connection.send_bytes(pack(Answer(None), place.folder, ""))
+    connection.send_bytes(pack(Reply(None), place.folder, ""))
     try:
         rank = _join(place)
-        connection.send_bytes(pack(Answer(None), place.folder, ""))
+        connection.send_bytes(pack(Reply(None), place.folder, ""))
         while (call := _next_call(connection)) is not None:
-            answer = Answer(call.function(rank, *call.args))
+            answer = Reply(call.function(rank, *call.args))
             connection.send_bytes(pack(answer, call.folder, f"rank{place.index}"))
             del call, answer
     except BaseException as error:
@@ -95,7 +95,7 @@ def serve(connection: Connection, lifeline: Connection, place: Place) -> None:
     leave()
 
 
-def _join(place: Place) -> Rank:
+def _join(place: RankPlace) -> Rank:
     return join_local(
         place.index,
         place.world_size,
@@ -106,7 +106,7 @@ def _join(place: Place) -> Rank:
     )
 
 
-def _next_call(connection: Connection) -> Call | None:
+def _next_call(connection: Connection) -> RankCall | None:
     try:
         message = connection.recv_bytes()
     except EOFError:

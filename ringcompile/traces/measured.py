@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ringcompile.traces.nodes import Nodes
-from ringcompile.traces.slices import Memory, Slice, Trace, one_after_another
+from ringcompile.traces.slices import MemoryTrack, Slice, Trace, one_after_another
 
 OP = "op"  # the kind of what computes; the node says which
 
@@ -68,12 +68,12 @@ def measured(
     )
 
 
-def _changes(everyones: Sequence[RankTrace], first: float) -> list[Memory]:
+def _changes(everyones: Sequence[RankTrace], first: float) -> list[MemoryTrack]:
     made = []
     for found in everyones:
         before = None
         for moment, num_bytes in found.memory:
             if num_bytes != before:
                 before = num_bytes
-                made.append(Memory(found.rank, max(0.0, moment - first), num_bytes))
+                made.append(MemoryTrack(found.rank, max(0.0, moment - first), num_bytes))
     return made

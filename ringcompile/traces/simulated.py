@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ringcompile.cost.rank import RankCost
 from ringcompile.cost.timeline import COMPUTE, HOST, Timeline
-from ringcompile.traces.slices import COMMUNICATION, WAIT, Memory, Slice, Trace
+from ringcompile.traces.slices import COMMUNICATION, WAIT, MemoryTrack, Slice, Trace
 
 
 def simulated(found: Timeline, costs: Sequence[RankCost], title: str) -> Trace:
@@ -45,7 +45,7 @@ def _transferred(found: Timeline, critical: set[int]) -> Iterator[Slice]:
                         one.done in critical)
 
 
-def _memory(slices: Sequence[Slice], costs: Sequence[RankCost]) -> Iterator[Memory]:
+def _memory(slices: Sequence[Slice], costs: Sequence[RankCost]) -> Iterator[MemoryTrack]:
     """What a rank holds while a node computes, where that is another amount than before."""
     held = {cost.rank: cost.held for cost in costs}
     before: dict[int, int] = {}
@@ -53,4 +53,4 @@ def _memory(slices: Sequence[Slice], costs: Sequence[RankCost]) -> Iterator[Memo
         now = held.get(one.rank, {}).get(one.node)
         if one.track == COMPUTE and now is not None and now != before.get(one.rank):
             before[one.rank] = now
-            yield Memory(one.rank, one.start, now)
+            yield MemoryTrack(one.rank, one.start, now)

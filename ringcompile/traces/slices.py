@@ -34,7 +34,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryTrack:
     """The bytes that a rank holds from a moment on, in seconds from the start of the run."""
 
     rank: int
@@ -55,7 +55,7 @@ class Trace:
 
     title: str
     slices: tuple[Slice, ...]
-    memory: tuple[Memory, ...] = ()
+    memory: tuple[MemoryTrack, ...] = ()
     facts: dict[str, str | float] = field(default_factory=dict)
 
     @property

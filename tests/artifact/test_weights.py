@@ -21,7 +21,7 @@ from ringcompile.artifact import load
 from ringcompile.artifact.blocks import BLOCK_BYTES, blocks_of
 from ringcompile.artifact.opened import OpenFolder
 from ringcompile.artifact.shards import WrittenWeights, write_weights
-from ringcompile.artifact.weights import Place, Weights, open_weight_files
+from ringcompile.artifact.weights import WeightPlace, Weights, open_weight_files
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Weight
 from tests.artifact.support import compile_model, save_model
@@ -263,7 +263,7 @@ def test_a_reference_is_the_file_it_was(
 @pytest.mark.parametrize("path", ["/dev/zero", "/etc/passwd", "/proc/self/mem", "c.safetensors"])
 def test_a_reference_to_anything_is_not_opened(tmp_path: Path, path: str) -> None:
     with pytest.raises(RingCompileError, match=r"no \.safetensors file|no full path"):
-        Place.from_json("w", {"dtype": "float32", "shape": [2], "where": "reference",
+        WeightPlace.from_json("w", {"dtype": "float32", "shape": [2], "where": "reference",
                               "file": path, "tensor": "w"})
 
 

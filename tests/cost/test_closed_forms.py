@@ -15,7 +15,7 @@ from ringcompile.capture.loaders import load_model
 from ringcompile.compiler import transform
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.cost.limits import kernel_limit
-from ringcompile.cost.rank import Collective, RankCost, Shift, cost_of
+from ringcompile.cost.rank import RankCost, TimedCollective, TimedShift, cost_of
 from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
 
@@ -85,7 +85,7 @@ def test_exact_capacity_makes_the_mixture_compute_every_expert_for_every_token()
 def ring_bytes(order: str) -> int:
     """What one hop of the ring carries, largest over ranks: a layer's keys and values."""
     cost = rank_of("dense-4l", "ring=16", 1, order=order)
-    return max(s.communicates.sent for s in cost.steps if isinstance(s.communicates, Shift))
+    return max(s.communicates.sent for s in cost.steps if isinstance(s.communicates, TimedShift))
 
 
 def test_bytes_of_a_ring() -> None:
@@ -132,7 +132,7 @@ def test_causal_attention_of_a_layer() -> None:
 def test_all_reduces_of_the_baseline() -> None:
     """TP=8 x PP=2: two a layer, each of the tokens' hidden states, within a group of 8."""
     cost = rank_of("dense-4l", "pp=2,tp=8", 8, 1024)
-    reduced = [s.communicates for s in cost.steps if isinstance(s.communicates, Collective)]
+    reduced = [s.communicates for s in cost.steps if isinstance(s.communicates, TimedCollective)]
     assert len(reduced) == 2 * LAYERS // 2
     assert {(c.brought, len(c.group)) for c in reduced} == {(1024 * HIDDEN * 2, 8)}
     sent = 2 * 7 / 8 * 1024 * HIDDEN * 2

@@ -19,7 +19,7 @@ from ringcompile.commands.plan import _rejections
 from ringcompile.commands.transform import transform as transform_command
 from ringcompile.compiler import transform
 from ringcompile.cost import forks
-from ringcompile.cost.estimate import Ask, Estimator, Model, Parallel, on_line
+from ringcompile.cost.estimate import Ask, Estimator, HasRanks, Model, on_line
 from ringcompile.cost.figures import Figure
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.cost.layers import cut, find_stack
@@ -225,7 +225,7 @@ def test_layers_of_several_kinds(kinds: str, spec: str) -> None:
     assert stack is not None
     variant = Variant(mesh, order="contiguous")
 
-    def of_blocks(variant: Variant, length: int) -> Parallel:
+    def of_blocks(variant: Variant, length: int) -> HasRanks:
         pp = variant.mesh.size("pp")
         return transform(prepare(cut(whole, stack, pp)), variant.mesh, order="contiguous",
                          length=length, stages=stack.starts(pp))
@@ -265,7 +265,7 @@ def prepared(layers: int) -> Program:
     return prepare(cut(captured(), stack, layers))
 
 
-def compile_(variant: Variant, length: int) -> Parallel:
+def compile_(variant: Variant, length: int) -> HasRanks:
     return transform(prepared(variant.mesh.size("pp")), variant.mesh, order=variant.order,
                      length=length, ring=variant.ring, tp_sequence=variant.tp_sequence)
 

@@ -8,7 +8,7 @@ import pytest
 
 from ringcompile.compiler import transform
 from ringcompile.cost import planner
-from ringcompile.cost.estimate import Ask, Model, Parallel
+from ringcompile.cost.estimate import Ask, HasRanks, Model
 from ringcompile.cost.layers import cut, find_stack
 from ringcompile.cost.planner import Planner
 from ringcompile.cost.plans import Plan
@@ -30,7 +30,7 @@ def plans(kinds: str, length: int, num_gpus: int) -> list[Plan]:
         assert stack is not None
         return prepare(cut(whole, stack, stages) if stack.stands_for(stages) else whole)
 
-    def compile_(variant: Variant, length: int) -> Parallel:
+    def compile_(variant: Variant, length: int) -> HasRanks:
         stages = variant.mesh.size("pp")
         starts = stack.starts(stages) if stack is not None else ()
         return transform(

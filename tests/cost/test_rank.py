@@ -11,7 +11,7 @@ from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.compiler import transform
 from ringcompile.cost.layers import cut, find_stack, repeat
-from ringcompile.cost.rank import Collective, RankCost, Shift, Wait, cost_of
+from ringcompile.cost.rank import RankCost, TimedCollective, TimedShift, TimedWait, cost_of
 from ringcompile.cost.values import Values, bind_lengths
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
@@ -111,12 +111,12 @@ def test_a_length_out_of_range_is_refused() -> None:
 
 def test_what_is_exchanged() -> None:
     ring = [step.communicates for step in costs("dense-4l-tiny", "ring=4", 64)[1].steps]
-    shifts = [one for one in ring if isinstance(one, Shift)]
+    shifts = [one for one in ring if isinstance(one, TimedShift)]
     assert {one.channel for one in shifts} == {"ring"}
     assert {one.to for one in shifts if one.to is not None} == {0, 2}
-    assert sum(isinstance(one, Wait) for one in ring) == len(shifts)
+    assert sum(isinstance(one, TimedWait) for one in ring) == len(shifts)
     tensor = [step.communicates for step in costs("dense-4l-tiny", "ring=2,tp=2", 64)[3].steps]
-    reduced = [one for one in tensor if isinstance(one, Collective)]
+    reduced = [one for one in tensor if isinstance(one, TimedCollective)]
     assert {(one.kind, one.group) for one in reduced} == {("all_reduce", (2, 3))}
     assert {one.brought for one in reduced} == {32 * 64 * 4}
     assert len(reduced) == 8  # two a layer

@@ -16,7 +16,7 @@ import torch
 
 from ringcompile.cost.collectives import collective_seconds, message_seconds
 from ringcompile.cost.kernels import Kernel
-from ringcompile.cost.rank import Collective, RankCost, Shift, Step, Wait
+from ringcompile.cost.rank import RankCost, TimedCollective, TimedShift, TimedStep, TimedWait
 from ringcompile.cost.scaling import as_stage, moved, with_batch
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How, timeline
@@ -30,25 +30,27 @@ def kernel(milliseconds: float) -> Kernel:
     return Kernel("stream", torch.float32, int(milliseconds * 1e9))
 
 
-def compute(milliseconds: float, name: str = "compute", reads: tuple[str, ...] = ()) -> Step:
-    return Step(name, "add", "layers.0", (kernel(milliseconds),), None, reads)
+def compute(milliseconds: float, name: str = "compute", reads: tuple[str, ...] = ()) -> TimedStep:
+    return TimedStep(name, "add", "layers.0", (kernel(milliseconds),), None, reads)
 
 
-def start(name: str, to: int | None, source: int | None, size: int = MB, on: str = "ring") -> Step:
+def start(
+    name: str, to: int | None, source: int | None, size: int = MB, on: str = "ring"
+) -> TimedStep:
     sent, taken = (size if peer is not None else 0 for peer in (to, source))
-    return Step(name, "shift_start", "layers.0", (), Shift(on, to, source, sent, taken))
+    return TimedStep(name, "shift_start", "layers.0", (), TimedShift(on, to, source, sent, taken))
 
 
-def wait(name: str) -> Step:
-    return Step(f"{name}_wait", "wait", "layers.0", (), Wait(name))
+def wait(name: str) -> TimedStep:
+    return TimedStep(f"{name}_wait", "wait", "layers.0", (), TimedWait(name))
 
 
-def reduce(name: str, group: Sequence[int], size: int = MB, on: str = "tp") -> Step:
-    exchange = Collective("all_reduce", on, tuple(group), size)
-    return Step(name, "all_reduce", "layers.0", (), exchange)
+def reduce(name: str, group: Sequence[int], size: int = MB, on: str = "tp") -> TimedStep:
+    exchange = TimedCollective("all_reduce", on, tuple(group), size)
+    return TimedStep(name, "all_reduce", "layers.0", (), exchange)
 
 
-def rank(number: int, *steps: Step) -> RankCost:
+def rank(number: int, *steps: TimedStep) -> RankCost:
     return RankCost(number, steps, (("layers.0.w", 1000),), 5000, len(steps))
 
 
@@ -245,35 +247,36 @@ def test_collectives_on_one_node(kind: str, size: int, sent: float) -> None:
     """Megabytes sent by a rank that brings one, at 1 GB/s, beside startup and further steps."""
     depth = {2: 1, 4: 2, 8: 3}[size]
     steps = 2 * depth - 1 if kind == "all_reduce" else depth - 1
-    found = collective_seconds(cluster(), Collective(kind, "tp", tuple(range(size)), MB))
+    found = collective_seconds(cluster(), TimedCollective(kind, "tp", tuple(range(size)), MB))
     assert found == pytest.approx((1 + 0.1 * steps + sent) * MS)
 
 
 def test_collectives_of_one_or_of_nothing_are_free() -> None:
-    assert collective_seconds(cluster(), Collective("all_reduce", "tp", (3,), MB)) == 0
-    assert collective_seconds(cluster(), Collective("all_reduce", "tp", (0, 1), 0)) == 0
+    assert collective_seconds(cluster(), TimedCollective("all_reduce", "tp", (3,), MB)) == 0
+    assert collective_seconds(cluster(), TimedCollective("all_reduce", "tp", (0, 1), 0)) == 0
 
 
 def test_a_collective_across_nodes_uses_all_links_between_them() -> None:
     two = cluster(per_node=4, nodes=2)
-    within = collective_seconds(cluster(), Collective("reduce_scatter", "tp", (0, 1, 2, 3), MB))
+    scattered = TimedCollective("reduce_scatter", "tp", (0, 1, 2, 3), MB)
+    within = collective_seconds(cluster(), scattered)
     across = (1 + 0.1 + 2 / 2 * 0.25 / 0.1) * MS  # a quarter of it, at a tenth of the speed
     back = (1 + 0.1 + 3 / 4) * MS
-    found = collective_seconds(two, Collective("all_reduce", "tp", tuple(range(8)), MB))
+    found = collective_seconds(two, TimedCollective("all_reduce", "tp", tuple(range(8)), MB))
     assert found == pytest.approx(within + across + back)
-    one_each = collective_seconds(two, Collective("all_reduce", "tp", (0, 4), MB))
+    one_each = collective_seconds(two, TimedCollective("all_reduce", "tp", (0, 4), MB))
     assert one_each == pytest.approx((1 + 0.1 + 10) * MS)
 
 
 def test_exchanges_across_nodes_go_both_ways_at_once() -> None:
     two = cluster(per_node=2, nodes=2)
-    found = collective_seconds(two, Collective("all_to_all", "ep", (0, 1, 2, 3), MB))
+    found = collective_seconds(two, TimedCollective("all_to_all", "ep", (0, 1, 2, 3), MB))
     assert found == pytest.approx((1 + 0.5 / 0.1) * MS)  # half of it leaves the node
 
 
 def test_a_switch_that_reduces_is_a_figure_of_its_own() -> None:
     fast = cluster(links={"node": link(all_reduce=figure(3.0, "GB/s"))})
-    found = collective_seconds(fast, Collective("all_reduce", "tp", (0, 1, 2, 3), MB))
+    found = collective_seconds(fast, TimedCollective("all_reduce", "tp", (0, 1, 2, 3), MB))
     assert found == pytest.approx((1 + 0.3 + 0.5) * MS)
 
 
@@ -290,7 +293,7 @@ def test_short_messages_may_be_slower() -> None:
 def test_a_batch_multiplies_all_but_the_weights() -> None:
     product = Kernel("matmul", torch.float32, 4 * (2 * 3 + 3 * 5 + 2 * 5), 60, 2, 3, 5)
     attended = Kernel("attention", torch.float32, 80, 40, 2, 8, 2, batch=3)
-    cost = rank(0, Step("a", "linear", "", (product, attended)), start("t", 1, 1), wait("t"),
+    cost = rank(0, TimedStep("a", "linear", "", (product, attended)), start("t", 1, 1), wait("t"),
                 reduce("r", (0, 1)))
     more = with_batch(cost, 4)
     first, second = more.steps[0].kernels
@@ -305,8 +308,8 @@ def test_a_batch_multiplies_all_but_the_weights() -> None:
 def test_a_stage_further_on_meets_others() -> None:
     cost = moved(rank(1, start("t", 0, 2), reduce("r", (0, 1))), 8)
     assert cost.rank == 9
-    assert cost.steps[0].communicates == Shift("ring", 8, 10, MB, MB)
-    assert cost.steps[1].communicates == Collective("all_reduce", "tp", (8, 9), MB)
+    assert cost.steps[0].communicates == TimedShift("ring", 8, 10, MB, MB)
+    assert cost.steps[1].communicates == TimedCollective("all_reduce", "tp", (8, 9), MB)
 
 
 def test_the_tests_table_is_as_it_says() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ringcompile as rc
 from ringcompile.ops.kernels import select
-from ringcompile.ops.kernels.contract import Call
+from ringcompile.ops.kernels.contract import BlockCall
 from ringcompile.ops.kernels.plain import MATH
 
 
@@ -19,14 +19,14 @@ def _providers() -> Iterator[None]:
     select._PROVIDERS[:] = before
 
 
-def takes_all(call: Call) -> str | None:
+def takes_all(call: BlockCall) -> str | None:
     return None
 
 
 def test_it_is_taken_first() -> None:
     calls = []
 
-    def run(call: Call) -> tuple[Tensor, Tensor]:
+    def run(call: BlockCall) -> tuple[Tensor, Tensor]:
         calls.append(call)
         return MATH.run(call)
 
@@ -38,21 +38,21 @@ def test_it_is_taken_first() -> None:
     assert len(calls) == 1
 
 
-def half_the_scale(call: Call) -> tuple[Tensor, Tensor]:
-    return MATH.run(Call(call.q / 2, call.k, call.v, call.scale, call.causal, call.mask, None))
+def half_the_scale(call: BlockCall) -> tuple[Tensor, Tensor]:
+    return MATH.run(BlockCall(call.q / 2, call.k, call.v, call.scale, call.causal, call.mask, None))
 
 
-def blind_rows_zero(call: Call) -> tuple[Tensor, Tensor]:
+def blind_rows_zero(call: BlockCall) -> tuple[Tensor, Tensor]:
     out, lse = MATH.run(call)
     return out, lse.masked_fill(lse == -torch.inf, 0.0)
 
 
-def narrow_lse(call: Call) -> tuple[Tensor, Tensor]:
+def narrow_lse(call: BlockCall) -> tuple[Tensor, Tensor]:
     out, lse = MATH.run(call)
     return out, lse.bfloat16()
 
 
-def log2_lse(call: Call) -> tuple[Tensor, Tensor]:
+def log2_lse(call: BlockCall) -> tuple[Tensor, Tensor]:
     out, lse = MATH.run(call)
     return out, lse / 0.6931471805599453
 

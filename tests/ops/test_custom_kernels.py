@@ -126,14 +126,14 @@ REFUSED = {
 def test_what_our_kernels_refuse(case: Case, change: dict[str, object], reason: str) -> None:
     q, k, v = case.tensors(change.get("dtype", FP16), "cpu")  # type: ignore[arg-type]
     scale, mask = change.get("scale", 1.0), change.get("mask")
-    call = contract.Call(q, k, v, scale, False, mask, None)  # type: ignore[arg-type]
+    call = contract.BlockCall(q, k, v, scale, False, mask, None)  # type: ignore[arg-type]
     for provider in (custom.HOPPER, custom.TRITON):
         assert str(provider.refuses(call)).startswith(reason)
 
 
 def test_expanded_tensors_are_refused() -> None:
     q, k, v = Case((2, 2), (4, 4), (512, 512)).tensors(FP16, "cpu")
-    call = contract.Call(q, k[:, :1].expand(-1, 2, -1, -1), v, 1.0, False, None, None)
+    call = contract.BlockCall(q, k[:, :1].expand(-1, 2, -1, -1), v, 1.0, False, None, None)
     assert custom.TRITON.refuses(call) == "a dim is expanded"
 
 

@@ -18,7 +18,7 @@ from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.launcher import LocalRanks
-from ringcompile.runtime.outputs import Keep, Summary, combined, shape_of
+from ringcompile.runtime.outputs import Kept, Summary, combined, shape_of
 from ringcompile.runtime.tail import last_positions, take_rows
 from tests.support import difference, tensors
 
@@ -54,7 +54,7 @@ def test_last_positions_and_summaries(name: str, spec: str) -> None:
     parallel, given = made(name, spec), inputs_for(name, spec)
     whole = tensors(rc.run(parallel, given))
     for last in (1, 11, 1000, None):
-        keep = Keep(last, summary=True)
+        keep = Kept(last, summary=True)
         done = run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, given, keep=keep)
         expected = whole if last is None else [rows(tensor, last) for tensor in whole]
         assert difference(done.outputs, expected) < 2e-6, last
@@ -185,7 +185,7 @@ def test_a_run_takes_little_more_memory_than_its_program(tmp_path: Path) -> None
     program = rc.capture(Wide().eval(), (torch.zeros(1, 24, dtype=torch.int64),))
     rc.transform(program, "ring=2").save(tmp_path / "out")
     peaks = []
-    for keep in (Keep(outputs=False), Keep(outputs=False, summary=True)):
+    for keep in (Kept(outputs=False), Kept(outputs=False, summary=True)):
         with LocalRanks(artifact.load, (tmp_path / "out",), backend="gloo") as ranks:
             run = ranks.run((torch.zeros(1, 4096, dtype=torch.int64),), keep=keep)
         assert run.outputs is None

@@ -14,7 +14,7 @@ from ringcompile.compiler import load
 from ringcompile.ir.printer import print_program
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.join import Rank
-from ringcompile.runtime.outputs import Keep
+from ringcompile.runtime.outputs import Kept
 from ringcompile.traces.events import to_events
 
 Events = list[dict[str, Any]]
@@ -103,5 +103,5 @@ def traced_in_a_job(rank: Rank, folder: str, length: int) -> dict[str, Any] | No
     parallel = load(folder)
     inputs = {"input_ids": torch.arange(length)[None]}
     inputs = {parallel.program.inputs[0].name: inputs["input_ids"]}
-    found = run_job(parallel, inputs, Job(Keep(outputs=False, summary=True), trace=True))
+    found = run_job(parallel, inputs, Job(Kept(outputs=False, summary=True), trace=True))
     return None if found is None else to_events(*timeline_of(parallel, found, "job"))

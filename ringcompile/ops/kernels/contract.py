@@ -17,7 +17,7 @@ _BYTES_PER_LOAD = 16  # CUDA kernels load 128 bits at a time
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """The arguments of `attend`, the mask in 4 dims.
 
     Attributes:
@@ -60,12 +60,12 @@ class Provider:
 
     name: str
     device: str | None
-    refuses: Callable[[Call], str | None]
-    run: Callable[[Call], tuple[Tensor, Tensor]]
+    refuses: Callable[[BlockCall], str | None]
+    run: Callable[[BlockCall], tuple[Tensor, Tensor]]
     softcap: bool = False
-    fold: Callable[[Call, Tensor, Tensor], None] | None = None
+    fold: Callable[[BlockCall, Tensor, Tensor], None] | None = None
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: BlockCall) -> str | None:
         """Why this kernel does not take the call, or None."""
         device = call.q.device.type
         if self.device not in (None, device):
@@ -75,7 +75,7 @@ class Provider:
         return self.refuses(call)
 
 
-def check_call(call: Call) -> None:
+def check_call(call: BlockCall) -> None:
     """Raise RingCompileError for what no kernel takes."""
     q, k, v = call.q, call.k, call.v
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
@@ -122,7 +122,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
 
 
-def blind_rows(bias: Tensor, call: Call) -> Tensor:
+def blind_rows(bias: Tensor, call: BlockCall) -> Tensor:
     """Rows that see no key: bool, broadcastable to [B,H,Sq], from the mask in additive form."""
     visible = bias != -math.inf
     if call.causal:
@@ -133,33 +133,33 @@ def blind_rows(bias: Tensor, call: Call) -> Tensor:
 # -- reasons for refusals that kernels share -----------------------------------------------------
 
 
-def masked(call: Call) -> str | None:
+def masked(call: BlockCall) -> str | None:
     """A mask, for a kernel that takes none."""
     return None if call.mask is None else "it takes no mask"
 
 
-def not_half(call: Call) -> str | None:
+def not_half(call: BlockCall) -> str | None:
     """Another dtype than the two that matrix units multiply."""
     if call.q.dtype in HALVES:
         return None
     return f"dtype is {call.q.dtype}, it takes float16 and bfloat16"
 
 
-def older_gpu(call: Call, capability: tuple[int, int]) -> str | None:
+def older_gpu(call: BlockCall, capability: tuple[int, int]) -> str | None:
     """A GPU without the instructions that the kernel is made of."""
     if torch.cuda.get_device_capability(call.q.device) >= capability:
         return None
     return f"the GPU is older than compute capability {capability[0]}.{capability[1]}"
 
 
-def two_head_dims(call: Call) -> str | None:
+def two_head_dims(call: BlockCall) -> str | None:
     """Values of another width than queries and keys."""
     if call.q.shape[3] == call.v.shape[3]:
         return None
     return f"head_dim of q and k is {call.q.shape[3]}, of v {call.v.shape[3]}, it takes one size"
 
 
-def strided_last_dim(call: Call) -> str | None:
+def strided_last_dim(call: BlockCall) -> str | None:
     """Numbers of a row that do not lie side by side."""
     # The CPU flash op reads such a tensor as if it were contiguous, without a word.
     if all(x.stride(3) == 1 or x.shape[3] == 1 for x in (call.q, call.k, call.v)):
@@ -167,7 +167,7 @@ def strided_last_dim(call: Call) -> str | None:
     return "the last dim is strided"
 
 
-def unaligned(call: Call) -> str | None:
+def unaligned(call: BlockCall) -> str | None:
     """Rows that a 128-bit load cannot begin with."""
     for x in (call.q, call.k, call.v):
         num_elements = _BYTES_PER_LOAD // x.element_size()

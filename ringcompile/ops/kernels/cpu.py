@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ops.kernels.contract import (
-    Call,
+    BlockCall,
     Provider,
     additive,
     blind_rows,
@@ -17,7 +17,7 @@ from ringcompile.ops.kernels.contract import (
 )
 
 
-def _flash(call: Call) -> tuple[Tensor, Tensor]:
+def _flash(call: BlockCall) -> tuple[Tensor, Tensor]:
     """Groups heads itself; LSE strided, and 0 in blind rows."""
     # float32 even for halves, which the op allows; a wider one it would misread without a word.
     bias = None if call.mask is None else additive(call.mask, call.accumulator)
@@ -30,7 +30,7 @@ def _flash(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _refuses(call: Call) -> str | None:
+def _refuses(call: BlockCall) -> str | None:
     return two_head_dims(call) or strided_last_dim(call)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringcompile.ops.kernels.contract import (
-    Call,
+    BlockCall,
     Provider,
     additive,
     blind_rows,
@@ -22,7 +22,7 @@ from ringcompile.ops.kernels.contract import (
 )
 
 
-def _flash(call: Call) -> tuple[Tensor, Tensor]:
+def _flash(call: BlockCall) -> tuple[Tensor, Tensor]:
     """FlashAttention 2 of aten: groups heads itself, LSE as in the contract."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
         call.q, call.k, call.v, 0.0, call.causal, False, scale=call.scale
@@ -30,7 +30,7 @@ def _flash(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse.contiguous()
 
 
-def _flash_refuses(call: Call) -> str | None:
+def _flash_refuses(call: BlockCall) -> str | None:
     return (
         masked(call)
         or not_half(call)
@@ -42,7 +42,7 @@ def _flash_refuses(call: Call) -> str | None:
     )
 
 
-def _cudnn(call: Call) -> tuple[Tensor, Tensor]:
+def _cudnn(call: BlockCall) -> tuple[Tensor, Tensor]:
     """Attention of cuDNN: groups heads itself; LSE as a column."""
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         call.q, call.k, call.v, None, True, 0.0, call.causal, False, scale=call.scale
@@ -50,19 +50,19 @@ def _cudnn(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse.reshape(call.scores[:3]).contiguous()
 
 
-def _cudnn_refuses(call: Call) -> str | None:
+def _cudnn_refuses(call: BlockCall) -> str | None:
     if call.q.shape[2] == 1 or call.k.shape[2] == 1:
         return "torch refuses sequences of one token to cuDNN"
     return _wider(call, 128) or older_gpu(call, (9, 0)) or _flash_refuses(call)
 
 
-def _wider(call: Call, head_dim: int) -> str | None:
+def _wider(call: BlockCall, head_dim: int) -> str | None:
     if call.q.shape[3] <= head_dim:
         return None
     return f"head_dim is {call.q.shape[3]}, it takes up to {head_dim}"
 
 
-def _efficient(call: Call) -> tuple[Tensor, Tensor]:
+def _efficient(call: BlockCall) -> tuple[Tensor, Tensor]:
     """Memory-efficient attention of aten: KV heads repeated, LSE padded to 32 rows."""
     q, group_size = call.q, call.q.shape[1] // call.k.shape[1]
     k, v = (x.repeat_interleave(group_size, 1) if group_size > 1 else x for x in (call.k, call.v))
@@ -87,7 +87,7 @@ def _efficient(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _efficient_refuses(call: Call) -> str | None:
+def _efficient_refuses(call: BlockCall) -> str | None:
     if call.q.dtype == torch.float64:
         return "dtype is torch.float64"
     if call.mask is not None and call.mask.dtype not in (torch.bool, call.q.dtype):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ops.kernels.contract import (
-    Call,
+    BlockCall,
     Provider,
     masked,
     not_half,
@@ -40,7 +40,7 @@ def _load(name: str) -> ModuleType | str:
         return f"this Python has no fitting Triton: {error}"
 
 
-def _refuses(call: Call) -> str | None:
+def _refuses(call: BlockCall) -> str | None:
     if not {call.q.shape[3], call.v.shape[3]} <= set(_HEAD_DIMS):
         return (
             f"head_dim of q and k is {call.q.shape[3]}, of v {call.v.shape[3]}, it takes "
@@ -54,7 +54,7 @@ def _refuses(call: Call) -> str | None:
     )
 
 
-def _repeated(call: Call) -> str | None:
+def _repeated(call: BlockCall) -> str | None:
     # The copy engine takes no stride of 0.
     expanded = (
         stride == 0 < size - 1
@@ -64,12 +64,12 @@ def _repeated(call: Call) -> str | None:
     return "a dim is expanded" if any(expanded) else None
 
 
-def _triton_refuses(call: Call) -> str | None:
+def _triton_refuses(call: BlockCall) -> str | None:
     reason = _refuses(call) or (None if _INTERPRETED else older_gpu(call, (9, 0)))
     return reason or _missing("triton_kernel")
 
 
-def _hopper_refuses(call: Call) -> str | None:
+def _hopper_refuses(call: BlockCall) -> str | None:
     if reason := _refuses(call):
         return reason
     if torch.cuda.get_device_capability(call.q.device) != (9, 0):
@@ -83,21 +83,21 @@ def _missing(module: str) -> str | None:
 
 
 def _provider(
-    name: str, device: str, module: str, refuses: Callable[[Call], str | None]
+    name: str, device: str, module: str, refuses: Callable[[BlockCall], str | None]
 ) -> Provider:
-    def run(call: Call) -> tuple[Tensor, Tensor]:
+    def run(call: BlockCall) -> tuple[Tensor, Tensor]:
         out = _like_query(call)
         lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
         _launch(module, call, out, lse, fold=False)
         return out, lse
 
-    def fold(call: Call, out: Tensor, lse: Tensor) -> None:
+    def fold(call: BlockCall, out: Tensor, lse: Tensor) -> None:
         _launch(module, call, out, lse, fold=True)
 
     return Provider(name, device, refuses, run, fold=fold)
 
 
-def _launch(module: str, call: Call, out: Tensor, lse: Tensor, *, fold: bool) -> None:
+def _launch(module: str, call: BlockCall, out: Tensor, lse: Tensor, *, fold: bool) -> None:
     kernels = _load(module)
     assert isinstance(kernels, ModuleType)
     if call.q.is_cuda and call.q.device.index != torch.cuda.current_device():
@@ -107,7 +107,7 @@ def _launch(module: str, call: Call, out: Tensor, lse: Tensor, *, fold: bool) ->
         kernels.launch(call, out, lse, fold=fold)
 
 
-def _like_query(call: Call) -> Tensor:
+def _like_query(call: BlockCall) -> Tensor:
     """Memory for the output, its dims laid out as q's: views back to tokens stay views."""
     order = sorted(range(3), key=lambda dim: call.q.stride(dim), reverse=True)
     sizes = [*(call.q.shape[dim] for dim in order), call.v.shape[3]]

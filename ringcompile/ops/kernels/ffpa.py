@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ops.kernels.contract import (
-    Call,
+    BlockCall,
     Provider,
     masked,
     not_half,
@@ -33,7 +33,7 @@ def _op() -> Callable[..., Any] | str:
         return f"this Python has no fitting ffpa-attn: {error}"
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor]:
+def _run(call: BlockCall) -> tuple[Tensor, Tensor]:
     """Groups heads itself; LSE padded to 128 rows."""
     op = _op()
     assert callable(op)
@@ -46,7 +46,7 @@ def _run(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse[..., : call.q.shape[2]].contiguous()
 
 
-def _refuses(call: Call) -> str | None:
+def _refuses(call: BlockCall) -> str | None:
     if call.q.shape[3] not in _HEAD_DIMS:
         return (
             f"head_dim is {call.q.shape[3]}, it takes {_HEAD_DIMS.start} to {_HEAD_DIMS.stop - 1}"
@@ -63,7 +63,7 @@ def _refuses(call: Call) -> str | None:
     )
 
 
-def _strided(call: Call) -> str | None:
+def _strided(call: BlockCall) -> str | None:
     # Seen with ffpa-attn 0.2.4 on an H200: wrong LSE and output, without a word.
     if all(x.is_contiguous() for x in (call.q, call.k, call.v)):
         return None

@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ringcompile.ops.kernels.contract import Call
+from ringcompile.ops.kernels.contract import BlockCall
 from ringcompile.ops.kernels.hopper_parts import (
     barriers,
     copy,
@@ -283,7 +283,7 @@ def attend(
     ], [4, 4], [168, 168])
 
 
-def launch(call: Call, out: Tensor, lse: Tensor, *, fold: bool) -> None:
+def launch(call: BlockCall, out: Tensor, lse: Tensor, *, fold: bool) -> None:
     """Write attention over the call's keys to out and LSE, or fold it into them."""
     (batch, heads, num_rows, head_dim), (groups, num_keys) = call.q.shape, call.k.shape[1:3]
     num_items = -(-num_rows // _BLOCK_M) * batch * heads

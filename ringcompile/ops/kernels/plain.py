@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ringcompile.ops.kernels.contract import Call, Provider, additive
+from ringcompile.ops.kernels.contract import BlockCall, Provider, additive
 
 
-def _math(call: Call) -> tuple[Tensor, Tensor]:
+def _math(call: BlockCall) -> tuple[Tensor, Tensor]:
     """Plain torch in float32 or float64. Holds all B x H x Sq x Sk scores in memory, twice."""
     q, k, v = (x.to(call.accumulator) for x in (call.q, call.k, call.v))
     # The rows of a query group go through one matmul with their KV head, which is not repeated.

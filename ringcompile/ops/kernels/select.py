@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ops.kernels.contract import Call, Provider, check_call
+from ringcompile.ops.kernels.contract import BlockCall, Provider, check_call
 from ringcompile.ops.kernels.cpu import CPU_FLASH
 from ringcompile.ops.kernels.cuda import CUDA_CUDNN, CUDA_EFFICIENT, CUDA_FLASH
 from ringcompile.ops.kernels.custom import HOPPER, TRITON
@@ -135,15 +135,15 @@ def _checked(
     mask: Tensor | None,
     softcap: float | None,
     wide: bool,
-) -> Call:
+) -> BlockCall:
     if mask is not None and mask.dim() < 4:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    call = Call(q, k, v, scale, causal, mask, softcap, wide)
+    call = BlockCall(q, k, v, scale, causal, mask, softcap, wide)
     check_call(call)
     return call
 
 
-def _select(name: str | None, call: Call) -> Provider:
+def _select(name: str | None, call: BlockCall) -> Provider:
     if name is None:
         return next(provider for provider in _PROVIDERS if provider.refusal(call) is None)
     chosen = next((provider for provider in _PROVIDERS if provider.name == name), None)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ringcompile.ops.kernels.contract import Call
+from ringcompile.ops.kernels.contract import BlockCall
 
 _LOG2_E = 1.4426950408889634
 _BLOCK_M, _BLOCK_N, _BLOCK_D = 64, 64, 512
@@ -103,7 +103,7 @@ def _attend(
     tl.store(lse_at, (top + tl.log2(total)) / LOG2_E, rows < num_rows)
 
 
-def launch(call: Call, out: Tensor, lse: Tensor, *, fold: bool) -> None:
+def launch(call: BlockCall, out: Tensor, lse: Tensor, *, fold: bool) -> None:
     """Write attention over the call's keys to out and LSE, or fold it into them."""
     (batch, heads, num_rows, _), (groups, num_keys) = call.q.shape, call.k.shape[1:3]
     num_tiles = triton.cdiv(num_rows, _BLOCK_M)
