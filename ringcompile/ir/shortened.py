@@ -22,7 +22,7 @@ from ringcompile.errors import SourceLocation
 from ringcompile.ir.calls import append
 from ringcompile.ir.program import Program
 from ringcompile.ir.repeats import Pairs, Repeats, find_runs
-from ringcompile.ir.stretched import HEAD, Images, RepeatedPart, StretchedGraph, UnclearError, split
+from ringcompile.ir.stretched import HEAD, Images, Repeat, StretchedGraph, UnclearError, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class _Stretch:
             graph, placeholders=tables.placeholders, weights=tables.weights, state=tables.state
         )
 
-    def _part(self, images: Images) -> RepeatedPart | None:
+    def _part(self, images: Images) -> Repeat | None:
         """The block to repeat; None for a run of another stage."""
         run = images.run
         marks = [
@@ -137,7 +137,7 @@ class _Stretch:
             raise UnclearError
         steps = self._steps(images, before, start, end)
         self._check_around(before, start, end)
-        return RepeatedPart(images, start, end, steps)
+        return Repeat(images, start, end, steps)
 
     def _steps(self, images: Images, before: int, start: int, end: int) -> dict[str, int]:
         """What is added to the numbers in made-up names from one block to the next."""
@@ -180,7 +180,7 @@ class _Stretch:
             if any(operand in inner for operand in node.all_input_nodes):
                 raise UnclearError
 
-    def _placeholders(self, part: RepeatedPart) -> set[str]:
+    def _placeholders(self, part: Repeat) -> set[str]:
         read = {
             operand.name for node in self.calls[part.start : part.end]
             for operand in node.all_input_nodes if operand.op == "placeholder"

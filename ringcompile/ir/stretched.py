@@ -1,6 +1,6 @@
 """A graph with many alike blocks, written out from a program that has few of them.
 
-What is repeated, and what stands for what in each repetition, is a `RepeatedPart`; `shortened` finds them.
+What is repeated, and what stands for what in each repetition, is a `Repeat`; `shortened` finds them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _operands(across: list[fx.Node]) -> Iterator[list[fx.Node]]:
 
 
 @dataclass(frozen=True, eq=False)
-class RepeatedPart:
+class Repeat:
     """A block of a rank's program that stands for all that were left out behind it.
 
     Attributes:
@@ -108,7 +108,7 @@ class StretchedGraph(fx.Graph):
         short: the program of the rank with few blocks.
     """
 
-    def __init__(self, short: Program, parts: Sequence[RepeatedPart], heads: Sequence[fx.Node]) -> None:
+    def __init__(self, short: Program, parts: Sequence[Repeat], heads: Sequence[fx.Node]) -> None:
         self.short, self._parts, self._heads = short, parts, heads
 
     def __getattr__(self, name: str) -> Any:
@@ -123,7 +123,7 @@ class _Writer:
     """Writes a stretched graph."""
 
     def __init__(
-        self, graph: fx.Graph, short: Program, parts: Sequence[RepeatedPart], heads: Sequence[fx.Node]
+        self, graph: fx.Graph, short: Program, parts: Sequence[Repeat], heads: Sequence[fx.Node]
     ) -> None:
         self.graph, self.short, self.parts, self.heads = graph, short, parts, heads
         self.calls = [node for node in short.graph.nodes if node.op == "call_function"]
@@ -170,7 +170,7 @@ class _Writer:
         base, number = split(node.name)
         return f"{base}_{number + added[base]}" if added.get(base) else node.name
 
-    def _repeat(self, part: RepeatedPart, ahead: int) -> None:
+    def _repeat(self, part: Repeat, ahead: int) -> None:
         """Write a block as it is so many blocks ahead; `env` then holds its nodes."""
         size, images = part.end - part.start, part.images
         steps = {base: self.added[base] + step * ahead for base, step in part.steps.items()}
