@@ -1,6 +1,7 @@
 """A graph with many alike blocks, written out from a program that has few of them.
 
-What is repeated, and what stands for what in each repetition, is a `Repeat`; `shortened` finds them.
+What is repeated, and what stands for what in each repetition, is a `Repeat`; `shortened` finds
+them.
 """
 
 from __future__ import annotations
