@@ -3,6 +3,7 @@
 import difflib
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--update-golden") and os.environ.get("CI"):
         raise pytest.UsageError("--update-golden is refused in CI: goldens change in commits only")
     torch.set_num_threads(1)
+    # A shell that starts a job behind others has it ignore SIGINT, and so would the processes that
+    # tests of Ctrl-C start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

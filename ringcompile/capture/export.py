@@ -26,7 +26,7 @@ from ringcompile.capture.few import FEW, Few, refused
 from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
-from ringcompile.capture.importer import Importer
+from ringcompile.capture.importer import Importer, check_writes
 from ringcompile.capture.math_of_sizes import math_of_sizes
 from ringcompile.capture.regions import written_out
 from ringcompile.capture.same_as_eager import NOT_COMPARED, compare, has_data
@@ -125,7 +125,9 @@ def _traced(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captur
     with unchanged(call.model), huggingface.prepared(call.model):
         found = _settled(call, example, notes)
         with _tracing():
-            return replace(found, exported=known_ops_only(written_out(found.exported)))
+            exported = known_ops_only(written_out(found.exported))
+        check_writes(exported)
+        return replace(found, exported=exported)
 
 
 @contextlib.contextmanager

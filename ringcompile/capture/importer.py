@@ -46,7 +46,6 @@ class Importer:
     def program(self, name: str) -> Program:
         """The graph as a program, without a range of lengths."""
         signature = self.exported.graph_signature
-        self._check_writes()
         specs = {spec.arg.name: spec for spec in signature.input_specs}
         for node in self.exported.graph.nodes:
             if node.op == "placeholder":
@@ -129,27 +128,6 @@ class Importer:
         )
         return TensorType.whole(value.dtype, shape)
 
-    def _check_writes(self) -> None:
-        """Refuse state: what a call writes may be read in the next one.
-
-        A buffer of which no call reads what was in it before is none: Hugging Face's rotary
-        embeddings write the frequencies for the length at hand to one, and read them from there.
-        """
-        signature = self.exported.graph_signature
-        read = {
-            signature.inputs_to_buffers[node.name]
-            for node in self.exported.graph.nodes
-            if node.users and node.name in signature.inputs_to_buffers
-        }
-        changed = [name for name in signature.buffers_to_mutate.values() if name in read]
-        changed += signature.user_inputs_to_mutate.values()
-        if changed:
-            raise RingCompileError(
-                f"the model changes '{own_name(changed[0])}' while it runs; inference must not "
-                "change state",
-                hint="call model.eval(), and turn caches off",
-            )
-
     def _output(self, node: fx.Node) -> None:
         written = len(self.exported.graph_signature.buffers_to_mutate)  # these come first
         flat = [self._argument(value) for value in node.args[0][written:]]  # type: ignore
@@ -166,3 +144,28 @@ class Importer:
                 **dict(model.named_buffers(remove_duplicate=False)),
                 **{own_name(name): value for name, value in self.exported.constants.items()}}
         return lambda name: held[name].detach()
+
+
+def check_writes(exported: ExportedProgram) -> None:
+    """Refuse state: what a call writes may be read in the next one.
+
+    A buffer of which no call reads what was in it before is none: Hugging Face's rotary
+    embeddings write the frequencies for the length at hand to one, and read them from there.
+
+    Raises:
+        RingCompileError: with the name of what is changed.
+    """
+    signature = exported.graph_signature
+    read = {
+        signature.inputs_to_buffers[node.name]
+        for node in exported.graph.nodes
+        if node.users and node.name in signature.inputs_to_buffers
+    }
+    changed = [name for name in signature.buffers_to_mutate.values() if name in read]
+    changed += signature.user_inputs_to_mutate.values()
+    if changed:
+        raise RingCompileError(
+            f"the model changes '{own_name(changed[0])}' while it runs; inference must not "
+            "change state",
+            hint="call model.eval(), and turn caches off",
+        )

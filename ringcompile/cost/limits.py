@@ -14,7 +14,7 @@ def kernel_limit(
     """Tokens per second if matmuls and attention ran at these rates and all else were free.
 
     Args:
-        program: of one device and one sequence, prepared (`compiler.prepare`).
+        program: of one device and one sequence, prepared (`pass_list.prepare`).
         length: tokens of the sequence.
         num_gpus: devices, each of which does an equal part.
         matmul: FLOP/s of a device in products.
