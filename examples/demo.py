@@ -66,7 +66,7 @@ def main() -> None:
     with rc.Session(rc.load(out), "gloo") as session:
         with console.status(f"{RANKS} processes, {tokens} tokens"):
             done = session.result(ids, EVERYTHING)
-        print(f"\n{QUESTION}\none device: {tokenizer.decode(answer)}")
+        print(f"\n{QUESTION}\none device: {tokenizer.decode(answer, skip_special_tokens=True)}")
         same = answered(session, prompt, tokenizer) == answer
     logits = done.outputs["logits"]
 
@@ -115,7 +115,7 @@ def answered(
     started = time.perf_counter()
     for column in stream(session, prompt, NEW_TOKENS, eos_token_id=tokenizer.eos_token_id):
         made.append(int(column[0]))
-        print(tokenizer.decode(made[-1:]), end="", flush=True)
+        print(tokenizer.decode(made[-1:], skip_special_tokens=True), end="", flush=True)
     seconds = time.perf_counter() - started
     print(f"\n{len(made)} tokens behind {prompt.shape[1]} in {seconds:.1f} s\n")
     return made
