@@ -26,7 +26,8 @@ from ringcompile.capture.guards import Range
 from ringcompile.capture.same_as_eager import NOT_COMPARED, Kept, compare
 from ringcompile.capture.sizes import SYMBOLS, Sizes
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.expr import bind, from_torch
+from ringcompile.ir.expr import bind
+from ringcompile.ir.torch_sizes import from_torch
 
 # What floats among the inputs are multiplied with: code for one sequence alone may differ where
 # numbers are large only, or of the other sign (a clamp, a threshold).

@@ -16,8 +16,8 @@ from ringcompile.capture.flat_call import FlatCall, own_name
 from ringcompile.capture.source_lines import location_of
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import from_torch, real
 from ringcompile.ir.program import Input, Program, Weight, WeightSource
+from ringcompile.ir.torch_sizes import from_torch, real
 from ringcompile.ir.types import TensorType
 
 # What torch checks of sizes at run time; shapes are checked where the program starts.
@@ -114,7 +114,7 @@ class Importer:
         if isinstance(value, torch.SymInt):
             return from_torch(value.node.expr, self.symbols)
         if isinstance(value, torch.SymFloat):
-            return real(from_torch(value.node.expr, self.symbols))
+            return real(value.node.expr, self.symbols)
         if isinstance(value, torch.SymBool):
             raise RingCompileError("a value depends on whether a length satisfies a condition")
         return value

@@ -21,7 +21,6 @@ _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "sqrt": torch.sym_sqrt,
     "log2": _log2,
     "log": lambda size: _log2(size) * math.log(2),
-    "log10": lambda size: _log2(size) * math.log(2) / math.log(10),
 }
 
 

@@ -32,7 +32,7 @@ from ringcompile.ops import schemas
 
 _RESERVED = {"inputs", "state", "weights", "comm", "torch", "aten", "ours", "operator", "step"}
 _AFFIX = re.compile(r"_(default|tensor|scalar|dtype|int)(?=_\d+$|$)", re.IGNORECASE)
-_MATH = re.compile(r"(?<![.\w])(ceil|floor|log|sqrt)\(")
+_MATH = re.compile(r"(?<![.\w])(ceil|floor|log|log2|sqrt)\(")
 _INDENT = " " * 4
 _WIDTH, _MAX_CODE = 100, 84
 _NOTICE = "A view for reading: ringcompile never imports or executes this file."

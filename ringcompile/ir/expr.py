@@ -4,9 +4,8 @@ A graph's arguments hold numbers that are known (an int) or not known yet (a sym
 global sequence length `s`, the length `n` of one rank's share, the sequences `b` of the whole batch
 and `k` of one part of it, a mesh coordinate such as `ring`.
 `bind` fills symbols in; what remains symbolic stays symbolic. A number that is not whole, such as
-`1 / x.shape[1]` in a model, is written `float(1/s)`; only inside such a call does `/` not stand for
-a whole number, and may logarithms and roots be. Expressions are written to files as text and read
-back by a small parser that knows eight functions and never evaluates anything.
+`1 / x.shape[1]` in a model, is written `float(1/s)`. Expressions are written to files as text and
+read back by a small parser that knows ten functions and never evaluates anything.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, ClassVar, TypeAlias, TypeGuard
 
 import sympy
-from torch.utils._sympy import functions as torch_functions
 
 from ringcompile.axes import AXES, refs
 from ringcompile.errors import RingCompileError
@@ -28,69 +26,62 @@ from ringcompile.errors import RingCompileError
 Size: TypeAlias = int | sympy.Expr
 
 
-class Real(sympy.Function):  # type: ignore[misc]
-    """A number with a fraction, computed of sizes: an argument of an op, never a size."""
+class Rounded(sympy.Function):  # type: ignore[misc]
+    """A number that a model computes of sizes in floating point: an argument of an op, no size.
 
-    nargs = 1
+    Each step of the model's that rounds is one of these, inside the next one, and rounds as Python
+    does. So a comparison with the number is decided as in the model.
+    """
+
     is_integer = False
     is_extended_real = True
+    compute: ClassVar[Callable[..., float]]
+
+    @classmethod
+    def eval(cls, *values: sympy.Expr) -> sympy.Expr | None:
+        """The nearest float64 as a fraction, once all sizes are known.
+
+        Raises:
+            RingCompileError: there is no such number, as of a logarithm of 0.
+        """
+        if not all(value.is_number for value in values):
+            return None
+        try:
+            return sympy.Rational(cls.compute(*(value.p / value.q for value in values)))
+        except (ArithmeticError, AttributeError, TypeError, ValueError):
+            text = f"{cls.__name__}({', '.join(map(str, values))})"
+            raise RingCompileError(f"{text} has no value, or none that is finite") from None
 
     def _pythoncode(self, printer: Any) -> str:
-        return f"float({printer.doprint(self.args[0])})"
+        return f"{type(self).__name__}({', '.join(map(printer.doprint, self.args))})"
 
 
-Real.__name__ = "float"  # as it is written
+def _rounded(name: str, compute: Callable[..., float], nargs: int = 1) -> type[Rounded]:
+    return type(name, (Rounded,), {"compute": staticmethod(compute), "nargs": nargs})
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "float": Real,
+
+# By the names that they are written with.
+ROUNDED = {
+    "float": _rounded("float", float),
+    "sqrt": _rounded("sqrt", math.sqrt),
+    "log": _rounded("log", math.log),
+    "log2": _rounded("log2", math.log2),
+    "pow": _rounded("pow", operator.pow, 2),
+}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **ROUNDED,
     "floor": sympy.floor,
     "ceiling": sympy.ceiling,
     "Mod": sympy.Mod,
     "Max": sympy.Max,
     "Min": sympy.Min,
 }
-_OF_FRACTIONS: dict[str, Callable[..., Any]] = {"log": sympy.log, "sqrt": sympy.sqrt}
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.USub: operator.neg,
-}
-
-
-def _floor(value: sympy.Expr) -> sympy.Expr:
-    """The integer below; `-(-a // b)`, the usual way to round up, becomes the ceiling it is."""
-    if value.could_extract_minus_sign():
-        return -sympy.ceiling(-value)
-    return sympy.floor(value)
-
-
-_ROUNDING: dict[Any, Callable[..., Any]] = {
-    torch_functions.CeilToInt: sympy.ceiling,
-    torch_functions.FloorToInt: _floor,
-    torch_functions.TruncToInt: _floor,  # of sizes, which are positive
-}
-_INEXACT = (
-    torch_functions.FloatPow, torch_functions.OpaqueUnaryFn_sqrt, torch_functions.OpaqueUnaryFn_log2
-)
-_QUOTIENTS = (torch_functions.IntTrueDiv, torch_functions.FloatTrueDiv)
-# torch.export writes arithmetic of sizes with functions of its own.
-_FROM_TORCH: dict[Any, Callable[..., Any]] = {
-    torch_functions.FloorDiv: lambda a, b: _floor(a / b),
-    torch_functions.CleanDiv: lambda a, b: a / b,
-    torch_functions.Mod: sympy.Mod,
-    torch_functions.PythonMod: sympy.Mod,
-    **_ROUNDING,
-    torch_functions.IntTrueDiv: lambda a, b: a / b,
-    torch_functions.FloatTrueDiv: lambda a, b: a / b,
-    torch_functions.ToFloat: lambda a: a,
-    torch_functions.FloatPow: operator.pow,
-    torch_functions.PowByNatural: operator.pow,
-    torch_functions.OpaqueUnaryFn_sqrt: sympy.sqrt,
-    torch_functions.OpaqueUnaryFn_log2: lambda a: sympy.log(a) / sympy.log(2),
-    torch_functions.Max: sympy.Max,
-    torch_functions.Min: sympy.Min,
 }
 
 
@@ -124,7 +115,7 @@ def unbacked(name: str) -> sympy.Symbol:
 
 def depends_on_data(value: object) -> bool:
     """Whether a size holds an unbacked symbol."""
-    return is_symbolic(value) and any(_UNBACKED.fullmatch(s.name) for s in value.free_symbols)
+    return is_symbolic(value) and any(UNBACKED.fullmatch(s.name) for s in value.free_symbols)
 
 
 def spelled(shape: Iterable[Size]) -> list[Size]:
@@ -155,9 +146,7 @@ def _bind(expression: sympy.Expr, values: tuple[tuple[str, int], ...]) -> Any:
     bound = expression.xreplace(
         {s: sympy.Integer(known[s.name]) for s in expression.free_symbols if s.name in known}
     )
-    if isinstance(bound, Real) and not bound.free_symbols:
-        return float(bound.args[0])  # an argument of an op; sizes are whole numbers
-    return simplify(bound)
+    return _known(expression, bound)
 
 
 def bind(value: Size, values: Mapping[str, int]) -> Size:
@@ -169,7 +158,14 @@ def bind(value: Size, values: Mapping[str, int]) -> Size:
 
 def bind_to(value: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
     """An expression with other expressions in place of symbols; anything else as it is."""
-    return simplify(value.xreplace(dict(values))) if is_symbolic(value) else value
+    return _known(value, value.xreplace(dict(values))) if is_symbolic(value) else value
+
+
+def _known(before: sympy.Expr, bound: sympy.Expr) -> Any:
+    """What became of an expression: where all sizes are known an int, or of `Rounded` a float."""
+    if isinstance(before, Rounded) and bound.is_Rational:
+        return float(bound)
+    return simplify(bound)
 
 
 def divide(a: Size, b: Size) -> Size | None:
@@ -198,60 +194,6 @@ def _product(sizes: tuple[Size, ...]) -> Size:
     return simplify(sympy.expand(result)) if is_symbolic(result) else int(result)
 
 
-def from_torch(expression: sympy.Expr, renamed: Mapping[str, sympy.Symbol]) -> Size:
-    """Read an expression of a torch SymInt; `renamed` maps torch's symbols to ours.
-
-    Raises:
-        RingCompileError: a symbol or a function that sizes are not expected to hold.
-    """
-    if expression.is_Symbol and expression.name in renamed:
-        return renamed[expression.name]
-    if expression.is_Symbol and _UNBACKED.fullmatch(expression.name):
-        return unbacked(expression.name)
-    if expression.is_Number:
-        return simplify(_exact(expression))
-    if expression.func in _ROUNDING:
-        _check_rounding(expression.args[0])
-    arguments = [from_torch(argument, renamed) for argument in expression.args]
-    convert = _FROM_TORCH.get(expression.func)
-    if convert is not None:
-        return simplify(convert(*map(sympy.sympify, arguments)))
-    if expression.func in (sympy.Add, sympy.Mul, sympy.Pow, sympy.log, *_FUNCTIONS.values()):
-        return simplify(expression.func(*arguments))
-    raise RingCompileError(f"a size is computed by {expression.func.__name__}, which is not known")
-
-
-def _exact(number: sympy.Expr) -> sympy.Expr:
-    """A number such as 0.5 as the fraction that it is, where products with it are not rounded."""
-    if number == math.log(2):  # torch has log2 alone: log(n) comes as log2(n) * log(2)
-        return sympy.log(2)
-    fraction = sympy.Rational(number)
-    return fraction if fraction.q <= _EXACT else number
-
-
-def _check_rounding(value: sympy.Expr) -> None:
-    """A number is rounded to a size: it must not depend on how floating point rounds.
-
-    The quotient of two sizes does not, since it is at least 1 / divisor away from the next whole
-    number; nor do products with a half, a quarter and so on.
-    """
-    quotients = value.atoms(*_QUOTIENTS) - {value}
-    exact = all(_exact(number).is_Rational for number in value.atoms(sympy.Number))
-    if quotients or not exact or value.atoms(*_INEXACT):
-        raise RingCompileError(
-            "a size is rounded from a number that depends on how floating point rounds",
-            hint="use whole numbers, for example (7 * n) // 10 in place of floor(0.7 * n)",
-        )
-
-
-def real(value: Size | float) -> Any:
-    """A number that a model computes of sizes in floating point, as an argument of an op."""
-    if not is_symbolic(value):
-        return float(value)
-    written = Real(value.xreplace({f: sympy.Rational(f) for f in value.atoms(sympy.Float)}))
-    return parse(to_text(written))  # in the form that is read back
-
-
 def to_text(value: Size) -> str:
     """The expression as text that `parse` reads back."""
     return _text(value) if is_symbolic(value) else str(value)
@@ -277,9 +219,9 @@ def parse(text: str) -> Size:
         raise RingCompileError(f"'{text[:80]}' is not a size expression") from None
 
 
-def _built(node: ast.AST, fractions: bool = False) -> Any:
+def _built(node: ast.AST) -> Any:
     """The expression, held to be a number that a size can be, at every step."""
-    made = sympy.sympify(_build(node, fractions))
+    made = sympy.sympify(_build(node))
     if made.is_finite is False or made is sympy.nan or made.has(sympy.zoo, sympy.oo):
         raise ValueError(made)
     if made.is_number and abs(made) >= _TOO_LARGE:
@@ -289,8 +231,7 @@ def _built(node: ast.AST, fractions: bool = False) -> Any:
     return made
 
 
-def _build(node: ast.AST, fractions: bool) -> Any:
-    """`fractions`: whether it is inside `float`, where roots and logarithms may be."""
+def _build(node: ast.AST) -> Any:
     match node:
         case ast.Constant(value=int() as number) if not isinstance(number, bool):
             return sympy.Integer(number)
@@ -298,47 +239,23 @@ def _build(node: ast.AST, fractions: bool) -> Any:
             return symbol(name)
         case ast.Name(id=name) if name in AXES:
             return coordinate(name)
-        case ast.Name(id=name) if _UNBACKED.fullmatch(name):
+        case ast.Name(id=name) if UNBACKED.fullmatch(name):
             return unbacked(name)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_built(left, fractions), _built(right, fractions))
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            power = power_of(right)
-            if not fractions and not (power.is_Integer and power >= 0):
+            return _OPERATORS[type(op)](_built(left), _built(right))
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)):
+            if isinstance(power, bool) or not 0 <= power <= _MAX_POWER:
                 raise ValueError(power)
-            return _built(left, fractions) ** power
+            return _built(left) ** power
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_built(operand, fractions)
+            return -_built(operand)
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]) if (
-            name in _FUNCTIONS or (name in _OF_FRACTIONS and fractions)
+            name in FUNCTIONS
         ):
-            inside = [_built(argument, fractions or name == "float") for argument in args]
-            return {**_FUNCTIONS, **_OF_FRACTIONS}[name](*inside)
+            return FUNCTIONS[name](*map(_built, args))
     raise ValueError(node)
 
 
-def power_of(node: ast.AST) -> sympy.Rational:
-    """The exponent of a power in an expression, such as 2, -1 or 3/2.
-
-    Raises:
-        ValueError: it is none, or too large.
-    """
-    match node:
-        case ast.Constant(value=int() as power) if not isinstance(power, bool):
-            found = sympy.Rational(power)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            found = -power_of(operand)
-        case ast.BinOp(left=left, op=ast.Div(), right=ast.Constant(value=2)):
-            found = power_of(left) / 2
-        case _:
-            raise ValueError(node)
-    if abs(found) > _MAX_POWER:
-        raise ValueError(node)
-    return found
-
-
-# Fractions with larger denominators than this are not taken for exact.
-_EXACT = 1024
 # A file must not be able to ask for a number with a million digits.
 _MAX_POWER = 8
 _TOO_LARGE = 2**63
@@ -353,4 +270,4 @@ FIRST = "k0"
 # The axis of layouts along the batch; a part is what one replica runs at a time.
 PART_AXIS = "part"
 SIZE_NAMES = frozenset({SEQUENCE, LOCAL, OWN, BATCH, PART, FIRST})
-_UNBACKED = re.compile(r"u\d{1,6}")
+UNBACKED = re.compile(r"u\d{1,6}")

@@ -8,15 +8,13 @@ and number of terms and not with the length of the text: `Mod((s+n)**8, (n+m)**8
 from __future__ import annotations
 
 import ast
-import math
 from dataclasses import dataclass
-
-from ringcompile.ir.expr import power_of
 
 # Of a whole expression, and of what stands inside a function such as floor or Mod.
 _DEGREE, _TERMS = 8, 256
 _DEGREE_INSIDE, _TERMS_INSIDE = 3, 24
 _CALLS, _ARGUMENTS = 24, 4
+_POWER = 8
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ def _size(node: ast.AST) -> _Size:
             return _checked(_size(left) + _size(right))
         case ast.BinOp(left=left, op=ast.Mult() | ast.Div(), right=right):
             return _checked(_size(left) * _size(right))
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return _power(_size(left), math.ceil(abs(power_of(right))))
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)):
+            return _power(_size(left), power)
         case ast.Call(args=args) if len(args) <= _ARGUMENTS:
             inside = [_size(argument) for argument in args]
             if all(size.within(_DEGREE_INSIDE, _TERMS_INSIDE) for size in inside):
@@ -71,6 +69,8 @@ def _size(node: ast.AST) -> _Size:
 
 
 def _power(base: _Size, power: int) -> _Size:
+    if not 0 <= power <= _POWER:
+        raise ValueError(power)
     size = _Size()
     for _ in range(power):
         size = _checked(size * base)

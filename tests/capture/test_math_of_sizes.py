@@ -57,6 +57,9 @@ AFTER: dict[str, Callable[[Tensor, int], Tensor]] = {
     "positions from 2 down": lambda x, n: x * torch.linspace(2, -1, n, dtype=x.dtype)[:, None],
     "whole tokens": lambda x, n: x * (torch.arange(n) * (n / 2))[:, None],
     "half of the tokens": lambda x, n: x * (torch.arange(n) < math.floor(n / 2))[:, None],
+    "what rounding decides": lambda x, n: (
+        x * (torch.arange(1, n + 1, dtype=x.dtype) <= n / 49 * 49)[:, None]
+    ),
     "a quarter, rounded up": lambda x, n: x * (torch.arange(n) < math.ceil(n / 4))[:, None],
 }
 

@@ -11,6 +11,14 @@ import pytest
 import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._sympy.functions import (
+    FloatPow,
+    FloatTrueDiv,
+    IntTrueDiv,
+    OpaqueUnaryFn_log2,
+    OpaqueUnaryFn_sqrt,
+    ToFloat,
+)
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import (
@@ -22,11 +30,11 @@ from ringcompile.ir.expr import (
     is_symbolic,
     parse,
     product,
-    real,
     simplify,
     symbol,
     to_text,
 )
+from ringcompile.ir.torch_sizes import real
 
 S, N, RING = symbol("s"), symbol("n"), coordinate("ring")
 SYMBOLS = {name: symbol(name) for name in ("s", "n")}
@@ -164,25 +172,32 @@ def test_reads(name: str) -> None:
     assert type(parse(text)) is type(expected)
 
 
-REAL = {
-    "1 / s": (1 / S, "float(1/s)", 1 / 12),
-    "s / 2": (S / 2, "float(s/2)", 6.0),
-    "a root": (sympy.sqrt(S), "float(sqrt(s))", math.sqrt(12)),
-    "a power": (S ** sympy.Rational(-3, 2), "float(s**(-3/2))", 12**-1.5),
-    "a logarithm": (sympy.log(S) / 3, "float(log(s)/3)", math.log(12) / 3),
-    "a product with a fraction": (0.25 * S, "float(s/4)", 3.0),
+T = sympy.Symbol("s0", integer=True, positive=True)  # as torch names it
+REAL: dict[str, tuple[sympy.Expr, str, Callable[[int], float]]] = {
+    "1 / s": (IntTrueDiv(1, T), "float(1/s)", lambda n: 1 / n),
+    "s as a float": (ToFloat(T), "float(s)", float),
+    "s / 2": (IntTrueDiv(T, 2), "float(s/2)", lambda n: n / 2),
+    "a root": (OpaqueUnaryFn_sqrt(ToFloat(T)), "sqrt(s)", math.sqrt),
+    "a power": (FloatPow(ToFloat(T), -1.5), "pow(s, -3/2)", lambda n: n**-1.5),
+    "a quarter": (0.25 * ToFloat(T), "float(s/4)", lambda n: 0.25 * n),
+    "two roundings": (
+        FloatTrueDiv(IntTrueDiv(T, 49), 3), "float(float(s/49)/3)", lambda n: n / 49 / 3),
+    "a quotient, back again": (
+        49.0 * IntTrueDiv(T, 49), "float(49*float(s/49))", lambda n: n / 49 * 49),
+    "a logarithm": (math.log(2) * OpaqueUnaryFn_log2(ToFloat(T)), "log(s)", math.log),
 }
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_numbers_with_fractions(name: str) -> None:
-    value, text, number = REAL[name]
-    written = real(value)
+def test_numbers_with_fractions_round_as_in_python(name: str) -> None:
+    value, text, python = REAL[name]
+    written = real(value, {"s0": S})
     assert to_text(written) == text
     assert parse(text) == written
-    bound = bind(written, {"s": 12})
-    assert isinstance(bound, float)
-    assert bound == pytest.approx(number, rel=1e-15)
+    for length in range(1, 200):
+        bound = bind(written, {"s": length})
+        assert isinstance(bound, float)
+        assert bound == python(length), length
     assert to_text(bind(written, {"n": 3})) == text, "it stays a float where s is not known"
 
 
