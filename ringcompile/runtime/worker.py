@@ -81,18 +81,26 @@ def serve(connection: Connection, lifeline: Connection, place: RankPlace) -> Non
     os.environ.clear()
     os.environ.update(place.environment)
     torch.set_num_threads(place.threads)
-    connection.send_bytes(pack(Reply(None), place.folder, ""))
+    _send(connection, pack(Reply(None), place.folder, ""))
     try:
         rank = _join(place)
-        connection.send_bytes(pack(Reply(None), place.folder, ""))
+        _send(connection, pack(Reply(None), place.folder, ""))
         while (call := _next_call(connection)) is not None:
             answer = Reply(call.function(rank, *call.args))
-            connection.send_bytes(pack(answer, call.folder, f"rank{place.index}"))
+            _send(connection, pack(answer, call.folder, f"rank{place.index}"))
             del call, answer
     except BaseException as error:
-        connection.send_bytes(pack(_failure(error, place.index), place.folder, ""))
+        _send(connection, pack(_failure(error, place.index), place.folder, ""))
         threading.Event().wait()  # an end now would reach the others before the parent knows why
     leave()
+
+
+def _send(connection: Connection, message: bytes) -> None:
+    """Answer the parent; if it has ended, so does this process, without a word."""
+    try:
+        connection.send_bytes(message)
+    except OSError:
+        os._exit(1)
 
 
 def _join(place: RankPlace) -> Rank:
