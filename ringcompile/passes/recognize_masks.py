@@ -158,7 +158,7 @@ def _of_hidden(mask: fx.Node, analysis: Analysis) -> Parts | None:
     parts = _of_condition(mask, seen)
     if mask in parts.nodes:
         return None
-    return parts + _parts(rest, analysis)
+    return replace(parts, finite=number != -inf) + _parts(rest, analysis)
 
 
 def _adds_leading_dims(node: fx.Node) -> bool:
