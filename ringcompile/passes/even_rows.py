@@ -8,92 +8,24 @@ for the number of its keys. So such a row is shifted to begin at 0, and its quer
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from math import inf, prod
+from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import target_name
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.blocks import Band
 from ringcompile.passes.base import Builder
-from ringcompile.passes.contraction import read
 from ringcompile.passes.mask_operands import broadcast
+from ringcompile.passes.mask_reach import may_hide
 
 aten = torch.ops.aten
 # Scores of less than 32 vanish beside a number of this size in float32, as in float64.
 _GONE = {torch.float32: -(2.0**29), torch.bfloat16: -(2.0**29), torch.float64: -(2.0**58)}
-# A number in a graph from here on may be meant to hide keys.
-_HIDES = -1e6
-_ARITHMETIC = frozenset({
-    "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.sub.Tensor",
-    "aten.sub.Scalar", "aten.rsub.Scalar", "aten.add.Tensor", "aten.add.Scalar",
-    "aten.full.default",
-})
-
-
-def may_hide(program: Program | None, nodes: Sequence[fx.Node], infinite: bool = False) -> bool:
-    """Whether additive masks may hold numbers so low that scores vanish beside them.
-
-    They are followed to the floats that they are made of: a float input may hold anything, a number
-    in the graph is what it is or, where there is arithmetic, its negative, and buffers and other
-    weights are looked at. Matmuls end the way.
-
-    Args:
-        program: of the graph; without it every placeholder is an input.
-        nodes: the masks.
-        infinite: whether -inf counts, too.
-    """
-    queue, seen = [n for n in nodes if _is_float(n)], set[fx.Node]()
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        lowest = -inf if infinite else -sys.float_info.max
-        if node.op == "placeholder":
-            if program is None or _may_hold(program, node.name, lowest):
-                return True
-            continue
-        if any(_is_low(value, lowest) for value in _numbers(node)):
-            return True
-        if read(node) is None:
-            queue += [n for n in node.all_input_nodes if _is_float(n)]
-    return False
-
-
-def _is_float(node: fx.Node) -> bool:
-    type_ = node.meta.get("type")
-    return isinstance(type_, TensorType) and type_.dtype.is_floating_point
-
-
-def _may_hold(program: Program, name: str, lowest: float) -> bool:
-    """Whether an input or a weight may hold such a number; without data a scalar may."""
-    weight = program.weights.get(name)
-    if weight is None or program.source is None:
-        return True
-    tensor = program.source(weight.name)
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta:
-        return prod(weight.shape) == 1
-    return bool(((tensor >= lowest) & (tensor <= _HIDES)).any())
-
-
-def _numbers(node: fx.Node) -> Iterator[Any]:
-    """The numbers that an op computes with, of arithmetic with both signs: (keep - 1) * 1e9."""
-    for value in (*node.args, *node.kwargs.values()):
-        yield value
-        if isinstance(value, int | float) and target_name(node.target) in _ARITHMETIC:
-            yield -value
-
-
-def _is_low(value: Any, lowest: float) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and lowest <= value <= _HIDES
 
 
 def may_even(program: Program | None, nodes: Sequence[fx.Node]) -> bool:

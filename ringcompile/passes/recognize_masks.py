@@ -22,10 +22,11 @@ from ringcompile.ir.program import Program
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
-from ringcompile.passes.even_rows import evened, may_even, may_hide
+from ringcompile.passes.even_rows import evened, may_even
 from ringcompile.passes.mask_analysis import Analysis
 from ringcompile.passes.mask_kinds import kind_of_rest
 from ringcompile.passes.mask_operands import joined
+from ringcompile.passes.mask_reach import may_hide
 from ringcompile.passes.mask_values import Choice, Condition, band_of, sees_itself
 
 aten = torch.ops.aten

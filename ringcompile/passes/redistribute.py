@@ -104,9 +104,12 @@ class Mover:
     def _exchanged(
         self, x: fx.Node, here: TensorType, wanted: Layout, dim: int
     ) -> tuple[fx.Node, TensorType]:
-        """An axis that splits this dim last, and shall split another dim last."""
+        """An axis that splits this dim last, and shall split another dim last.
+
+        Along `time` nothing is exchanged: the pieces are at hand, and are joined and cut.
+        """
         axis = _last_axis(here.layout.dims[dim])
-        to = None if axis is None else _dim_with(wanted, axis)
+        to = None if axis in (None, TIME) else _dim_with(wanted, axis)
         if axis is None or to is None or to == dim:
             return x, here
         left = _without_last(here.layout.dims[dim], axis)

@@ -84,7 +84,7 @@ def keys_alone(q: Tensor, mask: Tensor) -> Tensor:
 
 
 def of_a_window(q: Tensor, mask: Tensor) -> Tensor:
-    near = earlier(mask) & earlier(mask).flip(0, 1).roll(5, 0)
+    near = earlier(mask) & ~earlier(mask).tril(-5)
     return low(near, -torch.inf) + low((mask > 0)[:, None, None])
 
 
@@ -98,12 +98,56 @@ def by_head(q: Tensor, mask: Tensor) -> Tensor:
     return padded(q, mask) + slope * torch.arange(mask.shape[-1])
 
 
+ZERO, LOWEST = torch.zeros((), dtype=torch.float64), torch.tensor(LOW, dtype=torch.float64)
+
+
+def of_constants(q: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(earlier(mask) & (mask > 0)[:, None, None], ZERO, LOWEST)
+
+
+def constants_over_a_bias(q: Tensor, mask: Tensor) -> Tensor:
+    keys = torch.where((mask > 0)[:, None, None], ZERO, LOWEST)
+    return torch.where(earlier(mask), keys + with_slopes(mask), LOWEST)
+
+
+def filled_over_a_bias(q: Tensor, mask: Tensor) -> Tensor:
+    keys = low((mask > 0)[:, None, None])
+    return (keys + with_slopes(mask)).masked_fill(~earlier(mask), LOW)
+
+
+def of_a_difference(q: Tensor, mask: Tensor) -> Tensor:
+    return low(earlier(mask), -torch.inf) + (mask[:, None, None].double() - 1) * 1e30
+
+
+def of_a_quotient(q: Tensor, mask: Tensor) -> Tensor:
+    return low(earlier(mask), -torch.inf) - (1 - mask[:, None, None].double()) / 1e-30
+
+
+def a_window_of_constants(q: Tensor, mask: Tensor) -> Tensor:
+    near = earlier(mask) & ~earlier(mask).tril(-5)
+    return torch.where(near & (mask > 0)[:, None, None], ZERO, LOWEST)
+
+
+def of_queries(q: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(earlier(mask) & (mask > 0)[:, None, :, None], ZERO, LOWEST)
+
+
+def with_slopes(mask: Tensor) -> Tensor:
+    n = torch.arange(mask.shape[-1])
+    slopes = torch.linspace(0.1, 1, HEADS, dtype=torch.float64)[:, None, None]
+    return slopes * (n - n[:, None])
+
+
 MADE: dict[str, Make] = {
+    "constants": of_constants, "constants over a bias": constants_over_a_bias,
+    "a fill over a bias": filled_over_a_bias, "a difference": of_a_difference,
+    "a quotient": of_a_quotient, "a window of constants": a_window_of_constants,
+    "queries": of_queries,
     "padding": padded, "two terms": two_terms, "clamped": clamped, "a factor": times,
     "before it -inf": hidden_before, "keys of -inf": hidden_keys, "keys alone": keys_alone,
     "a window": of_a_window, "a distance": with_distance, "by head": by_head,
 }
-SPECS = ["ring=4", "ring=2,ulysses=2", "ulysses=2", "tp=2", "pp=2,ring=2", "dp=2"]
+SPECS = ["ring=4", "ring=2,ulysses=2", "ulysses=2", "tp=2", "pp=2,ring=2", "dp=2", "time=2"]
 
 
 def masks(length: int, batch: int = 2) -> tuple[Tensor, ...]:
@@ -119,6 +163,8 @@ def masks(length: int, batch: int = 2) -> tuple[Tensor, ...]:
     ("kind", "spec"),
     some_fast(MADE, SPECS, fast=lambda kind, spec: (kind, spec) in {
         ("two terms", "ring=4"), ("before it -inf", "ring=2,ulysses=2"), ("keys of -inf", "ring=4"),
+        ("constants over a bias", "ring=4"), ("a difference", "ring=4"),
+        ("a fill over a bias", "time=2"),
     }),
 )
 def test_masks_that_the_model_makes(kind: str, spec: str, one_op: bool) -> None:

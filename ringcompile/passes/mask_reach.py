@@ -1,0 +1,148 @@
+"""How large the numbers of an additive mask may be: whether it may hide keys.
+
+A mask is followed to what it is made of. A float input may hold anything; a number in the graph is
+what it is; the data of buffers and parameters is looked at. What is computed of them is bounded by
+the same arithmetic: (keep - 1) * 1e9 reaches 1e9, as x / 1e-9 does. Flags, positions and what
+comes out of matmuls count as one: scores are of that size, and nobody hides a key by a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import exp, inf, isinf, isnan, prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.program import Program
+from ringcompile.passes.contraction import read
+
+# Numbers of this size may be meant to hide keys.
+_HIDES = 1e6
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far from zero the elements of a tensor may lie.
+
+    Attributes:
+        size: bound of the finite ones; inf where nothing is known.
+        infinite: whether some may be infinite.
+    """
+
+    size: float = 1.0
+    infinite: bool = False
+
+
+def may_hide(program: Program | None, nodes: Sequence[fx.Node], infinite: bool = False) -> bool:
+    """Whether additive masks may hold numbers so low that scores vanish beside them.
+
+    Args:
+        program: of the graph; without it every placeholder is an input.
+        nodes: the masks, in 4 dims.
+        infinite: whether -inf counts too.
+    """
+    reaches: dict[fx.Node, Reach] = {}
+    for node in _made_of(nodes):
+        reaches[node] = _reach(program, node, reaches)
+    return any(
+        reaches[node].size >= _HIDES or (infinite and reaches[node].infinite) for node in nodes
+    )
+
+
+def _made_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes and all that they are computed of up to matmuls, operands first."""
+    found: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            if read(node) is None:
+                queue += node.all_input_nodes
+    return [node for node in nodes[0].graph.nodes if node in found] if nodes else []
+
+
+def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Reach]) -> Reach:
+    if node.op == "placeholder":
+        return _of_placeholder(program, node)
+    name = str(node.target).split(".")[1] if node.op == "call_function" else ""
+    if read(node) is not None or name in _COUNTS:
+        return Reach()
+    operands = [known[value] if isinstance(value, fx.Node) else _of_number(value)
+                for value in _numbers(node)]
+    if not operands:
+        return Reach()
+    size = _ARITHMETIC.get(name, _largest)([operand.size for operand in operands])
+    return Reach(inf if isnan(size) else size, any(operand.infinite for operand in operands))
+
+
+def _of_placeholder(program: Program | None, node: fx.Node) -> Reach:
+    weight = None if program is None else program.weights.get(node.name)
+    dtype = node.meta["type"].dtype
+    if weight is None or program is None or program.source is None:
+        return Reach(inf, infinite=True) if dtype.is_floating_point else Reach()
+    tensor = program.source(weight.name)
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta:
+        alone = prod(weight.shape) == 1 and dtype.is_floating_point
+        return Reach(inf, infinite=True) if alone else Reach()
+    finite = tensor.isfinite()
+    sizes = tensor[finite].abs()
+    return Reach(float(sizes.max()) if sizes.numel() else 0.0, not bool(finite.all()))
+
+
+def _of_number(number: float) -> Reach:
+    return Reach(0.0, infinite=True) if isinf(number) else Reach(abs(float(number)))
+
+
+def _numbers(node: fx.Node) -> Iterator[Any]:
+    """The tensors and numbers that an op computes with; sizes, dims and places are none."""
+    call = Call(node)
+    for argument in call.target._schema.arguments:
+        value = call[argument.name]
+        several: Sequence[Any] = value if isinstance(value, list | tuple) else (value,)
+        yield from (x for x in several if isinstance(x, fx.Node))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and str(argument.type) in _OF_NUMBERS:
+            yield value
+
+
+def _largest(sizes: Sequence[float]) -> float:
+    return max(sizes)
+
+
+def _product(sizes: Sequence[float]) -> float:
+    return 0.0 if 0.0 in sizes else prod(sizes)
+
+
+def _quotient(sizes: Sequence[float]) -> float:
+    """Of a number's reciprocal; what is computed, as a norm is, divides as one."""
+    over, under = sizes[0], sizes[1] if len(sizes) > 1 else 1.0
+    return over / under if 0.0 < under < 1.0 else over
+
+
+def _power(sizes: Sequence[float]) -> float:
+    base, exponent = sizes[0], sizes[1] if len(sizes) > 1 else 1.0
+    try:
+        return float(max(base, 1.0) ** exponent)
+    except OverflowError:
+        return inf
+
+
+def _exponential(sizes: Sequence[float]) -> float:
+    return exp(min(sizes[0], 700.0))
+
+
+_OF_NUMBERS = frozenset({"number", "Optional[number]", "float", "Optional[float]", "Tensor"})
+# What is counted, compared or chosen by position is of no size of its own.
+_COUNTS = frozenset({
+    "arange", "positions", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
+    "logical_not", "any", "all", "argmax", "argmin", "argsort", "floor_divide", "remainder",
+})
+_ARITHMETIC: dict[str, Callable[[Sequence[float]], float]] = {
+    "add": sum, "sub": sum, "rsub": sum, "mul": _product, "div": _quotient, "pow": _power,
+    "exp": _exponential, "square": lambda sizes: sizes[0] ** 2 if sizes[0] < 1e150 else inf,
+}
