@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
 import torch
 from torch import fx
 
+from ringcompile.ir.expr import Size
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder
+from ringcompile.passes.views import in_heads, reshaped
 
 aten = torch.ops.aten
 
@@ -27,6 +30,15 @@ def joined(nodes: list[fx.Node], builder: Builder) -> fx.Node | None:
         (visible, bias, -inf),
         broadcast([visible, bias], type_of(bias).dtype),
     )
+
+
+def as_mask(
+    builder: Builder, x: fx.Node, lead: Sequence[Size], heads: tuple[Size, Size]
+) -> fx.Node:
+    """A tensor that is broadcast to [*lead, Sq, Sk], in the 4 dims [*heads, Sq, Sk]."""
+    shape = type_of(x).shape
+    padded = (*(1,) * (len(lead) + 2 - len(shape)), *shape)
+    return in_heads(builder, reshaped(builder, x, padded), lead, heads)
 
 
 def _fold(target: object, nodes: list[fx.Node], builder: Builder) -> fx.Node | None:

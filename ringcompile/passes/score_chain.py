@@ -21,72 +21,17 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.contraction import Contraction, Operand, read
-
-
-class NotUnderstoodError(Exception):
-    """Why this is not an attention that has an op of its own; the text is for the user."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Scores times, or divided by, a number, a length, or a tensor that all keys share."""
-
-    factor: float | Size | fx.Node
-    divide: bool = False
-
-
-@dataclass(frozen=True)
-class Bend:
-    """Tanh of the scores: a soft cap, with the numbers before and after it."""
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A tensor added to scores of the leading sizes `lead`, or taken from them."""
-
-    node: fx.Node
-    lead: tuple[Size, ...]
-    sign: int = 1
-
-
-@dataclass(frozen=True)
-class Fill:
-    """A number put in place of the scores where `node` is true (or false)."""
-
-    node: fx.Node
-    lead: tuple[Size, ...]
-    value: float
-    where: bool = True
-
-
-@dataclass(frozen=True)
-class Sink:
-    """A column beside the scores that takes weight and has no value."""
-
-    node: fx.Node
-    first: bool
-
-
-Step = Scale | Bend | Bias | Fill | Sink
-
-
-@dataclass
-class HandWritten:
-    """An attention found in a graph.
-
-    Attributes:
-        scores: q k^T, operands in that order.
-        values: the weights times v, operands in that order.
-        steps: from the scores to the softmax.
-        shapes: of the scores on their way; they differ in leading dims only.
-        zeroed: masks where weights are set to 0 behind the softmax.
-    """
-
-    scores: Contraction
-    values: Contraction
-    steps: list[Step]
-    shapes: list[tuple[Size, ...]]
-    zeroed: list[fx.Node]
+from ringcompile.passes.score_steps import (
+    Bend,
+    Bias,
+    Fill,
+    HandWritten,
+    NotUnderstoodError,
+    Scale,
+    Sink,
+    Step,
+    short,
+)
 
 
 @dataclass
@@ -161,11 +106,6 @@ _ARITHMETIC: dict[str, tuple[int, Callable[..., float]]] = {
     "div": (2, operator.truediv),
     "pow": (2, operator.pow),
 }
-
-
-def short(node: fx.Node) -> str:
-    """The name of an op without namespace and overload."""
-    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder
 from ringcompile.passes.mask_operands import broadcast
-from ringcompile.passes.score_chain import Fill, NotUnderstoodError
+from ringcompile.passes.score_steps import Fill, NotUnderstoodError
 
 aten = torch.ops.aten
 _LOWEST = -9e8  # -1e9 as bfloat16 rounds it is above -1e9
