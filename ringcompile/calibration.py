@@ -63,12 +63,14 @@ def measure(
     name = dtype or ("float16" if place.type == "cuda" else "float32")
     ranks = ranks or (torch.cuda.device_count() if place.type == "cuda" else 2)
     passes = passes or (1 if quick or place.type == "cuda" else 3)
-    work = _Work(place, getattr(torch, name), "quick" if quick else place.type, passes)
+    work = Work(place, getattr(torch, name), "quick" if quick else place.type, passes)
     figures, links = _measure(work, ranks, threads)
-    title = _title(place)
+    title = device_title(place)
     if place.type != "cuda":
         title = f"{threads} {'thread' if threads == 1 else 'threads'} of {title}"
-    table = _table(place, figures, links, load_cluster(base) if base else None, ranks, title)
+    found = {"node": links} if links else {}
+    taken = load_cluster(base) if base else None
+    table = cluster_table(place, figures, found, taken, (1, ranks), title)
     read_cluster(table, "what was measured")
     about = f"{len(figures)} figures of {title}, {len(links)} of links between {ranks} ranks"
     return Calibration(table, about)
@@ -83,7 +85,7 @@ def _place(device: str) -> torch.device:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What to measure: where, of which dtype, a key of `SIZES`, and how often."""
 
     place: torch.device
@@ -92,22 +94,23 @@ class _Work:
     passes: int
 
 
-def _measure(work: _Work, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measure(work: Work, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a device and of the links; on a CPU all ranks compute at once, as they will."""
     if work.place.type == "cuda":
-        figures = usual([_device_figures(work) for _ in range(work.passes)])
+        figures = usual([device_figures(work) for _ in range(work.passes)])
         return figures, _link_figures(work, ranks, None) if ranks > 1 else {}
     with Processes(ranks, backend="gloo", threads=threads) as processes:
-        figures = usual([_worst(processes.call(_rank_figures, work)) for _ in range(work.passes)])
+        figures = usual([worst(processes.call(_rank_figures, work)) for _ in range(work.passes)])
         return figures, _link_figures(work, ranks, processes) if ranks > 1 else {}
 
 
-def _rank_figures(rank: Rank, work: _Work) -> dict[str, Any]:
+def _rank_figures(rank: Rank, work: Work) -> dict[str, Any]:
     keep_freed_memory()
-    return _device_figures(work, quiet=rank.index > 0)
+    return device_figures(work, quiet=rank.index > 0)
 
 
-def _device_figures(work: _Work, *, quiet: bool = False) -> dict[str, Any]:
+def device_figures(work: Work, *, quiet: bool = False) -> dict[str, Any]:
+    """The figures of a device, measured by the process that calls."""
     def report(field: str) -> None:
         if not quiet:
             click.echo(f"  {field}", err=True)
@@ -123,7 +126,7 @@ def usual(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return _picked(list(found), median, median)
 
 
-def _worst(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def worst(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Each figure as the slowest of all ranks has it."""
     return _picked(list(found), max, min)
 
@@ -151,14 +154,30 @@ def _memory(place: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[str, Any]:
-    sizes = LinkSizes((4096, 65536), 2) if work.sizes == "quick" else LinkSizes()
+def _link_figures(work: Work, ranks: int, processes: Processes | None) -> dict[str, Any]:
+    sizes = link_sizes(quick=work.sizes == "quick")
     click.echo(f"  links between {ranks} ranks", err=True)
     if processes is not None:
-        found = _usual_links([processes.call(link_seconds, sizes) for _ in range(work.passes)])
+        found = usual_links([processes.call(link_seconds, sizes) for _ in range(work.passes)])
     else:
         with Processes(ranks, backend="nccl") as made:
-            found = _usual_links([made.call(link_seconds, sizes) for _ in range(work.passes)])
+            found = usual_links([made.call(link_seconds, sizes) for _ in range(work.passes)])
+    return link_figures(found, sizes, ranks)
+
+
+def link_sizes(*, quick: bool) -> LinkSizes:
+    """What to exchange in order to measure a link; few and small ones for a dry run."""
+    return LinkSizes((4096, 65536), 2) if quick else LinkSizes()
+
+
+def link_figures(found: list[dict[str, Any]], sizes: LinkSizes, ranks: int) -> dict[str, Any]:
+    """The figures of a link, from the seconds of the slowest rank.
+
+    Args:
+        found: what `link_seconds` returned on every rank.
+        sizes: what was exchanged.
+        ranks: how many exchanged with one another.
+    """
     startup = max(entry["startup"] for entry in found)
     share = (ranks - 1) / ranks
     # What a ring algorithm would send a rank, as a multiple of the tensor.
@@ -181,7 +200,7 @@ def _link_figures(work: _Work, ranks: int, processes: Processes | None) -> dict[
     return figures
 
 
-def _usual_links(passes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def usual_links(passes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Each rank's seconds as the median of passes has them."""
     return [
         {key: _combined([one[key] for one in of_rank], median) for key in of_rank[0]}
@@ -189,14 +208,24 @@ def _usual_links(passes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     ]
 
 
-def _table(
+def cluster_table(
     place: torch.device,
     figures: dict[str, Any],
     links: dict[str, Any],
     base: Cluster | None,
-    ranks: int,
+    shape: tuple[int, int],
     title: str,
 ) -> dict[str, Any]:
+    """A hardware table of what was measured.
+
+    Args:
+        place: the device.
+        figures: of it.
+        links: by name ("node" within a node, "between" nodes), their figures.
+        base: a cluster to take over what was not measured from.
+        shape: nodes, and devices of each.
+        title: of the device.
+    """
     source, date = _source(place, title), datetime.date.today().isoformat()
 
     def marked(found: dict[str, Any]) -> dict[str, Any]:
@@ -205,12 +234,13 @@ def _table(
 
     old = base.device.figures if base else {}
     kept = {"reserved": _assumed(0.0, "GB", "nothing taken off", date), **_as_json(old)}
-    node = {**(_as_json(base.links["node"].figures) if base else {}), **marked(links)}
-    others = {n: _as_json(link.figures) for n, link in base.links.items()} if base else {}
+    made = {n: _as_json(link.figures) for n, link in base.links.items()} if base else {}
+    made |= {name: {**made.get(name, {}), **marked(found)} for name, found in links.items()}
+    nodes, per_node = shape
     return {
         "format": FORMAT,
         "name": base.name if base else place.type,
-        "title": base.title if base else f"{ranks} x {title}",
+        "title": base.title if base else f"{nodes * per_node} x {title}",
         "device": {
             "format": FORMAT,
             "name": base.device.name if base else place.type,
@@ -218,9 +248,9 @@ def _table(
             "asynchronous": place.type == "cuda",
             "figures": {**kept, **marked(figures)},
         },
-        "nodes": base.num_nodes if base else 1,
-        "devices_per_node": base.per_node if base else ranks,
-        "links": {**others, **({"node": node} if node else {})},
+        "nodes": base.num_nodes if base else nodes,
+        "devices_per_node": base.per_node if base else per_node,
+        "links": made,
     }
 
 
@@ -232,7 +262,8 @@ def _assumed(value: float, unit: str, why: str, date: str) -> dict[str, Any]:
     return Figure(value, unit, "assumed", why, date).to_json()
 
 
-def _title(place: torch.device) -> str:
+def device_title(place: torch.device) -> str:
+    """What the device is called."""
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

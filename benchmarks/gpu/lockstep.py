@@ -44,10 +44,10 @@ def _measure(report: Report, model: str, parallel: str, tokens: int) -> None:
         torch.cuda.empty_cache()
     want = exact.forward(DrawnWeights(model, device(), cached=False), hidden)
     report.add(model=model, parallel=parallel, tokens=tokens, seconds=taken,
-               peak_gib=None if peak is None else peak / 2**30, **_compared(outputs, want))
+               peak_gib=None if peak is None else peak / 2**30, **compared(outputs, want))
 
 
-def _compared(found: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
+def compared(found: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
     """Errors of all tokens, and of those that took the same way through a mixture."""
     largest, rms = errors(found, want)
     off = (found.double() - want).abs().amax(-1) / want.abs().max()

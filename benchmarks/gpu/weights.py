@@ -49,6 +49,10 @@ class DrawnWeights:
             self._drawn[name] = tensor
         return tensor
 
+    def share(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a weight, which keeps no other part in memory."""
+        return self(name)[slices].clone()
+
     def _draw(self, name: str) -> torch.Tensor:
         """As `Transformer.reset_parameters` scales it."""
         shape = self._shapes[name]

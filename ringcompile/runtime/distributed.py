@@ -118,14 +118,14 @@ class Peer:
         with torch.no_grad():
             if self.tracer is not None:
                 return self._traced(task, self.tracer)
-            return self._timed(self.runner.prepare(task))
+            return self.timed(self.runner.prepare(task))
 
     def _traced(self, task: Task, tracer: Tracer) -> RankRun:
         if isinstance(task, Run):
-            self._timed(self.runner.prepare(task))
+            self.timed(self.runner.prepare(task))
         prepared = self.runner.prepare(task)
         tracer.start()
-        return replace(self._timed(prepared), trace=tracer.recorded())
+        return replace(self.timed(prepared), trace=tracer.recorded())
 
     def run(self, inputs: Any, keep: Kept = EVERYTHING) -> RankRun:
         """Run once on whole inputs: a mapping by name, a sequence in order, or one tensor."""
@@ -134,9 +134,14 @@ class Peer:
     def run_share(self, share: Inputs, lengths: dict[str, int]) -> RankRun:
         """Run once on this rank's share of the inputs, by placeholder name."""
         with torch.no_grad():
-            return self._timed(self.runner.on_shares(share, lengths))
+            return self.timed(self.runner.on_shares(share, lengths))
 
-    def _timed(self, prepared: Prepared) -> RankRun:
+    def timed(self, prepared: Prepared) -> RankRun:
+        """Compute what was prepared, once more if it was before; all ranks do.
+
+        Raises:
+            RingCompileError: a rank was lost on the way.
+        """
         self.exchange.bytes_sent, self.exchange.wait_seconds = 0, 0.0
         device, started = self.rank.device, time.perf_counter()
         answer: Callable[[Request], Any] = self.exchange.answer

@@ -37,11 +37,48 @@ class LinkSizes:
     num_samples: int = 9
 
 
-def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
-    """The seconds of exchanges among all ranks, by kind and bytes; all ranks call it.
+@dataclass(frozen=True)
+class Peers:
+    """The ranks among which a rank measures.
+
+    Attributes:
+        rank: this process' place in the job.
+        group: they, in the order in which each sends to the next.
+    """
+
+    rank: Rank
+    group: dist.ProcessGroup
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors live."""
+        return self.rank.device
+
+    @property
+    def ranks(self) -> list[int]:
+        """Their numbers in the job."""
+        return dist.get_process_group_ranks(self.group)
+
+    def next_and_previous(self) -> tuple[int, int]:
+        """Whom this rank sends to, and whom it receives from, by their numbers in the job."""
+        ranks = self.ranks
+        at = ranks.index(self.rank.index)
+        return ranks[(at + 1) % len(ranks)], ranks[at - 1]
+
+
+def link_seconds(
+    rank: Rank, sizes: LinkSizes, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """The seconds of exchanges among ranks, by kind and bytes; all ranks of the job call it.
 
     Exchanges come behind a product, as in programs: ranks are then not there at the same moment,
     and the threads that carry messages have to be woken.
+
+    Args:
+        rank: this process' place in the job.
+        sizes: of what is exchanged.
+        group: the ranks that exchange with this one, all of the job if none is given; other
+            ranks measure in their groups at the same time.
 
     Returns:
         `startup`, seconds of a shift of next to nothing; by kind, a list with the seconds for each
@@ -50,67 +87,71 @@ def link_seconds(rank: Rank, sizes: LinkSizes) -> dict[str, Any]:
         shift's seconds by which compute beside it is held up. Startup is from a common start.
     """
     keep_freed_memory()
+    world = dist.group.WORLD
+    assert world is not None
+    peers = Peers(rank, group or world)
     matrix = torch.randn(_SIDE, _SIDE, device=rank.device)
 
     def product() -> None:
         torch.mm(matrix, matrix)
 
     made: dict[str, Any] = {
-        "startup": _median(rank, _shift(rank, _TINY), 4 * sizes.num_samples),
+        "startup": _median(rank, _shift(peers, _TINY), 4 * sizes.num_samples),
     }
     for kind, prepare in _KINDS.items():
         made[kind] = [
-            _median(rank, prepare(rank, n), sizes.num_samples, behind=product)
+            _median(rank, prepare(peers, n), sizes.num_samples, behind=product)
             for n in sizes.messages
         ]
-    made["interference"] = _interference(rank, sizes, made["shift"][-1])
+    made["interference"] = _interference(peers, sizes, made["shift"][-1])
     return made
 
 
-def _shift(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    tensors = _in_turn(rank, (num_bytes,), torch.uint8)
+def _shift(peers: Peers, num_bytes: int) -> Callable[[], object]:
+    tensors = _in_turn(peers.device, (num_bytes,), torch.uint8)
 
     def call() -> None:
         sent = next(tensors)
-        for work in _start(rank, sent, torch.empty_like(sent)):
+        for work in _start(peers, sent, torch.empty_like(sent)):
             work.wait()
 
     return call
 
 
-def _start(rank: Rank, sent: torch.Tensor, taken: torch.Tensor) -> list[dist.Work]:
-    after, before = (rank.index + 1) % rank.world_size, (rank.index - 1) % rank.world_size
-    return dist.batch_isend_irecv(
-        [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, taken, before)]
-    )
+def _start(peers: Peers, sent: torch.Tensor, taken: torch.Tensor) -> list[dist.Work]:
+    after, before = peers.next_and_previous()
+    return dist.batch_isend_irecv([
+        dist.P2POp(dist.isend, sent, after, peers.group),
+        dist.P2POp(dist.irecv, taken, before, peers.group),
+    ])
 
 
 def _collective(
-    kind: str, rank: Rank, shape: tuple[int, ...], dtype: torch.dtype
+    kind: str, peers: Peers, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], object]:
     """As programs ask for it: results are new tensors, and operands have just been written."""
-    group = dist.group.WORLD
-    assert group is not None
-    tensors = _in_turn(rank, shape, dtype)
-    return lambda: BY_KIND[kind](Collective("", kind, "", next(tensors)), group)
+    tensors = _in_turn(peers.device, shape, dtype)
+    return lambda: BY_KIND[kind](Collective("", kind, "", next(tensors)), peers.group)
 
 
-def _in_turn(rank: Rank, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _in_turn(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
     """Tensors of a shape, several of them in turn."""
-    return cycle([torch.zeros(shape, dtype=dtype, device=rank.device) for _ in range(_IN_TURN)])
+    return cycle([torch.zeros(shape, dtype=dtype, device=device) for _ in range(_IN_TURN)])
 
 
-def _all_reduce(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    return _collective("all_reduce", rank, (num_bytes // 4,), torch.float32)
+def _all_reduce(peers: Peers, num_bytes: int) -> Callable[[], object]:
+    return _collective("all_reduce", peers, (num_bytes // 4,), torch.float32)
 
 
-def _all_gather(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    return _collective("gather", rank, (num_bytes // rank.world_size,), torch.uint8)
+def _all_gather(peers: Peers, num_bytes: int) -> Callable[[], object]:
+    return _collective("gather", peers, (num_bytes // peers.group.size(),), torch.uint8)
 
 
-def _all_to_all(rank: Rank, num_bytes: int) -> Callable[[], object]:
-    each = num_bytes // rank.world_size
-    return _collective("all_to_all", rank, (rank.world_size, each), torch.uint8)
+def _all_to_all(peers: Peers, num_bytes: int) -> Callable[[], object]:
+    each = num_bytes // peers.group.size()
+    return _collective("all_to_all", peers, (peers.group.size(), each), torch.uint8)
 
 
 _IN_TURN = 4
@@ -118,13 +159,13 @@ _KINDS = {"shift": _shift, "all_reduce": _all_reduce, "all_gather": _all_gather,
           "all_to_all": _all_to_all}
 
 
-def _interference(rank: Rank, sizes: LinkSizes, shift: float) -> float:
+def _interference(peers: Peers, sizes: LinkSizes, shift: float) -> float:
     """How much longer products take beside the largest shift, over its own seconds."""
     num_bytes = sizes.messages[-1]
-    sent = torch.zeros(num_bytes, dtype=torch.uint8, device=rank.device)
+    sent = torch.zeros(num_bytes, dtype=torch.uint8, device=peers.device)
     taken = torch.empty_like(sent)
-    matrix = torch.randn(384, 384, device=rank.device)
-    once = _median(rank, lambda: matrix @ matrix, sizes.num_samples)
+    matrix = torch.randn(384, 384, device=peers.device)
+    once = _median(peers.rank, lambda: matrix @ matrix, sizes.num_samples)
     repeats = max(1, round(3 * shift / once))
 
     def compute() -> None:
@@ -132,13 +173,13 @@ def _interference(rank: Rank, sizes: LinkSizes, shift: float) -> float:
             torch.mm(matrix, matrix)
 
     def both() -> None:
-        works = _start(rank, sent, taken)
+        works = _start(peers, sent, taken)
         compute()
         for work in works:
             work.wait()
 
-    alone = _median(rank, compute, sizes.num_samples)
-    together = _median(rank, both, sizes.num_samples)
+    alone = _median(peers.rank, compute, sizes.num_samples)
+    together = _median(peers.rank, both, sizes.num_samples)
     return min(max((together - alone) / shift, 0.0), 1.0)
 
 
