@@ -8,7 +8,6 @@ otherwise writes a `redistribute` node, which `partition` turns into a local sli
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from torch import fx
 from ringcompile.axes import AXES, TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, simplify, symbol
+from ringcompile.ir.expr import SEQUENCE, equal, is_symbolic, simplify, symbol
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
@@ -40,6 +39,7 @@ from ringcompile.passes.one_origin import with_one_origin
 from ringcompile.passes.own_tokens import OwnTokens
 from ringcompile.passes.regions import Finder, Region, describe, may_route
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
+from ringcompile.passes.split_sequence import order_of, sequence_length
 from ringcompile.passes.token_wise import TokenWise
 
 _ATTENTION = op("attention")
@@ -89,7 +89,7 @@ class Place(Pass):
             and row.divides_sequence
             and (axis != "tp" or self.tp_sequence)
         )
-        length = _sequence_length(program)
+        length = sequence_length(program)
         if not axes:  # nothing divides it: any length will do where there is none
             return SequenceSplit((), "contiguous", 1 if length is None else length)
         if length is None:
@@ -109,7 +109,7 @@ class Place(Pass):
 
         Empty without a sequence, since regions are found where tokens would be gathered.
         """
-        if _sequence_length(program) is None:
+        if sequence_length(program) is None:
             return []
         return self._regions(program, self._sequence(program))
 
@@ -142,38 +142,6 @@ class Place(Pass):
 
     def _order(self, program: Program) -> str:
         return self.order if self.order in ORDERS else order_of(program)
-
-
-def order_of(program: Program) -> str:
-    """The order of positions under which ranks have the same work: zigzag if all is causal.
-
-    Args:
-        program: in which attention is recognized.
-    """
-    calls = [Call(node) for node in program.graph.nodes if node.target is _ATTENTION]
-    causal = calls and all(c["lower"] == 0 and c["upper"] is None for c in calls)
-    return "zigzag" if causal else "contiguous"
-
-
-def _sequence_length(program: Program) -> Size | None:
-    """The length that is split: the one that most self-attentions have, of those that may vary.
-
-    It is not a length of the inputs where the model adds prefix tokens, or cuts patches. None where
-    there is no attention, and the length is fixed.
-    """
-    lengths: Counter[Size] = Counter()
-    for node in program.graph.nodes:
-        if node.target is _ATTENTION:
-            queries, keys = (type_of(n).shape[2] for n in Call(node).operands[:2])
-            if equal(queries, keys):
-                lengths[queries] += 1
-    if not lengths:
-        varies = any(
-            is_symbolic(size) and symbol(SEQUENCE) in size.free_symbols
-            for spec in program.inputs for size in spec.type.shape
-        )
-        return symbol(SEQUENCE) if varies else None
-    return max(lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)))
 
 
 class _Placer(Requests):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -30,7 +30,7 @@ from ringcompile.ir.expr import simplify
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, find_rule
+from ringcompile.ir.rules import FactorRule, Placement, find_rule
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
@@ -42,10 +42,10 @@ from ringcompile.passes.attention_rows import (
     repeats,
 )
 from ringcompile.passes.base import Pass
-from ringcompile.passes.limit_ids import ids_of
 from ringcompile.passes.one_origin import with_one_origin
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
-from ringcompile.passes.tensor_requests import TP, TensorRequests, cuts_running_sum, has_tp
+from ringcompile.passes.tensor_requests import TP, has_tp
+from ringcompile.passes.tensor_vocabulary import VocabularySplits
 
 aten = torch.ops.aten
 _ATTENTION, _EXPERTS = op("attention"), op("expert_linear")
@@ -76,7 +76,7 @@ class TensorParallel(Pass):
         )
 
 
-class _Splitter(TensorRequests):
+class _Splitter(VocabularySplits):
     def __init__(
         self,
         program: Program,
@@ -85,8 +85,6 @@ class _Splitter(TensorRequests):
         single: frozenset[str],
     ) -> None:
         super().__init__(program, mesh, told, single)
-        self.size = mesh.size(TP)
-        self.notes: list[str] = []
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -118,7 +116,7 @@ class _Splitter(TensorRequests):
             return self._redistribute(node, operands[0])
         found = (
             self._summing(node, call, operands)
-            or self._vocabulary(node, call, operands)
+            or self.vocabulary(node, call, operands)
             or self._as_told(node, call, operands)
         )
         return found or self._carried(node, call, operands)
@@ -133,8 +131,8 @@ class _Splitter(TensorRequests):
         queries, keys = head_counts(call)
         operands = list(map(self.summed, operands))
         if queries % ways:
-            self._note(node, f"{queries} heads do not divide over {self._text(shared)}: attention "
-                             "is computed whole on each of its ranks")
+            self.note(node, f"{queries} heads do not divide over {self._text(shared)}: attention "
+                            "is computed whole on each of its ranks")
             wanted = [layout.without(TP) for layout in old]
             return self.emit(
                 node, [self.request(*pair) for pair in zip(operands, wanted, strict=True)],
@@ -220,7 +218,10 @@ class _Splitter(TensorRequests):
             for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
         ]
         type_ = type_of(node).with_layout(replace(layout_of(node), partial=(TP,)))
-        target, how = _WITHOUT_BIAS[str(node.target)], {}
+        rule = find_rule(node.target)
+        assert isinstance(rule, FactorRule)
+        target = getattr(aten, rule.without_bias).default if rule.without_bias else node.target
+        how = {}
         if target is _EXPERTS:
             how = {"transposed": call["transposed"]}
         total = self.summed(self.builder.call(target, tuple(new), type_, **how))
@@ -245,24 +246,6 @@ class _Splitter(TensorRequests):
         opened = TensorType(torch.bool, shape, Layout((*index.layout.dims, WHOLE)))
         none = self.builder.call(aten.reshape.default, (none, list(shape)), opened)
         return self.builder.call(aten.masked_fill.Scalar, (found, none, 0), type_)
-
-    def _vocabulary(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
-        """A table of tokens, and the head, by the rows of their weights; logits stay split."""
-        if node.target is aten.embedding.default:
-            place, other, splits = 0, 1, self._is_of_ids(node, call.operands[1])
-        elif node.target is aten.linear.default and len(operands) == 2:
-            place, other, splits = 1, 0, self._is_head(node)
-        else:
-            return None
-        if not splits or not self.is_weight(operands[place]):
-            return None
-        table = self._rows_of_weight(operands[place])
-        if table is None:
-            return None
-        x = self.request(self.summed(operands[other]), layout_of(call.operands[other]))
-        if place == 0:
-            return self.emit(node, [table, x], replace(layout_of(node), partial=(TP,)))
-        return self.emit(node, [x, table], layout_of(node).with_dim(-1, layout_of(table).dims[0]))
 
     def _as_told(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
         """A product whose weight the user wants split along what it makes."""
@@ -289,62 +272,6 @@ class _Splitter(TensorRequests):
         """The dim of a weight that the user wants split."""
         weight = self.program.weights.get(node.name)
         return None if weight is None else self.told.get(weight.name)
-
-    def _rows_of_weight(self, weight: fx.Node) -> fx.Node | None:
-        size = type_of(weight).shape[0]
-        split = (Atom(size, (TP,)),)
-        if not self.may_split(weight, layout_of(weight).with_dim(0, split)):
-            return None
-        self.why = "rows of the vocabulary"
-        if not self.divides(split):
-            self.notes.append(
-                f"{self._weight_name(weight)}: {size} rows do not divide over tp={self.size}: "
-                "whole on each of its ranks"
-            )
-            return None
-        return self.obtain(weight, layout_of(weight).with_dim(0, split))
-
-    def _weight_name(self, node: fx.Node) -> str:
-        while node.op != "placeholder":
-            (node,) = node.all_input_nodes
-        return self.weights[node.name].name
-
-    def _is_of_ids(self, node: fx.Node, ids: fx.Node) -> bool:
-        """Whether a table may be split by its rows: its ids are checked where inputs are shared.
-
-        Computed ids are not. Of a split table, one that no rank has would be read as zeros; of a
-        whole one, the look-up itself fails.
-        """
-        if ids_of(ids, self.program) is not None:
-            return True
-        if self._reads_input(ids):
-            self._note(node, "ids that the model computes cannot be checked before it runs: their "
-                             "table is replicated")
-        return False
-
-    def _reads_input(self, node: fx.Node) -> bool:
-        """Whether a value is computed from what the caller passes: tokens, not positions."""
-        if node.op == "placeholder":
-            return node.name in self.program.placeholders
-        return any(map(self._reads_input, node.all_input_nodes))
-
-    def _is_head(self, node: fx.Node) -> bool:
-        """Whether a split of the last dim would stay up to the outputs, at no cost."""
-        split = layout_of(node).with_dim(-1, (Atom(type_of(node).shape[-1], (TP,)),))
-        return all(self._leads_out(user, node, split) for user in node.users)
-
-    def _leads_out(self, user: fx.Node, operand: fx.Node, layout: Layout) -> bool:
-        if user.op == "output":
-            return True
-        rule = find_rule(user.target)
-        if rule is None or not rule.cheap or len(user.all_input_nodes) > 1:
-            return False
-        placement = self._forward(user, rule, [layout])
-        kept = placement is not None and TP in placement.output.axes
-        return kept and all(
-            self._leads_out(after, user, placement.output)  # type: ignore[union-attr]
-            for after in user.users
-        )
 
     # -- what follows ------------------------------------------------------------------------------
 
@@ -386,7 +313,7 @@ class _Splitter(TensorRequests):
         layouts = [replace(layout_of(n), partial=()) for n in operands]
         placement = None
         if any(map(has_tp, layouts)):
-            placement = self._forward(node, rule, layouts)
+            placement = self.forward(node, rule, layouts)
         if placement is None:
             wanted = [layout_of(n) for n in call.operands]
             placement = Placement(tuple(wanted), layout_of(node))
@@ -402,33 +329,5 @@ class _Splitter(TensorRequests):
             output = replace(output, partial=())
         return self.emit(node, new, output)
 
-    def _forward(
-        self, node: fx.Node, rule: Rule | None, layouts: Sequence[Layout]
-    ) -> Placement | None:
-        """The rule's placement, where it keeps the program's own and divides evenly."""
-        if rule is None:
-            return None
-        try:
-            placement = rule.forward(Call(node), layouts, self.axis_sizes)
-        except ConflictError:
-            return None
-        same = placement.output.without(TP) == layout_of(node)
-        layouts = (*placement.operands, placement.output)
-        even = all(self.divides(dim) for layout in layouts for dim in layout.dims)
-        whole = not cuts_running_sum(node, placement.output)
-        return placement if same and even and whole else None
-
-    def _note(self, node: fx.Node, text: str) -> None:
-        self.notes.append(f"{location_of(node).short}: {text}".lstrip(": "))
-
-
 def _is_float(node: fx.Node) -> bool:
     return type_of(node).dtype.is_floating_point or type_of(node).dtype.is_complex
-
-
-_WITHOUT_BIAS: dict[str, Any] = {
-    "aten.linear.default": aten.linear.default,
-    "aten.addmm.default": aten.mm.default,
-    "aten.baddbmm.default": aten.bmm.default,
-    "ringcompile.expert_linear.default": _EXPERTS,
-}

@@ -7,7 +7,7 @@ the weight. Otherwise what is whole is cut, and what is split stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -16,10 +16,10 @@ from ringcompile.axes import base_axis
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import equal
 from ringcompile.ir.layout import Atom, DimLayout, Layout
-from ringcompile.ir.nodes import layout_of, type_of
+from ringcompile.ir.nodes import layout_of, location_of, type_of
 from ringcompile.ir.plan import model_plan
 from ringcompile.ir.program import Program
-from ringcompile.ir.rules import find_rule
+from ringcompile.ir.rules import ConflictError, Placement, Rule, find_rule
 from ringcompile.ir.types import TensorType, local_size
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
@@ -51,6 +51,8 @@ class TensorRequests(Requests):
         self.program, self.mesh, self.sequence = program, mesh, program.sequence
         self.weights = dict(program.weights)
         self.told, self.allowed = told, {**model_plan(program), **told}
+        self.size = mesh.size(TP)
+        self.notes: list[str] = []
         self.why = ""  # what asked for the shares of weights that are read now
         self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
         self.products: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -212,6 +214,26 @@ class TensorRequests(Requests):
         rule = find_rule(node.target)
         even = all(map(self.divides, wanted.dims))
         return rule is not None and rule.cheap and even and not layout_of(node).partial
+
+    def forward(
+        self, node: fx.Node, rule: Rule | None, layouts: Sequence[Layout]
+    ) -> Placement | None:
+        """The rule's placement, where it keeps the program's own and divides evenly."""
+        if rule is None:
+            return None
+        try:
+            placement = rule.forward(Call(node), layouts, self.axis_sizes)
+        except ConflictError:
+            return None
+        same = placement.output.without(TP) == layout_of(node)
+        layouts = (*placement.operands, placement.output)
+        even = all(self.divides(dim) for layout in layouts for dim in layout.dims)
+        whole = not cuts_running_sum(node, placement.output)
+        return placement if same and even and whole else None
+
+    def note(self, node: fx.Node, text: str) -> None:
+        """Tell the user something about the layer of a node."""
+        self.notes.append(f"{location_of(node).short}: {text}".lstrip(": "))
 
     def divides(self, dim: DimLayout) -> bool:
         """Whether every rank gets an equal part of each atom of a dim."""

@@ -95,6 +95,8 @@ class FactorRule(Rule):
     """Factors that two operands share and the output lacks are summed over, and nothing else is."""
     bias: str | None = None
     """The argument of an op that `sums` which is added to the product."""
+    without_bias: str | None = None
+    """The op of aten that computes the product alone; None if this one does, given no bias."""
     kept: frozenset[Hashable] = frozenset()
     """Factors of operands alone that may be split: the op works on the part it is given."""
     inner: Callable[[Call], Size] | None = None

@@ -1,0 +1,153 @@
+"""Experts found in a graph: the nodes that run on rows of experts, or on buffers of their slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import OWN, Size, equal, is_symbolic, symbol
+from ringcompile.ir.nodes import location_of, results_of, type_of
+from ringcompile.ir.program import Program
+from ringcompile.ir.rules import FactorRule, find_rule
+from ringcompile.ir.types import TensorType
+from ringcompile.ops.schemas import op
+
+_EXPERT_LINEAR = op("expert_linear")
+_BATCHED = ("aten.bmm.default", "aten.matmul.default", "aten.baddbmm.default",
+            "aten.einsum.default")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes that run on rows of experts, from the first product with their weights to the last.
+
+    Attributes:
+        nodes: all of them, in order.
+        weights: what they read that has an entry an expert.
+        entering: what they read that has rows, or slots.
+        leaving: what of them is read elsewhere.
+        expert: the index of each row's expert; None for buffers.
+        num_experts: how many there are.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    entering: tuple[fx.Node, ...]
+    leaving: tuple[fx.Node, ...]
+    expert: fx.Node | None
+    num_experts: int
+
+
+def groups_of_rows(program: Program) -> list[Group]:
+    """What runs between the first and the last `expert_linear` of the same rows."""
+    by_expert: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.target is _EXPERT_LINEAR:
+            by_expert.setdefault(Call(node)["expert"], []).append(node)
+    return [_row_group(program, expert, nodes) for expert, nodes in by_expert.items()]
+
+
+def _row_group(program: Program, expert: fx.Node, products: Sequence[fx.Node]) -> Group:
+    nodes = _between(program, products)
+    weights = dict.fromkeys(
+        x for node in products for name in ("weight", "bias") if (x := Call(node)[name]) is not None
+    )
+    rows = len(type_of(expert).shape)
+    entering = dict.fromkeys(
+        x
+        for node in nodes
+        for x in Call(node).operands
+        if x not in nodes and x not in weights and x is not expert
+        and len(type_of(x).shape) >= rows and x.name not in program.weights
+    )
+    return Group(
+        nodes, tuple(weights), tuple(entering), _leaving(nodes), expert,
+        int(type_of(Call(products[0])["weight"]).shape[0]),
+    )
+
+
+def _between(program: Program, ends: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Every node on a way from one of these to another, and these."""
+    below = _reached(ends, lambda node: node.users)
+    above = _reached(ends, lambda node: node.all_input_nodes)
+    return tuple(n for n in program.graph.nodes if n in ends or (n in below and n in above))
+
+
+def _reached(start: Iterable[fx.Node], onwards: Any) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [after for node in start for after in onwards(node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(onwards(node))
+    return found
+
+
+def _leaving(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    return tuple(n for n in nodes if any(user not in nodes for user in n.users))
+
+
+def groups_of_buffers(program: Program) -> list[Group]:
+    """Chains of batched products whose batch is the experts: [E, C, D] x weight [E, D, F]."""
+    products = [n for n in program.graph.nodes if _is_expert_product(program, n)]
+    groups: list[Group] = []
+    seen: set[fx.Node] = set()
+    for node in products:
+        if node in seen:
+            continue
+        layer = location_of(node).layer
+        alike = [n for n in products if location_of(n).layer == layer and n not in seen]
+        seen.update(alike)
+        group = _buffer_group(program, alike)
+        if group is not None:
+            groups.append(group)
+    return groups
+
+
+def _is_expert_product(program: Program, node: fx.Node) -> bool:
+    """A product in which the first dim of a weight of three is a batch dim of slots."""
+    if str(node.target) not in _BATCHED or not isinstance(node.meta["type"], TensorType):
+        return False
+    operands = Call(node).operands
+    weights = [n for n in operands if n.name in program.weights]
+    if len(weights) != 1 or len(type_of(weights[0]).shape) != 3:
+        return False
+    rule = find_rule(node.target)
+    assert isinstance(rule, FactorRule)
+    names = rule.factors(Call(node))
+    factor = names.operands[operands.index(weights[0])][0]
+    slots = type_of(node).shape
+    counted = len(slots) == 3 and is_symbolic(slots[1]) and symbol(OWN) in slots[1].free_symbols
+    return factor is not None and names.output[:1] == (factor,) and counted
+
+
+def _buffer_group(program: Program, products: Sequence[fx.Node]) -> Group | None:
+    nodes = _between(program, products)
+    num_experts, slots = type_of(products[0]).shape[:2]
+    if not all(_keeps_slots(node, num_experts, slots) for node in nodes):
+        return None
+    operands = dict.fromkeys(x for n in nodes for x in Call(n).operands if x not in nodes)
+    weights = tuple(
+        x for x in operands
+        if x.name in program.weights and type_of(x).shape[:1] == (num_experts,)
+        and len(type_of(x).shape) == 3
+    )
+    entering = tuple(
+        x for x in operands if x not in weights and _keeps_slots(x, num_experts, slots)
+    )
+    if len(weights) + len(entering) < len(operands):
+        return None
+    return Group(nodes, weights, entering, _leaving(nodes), None, int(num_experts))
+
+
+def _keeps_slots(node: fx.Node, num_experts: Size, slots: Size) -> bool:
+    """Whether a value is [E, C, ...], one entry an expert and a slot."""
+    shapes = [type_.shape[:2] for type_ in results_of(node)]
+    return node.op == "call_function" and all(
+        len(shape) == 2 and shape[0] == num_experts and equal(shape[1], slots) for shape in shapes
+    )
