@@ -1,6 +1,7 @@
 """Fixtures and options shared by all tests."""
 
 import difflib
+import gc
 import os
 import random
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Weights come from installed packages or a seed, so a test that asks a model hub is mistaken.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# torch.export remembers what each op makes of its symbolic shapes. With models of one or two
+# layers hardly anything is asked for twice, and to remember takes half of the time of an export.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 import numpy as np
 import pytest
@@ -40,6 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not walk over it after each few tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is never freed is reported as a leak by libraries in C++
 
 
 @pytest.fixture(autouse=True)
