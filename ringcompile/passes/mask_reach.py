@@ -25,7 +25,7 @@ _HIDES = 1e6
 
 
 @dataclass(frozen=True)
-class Reach:
+class Magnitude:
     """How far from zero the elements of a tensor may lie.
 
     Attributes:
@@ -45,7 +45,7 @@ def may_hide(program: Program | None, nodes: Sequence[fx.Node], infinite: bool =
         nodes: the masks, in 4 dims.
         infinite: whether -inf counts too.
     """
-    reaches: dict[fx.Node, Reach] = {}
+    reaches: dict[fx.Node, Magnitude] = {}
     for node in _made_of(nodes):
         reaches[node] = _reach(program, node, reaches)
     return any(
@@ -66,36 +66,36 @@ def _made_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes[0].graph.nodes if node in found] if nodes else []
 
 
-def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Reach]) -> Reach:
+def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Magnitude]) -> Magnitude:
     if node.op == "placeholder":
         return _of_placeholder(program, node)
     name = str(node.target).split(".")[1] if node.op == "call_function" else ""
     if read(node) is not None or name in _COUNTS:
-        return Reach()
+        return Magnitude()
     operands = [known[value] if isinstance(value, fx.Node) else _of_number(value)
                 for value in _numbers(node)]
     if not operands:
-        return Reach()
+        return Magnitude()
     size = _ARITHMETIC.get(name, _largest)([operand.size for operand in operands])
-    return Reach(inf if isnan(size) else size, any(operand.infinite for operand in operands))
+    return Magnitude(inf if isnan(size) else size, any(operand.infinite for operand in operands))
 
 
-def _of_placeholder(program: Program | None, node: fx.Node) -> Reach:
+def _of_placeholder(program: Program | None, node: fx.Node) -> Magnitude:
     weight = None if program is None else program.weights.get(node.name)
     dtype = node.meta["type"].dtype
     if weight is None or program is None or program.source is None:
-        return Reach(inf, infinite=True) if dtype.is_floating_point else Reach()
+        return Magnitude(inf, infinite=True) if dtype.is_floating_point else Magnitude()
     tensor = program.source(weight.name)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta:
         alone = prod(weight.shape) == 1 and dtype.is_floating_point
-        return Reach(inf, infinite=True) if alone else Reach()
+        return Magnitude(inf, infinite=True) if alone else Magnitude()
     finite = tensor.isfinite()
     sizes = tensor[finite].abs()
-    return Reach(float(sizes.max()) if sizes.numel() else 0.0, not bool(finite.all()))
+    return Magnitude(float(sizes.max()) if sizes.numel() else 0.0, not bool(finite.all()))
 
 
-def _of_number(number: float) -> Reach:
-    return Reach(0.0, infinite=True) if isinf(number) else Reach(abs(float(number)))
+def _of_number(number: float) -> Magnitude:
+    return Magnitude(0.0, infinite=True) if isinf(number) else Magnitude(abs(float(number)))
 
 
 def _numbers(node: fx.Node) -> Iterator[Any]:
