@@ -167,6 +167,8 @@ class TensorRequests(Requests):
             if then == now:
                 dims.append(before)
             elif len(then) == 1 and then[0].axes[0] == TP and len(before) <= 1:
+                if before and before[0].sequence:
+                    return None  # tokens lie in chunks, over axes in an order of their own
                 size = type_of(node).shape[dim]
                 dims.append((Atom(size, (TP, *(before[0].axes if before else ()))),))
             else:
