@@ -42,6 +42,21 @@ def test_a_fault_on_purpose_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trial(ring_case()).kind == WRONG
 
 
+def test_float32_is_excused_by_its_own_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 too, a fault is wrong; what the module itself is off by, in float64, is not."""
+    case = dataclasses.replace(ring_case(), dtype=torch.float32)
+    monkeypatch.setitem(random_modules.TOLERANCE, torch.float32, 1e-12)
+    assert trial(case).kind == RIGHT
+
+    def biased(out: torch.Tensor, lse: torch.Tensor, out_b: torch.Tensor, lse_b: object) -> None:
+        merge(out, lse, out_b, lse_b)
+        out.mul_(1 + 1e-5)
+
+    merge = select.merge
+    monkeypatch.setattr(select, "merge", biased)
+    assert trial(case).kind == WRONG
+
+
 def test_nan_and_other_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = random_modules.run_lockstep
     for value in (float("nan"), 1e-6):
