@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any, Final
 
@@ -20,11 +20,15 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
+from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
 from ringcompile.models.transformer import Transformer
 from ringcompile.runtime.inprocess import run_lockstep
+from ringcompile.runtime.lockstep import LockStep
+from ringcompile.runtime.queued import Queued
 from tests.support import TOLERANCE, difference
 
+Engine = Callable[[Mesh], LockStep | Queued]
 MODELS: Final = (
     "dense-4l-tiny", "moe-4l-tiny", "gpt-tiny", "llama-tiny", "mixtral-tiny", "bert-tiny",
 )
@@ -96,12 +100,13 @@ class Outcome:
     reason: str = ""
 
 
-def checked(seed: int, numbers: bool = False) -> Outcome:
+def checked(seed: int, numbers: bool = False, engine: Engine = LockStep) -> Outcome:
     """Compile a plan and check its ranks against each other.
 
     Args:
         seed: of the plan.
-        numbers: also run all ranks in lock-step and compare with the model.
+        numbers: also run all ranks in this process and compare with the model.
+        engine: what drives them.
     """
     plan = plan_of(seed)
     try:
@@ -113,18 +118,18 @@ def checked(seed: int, numbers: bool = False) -> Outcome:
         parallel.verify()
     except RingCompileError as error:
         return Outcome(plan, "false alarm", str(error))
-    return Outcome(plan, *(_compared(plan, parallel) if numbers else (VALID,)))
+    return Outcome(plan, *(_compared(plan, parallel, engine) if numbers else (VALID,)))
 
 
 @torch.no_grad()
-def _compared(plan: Plan, parallel: Any) -> tuple[str, str]:
+def _compared(plan: Plan, parallel: Any, engine: Engine) -> tuple[str, str]:
     length = plan.options.get("length", 24 + plan.seed % 7)
     replicas = parallel.mesh.size("dp,halves")
     module, one = zoo.build(plan.model, sequence=length)
     assert isinstance(module, Transformer)
     inputs = tuple(x.repeat(replicas, *[1] * (x.dim() - 1)) for x in one)
     found = run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs,
-                         check_types=True).outputs
+                         check_types=True, engine=engine).outputs
     expected = module(*one)
     # With capacity counted by each rank alone the numbers are others, as asked.
     if plan.options.get("capacity") == "local" and plan.model == "moe-4l-tiny":
@@ -143,9 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seeds", nargs="+")
     parser.add_argument("--numbers", action="store_true", help="compare with the model as well")
+    parser.add_argument("--queued", action="store_true",
+                        help="run them as NCCL may hold them up, by the plan's seed")
     arguments = parser.parse_args()
     for seed in _seeds(arguments.seeds):
-        outcome = checked(seed, arguments.numbers)
+        engine: Engine = partial(Queued, seed=seed) if arguments.queued else LockStep
+        outcome = checked(seed, arguments.numbers or arguments.queued, engine)
         print(f"{outcome.plan}: {outcome.kind} {outcome.reason}", flush=True)
 
 

@@ -16,6 +16,7 @@ from ringcompile.runtime.executor import Executor, run_alone
 from ringcompile.runtime.lockstep import LockStep
 from ringcompile.runtime.memory import peak_bytes
 from ringcompile.runtime.outputs import EVERYTHING, Kept
+from ringcompile.runtime.queued import Queued
 from ringcompile.runtime.runner import OpenWeights, Runner, Settings, computed, read_weights
 from ringcompile.runtime.tasks import (
     HasPrograms,
@@ -38,6 +39,7 @@ class LockStepRanks:
         source: the weights' data, the same for all ranks.
         settings: how the ranks compute.
         device: where all ranks compute.
+        engine: drives the ranks' generators: `LockStep`, or `Queued` as a rehearsal of NCCL.
     """
 
     reports = True
@@ -49,7 +51,9 @@ class LockStepRanks:
         source: WeightSource | None,
         settings: Settings | None = None,
         device: torch.device | str = "cpu",
+        engine: Callable[[Mesh], LockStep | Queued] = LockStep,
     ) -> None:
+        self.engine = engine
         self.mesh, self.bytes_sent = mesh, list[int]()
         self.device, self._programs = torch.device(device), programs
         weights = OpenWeights(source, self.device)
@@ -85,7 +89,7 @@ class LockStepRanks:
     def _computed(self, task: Task) -> list[RankRun]:
         prepared = [runner.prepare(task) for runner in self.runners]
         started = time.perf_counter()
-        made, self.bytes_sent = LockStep(self.mesh).run(list(map(computed, prepared)))
+        made, self.bytes_sent = self.engine(self.mesh).run(list(map(computed, prepared)))
         seconds, peak = time.perf_counter() - started, peak_bytes(self.device)
         return [
             RankRun(mine.microbatches, mine.dealt, Stats(rank, sent, seconds, 0.0, peak),
@@ -121,6 +125,7 @@ def run_lockstep(
     keep: Kept = EVERYTHING,
     whole: bool = True,
     check_finite: bool = False,
+    engine: Callable[[Mesh], LockStep | Queued] = LockStep,
 ) -> Result:
     """Run all ranks once in this process.
 
@@ -135,6 +140,7 @@ def run_lockstep(
         keep: what is kept of the outputs.
         whole: whether outputs that are kept are put together.
         check_finite: see `Settings`.
+        engine: see `LockStepRanks`.
 
     Raises:
         RingCompileError: there is not one program for each rank, or a run fails.
@@ -145,7 +151,7 @@ def run_lockstep(
         )
     task = run_task(programs[0], inputs, keep, whole)
     settings = Settings(check_types, compiler, check_finite)
-    ranks = LockStepRanks(lambda _, rank: programs[rank], mesh, source, settings, device)
+    ranks = LockStepRanks(lambda _, rank: programs[rank], mesh, source, settings, device, engine)
     return ranks.answer(task)
 
 

@@ -21,12 +21,10 @@ from ringcompile.runtime.executor import Request, Shift, Wait
 
 @dataclass
 class Message:
-    """A tensor on its way, and the node that sent it."""
+    """A tensor on its way, and the transfer that sends it."""
 
-    node: str
     tensor: torch.Tensor
-    chunks: tuple[int, ...]
-    of: str
+    shift: Shift
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,11 @@ class LockStep:
         while any(rank.request is not None for rank in ranks):
             moved = [self._serve(index, rank) for index, rank in enumerate(ranks)]
             if not any(moved):
-                raise self._stuck(ranks)
+                raise stuck([rank.request for rank in ranks])
         for (source, to), messages in self.mail.items():
             if messages:
                 raise RingCompileError(
-                    f"rank {to} never takes what rank {source} sends in %{messages[0].node}"
+                    f"rank {to} never takes what rank {source} sends in %{messages[0].shift.node}"
                 )
         return [rank.result for rank in ranks], [rank.bytes_sent for rank in ranks]
 
@@ -110,7 +108,7 @@ class LockStep:
         to = self._peer(index, shift.axis, shift.to)
         if to is not None and shift.tensor is not None:
             self.mail.setdefault((index, to), deque()).append(
-                Message(shift.node, shift.tensor, shift.sends, shift.of)
+                Message(shift.tensor, shift)
             )
             rank.bytes_sent += shift.tensor.nbytes
         return _Handle(self._peer(index, shift.axis, shift.source), shift)
@@ -123,12 +121,11 @@ class LockStep:
         if not waiting:
             return None
         message = waiting.popleft()
-        got = (tuple(message.tensor.shape), message.tensor.dtype, message.chunks, message.of)
-        wanted = (expected.shape, expected.dtype, expected.takes, expected.of)
+        got, wanted = sent_message(message.shift), expected_message(expected)
         if got != wanted:
             raise RingCompileError(
-                f"rank {index} expects {_message(wanted)} in %{expected.node}, "
-                f"rank {handle.source} sends {_message(got)} in %{message.node}"
+                f"rank {index} expects {wanted} in %{expected.node}, "
+                f"rank {handle.source} sends {got} in %{message.shift.node}"
             )
         return message.tensor
 
@@ -148,32 +145,45 @@ class LockStep:
         if len(arrived) < len(group):
             return None
         for other in group:
-            if _signature(arrived[other]) != _signature(asked):
+            if signature(arrived[other]) != signature(asked):
                 raise RingCompileError(
-                    f"rank {index} asks for {_signature(asked)}, "
-                    f"rank {other} for {_signature(arrived[other])}"
+                    f"rank {index} asks for {signature(asked)}, "
+                    f"rank {other} for {signature(arrived[other])}"
                 )
         rank.met[asked.axis] += 1
         brought = [arrived[other] for other in group]
         return ANSWERS[asked.kind](brought, group.index(index))
 
-    def _stuck(self, ranks: list[_Rank]) -> RingCompileError:
-        waits = [
-            f"rank {i} at %{rank.request.node}" for i, rank in enumerate(ranks) if rank.request
-        ]
-        return RingCompileError(
-            f"the ranks wait for each other: {', '.join(waits[:8])}",
-            hint="the programs' transfers do not match; run `ringcompile verify`",
-        )
+
+def stuck(requests: Sequence[Request | None]) -> RingCompileError:
+    """The error for ranks of which none can go on, by what each asks for; None where it ended."""
+    waits = [f"rank {i} at %{request.node}" for i, request in enumerate(requests) if request]
+    return RingCompileError(
+        f"the ranks wait for each other: {', '.join(waits[:8])}",
+        hint="the programs' transfers do not match; run `ringcompile verify`",
+    )
 
 
-def _signature(asked: Collective) -> str:
+def signature(asked: Collective) -> str:
+    """What has to be the same on all ranks of a collective, as text."""
     tensor = asked.tensor
     shape = list(tensor.shape[1:] if asked.sends else tensor.shape)  # each has its own rows
     what = f"{asked.kind} of {tensor.dtype} {shape} {asked.detail}".rstrip()
     return f"{what} in %{asked.node}"
 
 
-def _message(what: tuple[tuple[int, ...], torch.dtype, tuple[int, ...], str]) -> str:
-    shape, dtype, chunks, of = what
+def sent_message(shift: Shift) -> str:
+    """What a rank sends in a transfer, as text; the same as its receiver expects."""
+    assert shift.tensor is not None
+    return _message(shift.tensor.shape, shift.tensor.dtype, shift.sends, shift.of)
+
+
+def expected_message(shift: Shift) -> str:
+    """What a rank expects in a transfer, as text."""
+    return _message(shift.shape, shift.dtype, shift.takes, shift.of)
+
+
+def _message(
+    shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[int], of: str
+) -> str:
     return f"{dtype} {list(shape)} of chunks {list(chunks)} for %{of}"
