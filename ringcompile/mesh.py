@@ -120,6 +120,10 @@ class Mesh:
         """The group of `groups` that a rank is in."""
         return self._group(self.coordinates(rank), axis.split(","))
 
+    def peer(self, rank: int, axis: str, place: int) -> int:
+        """The rank at another place on an axis, or on several together (row-major)."""
+        return self.group_of(rank, axis)[place]
+
     def _group(self, base: dict[str, int], along: list[str]) -> list[int]:
         places = product(*(range(self.size(name)) for name in along))
         return [self.rank({**base, **dict(zip(along, place, strict=True))}) for place in places]

@@ -19,6 +19,7 @@ from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.keep import Keep
 from ringcompile.passes.limit_ids import LimitIds
+from ringcompile.passes.lower_halo import LowerHalo
 from ringcompile.passes.lower_ring import LowerRing
 from ringcompile.passes.partition import Partition
 from ringcompile.passes.place import Place
@@ -62,7 +63,7 @@ def front_passes(
         options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
     place = Place(
         placed, options.order, options.gather_unknown, options.capacity, options.ring,
-        options.tp_sequence, known,
+        options.tp_sequence, known, windows=not carried,
     )
     return [
         Canonicalize(),
@@ -89,7 +90,7 @@ def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list
     take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
     pieces = [Unroll()] if any(mesh.size(axis) > 1 for axis in WITHOUT_RANKS) else []
     last = [schedule] if schedule is not None else []
-    return [Specialize(rank), *take, *pieces, LowerRing(), FuseMerge(), *last]
+    return [Specialize(rank), *take, *pieces, LowerHalo(), LowerRing(), FuseMerge(), *last]
 
 
 # The passes that come before any layout.

@@ -129,7 +129,8 @@ def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
     if pieces not in (1, mesh.size(TIME)) or (pieces > 1 and TIME in names):
         raise RingCompileError(f"'sequence' has {pieces} pieces in time, the mesh is {mesh}")
     axes = tuple((name, mesh.size(name)) for name in names)
-    return SequenceSplit(axes, order, length, pieces=pieces)
+    least = count(fields.get("least", 1), "'least'")
+    return SequenceSplit(axes, order, length, pieces=pieces, least=least)
 
 
 def _num_tensors(structure: Structure) -> int:

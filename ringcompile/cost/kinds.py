@@ -17,7 +17,7 @@ from ringcompile.ops.schemas import NAMESPACE
 _OURS = {
     f"{NAMESPACE}.{name}.default": kind
     for name, kind in {
-        "positions": "stream", "redistribute": "same", "wait": "same",
+        "positions": "stream", "window_positions": "stream", "redistribute": "same", "wait": "same",
         "ring_attention": "attention", "block_attention": "block_attention",
         "cached_attention": "cached_attention", "attend_merge": "attend_merge", "merge": "merge",
         "finish": "finish", "pack": "join", "route": "sort", "store": "stream",

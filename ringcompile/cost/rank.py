@@ -225,7 +225,7 @@ def _peer(mesh: Mesh, rank: int, axis: str, coordinate: object) -> int | None:
     if coordinate is None:
         return None
     assert isinstance(coordinate, int)
-    return mesh.rank({**mesh.coordinates(rank), axis: coordinate})
+    return mesh.peer(rank, axis, coordinate)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

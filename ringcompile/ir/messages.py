@@ -140,7 +140,7 @@ class Messages:
                 f"rank {rank}: %{node.name} names {coordinate} on axis '{axis}' of size "
                 f"{self.mesh.size(axis)}"
             )
-        peer = self.mesh.rank({**self.mesh.coordinates(rank), axis: coordinate})
+        peer = self.mesh.peer(rank, axis, coordinate)
         if peer == rank:
             raise RingCompileError(f"rank {rank} names itself as its peer in %{node.name}")
         return peer

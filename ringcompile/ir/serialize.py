@@ -126,6 +126,7 @@ def _sequence_to_json(sequence: SequenceSplit) -> dict[str, Any]:
         "num_ranks": sequence.num_ranks,
         "order": sequence.order,
         **({"pieces": sequence.pieces} if sequence.pieces > 1 else {}),
+        **({"least": sequence.least} if sequence.least > 1 else {}),
         "length": _size_to_json(sequence.length),
     }
 

@@ -120,6 +120,7 @@ class SequenceSplit:
             `unrolled`.
         mirrored: in a level in zigzag order that keeps `time` and no axis of ranks, the size of
             the first of these: its places' chunks lie side by side.
+        least: tokens that a chunk has at least, padding included: what its neighbours take of it.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -128,6 +129,7 @@ class SequenceSplit:
     inner: int = 1
     pieces: int = 1
     mirrored: int = 1
+    least: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -253,7 +255,8 @@ class SequenceSplit:
     def local_length(self, length: int) -> int:
         """The number of tokens in each share of a sequence of `length`, padding included."""
         shares = self.inner // self.mirrored  # of a chunk, on a level above
-        return -(-length // (self.num_chunks * shares)) * self.chunks_per_rank * shares
+        each = max(-(-length // (self.num_chunks * shares)), self.least)
+        return each * self.chunks_per_rank * shares
 
     def own_length(self, coordinates: Mapping[str, int], lengths: Mapping[str, int]) -> int:
         """`m`, the tokens that are one rank's own, padding not counted; see `of_tokens`.

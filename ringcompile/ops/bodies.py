@@ -13,7 +13,7 @@ from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, cached, schemas
 from ringcompile.ops.experts import expert_linear, route
-from ringcompile.ops.sequence import positions
+from ringcompile.ops.sequence import positions, trim, window_positions
 
 
 def _redistribute(x: torch.Tensor, *, layout: str) -> torch.Tensor:
@@ -53,6 +53,8 @@ BODIES: dict[str, Callable[..., Any]] = {
     "redistribute": _redistribute,
     "tokenwise": _tokenwise,
     "positions": positions,
+    "window_positions": window_positions,
+    "trim": trim,
     "pack": attention.pack,
     "block_attention": attention.block_attention,
     "merge": attention.merge,
@@ -68,7 +70,10 @@ BODIES: dict[str, Callable[..., Any]] = {
 
 # Ops that make tensors out of nothing and so must be told the device.
 CREATION = frozenset(
-    {"aten.full.default", "aten.arange.start_step", "ringcompile.positions.default"}
+    {
+        "aten.full.default", "aten.arange.start_step", "ringcompile.positions.default",
+        "ringcompile.window_positions.default",
+    }
 )
 
 

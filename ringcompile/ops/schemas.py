@@ -26,6 +26,14 @@ SCHEMAS = {
     "redistribute": "(Tensor x, *, str layout) -> Tensor",
     "tokenwise": "(Tensor x, *, int region, bool leaves) -> Tensor",
     "positions": "(SymInt[] chunks, *, SymInt chunk, SymInt limit) -> Tensor",
+    "halo": (
+        "(Tensor x, Tensor? past=None, Tensor? later=None, *, int dim, int before, int after, "
+        "str axis, SymInt? piece=None) -> Tensor"
+    ),
+    "trim": "(Tensor x, *, int dim, int before, int after, int chunks) -> Tensor",
+    "window_positions": (
+        "(SymInt[] chunks, *, SymInt chunk, int before, int after) -> Tensor"
+    ),
     "gather": "(Tensor x, *, int dim, str axis, SymInt? limit) -> Tensor",
     "all_reduce": "(Tensor x, *, str axis) -> Tensor",
     "reduce_scatter": "(Tensor x, *, int dim, str axis) -> Tensor",

@@ -23,6 +23,46 @@ def positions(
     return torch.cat(runs).clamp_(max=max(limit - 1, 0))
 
 
+def window_positions(
+    chunks: Sequence[int],
+    chunk: int,
+    before: int,
+    after: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The positions in the windows of one rank's chunks, int64 [len(chunks) * window].
+
+    Unlike `positions` these run on over both ends of the sequence: position -1 is in front of it.
+
+    Args:
+        chunks: the indices of the rank's chunks.
+        chunk: tokens in a chunk.
+        before: tokens of a window before its chunk.
+        after: tokens of a window behind its chunk.
+        device: where they are put.
+    """
+    runs = [torch.arange(c * chunk - before, (c + 1) * chunk + after, device=device)
+            for c in chunks]
+    return torch.cat(runs)
+
+
+def trim(x: torch.Tensor, *, dim: int, before: int, after: int, chunks: int) -> torch.Tensor:
+    """Windows without their first and last tokens.
+
+    Args:
+        x: [.., chunks * window, ..].
+        dim: the dim with the windows.
+        before: how many tokens each window loses at its beginning.
+        after: how many it loses at its end.
+        chunks: the number of windows.
+    """
+    if not before and not after:
+        return x
+    apart = x.unflatten(dim, (chunks, -1))
+    size = apart.shape[dim + 1] - before - after
+    return apart.narrow(dim + 1, before, size).flatten(dim, dim + 1)
+
+
 def join(
     shares: Sequence[torch.Tensor], chunks: Sequence[Sequence[int]], dim: int, limit: int
 ) -> torch.Tensor:

@@ -40,7 +40,9 @@ from ringcompile.passes.own_tokens import OwnTokens
 from ringcompile.passes.regions import Finder, Region, describe, may_route
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
 from ringcompile.passes.split_sequence import order_of, sequence_length
+from ringcompile.passes.token_pairs import rows_of_pairs
 from ringcompile.passes.token_wise import TokenWise
+from ringcompile.passes.windows import Windows, with_one_halo
 
 _ATTENTION = op("attention")
 
@@ -59,6 +61,8 @@ class Place(Pass):
         ring: how keys and values reach the ranks along `ring`: they "rotate", or are gathered all
             at once ("gather"), which is faster for short sequences.
         tp_sequence: between the layers that `tp` splits, it divides the sequence.
+        windows: convolutions and shifts take a few tokens from the neighbours, see windows.py;
+            otherwise they get all tokens.
         checked: what is known of regions from placing the same model before; added to.
     """
 
@@ -70,16 +74,17 @@ class Place(Pass):
     ring: str = "rotate"
     tp_sequence: bool = False
     checked: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    windows: bool = field(default=True, repr=False)
 
     def run(self, program: Program) -> Program:
         """Give every node a layout; a redistribute stands where an operand is wanted in another."""
         sequence = self._sequence(program)
         regions = self._regions(program, sequence)
-        return with_one_origin(
+        return with_one_halo(with_one_origin(
             lambda single: _Placer(
                 program, sequence, self, self.gather_unknown, regions, single
             ).run()
-        )
+        ))
 
     def _sequence(self, program: Program) -> SequenceSplit:
         axes = tuple(
@@ -162,6 +167,7 @@ class _Placer(Requests):
         self.routing = describe(regions)
         self.gathering: set[fx.Node] = set()
         self.writers: dict[fx.Node, list[OwnTokens]] = {}
+        self.windows = Windows(self.builder, sequence, self._value, self.request, single)
         for region in regions:
             writer = OwnTokens(region, self.builder, self._wanted, sequence.of_tokens.local)
             for node in region.nodes:
@@ -177,7 +183,7 @@ class _Placer(Requests):
                 for writer in writers:
                     writer.write(node)
                 if not writers or any(node in writer.region.outside for writer in writers):
-                    self.builder.env[node] = self._call(node)
+                    self._write(node)
             else:
                 self.builder.output(tuple(map(self._value, node.args[0])))
         return self.program.with_graph(
@@ -204,6 +210,11 @@ class _Placer(Requests):
         """The sequence over these axes."""
         return (Atom(self.sequence.length, tuple(names), sequence=True),) if names else WHOLE
 
+    def _write(self, node: fx.Node) -> None:
+        """A call, now or, if it may lie between tokens and an entry for each, when it is read."""
+        if not self.options.windows or not self.windows.takes(node):
+            self.builder.env[node] = self._call(node)
+
     def _call(self, node: fx.Node) -> fx.Node:
         if node.target is operator.getitem:
             source, index = node.args
@@ -223,6 +234,8 @@ class _Placer(Requests):
 
     def _value(self, node: fx.Node) -> fx.Node:
         """What stands for a node of the model in the new graph."""
+        if node in self.windows.pending and node not in self.builder.env:
+            self.builder.env[node] = self._call(node)
         if node not in self.builder.env:
             (writer,) = self.writers[node]
             self.builder.env[node] = writer.leave(node)
@@ -261,7 +274,7 @@ class _Placer(Requests):
         try:
             return rule.forward(call, layouts, self.axis_sizes)
         except ConflictError:
-            rows = _rows_of_pairs(node, layouts)
+            rows = rows_of_pairs(node, layouts)
             if rule.cheap and rows is not None:
                 return rule.forward(call, rows, self.axis_sizes)
             if self.gather_unknown:
@@ -341,30 +354,6 @@ class _Placer(Requests):
     def _note(self, node: fx.Node, text: str) -> None:
         place = node.meta["loc"].short if "loc" in node.meta else ""
         self.notes.append(f"{place}: %{node.name}: {text}".lstrip(": "))
-
-
-def _rows_of_pairs(node: fx.Node, layouts: Sequence[Layout]) -> list[Layout] | None:
-    """Layouts for one rank's rows of flags or numbers of token pairs (equal documents, say).
-
-    What varies along columns is one number a token, which is replicated: any for flags and whole
-    numbers of pairs, a flag or a whole number for floats (a bias, and keys that it hides). None
-    for other pairs: they may be scores, whose keys are not to be gathered without a word.
-    """
-    type_ = node.meta.get("type")
-    if not isinstance(type_, TensorType):
-        return None
-    splits = [
-        {i - len(layout.dims) for i, dim in enumerate(layout.dims) if dim} for layout in layouts
-    ]
-    row = min(min(split) for split in splits if split)
-    columns = [not split <= {row} for split in splits]
-    floats = [type_of(operand).dtype.is_floating_point for operand in Call(node).operands]
-    if type_.dtype.is_floating_point and any(map(operator.and_, columns, floats)):
-        return None
-    return [
-        Layout.whole(len(layout.dims)) if column else layout
-        for layout, column in zip(layouts, columns, strict=True)
-    ]
 
 
 _WHOLE_RULE = FactorRule(all_whole, cheap=False)

@@ -75,6 +75,8 @@ class UnknownError(Exception):
         self.reason = reason
 
 
+# Ops whose rules let the dim through, and which go along it.
+_ALONG = frozenset({"aten.cumsum.default", "ringcompile.attention.default"})
 NEEDS_ALL = (
     "needs all tokens of the sequence at once, so that a later token would change what earlier "
     "ones gave"
@@ -108,6 +110,8 @@ def _passed(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form:
     found = [forms[n] for n in given if n in forms]
     if isinstance(rule, ViewRule):
         return replace(found[0], dim=_viewed(node, found[0].dim), reach=0)
+    if str(node.target) in _ALONG:
+        raise UnknownError(NEEDS_ALL)
     if not isinstance(rule, FactorRule) or len({form.extra for form in found}) > 1:
         raise UnknownError
     names, dims = rule.factors(Call(node)), set()

@@ -85,6 +85,8 @@ class TimePieces:
         if self.joins(node):
             (operand,) = node.all_input_nodes
             yield from ((operand, other) for other in range(self.count))
+        elif self._borders(node):
+            yield from ((node.args[0], other) for other in self._beside(node, piece).values())  # type: ignore[misc]
         elif self._attends(node):
             call = Call(node)
             yield from (
@@ -238,6 +240,8 @@ class TimePieces:
         """The node of a piece; None for one that is copied as it is."""
         if self.joins(node):
             return self._gather(node, value)
+        if self._borders(node):
+            return self._halo(node, piece, value, name)
         return self._attention(node, piece, value, name) if self._attends(node) else None
 
     def _gather(self, node: fx.Node, value: Value) -> fx.Node:
@@ -260,6 +264,28 @@ class TimePieces:
             )
         (atom,) = type_of(operand).layout.dims[dim]
         return joined if limit is None else self._in_order(joined, dim, atom, type_)
+
+    def _borders(self, node: fx.Node) -> bool:
+        """Whether a node takes the ends of other pieces."""
+        return node.target is op("halo") and TIME in Call(node)["axis"].split(",")
+
+    def _beside(self, node: fx.Node, piece: int) -> dict[str, int]:
+        """The pieces whose ends a piece takes, by the operand that they are."""
+        call = Call(node)
+        sides = (("past", piece - 1, call["before"]), ("later", piece + 1, call["after"]))
+        return {name: other for name, other, size in sides if size and 0 <= other < self.count}
+
+    def _halo(self, node: fx.Node, piece: int, value: Value, name: str) -> fx.Node:
+        """A piece's windows, which begin in the piece before it and may end in the one behind."""
+        call, beside = Call(node), self._beside(node, piece)
+        others = [value(call["x"], beside[side]) if side in beside else None
+                  for side in ("past", "later")]
+        return self.builder.call(
+            op("halo"), (value(call["x"], piece), *others), self.inside(type_of(node), piece),
+            name=name, why=node.meta.get("why"), piece=piece,
+            axis=",".join(_without_time(call["axis"].split(","))),
+            **{x: call[x] for x in ("dim", "before", "after")},
+        )
 
     def _attends(self, node: fx.Node) -> bool:
         """Whether a node is attention over keys that lie along `time`."""

@@ -113,7 +113,7 @@ class Exchange:
                 self.stamps.end()
 
     def _peer(self, axis: str, coordinate: int) -> int:
-        return self.mesh.rank({**self.mesh.coordinates(self.rank.index), axis: coordinate})
+        return self.mesh.peer(self.rank.index, axis, coordinate)
 
     def _start(self, shift: Shift) -> _Transfer:
         group, ops, peers = self._group(shift.axis), [], []

@@ -102,7 +102,7 @@ class LockStep:
     def _peer(self, index: int, axis: str, coordinate: int | None) -> int | None:
         if coordinate is None:
             return None
-        return self.mesh.rank({**self.mesh.coordinates(index), axis: coordinate})
+        return self.mesh.peer(index, axis, coordinate)
 
     def _shift(self, index: int, rank: _Rank, shift: Shift) -> _Handle:
         to = self._peer(index, shift.axis, shift.to)

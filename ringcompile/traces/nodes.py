@@ -101,7 +101,7 @@ def _about(
 def _peer(mesh: Mesh, rank: int, axis: str, coordinate: Any) -> int | None:
     if coordinate is None:
         return None
-    return mesh.rank({**mesh.coordinates(rank), axis: coordinate})
+    return mesh.peer(rank, axis, coordinate)
 
 
 def _shape(program: Program, type_: TensorType, lengths: dict[str, int]) -> str:

@@ -17,6 +17,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import contraction, indexing, spatial
 from ringcompile.ir.rules.base import FactorRule, Factors, Names, Rule, ViewRule, rank_of, shapes
 from ringcompile.ir.rules.linear import EACH, FIRST, TOGETHER, Linear
+from ringcompile.ir.rules.windows import WindowRule
 
 
 def pointwise(call: Call) -> Factors:
@@ -355,6 +356,8 @@ RULES: dict[str, Rule] = {
     **_rows(["batch_norm.default"], spatial.channel_norm, cost="reduction"),
     **_rows(["group_norm.default"], spatial.group_norm, cost="reduction"),
     **_rows(_ALL_WHOLE, all_whole, cost="reduction"),
+    "ringcompile.halo.default": WindowRule(cost="join"),
+    "ringcompile.trim.default": WindowRule(cost="stream"),
     "ringcompile.attention.default": FactorRule(
         attention, cheap=False, cost="attention", inner=_keys_twice
     ),

@@ -1,0 +1,51 @@
+"""The row of ops between a split sequence and windows of it, which each rank has by itself.
+
+A window is a chunk of the sequence with some tokens before and behind it. A value of windows has
+another content on every rank, and no rule may take its dim of tokens apart: in types it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.rules.base import Placement, Rule
+from ringcompile.ir.rules.linear import FIRST, Linear
+
+
+@dataclass(frozen=True)
+class WindowRule(Rule):
+    """Of `halo` and `trim`: the dim of tokens stays laid out as it was placed; others pass."""
+
+    cost: str
+    shape_argument: str | None = None
+    cheap: bool = False
+    linear: Linear | None = FIRST
+    elementwise: bool = False
+
+    def forward(
+        self, call: Call, layouts: Sequence[Layout], axis_sizes: dict[str, int]
+    ) -> Placement:
+        """The operand's split of every dim but that of the tokens."""
+        dim = call["dim"]
+        taken, made = _along(call)
+        operand = layouts[0].with_dim(dim, taken)
+        return Placement((operand,) * len(layouts), operand.with_dim(dim, made))
+
+    def backward(
+        self, call: Call, wanted: Layout, axis_sizes: dict[str, int]
+    ) -> tuple[Layout, ...] | None:
+        """The wanted split of the other dims; None where that of the tokens would change."""
+        dim = call["dim"]
+        taken, made = _along(call)
+        if wanted.dims[dim] != made:
+            return None
+        return (wanted.with_dim(dim, taken),) * len(call.operands)
+
+
+def _along(call: Call) -> tuple[tuple, tuple]:
+    """The layout of the tokens' dim, of the operand and of the result."""
+    return tuple(type_of(node).layout.dims[call["dim"]] for node in (call.operands[0], call.node))  # type: ignore[return-value]
