@@ -1,10 +1,8 @@
 """Windows of a rank's tokens, from what its neighbours send: the ends of their chunks, no more.
 
-    rank 1 of 4, contiguous      rank 1 of 4, zigzag: chunks 1 and 6
-
-    [.. a b]                     [.. a b]                 [.. c d]
-         \\ from rank 0               \\ from rank 0            \\ from rank 2, which has chunk 5
-          a b [chunk 1]              a b [chunk 1]            c d [chunk 6]
+    rank 1 of 4                  [the end of chunk 0, from rank 0] [chunk 1]
+    rank 1 of 4, zigzag          [the end of chunk 0, from rank 0] [chunk 1]
+                                 [the end of chunk 5, from rank 2] [chunk 6]
 
 Every chunk is at least as long as what a neighbour takes of it, since shorter sequences are padded
 (`SequenceSplit.least`). In front of the first chunk and behind the last one nobody sends anything,
@@ -87,11 +85,13 @@ class _Halo:
         self.dim: int = self.call["dim"]
         self.counts = {True: self.call["before"], False: self.call["after"]}
         self.piece: int = self.call["piece"] or 0
+        pieces = {"past": self.piece - 1, "x": self.piece, "later": self.piece + 1}
         self.x = {
-            self.piece + step: builder.env[self.call[name]]
-            for step, name in ((-1, "past"), (0, "x"), (1, "later")) if self.call[name] is not None
+            piece: builder.env[self.call[name]] for name, piece in pieces.items()
+            if self.call[name] is not None
         }
-        chunks = [tuple(map(int, self.level.chunks(share))) for share in range(self.level.num_ranks)]
+        level = self.level
+        chunks = [tuple(map(int, level.chunks(share))) for share in range(level.num_ranks)]
         self.held = chunks[self.share]
         self.shares = {index: share for share, held in enumerate(chunks) for index in held}
         self.each = self.level.chunks_per_piece
@@ -167,7 +167,7 @@ class _Halo:
     # -- parts of chunks -----------------------------------------------------------------------
 
     def _end(self, edge: _Edge, arrived: Mapping[_Edge | None, fx.Node]) -> list[fx.Node]:
-        """What a window has before its chunk, or behind it; of a chunk that is nowhere, anything."""
+        """What a window has before its chunk, or behind it; anything, where no such chunk is."""
         count = self.counts[edge.ahead]
         if not count:
             return []

@@ -23,7 +23,7 @@ from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.pure_ops import draws, is_pure
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
-from ringcompile.ir.types import SequenceSplit, TensorType
+from ringcompile.ir.types import SequenceSplit
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.options import ORDERS

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from ringcompile.ir.communication import COLLECTIVES
+from ringcompile.ir.communication import COLLECTIVES, SHIFT
 from ringcompile.ir.expr import bind
 from ringcompile.ir.nodes import layout_of, location_of, type_of
 from ringcompile.ir.program import Program
@@ -329,7 +329,7 @@ def _joined(parallel: HasPrograms) -> tuple[str, ...]:
         str(node.kwargs["axis"])
         for rank in stages.values()
         for node in parallel.rank(rank).graph.nodes
-        if str(node.target) in COLLECTIVES
+        if str(node.target) in {*COLLECTIVES, SHIFT}
     }
     return tuple(sorted(axis for axis in axes if "," in axis))
 

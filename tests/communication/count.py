@@ -24,7 +24,7 @@ LENGTH = 48  # divides over all ranks and chunks of the rows
 PLACES = {"R": "ring", "U": "ulysses", "T": "tp", "P": "pp", "N": "ep", "M": "time"}
 SYMBOLS = {name: sympy.Symbol(name, integer=True, positive=True) for name in LEGEND}
 SYMBOLS |= {name: symbol(name) for name in ("s", "n")}
-SYMBOLS |= {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in ("r", "p")}
+SYMBOLS |= {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in ("r", "p", "q")}
 _SHORT = {
     "K": "2*L*B*n*G*d*b",
     "X": "B*n*D*b",
@@ -47,16 +47,30 @@ class Window(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)
 
 
+class Convolution(nn.Module):
+    """Each channel of 12 by itself, over the last `width` tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(12, 12, width, groups=12, padding=width - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+OWN = {"window": Window, "convolution": Convolution}
+
+
 def width_of(model: str) -> int | None:
     """The width of `window of 8`; None for a model of the zoo."""
-    return int(model.rpartition(" ")[2]) if model.startswith("window") else None
+    return int(model.rpartition(" ")[2]) if model.split()[0] in OWN else None
 
 
 @cache
 def captured(model: str) -> Program:
     width = width_of(model)
     if width is not None:
-        return capture(Window(width), (torch.randn(1, 24, 12),))
+        return capture(OWN[model.split()[0]](width), (torch.randn(1, 24, 12),))
     return capture(*zoo.build(model, sequence=24))
 
 
@@ -93,10 +107,13 @@ def expected(row: Row, rank: int) -> Any:
     known: dict[str, Any] = {
         **sizes(row.model),
         **{name: parallel.mesh.size(axis) for name, axis in PLACES.items()},
-        "r": at.get("ring", 0), "p": at.get("pp", 0), "c": sequence.chunks_per_rank,
+        "r": at.get("ring", 0), "p": at.get("pp", 0), "q": at.get("ulysses", 0),
+        "c": sequence.chunks_per_rank,
     }
     width = width_of(row.model)
     if width is not None:
+        known["w"] = width
+    if width is not None and "length" in row.options:
         known["h"] = -(-(width - 1) // sequence.local_length(row.options["length"]))
     values = {SYMBOLS[name]: value for name, value in known.items()}
 

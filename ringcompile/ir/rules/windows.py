@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import DimLayout, Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules.base import Placement, Rule
 from ringcompile.ir.rules.linear import FIRST, Linear
@@ -46,6 +46,7 @@ class WindowRule(Rule):
         return (wanted.with_dim(dim, taken),) * len(call.operands)
 
 
-def _along(call: Call) -> tuple[tuple, tuple]:
+def _along(call: Call) -> tuple[DimLayout, DimLayout]:
     """The layout of the tokens' dim, of the operand and of the result."""
-    return tuple(type_of(node).layout.dims[call["dim"]] for node in (call.operands[0], call.node))  # type: ignore[return-value]
+    taken, made = (type_of(node).layout for node in (call.operands[0], call.node))
+    return taken.dims[call["dim"]], made.dims[call["dim"]]
