@@ -115,57 +115,79 @@ def predicted(made: ParallelProgram, length: int, spec: str, cluster: Cluster) -
     return simulate(costs, cluster, How(count_of(spec))).seconds
 
 
+class Race:
+    """All specs on ranks of their own, which take turns.
+
+    Args:
+        made: the program of each spec.
+        ranks: the processes that run each spec.
+    """
+
+    def __init__(self, made: dict[str, ParallelProgram], ranks: dict[str, LocalRanks]) -> None:
+        """Nothing has run yet."""
+        self.made, self.ranks = made, ranks
+        # Seconds of steps, and what they are at the best pace.
+        self.times: dict[tuple[str, int], list[tuple[float, float]]]
+        self.times = {(spec, length): [] for spec in SPECS for length in LENGTHS}
+        self.tables: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+
+    def step(self, spec: str, length: int) -> tuple[float, float]:
+        """Seconds of a step, and of the products around it on all ranks."""
+        inputs = {
+            name: torch.cat([tensor] * count_of(spec))
+            for name, tensor in random_inputs(self.made[spec], length, 1).items()
+        }
+        before = self.ranks[spec].call(product_seconds)
+        stats = self.ranks[spec].run(inputs).stats
+        behind = self.ranks[spec].call(product_seconds)
+        return max(one.seconds for one in stats), statistics.mean([*before, *behind])
+
+    def turn(self) -> None:
+        """Measure the machine, and then some steps of every spec at every length."""
+        for count, found in self.tables.items():
+            found.append(calibrated(count))
+        taken = [(key, *self.step(*key)) for _ in range(ROUNDS) for key in self.times]
+        best = {
+            count: min(product for (spec, _), _, product in taken
+                       if self.made[spec].world_size == count)
+            for count in self.tables
+        }
+        for key, seconds, product in taken:
+            steady = seconds * best[self.made[key[0]].world_size] / product
+            self.times[key].append((seconds, steady))
+
+    def rows(self) -> list[Row]:
+        """What was measured beside what the tables say."""
+        clusters = {count: cluster_of(found) for count, found in self.tables.items()}
+        rows = []
+        for (spec, length), found_times in self.times.items():
+            all_seconds, all_steady = zip(*found_times, strict=True)
+            made = self.made[spec]
+            simulated = predicted(made, length, spec, clusters[made.world_size])
+            rows.append(Row(spec, length, length * count_of(spec), simulated,
+                            statistics.median(all_steady), min(all_seconds),
+                            statistics.median(all_seconds)))
+        return rows
+
+
 def run(model: str, turns: int) -> list[Row]:
     """All specs and lengths."""
     loaded = load_model(model)
     program = capture(loaded.module, loaded.args, loaded.kwargs, name=model)
     made = {spec: compiler.transform(program, spec) for spec in SPECS}
-    # Seconds of steps, and what they are at the best pace.
-    times: dict[tuple[str, int], list[tuple[float, float]]]
-    times = {(spec, length): [] for spec in SPECS for length in LENGTHS}
-    tables: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ranks = {}
         for spec, parallel in made.items():
             parallel.save(Path(folder) / spec)
             opened = LocalRanks(artifact.load, (Path(folder) / spec,), threads=1)
             ranks[spec] = stack.enter_context(opened)
-
-        def step(spec: str, length: int) -> tuple[float, float]:
-            """Of a step, and of the products around it on all ranks."""
-            inputs = {
-                name: torch.cat([tensor] * count_of(spec))
-                for name, tensor in random_inputs(made[spec], length, 1).items()
-            }
-            before = ranks[spec].call(product_seconds)
-            stats = ranks[spec].run(inputs).stats
-            behind = ranks[spec].call(product_seconds)
-            return max(one.seconds for one in stats), statistics.mean([*before, *behind])
-
-        for key in times:
-            step(*key)  # the warm-up
+        race = Race(made, ranks)
+        for key in race.times:
+            race.step(*key)  # the warm-up
         for turn in range(turns):
             click.echo(f"turn {turn + 1} of {turns}", err=True)
-            for count, found in tables.items():
-                found.append(calibrated(count))
-            taken = [(key, *step(*key)) for _ in range(ROUNDS) for key in times]
-            best = {
-                count: min(product for (spec, _), _, product in taken
-                           if made[spec].world_size == count)
-                for count in tables
-            }
-            for key, seconds, product in taken:
-                steady = seconds * best[made[key[0]].world_size] / product
-                times[key].append((seconds, steady))
-    clusters = {count: cluster_of(found) for count, found in tables.items()}
-    rows = []
-    for (spec, length), found_times in times.items():
-        all_seconds, all_steady = zip(*found_times, strict=True)
-        simulated = predicted(made[spec], length, spec, clusters[made[spec].world_size])
-        rows.append(Row(spec, length, length * count_of(spec), simulated,
-                        statistics.median(all_steady), min(all_seconds),
-                        statistics.median(all_seconds)))
-    return rows
+            race.turn()
+    return race.rows()
 
 
 def misordered(rows: list[Row]) -> list[str]:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import ringcompile as rc
 from ringcompile.generation import stream
 from ringcompile.runtime.outputs import EVERYTHING
+from ringcompile.runtime.tasks import Result
 
 BUILD = Path(__file__).parents[1] / "build"
 RANKS = 4
@@ -37,7 +38,6 @@ def main() -> None:
     tokens = parser.parse_args().tokens
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console()
-
     with console.status("making the checkpoint"):
         checkpoint = smollm2_checkpoint(BUILD)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -45,15 +45,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
 
     with console.status("compiling for ring=4"):
-        start = time.perf_counter()
-        program = rc.capture(model, (ids[:, :24],), name="SmolLM2-135M")
-        parallel = rc.transform(
-            program, f"ring={RANKS}", cache=CACHE, record={"model": str(checkpoint)}
-        )
-        out = BUILD / "smollm2-ring4"
-        parallel.save(out, overwrite=True)
-        compile_seconds = time.perf_counter() - start
-
+        out, compile_seconds = compiled(model, ids[:, :24], checkpoint)
     with console.status(f"one device, {tokens} tokens"):
         start = time.perf_counter()
         with torch.no_grad():
@@ -68,33 +60,52 @@ def main() -> None:
             done = session.result(ids, EVERYTHING)
         print(f"\n{QUESTION}\none device: {tokenizer.decode(answer, skip_special_tokens=True)}")
         same = answered(session, prompt, tokenizer) == answer
-    logits = done.outputs["logits"]
-
-    table = Table(title=f"SmolLM2-135M, {tokens} tokens of English, {os.cpu_count()} CPU cores")
-    for column in ("", "one device", f"ring={RANKS}"):
-        table.add_column(column, justify="left" if not column else "right")
-    seconds = max(stats.seconds for stats in done.stats)
-    sent = [stats.bytes_sent for stats in done.stats]
-    peak = max(stats.peak_bytes for stats in done.stats)
-    rows = [
-        ("perplexity", f"{perplexity(expected, ids):.6f}", f"{perplexity(logits, ids):.6f}"),
-        ("seconds for the step", f"{single_seconds:.1f}", f"{seconds:.1f}"),
-        ("peak memory of a process", megabytes(own_peak()), megabytes(peak)),
-        ("bytes sent, all ranks", "0", f"{sum(sent):,}"),
-        ("  the least possible", "0", f"{least_bytes(model.config, tokens):,}"),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    difference = float((logits - expected).abs().max() / expected.abs().max())
+    console.print(compared(done, expected, ids, model.config, single_seconds))
+    apart = (done.outputs["logits"] - expected).abs().max()
+    difference = float(apart / expected.abs().max())
     print(f"largest difference of the logits: {difference:.1e} of the largest logit")
-    print(f"sent by rank: {', '.join(f'{count:,}' for count in sent)} bytes")
+    print(f"sent by rank: {', '.join(f'{stats.bytes_sent:,}' for stats in done.stats)} bytes")
     print(f"captured, transformed and saved in {compile_seconds:.1f} s")
     print(f"programs: {out} (read {out / 'rank1.py'}, or: ringcompile dump {out} --rank 1)")
     if difference > 2e-5:
         raise SystemExit("the numbers differ")
     if not same:
         raise SystemExit("the words differ")
+
+
+def compiled(model: torch.nn.Module, example: torch.Tensor, checkpoint: Path) -> tuple[Path, float]:
+    """The folder of the saved programs, and the seconds that they took."""
+    start = time.perf_counter()
+    program = rc.capture(model, (example,), name="SmolLM2-135M")
+    parallel = rc.transform(
+        program, f"ring={RANKS}", cache=CACHE, record={"model": str(checkpoint)}
+    )
+    out = BUILD / "smollm2-ring4"
+    parallel.save(out, overwrite=True)
+    return out, time.perf_counter() - start
+
+
+def compared(
+    done: Result, expected: torch.Tensor, ids: torch.Tensor, config: object, seconds: float
+) -> Table:
+    """A step on one device, with its logits and seconds, beside the same step on all ranks."""
+    tokens, logits = ids.shape[1], done.outputs["logits"]
+    table = Table(title=f"SmolLM2-135M, {tokens} tokens of English, {os.cpu_count()} CPU cores")
+    for column in ("", "one device", f"ring={RANKS}"):
+        table.add_column(column, justify="left" if not column else "right")
+    slowest = max(stats.seconds for stats in done.stats)
+    sent = [stats.bytes_sent for stats in done.stats]
+    peak = max(stats.peak_bytes for stats in done.stats)
+    rows = [
+        ("perplexity", f"{perplexity(expected, ids):.6f}", f"{perplexity(logits, ids):.6f}"),
+        ("seconds for the step", f"{seconds:.1f}", f"{slowest:.1f}"),
+        ("peak memory of a process", megabytes(own_peak()), megabytes(peak)),
+        ("bytes sent, all ranks", "0", f"{sum(sent):,}"),
+        ("  the least possible", "0", f"{least_bytes(config, tokens):,}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def question(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:

@@ -67,11 +67,7 @@ def transform(
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
     """
-    if not isinstance(program, Program):
-        raise RingCompileError(
-            f"transform takes a captured program, not {type(program).__name__}: capture it first",
-            hint="rc.transform(rc.capture(model, (example_input,)), spec)",
-        )
+    _check_captured(program)
     mesh = mesh_of(parallel)
     chosen = with_plan(Options.of(options), plan)
     told = plan.told("tp") if plan else None
@@ -95,6 +91,14 @@ def transform(
         if prompt is not None:
             made.prefill = ParallelProgram(prompt, mesh, kept, observe, check=check)
     return made
+
+
+def _check_captured(program: object) -> None:
+    if not isinstance(program, Program):
+        raise RingCompileError(
+            f"transform takes a captured program, not {type(program).__name__}: capture it first",
+            hint="rc.transform(rc.capture(model, (example_input,)), spec)",
+        )
 
 
 def _prompt(

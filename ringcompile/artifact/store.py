@@ -117,18 +117,13 @@ def save(
         sets = {"": (spmd, ranks), CARRIED: carried, PREFILL: prefill}
         for name, program in chain(*(_named(p, *each) for p, each in sets.items() if each)):
             _check_ops(program)
-            text = json_text(program_to_json(program))
-            files[f"{name}.json"] = write_text(temporary / f"{name}.json", text)
-            if view is not None:
-                files[f"{name}.py"] = write_text(temporary / f"{name}.py", view(program))
+            files.update(_write_program(temporary, name, program, view))
             weights.update({weight.name: weight for weight in program.weights.values()})
         if reference is not None and not _unknown_ops(reference):
             text = json_text(program_to_json(reference))
             files[REFERENCE] = write_text(temporary / REFERENCE, text)
             weights.update({weight.name: weight for weight in reference.weights.values()})
-        written = write_weights(
-            temporary, weights.values(), source, references or {}, shard_bytes
-        )
+        written = write_weights(temporary, weights.values(), source, references or {}, shard_bytes)
         files[DIGESTS] = write_text(temporary / DIGESTS, json_text(written.digests))
         files.update(written.records)
         manifest = manifest_of(spmd, mesh, written, options, files, cross_checked)
@@ -136,6 +131,17 @@ def save(
         if key is not None:
             write_text(temporary / SIGNATURE, sign(manifest["sha256"], key))
     return target
+
+
+def _write_program(
+    folder: Path, name: str, program: Program, view: View | None
+) -> dict[str, Any]:
+    """Writes a program as JSON, and as text for people; what the manifest records of each file."""
+    text = json_text(program_to_json(program))
+    records = {f"{name}.json": write_text(folder / f"{name}.json", text)}
+    if view is not None:
+        records[f"{name}.py"] = write_text(folder / f"{name}.py", view(program))
+    return records
 
 
 def _named(

@@ -43,32 +43,17 @@ def attention(
     _check(module, query, s_aux, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     by_flag = bool(causal) and attention_mask is None
-    if by_flag and query.shape[2] != key.shape[2]:
-        raise RingCompileError(
-            f"{type(module).__name__} is causal over {key.shape[2]} keys for {query.shape[2]} "
-            "queries and gives no mask: which keys a query sees is not defined",
-            hint="capture the model without a cache",
-        )
+    if by_flag:
+        _check_causal(module, query, key)
     if softcap is None and s_aux is None and position_bias is None:
         out = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=dropout,
-            is_causal=by_flag,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=by_flag,
+            scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
         )
     else:
         _check_dropout(module, dropout)
         out = op("attention")(
-            query,
-            key,
-            value,
-            None,
-            _with_bias(attention_mask, position_bias),
-            s_aux,
+            query, key, value, None, _with_bias(attention_mask, position_bias), s_aux,
             scale=scaling if scaling is not None else query.shape[3] ** -0.5,
             softcap=softcap,
             lower=0 if by_flag else None,
@@ -88,6 +73,15 @@ def _check(
     if sink is not None and tuple(sink.shape) != (query.shape[1],):
         raise RingCompileError(
             f"{type(module).__name__} has sinks of shape {list(sink.shape)}; one a head has a rule"
+        )
+
+
+def _check_causal(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
+    if query.shape[2] != key.shape[2]:
+        raise RingCompileError(
+            f"{type(module).__name__} is causal over {key.shape[2]} keys for {query.shape[2]} "
+            "queries and gives no mask: which keys a query sees is not defined",
+            hint="capture the model without a cache",
         )
 
 

@@ -101,10 +101,7 @@ def bench(
     if context is not None:
         raise click.UsageError("--context goes with --new-tokens")
     length = made.program.lengths.get(expr.SEQUENCE, seq)
-    fixed = made.program.batch if isinstance(made.program.batch, int) else None
-    if fixed is not None and batch not in (None, fixed):
-        raise RingCompileError(f"'{out}' is for a batch of {fixed}, --batch asks for {batch}")
-    batch = fixed or batch or max(made.mesh.size("dp"), made.program.batch_range[0])
+    batch = _batch(out, made, batch)
     predicted = _predicted(made, cluster, length, batch)
     inputs = execution.random_inputs(made, length, batch)
     picked = join.pick_backend(backend, made.world_size)
@@ -112,18 +109,21 @@ def bench(
     with CONSOLE.status(f"running {made.world_size} ranks"), opened as ranks:
         runs = [ranks.result(inputs, outputs.EVERYTHING).stats for _ in range(warm_up + steps)]
     facts = {
-        "parallel": str(made.mesh),
-        "model": made.program.name,
-        "tokens": length * batch,
-        "steps": steps,
-        **_measured(runs[warm_up:], length * batch),
-        "predicted": predicted,
+        "parallel": str(made.mesh), "model": made.program.name, "tokens": length * batch,
+        "steps": steps, **_measured(runs[warm_up:], length * batch), "predicted": predicted,
         "environment": environment(picked, threads),
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(facts)
+
+
+def _batch(out: Out, made: ParallelProgram, asked: int | None) -> int:
+    fixed = made.program.batch if isinstance(made.program.batch, int) else None
+    if fixed is not None and asked not in (None, fixed):
+        raise RingCompileError(f"'{out}' is for a batch of {fixed}, --batch asks for {asked}")
+    return fixed or asked or max(made.mesh.size("dp"), made.program.batch_range[0])
 
 
 def _generation(

@@ -12,14 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ringcompile.commands.options import (
-    BATCH,
     CONSOLE,
-    DIMS,
-    DTYPE,
-    EXTRA_INPUTS,
     JSON,
     PARALLEL,
+    ModelArgument,
     compile_options,
+    model_options,
 )
 from ringcompile.garbage import few_collections
 from ringcompile.later import Later
@@ -28,42 +26,30 @@ from ringcompile.options import Options
 
 if TYPE_CHECKING:
     from ringcompile import compiler
-    from ringcompile.capture import loaders
     from ringcompile.dump.report import Report
 else:
     compiler = Later("ringcompile.compiler")
-    loaders = Later("ringcompile.capture.loaders")
 
 
 @click.command()
 @click.argument("model")
 @PARALLEL
 @compile_options
-@DTYPE
-@BATCH
-@EXTRA_INPUTS
-@DIMS
+@model_options
 @JSON
 @few_collections()
 def check(
-    model: str,
+    model: ModelArgument,
     parallel: str,
-    dtype: str | None,
-    batch: int,
-    extra_inputs: tuple[str, ...],
-    dims: dict[str, dict[int, str]],
     as_json: bool,
     options: Options,
 ) -> None:
     """Say layer by layer what would become of MODEL; reads no weights. Exit 1 if refused."""
     mesh = Mesh.parse(parallel)
-    with CONSOLE.status(f"checking {model}"):
-        loaded = loaders.load_model(
-            model, batch=batch, length=options.length, dtype=dtype, weights=":" in model,
-            extra=extra_inputs,
-        )
+    with CONSOLE.status(f"checking {model.name}"):
+        loaded = model.load(options.length, weights=":" in model.name)
         found = compiler.check(
-            loaded.module, mesh, loaded.args, loaded.kwargs, dims=dims, **options.given()
+            loaded.module, mesh, loaded.args, loaded.kwargs, dims=model.dims, **options.given()
         )
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))

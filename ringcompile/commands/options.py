@@ -19,9 +19,11 @@ from ringcompile.options import BACKENDS, DTYPES, Options, option_fields
 
 if TYPE_CHECKING:
     from ringcompile import compiler
+    from ringcompile.capture import loaders
     from ringcompile.parallel_program import ParallelProgram
 else:
     compiler = Later("ringcompile.compiler")
+    loaders = Later("ringcompile.capture.loaders")
 
 CONSOLE = Console(stderr=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -55,14 +57,14 @@ PARALLEL = click.option(
     help="The parallel spec: axes and sizes, such as ring=4 or pp=2,ring=4,tp=2; outermost first."
 )
 DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
-BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-EXTRA_INPUTS = click.option(
+_BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+_EXTRA_INPUTS = click.option(
     "--extra-inputs", metavar="NAMES", default="", callback=lambda _context, _option, text: tuple(
         filter(None, (name.strip() for name in text.split(",")))
     ), help="What a Hugging Face model takes besides token ids: attention_mask, position_ids, "
     "token_type_ids.",
 )
-DIMS = click.option(
+_DIMS = click.option(
     "--dims", multiple=True, metavar="INPUT=DIM,..", callback=lambda _context, _option, texts:
     dict(map(_read_dims, texts)),
     help="What the dims of an input are, for example query=batch,sequence,_,_ where _ is a dim "
@@ -125,6 +127,53 @@ def artifact_argument(command: Callable[..., Any]) -> Callable[..., Any]:
         "--verify-key", type=path, metavar="KEY",
         help="Refuse an artifact that is not signed by the ed25519 public key in this PEM file.",
     )(call))
+
+
+@dataclass(frozen=True)
+class ModelArgument:
+    """The model that a command captures, and its example inputs.
+
+    Attributes:
+        name: of the zoo, a checkpoint's folder, or FILE:FUNCTION.
+        dtype: the one it is cast to, if any.
+        batch: sequences of the example.
+        extra_inputs: what a Hugging Face model takes besides token ids.
+        dims: what the dims of inputs are, where the user says so.
+    """
+
+    name: str
+    dtype: str | None
+    batch: int
+    extra_inputs: tuple[str, ...]
+    dims: dict[str, dict[int, str]]
+
+    def load(self, length: int | None, *, weights: bool) -> loaders.LoadedModel:
+        """The module and its example inputs.
+
+        Raises:
+            RingCompileError: as `loaders.load_model`.
+        """
+        return loaders.load_model(
+            self.name, batch=self.batch, length=length, dtype=self.dtype, weights=weights,
+            extra=self.extra_inputs,
+        )
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of MODEL's example; the command takes them and the argument as `model`."""
+
+    @functools.wraps(command)
+    def call(
+        model: str,
+        dtype: str | None,
+        batch: int,
+        extra_inputs: tuple[str, ...],
+        dims: dict[str, dict[int, str]],
+        **given: Any,
+    ) -> Any:
+        return command(model=ModelArgument(model, dtype, batch, extra_inputs, dims), **given)
+
+    return DTYPE(_BATCH(_EXTRA_INPUTS(_DIMS(call))))
 
 
 def _read_dims(text: str) -> tuple[str, dict[int, str]]:

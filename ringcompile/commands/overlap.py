@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +12,7 @@ import click
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
-from ringcompile.options import NONE, OVERLAPS
+from ringcompile.options import HALVES, NONE, OVERLAPS
 
 if TYPE_CHECKING:
     from ringcompile.cost import node_times
@@ -24,8 +26,37 @@ else:
 NOMINAL_LENGTH = 16384
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """How far transfers may overlap with compute.
+
+    Attributes:
+        kind: one of `OVERLAPS`.
+        cluster: the hardware whose times the schedule is made for.
+    """
+
+    kind: str
+    cluster: str
+
+    def mesh(self, parallel: str) -> Mesh:
+        """The mesh of a parallel spec, with the axis that this kind adds."""
+        mesh = Mesh.parse(parallel)
+        return mesh.with_axis(HALVES, 2) if self.kind == HALVES else mesh
+
+    def schedule(
+        self, program: Program, mesh: Mesh, length: int | None
+    ) -> schedule.Schedule | None:
+        """The pass that orders ranks' programs; see `schedule_for`."""
+        return schedule_for(self.kind, self.cluster, program, mesh, length)
+
+
 def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of commands that compile."""
+    """Options of commands that compile; the command takes them as `overlap`, an `Overlap`."""
+
+    @functools.wraps(command)
+    def call(overlap: str, overlap_on: str, **given: Any) -> Any:
+        return command(overlap=Overlap(overlap, overlap_on), **given)
+
     kind = click.option(
         "--overlap", type=click.Choice(OVERLAPS), default=NONE, show_default=True,
         help="schedule: start transfers as early as can be; halves: also compute two halves of "
@@ -35,7 +66,7 @@ def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--overlap-on", default="h100x16", show_default=True, metavar="CLUSTER|FILE",
         help="Whose times the schedule is made for.",
     )
-    return kind(where(command))
+    return kind(where(call))
 
 
 def schedule_for(

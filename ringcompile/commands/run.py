@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,50 @@ else:
     events = Later("ringcompile.traces.events")
 
 
-def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class _Given:
     """What goes in: a file, a prompt, or random numbers of a length."""
+
+    inputs: Path | None
+    prompt: str | None
+    prompt_file: Path | None
+    tokenizer: str | None
+    seq: int
+
+    def check(self) -> None:
+        given = (self.inputs, self.prompt, self.prompt_file)
+        if sum(one is not None for one in given) > 1:
+            raise click.UsageError("give one of --inputs, --prompt and --prompt-file")
+
+    def text(self) -> str | None:
+        """The prompt, if there is one."""
+        return self.prompt if self.prompt_file is None else prompts.read_text(self.prompt_file)
+
+    def whole(
+        self, parallel: ParallelProgram, text: str | None, tokenizer: Any
+    ) -> dict[str, torch.Tensor]:
+        """Whole inputs by name."""
+        if self.inputs is not None:
+            return data.name_inputs(parallel.program, files.read_input_file(self.inputs))
+        if text is not None:
+            return prompts.prompt_inputs(parallel.program, tokenizer, text)
+        return execution.random_inputs(parallel, self.seq)
+
+
+def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `_Given`, which the command takes as `given`."""
+
+    @functools.wraps(command)
+    def call(
+        inputs: Path | None,
+        prompt: str | None,
+        prompt_file: Path | None,
+        tokenizer: str | None,
+        seq: int,
+        **other: Any,
+    ) -> Any:
+        return command(given=_Given(inputs, prompt, prompt_file, tokenizer, seq), **other)
+
     path = click.Path(path_type=Path)
     for option in reversed([
         click.option("--inputs", type=path, help="Whole inputs by name: .safetensors or .pt; or "
@@ -43,8 +87,8 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seq", type=click.IntRange(1), default=128, show_default=True,
                      help="Length of random inputs, where none are given."),
     ]):
-        command = option(command)
-    return command
+        call = option(call)
+    return call
 
 
 @click.command()
@@ -71,11 +115,7 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @JSON
 def run(
     out: Out,
-    inputs: Path | None,
-    prompt: str | None,
-    prompt_file: Path | None,
-    tokenizer: str | None,
-    seq: int,
+    given: _Given,
     outputs: Path | None,
     last: int | None,
     nproc: int | None,
@@ -91,27 +131,21 @@ def run(
 
     Without --outputs and --last no rank ever holds whole outputs: each adds up its own share.
     """
-    if sum(given is not None for given in (inputs, prompt, prompt_file)) > 1:
-        raise click.UsageError("give one of --inputs, --prompt and --prompt-file")
-    if check_finite and compiled:
-        raise click.UsageError("--check looks at every op; leave out --compile")
-    if trace is not None and (compiled or backend == "lockstep"):
-        raise click.UsageError("--trace times every op of ranks that run side by side; leave out "
-                               "--compile and --backend lockstep")
+    given.check()
+    _check_kind(check_finite, trace, compiled, backend)
     parallel = out.load()
     if outputs is not None:
         tensor_files.check_writable(outputs, job.output_dtypes(parallel))
     if trace is not None:
         tensor_files.check_place(trace)
-    text = prompts.read_text(prompt_file) if prompt_file is not None else prompt
-    model = parallel.options.get("model")
-    words = None if text is None else prompts.load_tokenizer(tokenizer, model, "--inputs")
+    text = given.text()
+    words = _tokenizer(parallel, given) if text is not None else None
     if text is not None and outputs is None:
         last = last or 1
     keep = results.Kept(last, outputs=outputs is not None or last is not None, summary=True)
     found = job.run_job(
         parallel,
-        _whole_inputs(parallel, inputs, text, words, seq),
+        given.whole(parallel, text, words),
         job.Job(keep, nproc, backend, timeout, join_timeout, "inductor" if compiled else None,
                 check_finite, trace is not None),
     )
@@ -120,25 +154,28 @@ def run(
     if outputs is not None:
         tensor_files.write_tensors(outputs, found.tensors)
     if trace is not None:
-        timeline = job.timeline_of(parallel, found, out.path.name)
-        events.write_events(trace, events.to_events(*timeline))
-        click.echo(f"wrote {trace}", err=True)
+        _write_trace(trace, parallel, found, out)
     _report(found, prompts.next_tokens(found.tensors, words) if words is not None else "", as_json)
 
 
-def _whole_inputs(
-    parallel: ParallelProgram,
-    file: Path | None,
-    text: str | None,
-    tokenizer: Any,
-    length: int,
-) -> dict[str, torch.Tensor]:
-    program = parallel.program
-    if file is not None:
-        return data.name_inputs(program, files.read_input_file(file))
-    if text is not None:
-        return prompts.prompt_inputs(program, tokenizer, text)
-    return execution.random_inputs(parallel, length)
+def _check_kind(check_finite: bool, trace: Path | None, compiled: bool, backend: str) -> None:
+    if check_finite and compiled:
+        raise click.UsageError("--check looks at every op; leave out --compile")
+    if trace is not None and (compiled or backend == "lockstep"):
+        raise click.UsageError("--trace times every op of ranks that run side by side; leave out "
+                               "--compile and --backend lockstep")
+
+
+def _tokenizer(parallel: ParallelProgram, given: _Given) -> Any:
+    return prompts.load_tokenizer(given.tokenizer, parallel.options.get("model"), "--inputs")
+
+
+def _write_trace(
+    file: Path, parallel: ParallelProgram, found: job.RunReport, out: Out
+) -> None:
+    timeline = job.timeline_of(parallel, found, out.path.name)
+    events.write_events(file, events.to_events(*timeline))
+    click.echo(f"wrote {file}", err=True)
 
 
 def _report(found: job.RunReport, following: str, as_json: bool) -> None:

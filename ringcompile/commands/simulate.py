@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,41 +97,69 @@ def simulate(
     """
     if context is not None and new_tokens is None:
         raise click.UsageError("--context goes with --new-tokens")
-    beside = _beside(trace, plot, measured)
+    drawn = _Drawn.checked(trace, plot, measured)
     made = out.load()
     hardware = load_cluster(cluster).sized(made.world_size)
+    how = timeline.How(microbatches, eager, deferred)
     if new_tokens is not None:
-        how = timeline.How(microbatches, eager, deferred)
         request = generation_plans.GenerationRequest(
             context or seq or 1024, new_tokens, batch * made.mesh.size("dp")
         )
-        with CONSOLE.status(f"simulating {made.world_size} ranks"):
-            told = generation_plans.simulate_request(made, hardware, request, how)
-        if trace is not None or plot is not None:
-            title = f"{out.path.name}: {made.mesh}, one token, simulated on {hardware.name}"
-            carried = made.with_cache().ranks()
-            _write(_shown(carried, told.lengths, told.step, told.costs, title), beside, trace, plot)
-        _generation(made, hardware, request, told, as_json)
+        _generation(out, made, hardware, request, how, drawn, as_json)
         return
-    length = made.program.lengths.get(expr.SEQUENCE) or seq or 16384
-    if seq is not None and seq != length:
-        raise RingCompileError(f"'{out}' is for {length} tokens, --seq asks for {seq}")
-    batch = max(batch, made.program.batch_range[0])
-    if isinstance(made.program.batch, int):
-        batch = made.program.batch
+    length, batch = _length(out, made, seq), _batch(made, batch)
     with CONSOLE.status(f"simulating {made.world_size} ranks"):
         costs = [ranks.cost_of(program, length, batch) for program in made.ranks()]
-        found = simulation.simulate(costs, hardware, timeline.How(microbatches, eager, deferred))
-    if trace is not None or plot is not None:
+        found = simulation.simulate(costs, hardware, how)
+    if drawn.wanted:
         title = f"{out.path.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
         lengths = [values.bind_lengths(one, length, batch) for one in made.ranks()]
-        _write(_shown(made.ranks(), lengths, found, costs, title), beside, trace, plot)
+        drawn.write(_shown(made.ranks(), lengths, found, costs, title))
     # Of all replicas, in one microbatch.
     facts = _facts(made, hardware, length, batch * made.mesh.size("dp"), found)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
-        return
-    _print(facts, found)
+    else:
+        _print(facts, found)
+
+
+def _batch(made: ParallelProgram, asked: int) -> int:
+    if isinstance(made.program.batch, int):
+        return made.program.batch
+    return max(asked, made.program.batch_range[0])
+
+
+def _length(out: Out, made: ParallelProgram, seq: int | None) -> int:
+    length = made.program.lengths.get(expr.SEQUENCE) or seq or 16384
+    if seq is not None and seq != length:
+        raise RingCompileError(f"'{out}' is for {length} tokens, --seq asks for {seq}")
+    return length
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The files that show the timeline, and what was measured to draw beside it."""
+
+    trace: Path | None
+    plot: Path | None
+    beside: dict[str, Any] | None
+
+    @classmethod
+    def checked(cls, trace: Path | None, plot: Path | None, measured: Path | None) -> _Drawn:
+        """Raises where a file cannot be read or written."""
+        return cls(trace, plot, _beside(trace, plot, measured))
+
+    @property
+    def wanted(self) -> bool:
+        return self.trace is not None or self.plot is not None
+
+    def write(self, shown: dict[str, Any]) -> None:
+        if self.trace is not None:
+            events.write_events(self.trace, shown)
+            click.echo(f"wrote {self.trace}", err=True)
+        if self.plot is not None:
+            pictures.draw(self.plot, [shown] if self.beside is None else [shown, self.beside])
+            click.echo(f"wrote {self.plot}", err=True)
 
 
 def _beside(
@@ -160,6 +189,25 @@ def _shown(
 
 
 def _generation(
+    out: Out,
+    made: ParallelProgram,
+    hardware: Cluster,
+    request: generation_plans.GenerationRequest,
+    how: timeline.How,
+    drawn: _Drawn,
+    as_json: bool,
+) -> None:
+    """Simulate and tell the step that makes the token in the middle."""
+    with CONSOLE.status(f"simulating {made.world_size} ranks"):
+        found = generation_plans.simulate_request(made, hardware, request, how)
+    if drawn.wanted:
+        title = f"{out.path.name}: {made.mesh}, one token, simulated on {hardware.name}"
+        carried = made.with_cache().ranks()
+        drawn.write(_shown(carried, found.lengths, found.step, found.costs, title))
+    _print_generation(made, hardware, request, found, as_json)
+
+
+def _print_generation(
     made: ParallelProgram,
     hardware: Cluster,
     request: generation_plans.GenerationRequest,
@@ -250,12 +298,3 @@ def _print(facts: dict[str, Any], found: simulation.Simulation) -> None:
         click.echo(f"does not fit: {size_text(found.memory_bytes)} a rank")
 
 
-def _write(
-    shown: dict[str, Any], beside: dict[str, Any] | None, trace: Path | None, plot: Path | None
-) -> None:
-    if trace is not None:
-        events.write_events(trace, shown)
-        click.echo(f"wrote {trace}", err=True)
-    if plot is not None:
-        pictures.draw(plot, [shown] if beside is None else [shown, beside])
-        click.echo(f"wrote {plot}", err=True)

@@ -6,31 +6,29 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ringcompile.commands.options import (
-    BATCH,
     CONSOLE,
-    DIMS,
-    DTYPE,
-    EXTRA_INPUTS,
     JSON,
     PARALLEL,
+    ModelArgument,
     compile_options,
+    model_options,
 )
-from ringcompile.commands.overlap import overlap_options, schedule_for
+from ringcompile.commands.overlap import Overlap, overlap_options
 from ringcompile.errors import RingCompileError
 from ringcompile.garbage import few_collections
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
-from ringcompile.options import HALVES, Options
+from ringcompile.options import Options
 
 if TYPE_CHECKING:
     from ringcompile import compiler, pass_list
     from ringcompile.artifact import files
-    from ringcompile.capture import export, loaders
+    from ringcompile.capture import export
     from ringcompile.ir import plan as plans
     from ringcompile.ir import printer
     from ringcompile.ir.program import Program
@@ -41,7 +39,6 @@ else:
     pass_list = Later("ringcompile.pass_list")
     files = Later("ringcompile.artifact.files")
     export = Later("ringcompile.capture.export")
-    loaders = Later("ringcompile.capture.loaders")
     plans = Later("ringcompile.ir.plan")
     printer = Later("ringcompile.ir.printer")
     base = Later("ringcompile.passes.base")
@@ -55,10 +52,7 @@ else:
 @click.option("--plan", type=click.Path(path_type=Path),
               help="What splits each weight: an edited `dump OUT --format plan`.")
 @overlap_options
-@DTYPE
-@BATCH
-@EXTRA_INPUTS
-@DIMS
+@model_options
 @click.option("--no-weights", is_flag=True, help="Write graphs only; needs no memory for weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY",
@@ -70,16 +64,11 @@ else:
 @JSON
 @few_collections()
 def transform(
-    model: str,
+    model: ModelArgument,
     out: Path | None,
     parallel: str,
     plan: Path | None,
-    overlap: str,
-    overlap_on: str,
-    dtype: str | None,
-    batch: int,
-    extra_inputs: tuple[str, ...],
-    dims: dict[str, dict[int, str]],
+    overlap: Overlap,
     no_weights: bool,
     overwrite: bool,
     sign: Path | None,
@@ -91,52 +80,58 @@ def transform(
     options: Options,
 ) -> None:
     """Compile MODEL and write one program per rank to OUT."""
-    mesh = Mesh.parse(parallel)
-    if overlap == HALVES:
-        mesh = mesh.with_axis(HALVES, 2)
-    if out is None and passes is None:
-        raise click.UsageError("give a folder to write with -o, or passes to print with --passes")
-    if out is not None:
-        files.check_free(out.resolve(), overwrite)
-    keep_weights = not no_weights and out is not None
-    with CONSOLE.status(f"loading {model}"):
-        loaded = loaders.load_model(
-            model, batch=batch, length=options.length, dtype=dtype, weights=keep_weights,
-            extra=extra_inputs,
-        )
-    with CONSOLE.status("capturing"):
-        program = export.capture(
-            loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=dims
-        )
+    mesh = overlap.mesh(parallel)
+    _check_target(out, overwrite, passes)
+    program = _captured(model, options.length, weights=not no_weights and out is not None)
     told = None if plan is None else plans.read_plan(plan, program, mesh)
     if passes is not None:
-        every = pass_list.front_passes(
-            mesh, compiler.with_plan(options, told), told.told("tp") if told else None
-        )
-        click.echo(printer.print_program(_run_passes(program, passes, every, mesh)))
+        front = _front_passes(mesh, options, told)
+        click.echo(printer.print_program(_run_passes(program, passes, front, mesh)))
         return
     seconds: dict[str, float] = {}
-    observe = _observer(print_ir_after_all, seconds)
     with CONSOLE.status("transforming"):
         made = compiler.transform(
-            program, mesh, plan=told, observe=observe,
-            record={
-                "model": model, "dtype": dtype, "batch": batch, "dims": dims,
-                "overlap": overlap, "overlap_on": overlap_on,
-                "extra_inputs": list(extra_inputs),
-            },
-            schedule=schedule_for(overlap, overlap_on, program, mesh, options.length),
-            **options.given(),
+            program, mesh, plan=told, observe=_observer(print_ir_after_all, seconds),
+            record=_record(model, overlap),
+            schedule=overlap.schedule(program, mesh, options.length), **options.given(),
         )
         if verify_each:
             made.verify()
     with CONSOLE.status(f"writing {mesh.world_size} programs"):
         assert out is not None
         made.save(out, overwrite=overwrite, sign_with=sign)
-    if time_passes:
-        for name, spent in seconds.items():
-            click.echo(f"{name:16} {spent:8.3f} s", err=True)
+    _print_times(seconds if time_passes else {})
     _print_summary(out, made, as_json)
+
+
+def _check_target(out: Path | None, overwrite: bool, passes: str | None) -> None:
+    if out is None and passes is None:
+        raise click.UsageError("give a folder to write with -o, or passes to print with --passes")
+    if out is not None:
+        files.check_free(out.resolve(), overwrite)
+
+
+def _captured(model: ModelArgument, length: int | None, *, weights: bool) -> Program:
+    with CONSOLE.status(f"loading {model.name}"):
+        loaded = model.load(length, weights=weights)
+    with CONSOLE.status("capturing"):
+        return export.capture(
+            loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=model.dims
+        )
+
+
+def _record(model: ModelArgument, overlap: Overlap) -> dict[str, Any]:
+    """What the artifact keeps of the command line."""
+    return {
+        "model": model.name, "dtype": model.dtype, "batch": model.batch, "dims": model.dims,
+        "overlap": overlap.kind, "overlap_on": overlap.cluster,
+        "extra_inputs": list(model.extra_inputs),
+    }
+
+
+def _front_passes(mesh: Mesh, options: Options, plan: plans.SplitPlan | None) -> list[base.Pass]:
+    told = plan.told("tp") if plan else None
+    return pass_list.front_passes(mesh, compiler.with_plan(options, plan), told)
 
 
 def _run_passes(
@@ -161,6 +156,11 @@ def _observer(
             click.echo(printer.print_program(program))
 
     return observe
+
+
+def _print_times(seconds: dict[str, float]) -> None:
+    for name, spent in seconds.items():
+        click.echo(f"{name:16} {spent:8.3f} s", err=True)
 
 
 def _print_summary(out: Path, made: ParallelProgram, as_json: bool) -> None:

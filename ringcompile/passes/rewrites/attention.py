@@ -18,27 +18,13 @@ from ringcompile.passes.views import unexpanded
 def _attention(builder: Builder, node: fx.Node) -> fx.Node:
     """One attention op with un-expanded heads; its mask is read by the `masks` pass."""
     call = Call(node)
-    if call["dropout_p"]:
-        raise RingCompileError(
-            f"attention dropout with p={call['dropout_p']} is left on",
-            hint="call model.eval() before capture",
-        )
+    _check_dropout(call)
     q, k, v = (builder.env[call[name]] for name in ("query", "key", "value"))
     result, one_head = type_of(node), len(type_of(q).shape) == 3
     if one_head:
         q, k, v = (_with_head_dim(builder, x) for x in (q, k, v))
         result = TensorType.whole(result.dtype, _with_head(result.shape))
-    if len(type_of(q).shape) != 4:
-        raise RingCompileError(
-            f"attention over tensors of {len(type_of(q).shape)} dims; [batch, heads, tokens, dim] "
-            "has a rule",
-            hint="view the heads as a dim of their own",
-        )
-    if not equal(type_of(q).shape[0], type_of(k).shape[0]):
-        raise RingCompileError(
-            f"attention of {type_of(q).shape[0]} queries' batch over {type_of(k).shape[0]} keys'",
-            hint="expand the batch of keys and values first",
-        )
+    _check_shapes(q, k)
     causal = bool(call["is_causal"])
     if causal and not equal(type_of(q).shape[2], type_of(k).shape[2]):
         raise error_at(node, "causal attention of unequal query and key lengths")
@@ -61,6 +47,28 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
         upper=None,
     )
     return as_shape(builder, made, type_of(node), "heads")
+
+
+def _check_dropout(call: Call) -> None:
+    if call["dropout_p"]:
+        raise RingCompileError(
+            f"attention dropout with p={call['dropout_p']} is left on",
+            hint="call model.eval() before capture",
+        )
+
+
+def _check_shapes(q: fx.Node, k: fx.Node) -> None:
+    if len(type_of(q).shape) != 4:
+        raise RingCompileError(
+            f"attention over tensors of {len(type_of(q).shape)} dims; [batch, heads, tokens, dim] "
+            "has a rule",
+            hint="view the heads as a dim of their own",
+        )
+    if not equal(type_of(q).shape[0], type_of(k).shape[0]):
+        raise RingCompileError(
+            f"attention of {type_of(q).shape[0]} queries' batch over {type_of(k).shape[0]} keys'",
+            hint="expand the batch of keys and values first",
+        )
 
 
 def _with_head(shape: tuple[Size, ...]) -> tuple[Size, ...]:
