@@ -67,9 +67,9 @@ class Tree:
         return sum(a != b and a in wings and b in wings for a, b in pairs)
 
     def lengths(self) -> tuple[list[int], list[int]]:
-        """Lines of each file, and of each function."""
+        """Lines of each file, and of each function without its docstring."""
         functions = [
-            (node.end_lineno or node.lineno) - node.lineno + 1
+            (node.end_lineno or node.lineno) - node.lineno + 1 - _lines_of_docstring(node)
             for tree in self.parsed.values()
             for node in ast.walk(tree)
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -89,6 +89,13 @@ class Tree:
     def _folder(self, path: Path) -> str:
         parts = path.relative_to(self.package).parts
         return parts[0] if len(parts) > 1 else ""
+
+
+def _lines_of_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = node.body[0]
+    if ast.get_docstring(node) is None:
+        return 0
+    return (first.end_lineno or first.lineno) - first.lineno + 1
 
 
 def _keyed_by_op(node: ast.stmt) -> bool:

@@ -115,7 +115,6 @@ def simulate(
         title = f"{out.path.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
         lengths = [values.bind_lengths(one, length, batch) for one in made.ranks()]
         drawn.write(_shown(made.ranks(), lengths, found, costs, title))
-    # Of all replicas, in one microbatch.
     facts = _facts(made, hardware, length, batch * made.mesh.size("dp"), found)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
