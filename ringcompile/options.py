@@ -13,6 +13,8 @@ from typing import Any, TypedDict
 from ringcompile.errors import RingCompileError
 
 ORDERS = ("contiguous", "zigzag")
+# How the ranks that share a cache compute new tokens.
+DECODES = ("simple", "helix")
 # What a model's weights may be cast to.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # How compiled programs run: all ranks in this process, or a process for each.
@@ -62,6 +64,9 @@ class Options:
         gather_unknown: compute what has no rule whole on every rank instead of refusing it.
         cache: also compile for generating tokens, with a cache for sequences of up to so many
             tokens, prompt included.
+        decode: where the ranks of `ring` and `ulysses` share a cache, what they do with new tokens:
+            "simple" computes all of a layer on each of them, "helix" shares out what is behind
+            attention as well; "auto" is the faster one by the cost model.
 
     Raises:
         RingCompileError: a value that an option does not take.
@@ -94,6 +99,11 @@ class Options:
     gather_unknown: bool = _option(False, "Compute ops without a rule whole.")
     cache: int | None = _option(
         None, "Also write the programs that generate tokens, for sequences of up to so many."
+    )
+    decode: str = _option(
+        "auto", "With a cache over ring or ulysses: new tokens are computed whole on each of its "
+        "ranks, or shared out behind attention (Helix); auto asks the cost model.",
+        choices=("auto", *DECODES),
     )
 
     def __post_init__(self) -> None:
@@ -154,6 +164,7 @@ class Given(TypedDict, total=False):
     length: int | None
     gather_unknown: bool
     cache: int | None
+    decode: str
 
 
 def option_fields() -> tuple[Field[Any], ...]:

@@ -15,6 +15,7 @@ from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.carry import Carry, carried_mesh
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.deal_batch import DealBatch
+from ringcompile.passes.decode_features import kept_along, widened
 from ringcompile.passes.expert_parallel import ExpertParallel
 from ringcompile.passes.fuse_merge import FuseMerge
 from ringcompile.passes.keep import Keep
@@ -53,13 +54,17 @@ def front_passes(
         prefill: write the program that takes a prompt into that cache.
     """
     known = {} if checked is None else checked
-    placed, carry = mesh, list[Pass]()
+    placed, carry, split, alike = mesh, list[Pass](), mesh, 1
     if prefill:
         assert options.cache is not None
         carry = [Keep(mesh, options.cache), CleanUp()]
     if carried:
         assert options.cache is not None
-        placed, carry = carried_mesh(mesh), [Carry(mesh, options.cache), CleanUp()]
+        split = placed = carried_mesh(mesh)
+        helix = options.decode == "helix" and kept_along(mesh) > 1
+        if helix:
+            split, alike = widened(placed, mesh), kept_along(mesh)
+        carry = [Carry(mesh, options.cache, helix), CleanUp()]
         options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
     place = Place(
         placed, options.order, options.gather_unknown, options.capacity, options.ring,
@@ -77,7 +82,7 @@ def front_passes(
         place,
         CleanUp(),
         *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
-        *([TensorParallel(placed, told or {}), CleanUp()] if mesh.size("tp") > 1 else []),
+        *([TensorParallel(split, told or {}, alike), CleanUp()] if split.size("tp") > 1 else []),
         *carry,
         Partition(),
         CleanUp(),

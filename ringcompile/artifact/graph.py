@@ -312,7 +312,10 @@ class _Reader:
         axes = texts(data, "axes")
         if axes != (PART_AXIS,) and not self.axes.issuperset(map(base_axis, axes)):
             raise RingCompileError(f"a tensor is split over {axes}, the mesh is {self.mesh}")
-        return Atom(self.size(data.get("size")), axes, data.get("sequence") is True)
+        sequence, features = (data.get(name) is True for name in ("sequence", "features"))
+        if sequence and features:
+            raise RingCompileError(f"a tensor is split over {axes} as a sequence and as features")
+        return Atom(self.size(data.get("size")), axes, sequence, features)
 
     def input(self, value: Any) -> Input:
         data = expect(value, dict, "an input")

@@ -25,15 +25,21 @@ class Atom:
 
     Attributes:
         sequence: whether this is the sequence, whose shares are padded: it stays one atom.
+        features: whether axes that divide sequences elsewhere divide features here, as a program
+            for the next tokens has it, in which no sequence is divided.
     """
 
     size: Size
     axes: tuple[str, ...] = ()
     sequence: bool = False
+    features: bool = False
 
     def __post_init__(self) -> None:
-        if not ONLY_SEQUENCE.isdisjoint(self.axes):
+        of_sequence = not ONLY_SEQUENCE.isdisjoint(self.axes)
+        if of_sequence and not self.features:
             object.__setattr__(self, "sequence", True)
+        if not of_sequence:
+            object.__setattr__(self, "features", False)
 
 
 # A whole dim is the empty tuple; a split one lists all its atoms.

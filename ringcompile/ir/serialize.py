@@ -244,8 +244,8 @@ def _type_to_json(value: ValueType) -> Any:
 
 
 def _atom_to_json(atom: Atom) -> dict[str, Any]:
-    data = {"size": _size_to_json(atom.size), "axes": list(atom.axes)}
-    return {**data, "sequence": True} if atom.sequence else data
+    said = {name: True for name in ("sequence", "features") if getattr(atom, name)}
+    return {"size": _size_to_json(atom.size), "axes": list(atom.axes), **said}
 
 
 def _location_to_json(location: SourceLocation) -> list[Any]:

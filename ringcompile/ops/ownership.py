@@ -105,14 +105,21 @@ class _Owners:
         """The states over each rank's keys are brought together once, over all that share them."""
         last = node
         if self.num_ranks > 1:
-            for step in ("pack_state", "gather", "merge_states"):
-                last = _only_user(index, last, step)
-                if step == "gather" and (Call(last)["axis"], Call(last)["dim"]) != (
-                    ",".join(self.axes), 0
-                ):
-                    _refuse(index, f"%{node.name} is brought together over {Call(last)['axis']}, "
-                            f"and keys lie along {','.join(self.axes)}")
+            packed = _only_user(index, last, "pack_state")
+            every = _only_user(index, packed, "gather", "all_to_all")
+            self._exchange(index, node, Call(every))
+            last = _only_user(index, every, "merge_states")
         _only_user(index, last, "finish")
+
+    def _exchange(self, index: int, node: fx.Node, call: Call) -> None:
+        """All ranks' states, of all heads or of this rank's, one behind the other."""
+        along = ",".join(self.axes)
+        if call["axis"] != along:
+            _refuse(index, f"%{node.name} is brought together over {call['axis']}, and keys lie "
+                    f"along {along}")
+        gathers = call.target is op("gather")
+        if gathers and call["dim"] != 0 or not gathers and (call["split"], call["concat"]) != (2, 0):
+            _refuse(index, f"%{node.name} is brought together along the wrong dim")
 
     def stages(self, ranks: Sequence[Program]) -> None:
         """Each attention is in one stage of a pipeline, of every replica and share of it."""
@@ -232,12 +239,12 @@ def _text(band: tuple[Any, Any] | None) -> str:
     return "none" if band is None else f"{band[0]} to {band[1]} positions before"
 
 
-def _only_user(index: int, node: fx.Node, wanted: str) -> fx.Node:
-    """The one op that reads a state, which has to be that."""
+def _only_user(index: int, node: fx.Node, *wanted: str) -> fx.Node:
+    """The one op that reads a state, which has to be one of these."""
     users = list(node.users)
-    if len(users) != 1 or users[0].target is not op(wanted):
+    if len(users) != 1 or users[0].target not in map(op, wanted):
         found = ", ".join(f"%{user.name}" for user in users) or "nothing"
-        _refuse(index, f"%{node.name} has to go to {wanted}, and goes to {found}")
+        _refuse(index, f"%{node.name} has to go to {' or '.join(wanted)}, and goes to {found}")
     return users[0]
 
 

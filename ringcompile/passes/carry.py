@@ -77,11 +77,13 @@ class Carry(Pass):
     Attributes:
         mesh: the parallel plan that it is for.
         capacity: the tokens that a sequence may have in all.
+        helix: whether the program is placed with features over the axes of the cache as well.
     """
 
     name: ClassVar[str] = "carry"
     mesh: Mesh
     capacity: int
+    helix: bool = False
 
     def run(self, program: Program) -> Program:
         """The program for `s` new tokens; what it keeps are placeholders named in `state`.
@@ -90,13 +92,13 @@ class Carry(Pass):
             RingCompileError: with the user's line, where a result would change when a later token
                 comes, or where a length is used as a number.
         """
-        return _Carrier(program, self.mesh, self.capacity).run()
+        return _Carrier(program, self.mesh, self.capacity, self.helix).run()
 
 
 class _Carrier:
-    def __init__(self, program: Program, mesh: Mesh, capacity: int) -> None:
+    def __init__(self, program: Program, mesh: Mesh, capacity: int, helix: bool) -> None:
         self.program, self.mesh = program, mesh
-        self.into = Carrying(program, mesh, capacity)
+        self.into = Carrying(program, mesh, capacity, helix)
         self.builder, self.attention = self.into.builder, AttentionWriter(self.into)
         self.shifts = ShiftWriter(self.into)
 

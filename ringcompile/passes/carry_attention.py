@@ -23,6 +23,7 @@ from ringcompile.ir.types import TensorType, accumulator_type, state_type
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.carry_context import NEW, Carrying
+from ringcompile.passes.requests import REDISTRIBUTE
 
 
 def cache_name(what: str, attention: fx.Node) -> str:
@@ -73,6 +74,7 @@ class AttentionWriter:
         new = [self._store(node, call[name], what)
                for name, what in (("k", "keys"), ("v", "values"))]
         type_ = into.type(type_of(node))
+        parted = self._parted(node)
         make = accumulator_type if into.ranks > 1 else state_type
         state = self.builder.call(
             op("cached_attention"),
@@ -83,11 +85,43 @@ class AttentionWriter:
         )
         if "mask_kind" in node.meta:
             state.meta["mask_kind"] = node.meta["mask_kind"]
-        if into.ranks > 1:
+        if parted is not None:
+            type_ = parted
+            state = self._exchanged(state, accumulator_type(type_))
+            sink = self._sink_of(sink, type_)
+        elif into.ranks > 1:
             state = self._merged(state, accumulator_type(type_))
         return self.builder.call(
             op("finish"), (state, sink), type_, name=node.name, dtype=type_.dtype
         )
+
+    def _parted(self, node: fx.Node) -> TensorType | None:
+        """The type of the result where each rank goes on with a part of the heads; else None."""
+        users = list(node.users)
+        if not self.into.helix or len(users) != 1 or users[0].target is not REDISTRIBUTE:
+            return None
+        have, want = self.into.type(type_of(node)), self.into.type(type_of(users[0]))
+        before, heads = ([a for atom in x.layout.dims[1] for a in atom.axes] for x in (have, want))
+        return want if heads == [*before, *self.into.axes] else None
+
+    def _exchanged(self, state: fx.Node, type_: tuple[TensorType, TensorType]) -> fx.Node:
+        """The states of all ranks, of each rank's own heads: an all-to-all over heads."""
+        mine, (out, _) = self._packed(state), type_
+        shape = (self.into.ranks, *type_of(mine).shape[1:])
+        layout = Layout((WHOLE, *out.layout.dims))
+        every = self.builder.call(
+            op("all_to_all"), (mine,), TensorType(out.dtype, shape, layout),
+            split=2, concat=0, axis=",".join(self.into.axes),
+            why="attention over each rank's keys, by heads",
+        )
+        return self.builder.call(op("merge_states"), (every,), type_)
+
+    def _sink_of(self, sink: fx.Node | None, out: TensorType) -> fx.Node | None:
+        """The sinks of a rank's own heads."""
+        if sink is None:
+            return None
+        type_ = type_of(sink).with_layout(Layout((out.layout.dims[1],)))
+        return self.builder.call(REDISTRIBUTE, (sink,), type_, layout=str(type_.layout))
 
     def _store(self, node: fx.Node, x: fx.Node, what: str) -> tuple[fx.Node, fx.Node]:
         """Keys or values of new tokens, written to the cache, and the cache; once for all."""
@@ -107,17 +141,21 @@ class AttentionWriter:
 
     def _merged(self, state: fx.Node, type_: tuple[TensorType, TensorType]) -> fx.Node:
         """The states of all ranks that keep some of the sequence, as one."""
-        out = type_[0]
-        shape = (1, *out.shape[:3], out.shape[3] + 1)
-        packed = TensorType(out.dtype, shape, Layout((WHOLE, *out.layout.dims)))
-        mine = self.builder.call(op("pack_state"), (state,), packed)
+        mine = self._packed(state)
+        packed = type_of(mine)
         every = self.builder.call(
             op("gather"), (mine,),
-            TensorType(out.dtype, (self.into.ranks, *shape[1:]), packed.layout),
+            TensorType(packed.dtype, (self.into.ranks, *packed.shape[1:]), packed.layout),
             dim=0, axis=",".join(self.into.axes), limit=None,
             why="attention over each rank's keys",
         )
         return self.builder.call(op("merge_states"), (every,), type_)
+
+    def _packed(self, state: fx.Node) -> fx.Node:
+        out, _ = state.meta["type"]
+        shape = (1, *out.shape[:3], out.shape[3] + 1)
+        packed = TensorType(out.dtype, shape, Layout((WHOLE, *out.layout.dims)))
+        return self.builder.call(op("pack_state"), (state,), packed)
 
 
 def splits_of(node: fx.Node) -> list[bool]:

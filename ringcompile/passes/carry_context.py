@@ -29,6 +29,7 @@ from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.slots import slots_of
 from ringcompile.passes.base import Builder
+from ringcompile.passes.decode_features import Spread
 
 aten = torch.ops.aten
 NEW = symbol(SEQUENCE)
@@ -44,17 +45,22 @@ class Carrying:
         axes: those that the tokens of a cache lie along.
         ranks: how many ranks share a sequence.
         slots: how many tokens a rank may keep.
+        helix: whether features lie along these axes too, behind attention.
+        spread: how they do; see `decode_features`.
         builder: writes the graph.
         state: the kinds of what is kept, or told for a call, by placeholder.
     """
 
-    def __init__(self, program: Program, mesh: Mesh, capacity: int) -> None:
+    def __init__(
+        self, program: Program, mesh: Mesh, capacity: int, helix: bool = False
+    ) -> None:
         assert program.sequence is not None
-        self.program, self.mesh, self.capacity = program, mesh, capacity
+        self.program, self.mesh, self.capacity, self.helix = program, mesh, capacity, helix
         self.length = program.sequence.length
         self.axes = tuple(axis for axis in KEEP_TOKENS if mesh.size(axis) > 1)
         self.ranks = mesh.size(",".join(self.axes)) if self.axes else 1
         self.slots = slots_of(capacity, self.ranks)
+        self.spread = Spread(mesh.size("tp"), self.axes, self.ranks)
         self.builder = Builder()
         self.state: dict[str, str] = {}
         self._kept: dict[str, fx.Node] = {}
@@ -77,11 +83,17 @@ class Carrying:
             atoms = [self._atom(atom) for atom in dim] or [Atom(self.size(size))]
             shape.append(product(atom.size for atom in atoms))
             dims.append(normalise(atoms))
-        return TensorType(type_.dtype, tuple(shape), Layout(tuple(dims), type_.layout.partial))
+        partial = self.axes_of(type_.layout.partial)
+        return TensorType(type_.dtype, tuple(shape), Layout(tuple(dims), partial))
+
+    def axes_of(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """The axes of the parallel plan that stand for those of the placed program."""
+        return self.spread.axes_of(axes) if self.helix else axes
 
     def _atom(self, atom: Atom) -> Atom:
         if TIME not in atom.axes:
-            return Atom(self.size(atom.size), atom.axes, atom.sequence)
+            axes = self.axes_of(atom.axes)
+            return Atom(self.size(atom.size), axes, atom.sequence, features=self.helix)
         return Atom(NEW, tuple(axis for axis in atom.axes if axis != TIME))
 
     # -- state -------------------------------------------------------------------------------------

@@ -70,9 +70,12 @@ class Mover:
         return self._reshape(x, target) if there.shape != target.shape else x
 
     def _steps(self, x: fx.Node, here: TensorType, there: TensorType) -> fx.Node:
-        for axis in here.layout.partial:
-            if axis not in there.layout.partial:
-                x, here = self._summed(x, here, there.layout, axis)
+        over = [axis for axis in here.layout.partial if axis not in there.layout.partial]
+        if len(over) > 1 and all(_dim_with(there.layout, axis) is None for axis in over):
+            x, here = self._summed_at_once(x, here, over)
+            over = []
+        for axis in over:
+            x, here = self._summed(x, here, there.layout, axis)
         for dim in range(len(here.shape)):
             x, here = self._exchanged(x, here, there.layout, dim)
         for dim in range(len(here.shape)):
@@ -100,6 +103,14 @@ class Mover:
         x = self._padded(x, here, dim, wanted.dims[dim])
         type_ = here.with_layout(layout.with_dim(dim, wanted.dims[dim]))
         return self._call("reduce_scatter", x, type_, dim=dim, axis=axis), type_
+
+    def _summed_at_once(
+        self, x: fx.Node, here: TensorType, over: Sequence[str]
+    ) -> tuple[fx.Node, TensorType]:
+        """One sum over all ranks of several axes."""
+        rest = tuple(axis for axis in here.layout.partial if axis not in over)
+        type_ = here.with_layout(replace(here.layout, partial=rest))
+        return self._call("all_reduce", x, type_, axis=",".join(over)), type_
 
     def _exchanged(
         self, x: fx.Node, here: TensorType, wanted: Layout, dim: int

@@ -19,6 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -61,18 +62,23 @@ class TensorParallel(Pass):
     Attributes:
         mesh: the parallel plan.
         told: for weights of which the user says so, the dim that is split; None for whole.
+        run_of_heads: so many neighbours on `tp` compute the same heads of attention, and part from
+            each other behind it; see `decode_features`.
     """
 
     name: ClassVar[str] = "tensor-parallel"
     mesh: Mesh
     told: Mapping[str, int | None] = field(default_factory=dict)
+    run_of_heads: int = 1
 
     def run(self, program: Program) -> Program:
         """Write the program anew, with `tp` added to its layouts."""
         if self.mesh.size(TP) == 1:
             return program
         return with_one_origin(
-            lambda single: _Splitter(program, self.mesh, self.told, single).run()
+            lambda single: _Splitter(
+                program, self.mesh, self.told, single, self.run_of_heads
+            ).run()
         )
 
 
@@ -83,8 +89,9 @@ class _Splitter(VocabularySplits):
         mesh: Mesh,
         told: Mapping[str, int | None],
         single: frozenset[str],
+        run_of_heads: int,
     ) -> None:
-        super().__init__(program, mesh, told, single)
+        super().__init__(program, mesh, told, single, run_of_heads)
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -101,6 +108,7 @@ class _Splitter(VocabularySplits):
             placeholders_first(self.builder.graph),
             placeholders=self.placeholders,
             weights=self.weights,
+            mesh=self.mesh,
             notes=tuple(dict.fromkeys((*self.program.notes, *self.notes))),
         )
 
@@ -127,7 +135,8 @@ class _Splitter(VocabularySplits):
         """Attention on each rank's heads; whole where they do not divide."""
         old = [type_of(n).layout for n in call.operands]
         shared = old[0].dims[1][0].axes if old[0].dims[1] else ()
-        ways = self.size * self.mesh.size(",".join(shared)) if shared else self.size
+        split = self.size // self.run_of_heads
+        ways = split * self.mesh.size(",".join(shared)) if shared else split
         queries, keys = head_counts(call)
         operands = list(map(self.summed, operands))
         if queries % ways:
@@ -143,10 +152,24 @@ class _Splitter(VocabularySplits):
             whole = [self.request(x, o) for x, o in zip(operands[1:3], old[1:3], strict=True)]
             operands[1:3] = [repeat_heads(self.builder, x, times) for x in whole]
         self.why = f"heads of {location_of(node).layer or 'attention'}"
-        rows = Rows(old[0].dims[0], (TP, *shared), old[0].dims[2], old[1].dims[2])
+        over = (TP,) if self.run_of_heads == 1 else (f"{TP}//{self.run_of_heads}",)
+        heads = (*(over if split > 1 else ()), *shared)
+        rows = Rows(old[0].dims[0], heads, old[0].dims[2], old[1].dims[2])
         placement = rows.placement(given_operands(call, operands))
         new = [self.obtain(n, w) for n, w in zip(operands, placement.operands, strict=True)]
-        return self.emit(node, new, placement.output)
+        return self._parted(node, self.emit(node, new, placement.output), queries)
+
+    def _parted(self, node: fx.Node, attended: fx.Node, queries: int) -> fx.Node:
+        """Heads that neighbours on `tp` have in common, each of them with its own from here on."""
+        if self.run_of_heads == 1:
+            return attended
+        self.why = f"heads of {location_of(node).layer or 'attention'}"
+        heads: DimLayout = (Atom(queries, (TP,)),)
+        if queries % self.size:
+            heads = WHOLE
+            self.note(node, f"{queries} heads do not divide over {self.ranks_text}: attention's "
+                            "result is replicated, as it is with --decode simple")
+        return self.request(attended, layout_of(attended).with_dim(1, heads))
 
     def _text(self, shared: Sequence[str]) -> str:
         return " x ".join(f"{axis}={self.mesh.size(axis)}" for axis in (TP, *shared))
@@ -192,8 +215,9 @@ class _Splitter(VocabularySplits):
         """How a summed factor is split, if one operand's is or can be by splitting its making."""
         for i, dim in where:
             have = layout_of(operands[i]).dims[dim]
-            if any(base_axis(axis) == TP for atom in have for axis in atom.axes) and not any(
-                atom.sequence for atom in have
+            axes = [axis for atom in have for axis in atom.axes if base_axis(axis) == TP]
+            if axes and not any(atom.sequence for atom in have) and self.size == prod(
+                map(self.mesh.size, axes)
             ):
                 return have
         size = type_of(call.operands[where[0][0]]).shape[where[0][1]]

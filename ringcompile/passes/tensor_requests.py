@@ -37,6 +37,7 @@ class TensorRequests(Requests):
         mesh: the parallel plan.
         told: for weights of which the user says so, the dim that is split; None for whole.
         single: names of values that are computed in one layout only.
+        run_of_heads: so many neighbours on `tp` compute the same heads of attention.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class TensorRequests(Requests):
         mesh: Mesh,
         told: Mapping[str, int | None],
         single: frozenset[str] = frozenset(),
+        run_of_heads: int = 1,
     ) -> None:
         super().__init__(Builder(), dict(mesh.axes), single)
         assert program.sequence is not None
         self.program, self.mesh, self.sequence = program, mesh, program.sequence
         self.weights = dict(program.weights)
         self.told, self.allowed = told, {**model_plan(program), **told}
-        self.size = mesh.size(TP)
+        self.size, self.run_of_heads = mesh.size(TP), run_of_heads
+        self.ranks_text = f"{TP}={self.size}" if run_of_heads == 1 else f"{self.size} ranks"
         self.notes: list[str] = []
         self.why = ""  # what asked for the shares of weights that are read now
         self.gaining: dict[tuple[fx.Node, Layout], bool] = {}

@@ -23,7 +23,8 @@ class VocabularySplits(TensorRequests):
     def vocabulary(self, node: fx.Node, call: Call, operands: list[fx.Node]) -> fx.Node | None:
         """A table of tokens, and the head, by the rows of their weights; logits stay split."""
         if node.target is aten.embedding.default:
-            place, other, splits = 0, 1, self._is_of_ids(node, call.operands[1])
+            alone = self.run_of_heads == self.size  # every rank holds all rows, and reads few
+            place, other, splits = 0, 1, not alone and self._is_of_ids(node, call.operands[1])
         elif node.target is aten.linear.default and len(operands) == 2:
             place, other, splits = 1, 0, self._is_head(node)
         else:
@@ -46,8 +47,8 @@ class VocabularySplits(TensorRequests):
         self.why = "rows of the vocabulary"
         if not self.divides(split):
             self.notes.append(
-                f"{self._weight_name(weight)}: {size} rows do not divide over tp={self.size}: "
-                "whole on each of its ranks"
+                f"{self._weight_name(weight)}: {size} rows do not divide over "
+                f"{self.ranks_text}: whole on each of its ranks"
             )
             return None
         return self.obtain(weight, layout_of(weight).with_dim(0, split))
