@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringcompile import artifact
+from ringcompile.axes import KEEP_TOKENS
 from ringcompile.capture.dims import Dims
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import LoadedModel, load_model
@@ -20,17 +21,24 @@ from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind
 from ringcompile.ir.plan import SplitPlan
 from ringcompile.ir.program import Program
+from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
 from ringcompile.parallel_program import Observer, ParallelProgram
 from ringcompile.pass_list import NUM_COMMON, front_passes, rank_passes, with_origin
 from ringcompile.passes.base import Pass, Pipeline
+from ringcompile.passes.decode_features import kept_along
 from ringcompile.passes.keep import caches_of, may_prefill
 from ringcompile.passes.recognize_masks import RecognizeMasks
 from ringcompile.passes.schedule import Schedule
 from ringcompile.passes.split_pipeline import starts_of
 from ringcompile.passes.user_pass import UserPass
 from ringcompile.runtime.device_mesh import mesh_of
+
+if TYPE_CHECKING:
+    from ringcompile import decode_choice
+else:
+    decode_choice = Later("ringcompile.decode_choice")
 
 
 def transform(
@@ -62,7 +70,7 @@ def transform(
         passes: rewrites of your own, run on the model's program once attention and masks are
             recognized and before anything is divided.
         options: the fields of `Options`: `order`, `capacity`, `ring`, `tp_sequence`, `stages`,
-            `length`, `gather_unknown`, `cache`.
+            `length`, `gather_unknown`, `cache`, `decode`.
 
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
@@ -85,9 +93,13 @@ def transform(
     kept = {"parallel": str(mesh), **Options.of(options).record(), **(record or {})}
     made = ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
     if chosen.cache is not None:
-        next_tokens = compiled(chosen, carried=True)
-        made.carried = ParallelProgram(next_tokens, mesh, kept, observe, check=check)
-        prompt = _prompt(next_tokens, chosen, compiled)
+        def decoding(form: str) -> ParallelProgram:
+            program = compiled(replace(chosen, decode=form), carried=True)
+            return ParallelProgram(program, mesh, {**kept, "decode": form}, observe, check=check)
+
+        made.carried = _decoding(mesh, chosen.decode, decoding)
+        made.options["decode"] = made.carried.options["decode"]
+        prompt = _prompt(made.carried.program, chosen, compiled)
         if prompt is not None:
             made.prefill = ParallelProgram(prompt, mesh, kept, observe, check=check)
     return made
@@ -99,6 +111,22 @@ def _check_captured(program: object) -> None:
             f"transform takes a captured program, not {type(program).__name__}: capture it first",
             hint="rc.transform(rc.capture(model, (example_input,)), spec)",
         )
+
+
+def _decoding(
+    mesh: Mesh, form: str, decoding: Callable[[str], ParallelProgram]
+) -> ParallelProgram:
+    """The programs for the next tokens, in the form that is asked for or the faster one."""
+    if form == "helix" and kept_along(mesh) == 1:
+        raise RingCompileError(
+            f"decode=helix: the ranks of {mesh} share no cache by position",
+            hint=f"split the sequence over {' or '.join(KEEP_TOKENS)}, or leave decode out",
+        )
+    if kept_along(mesh) == 1:
+        return decoding("simple")
+    if form != "auto":
+        return decoding(form)
+    return decode_choice.faster_form(decoding("simple"), lambda: decoding("helix"))
 
 
 def _prompt(

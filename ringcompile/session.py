@@ -112,9 +112,10 @@ class Session:
     def _ranks(self, backend: str, settings: Settings, processes: ProcessOptions) -> Driver:
         """What runs the ranks: this process, a process of this machine for each, or a job."""
         parallel = self.parallel
-        kinds = (WHOLE,) if parallel.carried is None else (CARRIED, PREFILL)
+        # What a prompt needs of a weight comes first: what a token needs may be a part of it.
+        kinds = (WHOLE,) if parallel.carried is None else (PREFILL, CARRIED)
         if parallel.prefill is None:
-            kinds = kinds[:1]
+            kinds = kinds[-1:]
         if backend == "lockstep":
             return LockStepRanks.of(parallel, kinds, settings)
         if in_job():

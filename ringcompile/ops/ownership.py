@@ -118,7 +118,8 @@ class _Owners:
             _refuse(index, f"%{node.name} is brought together over {call['axis']}, and keys lie "
                     f"along {along}")
         gathers = call.target is op("gather")
-        if gathers and call["dim"] != 0 or not gathers and (call["split"], call["concat"]) != (2, 0):
+        dims = (call["dim"],) if gathers else (call["split"], call["concat"])
+        if dims != ((0,) if gathers else (2, 0)):
             _refuse(index, f"%{node.name} is brought together along the wrong dim")
 
     def stages(self, ranks: Sequence[Program]) -> None:
@@ -242,7 +243,7 @@ def _text(band: tuple[Any, Any] | None) -> str:
 def _only_user(index: int, node: fx.Node, *wanted: str) -> fx.Node:
     """The one op that reads a state, which has to be one of these."""
     users = list(node.users)
-    if len(users) != 1 or users[0].target not in map(op, wanted):
+    if len(users) != 1 or users[0].target not in [op(name) for name in wanted]:
         found = ", ".join(f"%{user.name}" for user in users) or "nothing"
         _refuse(index, f"%{node.name} has to go to {' or '.join(wanted)}, and goes to {found}")
     return users[0]

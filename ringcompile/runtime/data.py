@@ -18,6 +18,9 @@ from ringcompile.mesh import Mesh
 from ringcompile.ops.sequence import positions
 from ringcompile.runtime.tail import sequence_dim, windows
 
+# Where a share lies in the whole: from which index to which of every dim.
+Ranges = tuple[slice, ...]
+
 
 def name_inputs(program: Program, inputs: Any) -> dict[str, torch.Tensor]:
     """Inputs by name, from a mapping, a sequence in order, or one tensor.
@@ -117,16 +120,26 @@ def share_of(
     return tensor
 
 
-def share_slices(program: Program, type_: TensorType) -> tuple[slice, ...]:
+def share_slices(program: Program, type_: TensorType) -> Ranges:
     """The share of a weight as a range of every dim; nothing where it is whole or in pieces."""
-    dims = type_.layout.dims
-    if program.mesh is None or type_.layout.is_whole or any(len(atoms) > 1 for atoms in dims):
+    if program.mesh is None or type_.layout.is_whole:
         return ()
+    return share_ranges(program, type_) or ()
+
+
+def share_ranges(program: Program, type_: TensorType) -> Ranges | None:
+    """The share of a weight as a range of every dim; None where it is in pieces."""
+    dims = type_.layout.dims
+    if any(len(atoms) > 1 for atoms in dims):
+        return None
     ranges = []
     for size, atoms in zip(type_.shape, dims, strict=True):
-        axis = ",".join(atoms[0].axes) if atoms else ""
-        width = int(size) // (program.mesh.size(axis) if atoms else 1)
-        start = program.mesh.index(program.coordinates or {}, axis) * width if atoms else 0
+        width, start = int(size), 0
+        if atoms:
+            assert program.mesh is not None
+            axis = ",".join(atoms[0].axes)
+            width //= program.mesh.size(axis)
+            start = program.mesh.index(program.coordinates or {}, axis) * width
         ranges.append(slice(start, start + width))
     return tuple(ranges)
 

@@ -15,7 +15,14 @@ from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import TensorType
 from ringcompile.runtime.batches import Deal, Part, deal, part_of, uses_numbers
 from ringcompile.runtime.cache import Memory
-from ringcompile.runtime.data import share_keys, share_of, share_slices, shares_of
+from ringcompile.runtime.data import (
+    Ranges,
+    share_keys,
+    share_of,
+    share_ranges,
+    share_slices,
+    shares_of,
+)
 from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
 from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
@@ -54,20 +61,43 @@ class OpenWeights:
     Attributes:
         source: where their data comes from.
         device: where they are put.
+        held: by `share_keys`.
+        ranges: of the weights that were read, by name: where in the whole they lie.
     """
 
     source: WeightSource | None
     device: torch.device
     held: dict[Any, torch.Tensor] = field(default_factory=dict)
+    ranges: dict[str, list[tuple[Ranges, torch.Tensor]]] = field(default_factory=dict)
 
     def of(self, program: Program) -> dict[str, torch.Tensor]:
         """The weights of a rank's program by placeholder name."""
         keys = share_keys(program)
+        types = {n.name: type_of(n) for n in program.graph.nodes if n.op == "placeholder"}
+        ranges = {p: share_ranges(program, types[p]) for p in keys}
+        for p, key in keys.items():
+            if key not in self.held and (part := self._part(program.weights[p].name, ranges[p])):
+                self.held[key] = part[0]
         new = {p: program.weights[p] for p, key in keys.items() if key not in self.held}
         only = program.with_graph(program.graph, weights=new)
-        read = read_weights(only, self.source, self.device)
-        self.held.update({keys[p]: weight for p, weight in read.items()})
+        for p, weight in read_weights(only, self.source, self.device).items():
+            self.held[keys[p]] = weight
+            held = ranges[p]
+            if held is not None:
+                self.ranges.setdefault(program.weights[p].name, []).append((held, weight))
         return {p: self.held[key] for p, key in keys.items()}
+
+    def _part(self, name: str, ranges: Ranges | None) -> tuple[torch.Tensor] | None:
+        """A part of a weight, as a view of a larger one that is held already."""
+        if ranges is None:
+            return None
+        for have, weight in self.ranges.get(name, ()):
+            if all(a.start <= b.start and b.stop <= a.stop
+                   for a, b in zip(have, ranges, strict=True)):
+                moved = (slice(b.start - a.start, b.stop - a.start)
+                         for a, b in zip(have, ranges, strict=True))
+                return (weight[tuple(moved)],)
+        return None
 
 
 @dataclass(frozen=True)

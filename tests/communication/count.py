@@ -18,6 +18,7 @@ from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
+from ringcompile.session import Session
 from tests.communication.rows import LEGEND, Row
 
 LENGTH = 48  # divides over all ranks and chunks of the rows
@@ -95,7 +96,8 @@ def sizes(model: str) -> dict[str, Any]:
 
 @cache
 def compiled(row: Row) -> ParallelProgram:
-    return transform(captured(row.model), row.parallel, **row.options)
+    made = transform(captured(row.model), row.parallel, **row.options)
+    return made.with_cache() if "cache" in row.options else made
 
 
 def expected(row: Row, rank: int) -> Any:
@@ -145,6 +147,11 @@ def numbers(row: Row, length: int) -> list[int]:
 
 def ran(row: Row, length: int) -> list[int]:
     """The bytes that every rank of a lock-step run sends."""
+    if "cache" in row.options:
+        made = transform(captured(row.model), row.parallel, **row.options)
+        with Session(made) as opened:
+            opened.extend(inputs(row.model, length))
+            return opened.driver.bytes_sent
     parallel = compiled(row)
     given = tuple(
         x.repeat(parallel.mesh.size("dp"), *[1] * (x.dim() - 1))

@@ -12,7 +12,7 @@ LEGEND: Final = {
     "B": "rows of the batch",
     "s": "tokens of the sequence",
     "n": "tokens of a rank at a time: s over what divides the sequence, `time` too, rounded up to "
-         "whole chunks",
+         "whole chunks; with a cache, the new tokens",
     "L": "layers",
     "D": "hidden size",
     "H": "query heads",
@@ -80,6 +80,7 @@ EXACT: Final = "2*L*E*Min(n, ceiling(f*k*s/E))*D*b*(N - 1)/N + 8*c*L*E*(N - 1)"
 LOCAL: Final = "2*L*E*ceiling(f*k*n/E)*D*b*(N - 1)/N"
 EARLIER: Final = "M*(M - 1)/2*K*(R - 1)"
 REDUCED: Final = "4*L*X*(T - 1)/T"
+STATES: Final = "4*L*B*n*H*(d + 1)*(R - 1)"  # outputs and log-sum-exps of all heads, in float32
 
 ROWS: Final = (
     Row("ring, causal, contiguous", "dense-4l-tiny", "ring=4",
@@ -190,4 +191,21 @@ ROWS: Final = (
                   (f"M*K/P + ({EARLIER})/P + {more}", ""))),
         "a stage has 1/P of the layers, and hands on hidden states piece by piece",
         {"order": "zigzag"}),
+    Row("decode over ring, simple", "dense-4l-tiny", "ring=4", always(STATES),
+        "an all-gather a layer: of all heads the attention over a rank's keys, and its log-sum-exp",
+        {"cache": 96, "decode": "simple"}),
+    Row("decode over ring, Helix", "dense-4l-tiny", "ring=4",
+        always(f"{STATES}/R + 4*L*X*(R - 1)/R"),
+        "an all-to-all of the same, by heads; an all-reduce behind the output projection and one "
+        "behind the MLP", {"cache": 96, "decode": "helix"}),
+    Row("decode over ring x tp, simple", "dense-4l-tiny", "ring=2,tp=2",
+        always(f"{STATES}/T + {REDUCED}"), "1/T of the heads; all-reduces over tp",
+        {"cache": 96, "decode": "simple"}),
+    Row("decode over ring x tp, Helix", "dense-4l-tiny", "ring=2,tp=2",
+        always(f"{STATES}/(R*T) + 4*L*X*(R*T - 1)/(R*T)"), "all-reduces over ring x tp",
+        {"cache": 96, "decode": "helix"}),
+    Row("decode over pp x ring, Helix", "dense-4l-tiny", "pp=2,ring=2",
+        ((f"({STATES}/R + 4*L*X*(R - 1)/R)/P + X", "p < P - 1"),
+         (f"({STATES}/R + 4*L*X*(R - 1)/R)/P", "")), "a stage has 1/P of the layers",
+        {"cache": 96, "decode": "helix"}),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import fx
@@ -185,3 +186,22 @@ def test_who_keeps_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots.Ledger, "_add", lambda self, rank, stop: add(self, rank, stop + 1))
     with pytest.raises(rc.RingCompileError):
         ownership._positions(80, 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"axis": "tp"}, "is brought together over tp, and keys lie along ring"),
+        ({"split": 1}, "is brought together along the wrong dim"),
+        ({"concat": 1}, "is brought together along the wrong dim"),
+    ],
+)
+def test_heads_are_brought_together_over_all_that_keep_them(
+    how: dict[str, Any], reason: str
+) -> None:
+    parallel = rc.transform(captured(Rotary)[1], "ring=2", cache=80, decode="helix")
+    assert parallel.carried is not None
+    exchange = nodes(parallel.carried.rank(1), "all_to_all")[1]
+    exchange.kwargs = {**exchange.kwargs, **how}
+    with pytest.raises(rc.RingCompileError, match=f"rank 1: .* {reason}"):
+        check(parallel)
