@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,13 +15,13 @@ from ringcompile.axes import KEEP_TOKENS
 from ringcompile.capture.dims import Dims
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import LoadedModel, load_model
+from ringcompile.decode_choice import faster_form
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind
 from ringcompile.ir.plan import SplitPlan
 from ringcompile.ir.program import Program
-from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
 from ringcompile.parallel_program import Observer, ParallelProgram
@@ -34,11 +34,6 @@ from ringcompile.passes.schedule import Schedule
 from ringcompile.passes.split_pipeline import starts_of
 from ringcompile.passes.user_pass import UserPass
 from ringcompile.runtime.device_mesh import mesh_of
-
-if TYPE_CHECKING:
-    from ringcompile import decode_choice
-else:
-    decode_choice = Later("ringcompile.decode_choice")
 
 
 def transform(
@@ -126,7 +121,7 @@ def _decoding(
         return decoding("simple")
     if form != "auto":
         return decoding(form)
-    return decode_choice.faster_form(decoding("simple"), lambda: decoding("helix"))
+    return faster_form(decoding("simple"), lambda: decoding("helix"))
 
 
 def _prompt(

@@ -22,6 +22,7 @@ FLOORS = [
     {"stages"},
     {"numerics"},
     {"compiler"},
+    {"decode_choice"},
     {"parallel_program"},
     {"pass_list"},
     {"runtime"},
