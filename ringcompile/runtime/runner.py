@@ -26,6 +26,7 @@ from ringcompile.runtime.data import (
 from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
 from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
+from ringcompile.runtime.tail import has_last_positions
 from ringcompile.runtime.tasks import CARRIED, WHOLE, Extend, Inputs, Prompt, Run, Task
 from ringcompile.runtime.tracer import Tracer
 
@@ -219,11 +220,12 @@ class Runner:
         opened = self.open(task.kind)
         dealt = deal(opened.program, task.inputs)
         parts = dealt.of(opened.program)
+        last = isinstance(task, Extend) and task.last
+        computed = Kept(1) if _cuts(task, opened.program) else task.keep
         calls = [
-            self._call(opened, part, task.keep, values)
+            self._call(opened, part, computed, values)
             for part, values in zip(parts, self._taken(task, opened, parts), strict=True)
         ]
-        last = isinstance(task, Extend) and task.last
         return Prepared(dealt, calls, task.keep, last, self.tracer)
 
     def _taken(self, task: Task, opened: _Opened, parts: Iterable[Part]) -> Iterator[Inputs]:
@@ -294,6 +296,11 @@ def computed(prepared: Prepared) -> Generator[Request, Any, Computed]:
         summaries.append(summary)
     dealt = _of_last(prepared.dealt) if prepared.last else prepared.dealt
     return Computed(tuple(outputs), dealt, tuple(summaries))
+
+
+def _cuts(task: Task, program: Program) -> bool:
+    """Whether the head is computed for the last of several new tokens only."""
+    return isinstance(task, Extend) and task.last and task.new > 1 and has_last_positions(program)
 
 
 def _of_last(dealt: Deal) -> Deal:

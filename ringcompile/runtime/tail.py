@@ -55,6 +55,16 @@ def sequence_dim(program: Program, type_: TensorType) -> int | None:
     return found[0] if found else None
 
 
+def has_last_positions(program: Program) -> bool:
+    """Whether the last positions of every output are one piece of it."""
+    try:
+        for node in program.outputs:
+            sequence_dim(program, type_of(node))
+    except RingCompileError:
+        return False
+    return True
+
+
 def windows(program: Program, lengths: Mapping[str, int], last: int) -> range:
     """The last positions of the sequence, `last` of them or all."""
     assert program.sequence is not None
@@ -175,7 +185,7 @@ class _Tail:
 
     def _taken(self, node: fx.Node, dim: int, rows: Rows) -> fx.Node:
         made = self.graph.call_function(take_rows, (node, dim, rows))
-        made.meta = dict(node.meta)
+        made.meta = {**node.meta, "rows": (dim, sum(map(len, rows)))}
         return made
 
     def _through(self, node: fx.Node, dim: int, rows: Rows) -> fx.Node | None:
@@ -204,11 +214,10 @@ class _Tail:
             self.reduced(operand, found[0], rows) if found else operand
             for operand, found in zip(call.operands, dims, strict=True)
         ]
-        return self._again(node, operands)
-
-    def _again(self, node: fx.Node, operands: Sequence[fx.Node]) -> fx.Node:
-        args, kwargs = replace_operands(node, list(operands))
-        return self._made(node, args, kwargs)
+        args, kwargs = replace_operands(node, operands)
+        made = self._made(node, args, kwargs)
+        made.meta["rows"] = dim, sum(map(len, rows))
+        return made
 
     def _made(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """The op of a node, of other arguments."""
@@ -239,7 +248,9 @@ class _Tail:
                 parts.append(self.reduced(piece, dim, held))
         if not parts:
             return None
-        return self._made(node, (parts, dim), {})
+        made = self._made(node, (parts, dim), {})
+        made.meta["rows"] = dim, sum(map(len, rows))
+        return made
 
     def _local(self, node: fx.Node) -> tuple[Size, ...]:
         return local_shape(type_of(node), self.program.mesh, self.program.sequence)

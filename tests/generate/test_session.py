@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import ringcompile as rc
 from ringcompile.runtime.cache import Memory
+from ringcompile.runtime.executor import Executor
 from tests.generate.models import (
     ALL,
     CAPACITY,
@@ -148,9 +149,29 @@ def test_the_last_token_alone() -> None:
             assert difference(found, module(ids(20)[:, : at + new])) < EXACT
 
 
-def test_last() -> None:
-    with checked_session(cached(Rotary, "ring=4")[1]) as session:
-        assert session.extend(ids(7), last=True).shape == (1, 1, 40)
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["ring=4", "tp=2", "pp=2"])
+def test_last(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head, and what else is behind the last layer's exchanges, sees one token."""
+    module, parallel = cached(Rotary, spec)
+    heads: list[int] = []
+    linear = torch.ops.aten.linear.default
+
+    called = Executor._called
+
+    def seen(self: Executor, step: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if step.node.target is linear and args[1].shape[0] == 40:
+            heads.append(args[0].shape[1])
+        return called(self, step, args, kwargs)
+
+    monkeypatch.setattr(Executor, "_called", seen)
+    with checked_session(parallel) as session:
+        for new in (7, 5, 1):
+            at = session.length
+            found = session.extend(ids(20)[:, at : at + new], last=True)
+            expected = module(ids(20)[:, : at + new])[:, -1:]
+            assert difference(found, expected) < EXACT
+    assert set(heads) == {1}
 
 
 @torch.no_grad()
