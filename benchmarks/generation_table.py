@@ -53,7 +53,7 @@ def captured(model: str | None) -> Program:
 def lines(plans: list[GenerationPlan], request: GenerationRequest) -> Iterator[str]:
     """A line of a Markdown table for each plan."""
     for plan in plans:
-        cells = [f"{request.context:,}", str(request.batch), f"`{plan.mesh}`"]
+        cells = [f"{request.context:,}", str(request.batch), f"`{plan}`"]
         if plan.ttft is None or plan.tpot is None:
             cells += ["", "", "", "", "", plan.why]
         else:

@@ -31,6 +31,7 @@ from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import prepare
+from ringcompile.passes.decode_features import kept_along
 from ringcompile.runtime.tail import last_positions, take_rows
 
 # A prompt that no ring divides is taken in by so many tokens at a time, as with `--chunk`.
@@ -75,6 +76,7 @@ class GenerationPlan:
         memory_bytes: the peak of the rank that holds most: weights, cache and values.
         why: on what the time of a token is spent, or why it cannot be.
         serves: what no other spec does better; ("frontier",) where none is better in both times.
+        decode: the form in which next tokens are computed: the faster one; see `Options.decode`.
     """
 
     mesh: Mesh
@@ -83,16 +85,22 @@ class GenerationPlan:
     memory_bytes: int | None
     why: str
     serves: tuple[str, ...] = ()
+    decode: str = "simple"
 
     @property
     def fits(self) -> bool:
         """Whether it can run on the cluster."""
         return self.tpot is not None
 
+    def __str__(self) -> str:
+        """What `ringcompile transform` takes behind `--parallel`."""
+        return str(self.mesh) if self.decode == "simple" else f"{self.mesh} --decode {self.decode}"
+
     def to_json(self, batch: int) -> dict[str, Any]:
         """The fields that `plan --json` prints."""
         return {
             "spec": str(self.mesh),
+            "decode": self.decode,
             "ttft_ms": None if self.ttft is None else self.ttft * 1e3,
             "tpot_ms": None if self.tpot is None else self.tpot * 1e3,
             "tps": None if self.tpot is None else batch / self.tpot,
@@ -163,7 +171,7 @@ class _Judge:
     cluster: Cluster
     request: GenerationRequest
     _prepared: dict[int, Program] = field(default_factory=dict)
-    _made: dict[Variant, ParallelProgram] = field(default_factory=dict)
+    _made: dict[tuple[Variant, str], ParallelProgram] = field(default_factory=dict)
     _checked: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -192,8 +200,8 @@ class _Judge:
             return GenerationPlan(mesh, None, None, None, impossible)
         variant, middle = Variant(mesh), self.request.middle
         try:
-            step = self._estimate(variant, 1, middle)
-            prompt = self._prompt(variant)
+            step, decode = self._step(variant, middle)
+            prompt = self._prompt(variant, decode)
         except RingCompileError as error:
             return GenerationPlan(mesh, None, None, None, error.message)
         except TooLargeError as error:
@@ -205,7 +213,20 @@ class _Judge:
         total = sum(step.path.values()) or 1.0
         spent = sorted(step.path.items(), key=lambda entry: -entry[1])
         why = ", ".join(f"{kind} {part / total:.0%}" for kind, part in spent if part >= total / 50)
-        return GenerationPlan(mesh, prompt.latency + step.latency, step.latency, memory, why)
+        return GenerationPlan(
+            mesh, prompt.latency + step.latency, step.latency, memory, why, decode=decode
+        )
+
+    def _step(self, variant: Variant, context: int) -> tuple[Estimate, str]:
+        """The step that makes a token, in the faster form, and which one that is."""
+        simple = self._estimate(variant, 1, context)
+        if kept_along(variant.mesh) == 1:
+            return simple, "simple"
+        try:
+            helix = self._estimate(variant, 1, context, "helix")
+        except RingCompileError:  # heads that nothing divides
+            return simple, "simple"
+        return (helix, "helix") if helix.latency < simple.latency else (simple, "simple")
 
     def _impossible(self, mesh: Mesh) -> str:
         """Why a mesh cannot work, judging by its sizes alone; empty if it can."""
@@ -221,14 +242,14 @@ class _Judge:
         room = self._ask(1, None).room
         return f"a rank holds {memory / 1e9:.4g} GB, there is room for {room / 1e9:.4g} GB"
 
-    def _prompt(self, variant: Variant) -> Estimate:
+    def _prompt(self, variant: Variant, decode: str) -> Estimate:
         """The prompt: divided over a ring, or chunk by chunk on all of its ranks."""
         context = self.request.context
         if variant.mesh.size("ring") > 1 and self._compiled(one_stage(variant)).prefill is not None:
             found = self._estimate(variant, context, None)
             return replace(found, memory_bytes=found.memory_bytes + self._cache_bytes(variant))
         chunk = min(context, CHUNK)
-        first, last = (self._estimate(variant, chunk, c) for c in (chunk, context))
+        first, last = (self._estimate(variant, chunk, c, decode) for c in (chunk, context))
         count = context / chunk
         seconds = count * (first.latency + last.latency) / 2
         return Estimate(seconds, seconds, last.path, max(first.memory_bytes, last.memory_bytes))
@@ -241,7 +262,9 @@ class _Judge:
         batch = self.request.batch / mesh.size("dp")
         return round(cost_of(program, 1).cache_bytes * blocks * batch)
 
-    def _estimate(self, variant: Variant, length: int, context: int | None) -> Estimate:
+    def _estimate(
+        self, variant: Variant, length: int, context: int | None, decode: str = "simple"
+    ) -> Estimate:
         """A run of new tokens with so many in the cache; without a context, of a prompt.
 
         A prompt is costed by the program of the whole sequence: of a few layers, the one that
@@ -249,7 +272,7 @@ class _Judge:
         """
 
         def compile_(one: Variant, _: int) -> HasRanks:
-            made = self._compiled(one)
+            made = self._compiled(one, decode)
             return _LastToken(made, length) if context is None else made.with_cache()
 
         return Estimator(self.model, self._ask(length, context), compile_).quick(variant, inf)
@@ -257,15 +280,15 @@ class _Judge:
     def _ask(self, length: int, context: int | None) -> Ask:
         return Ask(self.cluster.num_devices, self.cluster, length, self.request.batch, context)
 
-    def _compiled(self, variant: Variant) -> ParallelProgram:
-        if variant not in self._made:
+    def _compiled(self, variant: Variant, decode: str = "simple") -> ParallelProgram:
+        if (variant, decode) not in self._made:
             stages = variant.mesh.size("pp")
             starts = self.stack.starts(stages) if self.stack is not None else ()
-            self._made[variant] = compiler.transform(
+            self._made[variant, decode] = compiler.transform(
                 self._ready(stages), variant.mesh, check=False, checked=self._checked,
-                cache=self.request.capacity, stages=starts,
+                cache=self.request.capacity, stages=starts, decode=decode,
             )
-        return self._made[variant]
+        return self._made[variant, decode]
 
     def _ready(self, stages: int) -> Program:
         """A block for each of so many stages, or the model, as far as all specs have in common."""

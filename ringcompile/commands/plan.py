@@ -114,7 +114,7 @@ def _generation(
     title = (f"{model} on {hardware.num_devices} x {hardware.device.title}, batch {request.batch}, "
              f"{request.context} tokens and {request.new_tokens} new ones")
     rows = [
-        [str(found.mesh), milliseconds(found.ttft or 0), milliseconds(found.tpot or 0),
+        [str(found), milliseconds(found.ttft or 0), milliseconds(found.tpot or 0),
          f"{request.batch / (found.tpot or 1):,.1f}", size_text(found.memory_bytes or 0),
          ", ".join(found.serves), found.why]
         for found in fitting[:top]

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import ringcompile as rc
+from ringcompile.cost.hardware import load_cluster
 from ringcompile.decode_choice import CLUSTER, Step, faster_form
+from ringcompile.generation_plans import GenerationRequest, generation_plans
 from ringcompile.ir.communication import num_bytes
 from ringcompile.ir.nodes import layout_of
 from ringcompile.pass_list import prepare
@@ -127,26 +129,34 @@ class Layer(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
-def one_layer(width: int, decode: str = "auto") -> rc.ParallelProgram:
+def one_layer(width: int) -> Program:
     with torch.device("meta"):
         x = torch.empty(1, 8, width, dtype=torch.bfloat16)
-        program = rc.capture(Layer(width).to(torch.bfloat16), (x,))
-    return rc.transform(program, "ring=4", cache=256, decode=decode)
+        return rc.capture(Layer(width).to(torch.bfloat16), (x,))
 
 
 def test_the_cost_model_chooses() -> None:
     """What is small is waited for longer than it is read."""
-    small, large = one_layer(64), one_layer(8192)
+    small, large = (rc.transform(one_layer(width), "ring=4", cache=256) for width in (64, 8192))
     assert [made.options["decode"] for made in (small, large)] == ["simple", "helix"]
     exchanged = [
         [str(n.target).split(".")[1] for n in made.with_cache().rank(0).graph.nodes
          if n.kwargs.get("axis")] for made in (small, large)
     ]
     assert exchanged == [["gather"], ["all_to_all", "all_reduce", "all_reduce"]]
-    step, simple = Step.of(large.with_cache().program), one_layer(8192, "simple").with_cache()
+    step = Step.of(large.with_cache().program)
+    simple = rc.transform(one_layer(8192), "ring=4", cache=256, decode="simple").with_cache()
     assert step.cluster.name == CLUSTER
     assert step.seconds(simple) > 1.3 * step.seconds(large.with_cache())
     assert faster_form(simple, lambda: simple) is simple
+
+
+def test_plans_choose_for_the_hardware_that_is_asked_for() -> None:
+    cluster, asked = load_cluster(CLUSTER).sized(4), GenerationRequest(64, 16)
+    for width, found in ((64, "ring=4"), (8192, "ring=4 --decode helix")):
+        (plan,) = generation_plans(one_layer(width), cluster, asked, specs=["ring=4"])
+        assert str(plan) == found
+        assert plan.to_json(1)["decode"] == plan.decode
 
 
 @pytest.mark.parametrize(
