@@ -17,6 +17,7 @@ from ringcompile.decode_choice import CLUSTER, Step, faster_form
 from ringcompile.generation_plans import GenerationRequest, generation_plans
 from ringcompile.ir.communication import num_bytes
 from ringcompile.ir.nodes import layout_of
+from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
 from tests.families.catalogue import FAMILIES
 from tests.generate.models import ALL, CAPACITY, Rotary, captured, checked_session, ids
