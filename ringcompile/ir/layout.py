@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 
 from ringcompile.axes import ONLY_SEQUENCE, AxisRef, base_axis, refs, size_of
 from ringcompile.ir.expr import Size, divide, equal, product, to_text
@@ -174,22 +175,48 @@ def _regrouped(
     out_sizes: tuple[Size, ...],
     axes: tuple[tuple[str, int], ...],
 ) -> Layout | None:
-    axis_sizes = dict(axes)
+    first = _alike(sizes, out_sizes)
+    last = _alike(sizes[first:][::-1], out_sizes[first:][::-1])
+    between = slice(first, len(sizes) - last)
+    dims = _regrouped_dims(
+        sizes[between], layout.dims[between], out_sizes[first : len(out_sizes) - last], dict(axes)
+    )
+    if dims is None:
+        return None
+    end = layout.dims[len(sizes) - last :]
+    return Layout((*layout.dims[:first], *dims, *end), layout.partial)
+
+
+def _alike(sizes: tuple[Size, ...], out_sizes: tuple[Size, ...]) -> int:
+    """How many dims both shapes begin with."""
+    pairs = zip(sizes, out_sizes, strict=False)
+    return len(list(takewhile(lambda pair: equal(*pair), pairs)))
+
+
+def _regrouped_dims(
+    sizes: Sequence[Size],
+    dims: Sequence[DimLayout],
+    out_sizes: Sequence[Size],
+    axis_sizes: Mapping[str, int],
+) -> list[DimLayout] | None:
+    """The dims behind a view of all elements; sizes need no proof where nothing is split."""
+    if not any(atom.axes for dim in dims for atom in dim):
+        return [WHOLE] * len(out_sizes)
     atoms = _rejoined(
         merge(
             atom
-            for size, dim in zip(sizes, layout.dims, strict=True)
+            for size, dim in zip(sizes, dims, strict=True)
             for atom in (dim or (Atom(size),))
         ),
         axis_sizes,
     )
-    dims = []
+    found = []
     for size in out_sizes:
         taken = _take(atoms, size, axis_sizes)
         if taken is None:
             return None
-        dims.append(normalise(taken))
-    return Layout(tuple(dims), layout.partial) if not atoms else None
+        found.append(normalise(taken))
+    return found if not atoms else None
 
 
 def _rejoined(atoms: list[Atom], axis_sizes: Mapping[str, int]) -> list[Atom]:

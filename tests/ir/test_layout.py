@@ -360,3 +360,15 @@ def test_a_layout_says_which_axes_split_it() -> None:
     assert not layout.is_whole
     assert Layout.whole(3).is_whole
     assert Layout.whole(3).axes == ()
+
+
+def test_sizes_that_nothing_proves_equal_stay_whole_beside_what_is_split() -> None:
+    """A view keeps its elements: between dims that both sides have, whatever those dims are."""
+    batch, length = symbol("b"), symbol("s")
+    padded, halved = length + length % 2, (length + 1) // 2
+    for dim, size, axis in ((0, batch, "dp"), (3, 8, "tp")):
+        split = Layout.split(4, dim, size, (axis,))
+        found = regroup((batch, padded, 4, 8), split, (batch, halved, 8, 8), {axis: 2})
+        assert found == split
+    behind = Layout.split(3, 1, padded, ("ring",))
+    assert regroup((batch, padded, 8), behind, (batch, halved, 16), {"ring": 2}) is None
