@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import ANSWERS, Collective
 from ringcompile.runtime.executor import Request, Shift, Wait
-from ringcompile.runtime.join import Rank, first_line, name_ranks
+from ringcompile.runtime.join import Rank, first_line, limit_exchanges, name_ranks
 from ringcompile.runtime.recorder import Recorder
 from ringcompile.runtime.reports import silent_ranks
 from ringcompile.runtime.stamps import Checked, Stamps
@@ -93,6 +94,8 @@ class Exchange:
 
     def _add(self, axis: str, group: dist.ProcessGroup) -> None:
         self.groups[axis] = group
+        if self.rank.devices is None:
+            limit_exchanges(group, self.rank.timeout)
         if self.stamps is not None:
             self.stamps.add(axis, self.mesh.group_of(self.rank.index, axis))
 
@@ -111,6 +114,10 @@ class Exchange:
         if self.stamps is not None:
             with self._meeting(range(self.rank.world_size), "ending the run"):
                 self.stamps.end()
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self.rank.timeout)
 
     def _peer(self, axis: str, coordinate: int) -> int:
         return self.mesh.peer(self.rank.index, axis, coordinate)
@@ -140,8 +147,11 @@ class Exchange:
         with self._meeting(transfer.peers, "wait", wait.node):
             if self.stamps is not None and transfer.checked is not None:
                 transfer.works += self.stamps.arrive(transfer.checked)
+            # gloo limits transfers by its group's first timeout unless told; over NCCL this would
+            # hold the host up, and the group's own timeout counts.
+            limit = () if self.rank.device.type == "cuda" else (self._timeout,)
             while transfer.works:  # gloo hangs where a work is waited for twice
-                transfer.works.pop(0).wait()
+                transfer.works.pop(0).wait(*limit)
         return transfer.buffer
 
     def _meet(self, asked: Collective) -> Any:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from ringcompile.errors import RingCompileError
@@ -31,6 +32,7 @@ JOIN_TIMEOUT = 120.0  # starting 16 processes on 2 busy cores takes a few second
 _BACKLOG = 2048  # connections of ranks that start at once
 _POLL = 0.5  # seconds between two looks at who has joined
 _GIVEN_UP = "ringcompile/missing"
+_UNCONNECTED = "ringcompile/unconnected"
 EXCHANGE_TIMEOUT = 1800.0  # a peer may compute for long between two transfers
 _TORCHRUN = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 
@@ -119,6 +121,11 @@ def under_torchrun() -> bool:
     return os.environ.keys() >= _TORCHRUN
 
 
+def has_store_of_launcher() -> bool:
+    """Whether the launcher holds the store through which the ranks find one another."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def in_job() -> bool:
     """Whether this process is a rank: of a launcher's job, or of a process group that is there."""
     return dist.is_initialized() or under_torchrun()
@@ -171,7 +178,7 @@ def _job_store(index: int, world_size: int, timeout: timedelta) -> Store:
     if _is_loopback(host):  # then all ranks are here, and nobody else needs to reach them
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if has_store_of_launcher():
         return next(rendezvous("env://", timeout=timeout))[0]
     listening = _listen(host, port) if index == 0 else None
     return TCPStore(
@@ -255,16 +262,40 @@ def _join(
             store=store,
             rank=index,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=join_timeout),  # who dies here may never be heard of
             device_id=device if backend == "nccl" else None,
         )
     except RuntimeError as error:
         raise RingCompileError(
-            f"rank {index} cannot connect to the others over {backend}: {first_line(error)}",
-            hint="GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME can name the network interface to use",
+            f"rank {index} cannot connect to {_unconnected(store, index, world_size)} over "
+            f"{backend} within {join_timeout:g} s: {first_line(error)}",
+            hint="see whether all ranks still run; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME can "
+            "name the network interface to use",
         ) from error
+    limit_exchanges(None, timeout)
     atexit.register(leave)
     return Rank(index, world_size, device, timeout=timeout)
+
+
+def limit_exchanges(group: dist.ProcessGroup | None, timeout: float) -> None:
+    """Limit the seconds that an exchange in a group may take; None is the group of all ranks.
+
+    Groups that torch makes for the axes of a mesh would else wait for half an hour.
+    """
+    _set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+def _unconnected(store: Store, index: int, world_size: int) -> str:
+    """The ranks that do not report that they cannot connect: it is they who are missed."""
+    others = [rank for rank in range(world_size) if rank != index]
+    try:
+        store.set(f"{_UNCONNECTED}/{index}", "1")
+        time.sleep(2 * _POLL)
+        silent = [rank for rank in others if not store.check([f"{_UNCONNECTED}/{rank}"])]
+        time.sleep(2 * _POLL if index == 0 else 0)  # the store may go with rank 0
+    except RuntimeError:
+        return "rank 0, which holds the job's store,"
+    return name_ranks(silent or others)
 
 
 def _check_in(store: Store, index: int, world_size: int, timeout: float) -> None:

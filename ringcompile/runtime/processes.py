@@ -39,8 +39,16 @@ from ringcompile.runtime.transport import pack, unpack
 from ringcompile.runtime.worker import Failure, RankCall, RankPlace, Reply, serve
 
 _PRELOAD = ["torch", "torch.distributed", "ringcompile.runtime.launcher", "ringcompile.artifact"]
-_GRACE = 1.0  # seconds for the cause to arrive when a consequence was reported first
+_GRACE = 1.5  # seconds for the cause to arrive when a consequence was reported first
+_WORD = 2.5  # seconds for the others to say what they waited for when a rank has ended
 _LEAVE = 5.0  # seconds to leave when asked to
+
+
+_KILLED_BY = {
+    signal.SIGKILL: "SIGKILL is often the system out of memory: use fewer ranks, a shorter "
+    "sequence or a smaller dtype",
+    signal.SIGTERM: "a person, a scheduler or a time limit sends SIGTERM; ringcompile does not",
+}
 
 
 class Processes:
@@ -205,12 +213,13 @@ class Processes:
         A rank that misses another knows more than is known here, so it gets a grace to say so.
         """
         answers: dict[int, Any] = {}
+        ended: RingCompileError | None = None
         waiting = dict(zip(self._connections, range(self.num_ranks), strict=True))
         deadline, suspect = time.monotonic() + timeout + grace, None
-        while waiting:
+        while waiting and not (ended and (suspect or not self._num_calls)):
             ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise self._late(sorted(waiting.values()), timeout, late, suspect)
+                raise ended or self._late(sorted(waiting.values()), timeout, late, suspect)
             for end in ready:
                 index = waiting.pop(end)  # type: ignore[call-overload]
                 match self._receive(index):
@@ -221,6 +230,11 @@ class Processes:
                         deadline = min(deadline, time.monotonic() + _GRACE)
                     case Failure(error):
                         raise error
+                    case None:
+                        ended = ended or self._ended(index)
+                        deadline = min(deadline, time.monotonic() + _WORD)
+        if ended:
+            raise _where(ended, suspect)
         if suspect:
             raise suspect
         return [answers[index] for index in range(self.num_ranks)]
@@ -236,17 +250,20 @@ class Processes:
         stopped = [rank for rank in ranks if _is_stopped(self._processes[rank].pid)]
         if not stopped:
             return suspect or late(ranks, timeout)
-        error = late(stopped, timeout)
-        return RingCompileError(
-            error.message,
-            hint=f"{name_ranks(stopped)} got SIGSTOP, or a debugger holds it; SIGCONT ends that",
+        return _where(
+            RingCompileError(
+                late(stopped, timeout).message,
+                hint=f"{name_ranks(stopped)} got SIGSTOP, or a debugger holds it; SIGCONT ends "
+                "that",
+            ), suspect,
         )
 
-    def _receive(self, index: int) -> Reply | Failure:
+    def _receive(self, index: int) -> Reply | Failure | None:
+        """What a rank answers; None where it has ended."""
         try:
             message = unpack(self._connections[index].recv_bytes())
-        except (EOFError, OSError) as error:
-            raise self._ended(index) from error
+        except (EOFError, OSError):
+            return None
         if isinstance(message, Failure):
             message.error.add_note(message.trace)
         return message
@@ -256,10 +273,9 @@ class Processes:
         process.join(_LEAVE)
         code = process.exitcode
         if code is not None and code < 0:
+            number = signal.Signals(-code)
             return RingCompileError(
-                f"rank {index} was killed by {signal.Signals(-code).name}",
-                hint="SIGKILL is often the system out of memory: use fewer ranks, a shorter "
-                "sequence or a smaller dtype",
+                f"rank {index} was killed by {number.name}", hint=_KILLED_BY.get(number)
             )
         return RingCompileError(f"rank {index} ended with exit code {code}")
 
@@ -274,6 +290,16 @@ def _start_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _where(error: RingCompileError, suspect: RingCompileError | None) -> RingCompileError:
+    """The error about a rank, with the op and the line in which another one waited for it."""
+    if suspect is None or suspect.node is None:
+        return error
+    return RingCompileError(
+        f"{error.message} while others waited for it", hint=error.hint,
+        location=suspect.location, node=suspect.node,
+    )
 
 
 def _is_stopped(pid: int | None) -> bool:

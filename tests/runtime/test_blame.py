@@ -26,7 +26,8 @@ from tests.runtime import rank_functions
 
 
 def test_a_stopped_rank_is_named_alone(within) -> None:
-    message = r"error: rank 2 did not answer within 6 s\n  hint: rank 2 got SIGSTOP, or a debugger"
+    message = (r"model.py:7: error: rank 2 did not answer within 6 s while others waited for it\n"
+               r"  node: %arrived\n  layer: layers.0\n  hint: rank 2 got SIGSTOP, or a debugger")
     with within(150), pytest.raises(RingCompileError, match=message):
         launch(rank_functions.stop_in_the_ring, 4, timeout=6, threads=1)
 
@@ -110,9 +111,9 @@ def test_a_rank_is_slow_only_where_all_others_waited(
 
 
 ENDS = {
-    signal.SIGKILL: "rank 1 was killed by SIGKILL\n  hint: SIGKILL is often the system out of",
-    signal.SIGTERM: "rank 1 was killed by SIGTERM\n",
-    signal.SIGSTOP: "rank 1 did not answer within 20 s\n  hint: rank 1 got SIGSTOP, or a debugger",
+    signal.SIGKILL: r"rank 1 was killed by SIGKILL{}.*hint: SIGKILL is often the system out of",
+    signal.SIGTERM: r"rank 1 was killed by SIGTERM{}.*hint: a person, a scheduler or a time limit",
+    signal.SIGSTOP: r"rank 1 did not answer within 20 s{}.*hint: rank 1 got SIGSTOP, or a debugger",
 }
 
 
@@ -152,4 +153,5 @@ def test_a_rank_that_ends_while_it_works_is_named_alone(
         finally:
             worked.set()
             hand.join()
-    assert f"error: {ENDS[number]}" in str(caught.value)
+    waited = "( while others waited for it.*node: %.*layer: blocks)?"  # it may have been computing
+    assert re.search("error: " + ENDS[number].format(waited), str(caught.value), re.DOTALL)
