@@ -12,6 +12,7 @@ import torch
 from ringcompile.ops import kernels
 from ringcompile.ops.attention import State, combine
 from ringcompile.ops.blocks import Band
+from ringcompile.ops.running import BY_NAME
 
 
 def store(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -102,19 +103,23 @@ def running_sum(
     *,
     dim: int,
     dtype: torch.dtype | None = None,
+    by: str = "sum",
 ) -> torch.Tensor:
-    """The prefix sum of x along `dim`, begun where the tokens before it ended.
+    """The scan of x along `dim`, begun where the tokens before it ended.
 
     Args:
         x: [.., S, ..], the new tokens.
-        sums: [.., capacity + 1, ..], the prefix sums at all positions so far, moved on by one: 0
-            stands before the first; written in place.
+        sums: [.., capacity + 1, ..], the results at all positions so far, moved on by one; what
+            stands before the first is not read; written in place.
         positions: int64 [S], of the new tokens.
-        dim: the dim summed along.
+        dim: the dim scanned along.
         dtype: of the result.
+        by: which scan: the name of one of `SCANS`.
     """
+    kind = BY_NAME[by]
     before = sums.index_select(dim, positions[:1])
-    total = torch.cumsum(x, dim, dtype=dtype) + before
+    before = before.masked_fill(positions[:1].view(*[1] * x.dim()) == 0, kind.identity)
+    total = kind.combine(kind.scan(x, dim, **kind.dtype(dtype)), before)
     sums.index_copy_(dim, positions + 1, total)
     return total
 

@@ -67,8 +67,8 @@ SCHEMAS = {
     "pack_state": "(Tensor[] state) -> Tensor",
     "merge_states": "(Tensor packed) -> Tensor[]",
     "running_sum": (
-        "(Tensor x, Tensor(a!) sums, Tensor positions, *, int dim, ScalarType? dtype=None) "
-        "-> Tensor"
+        "(Tensor x, Tensor(a!) sums, Tensor positions, *, int dim, ScalarType? dtype=None, "
+        'str by="sum") -> Tensor'
     ),
     "recent": (
         "(Tensor x, Tensor(a!) kept, Tensor positions, *, int dim, int before) -> Tensor"

@@ -39,6 +39,7 @@ from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
+from ringcompile.ops.running import SCANS
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Pass, refuse
 from ringcompile.passes.carried_dims import check_call, is_last, is_positions
@@ -253,8 +254,8 @@ class _Carrier:
             self.into.type(type_of(node)), name=node.name, why="of the new tokens",
         )
 
-    def _cumsum(self, node: fx.Node) -> fx.Node:
-        """A prefix sum goes on from where the tokens before ended."""
+    def _scan(self, node: fx.Node) -> fx.Node:
+        """A scan goes on from where the tokens before ended."""
         call, type_ = Call(node), type_of(node)
         dim = call["dim"] % len(type_.shape)
         if TIME not in layout_of(node).axes or not type_.layout.dims[dim]:
@@ -269,7 +270,7 @@ class _Carrier:
         )
         return self.builder.call(
             op("running_sum"), (self.builder.env[call["self"]], sums, self.into.positions), new,
-            name=node.name, dim=dim, dtype=new.dtype,
+            name=node.name, dim=dim, dtype=new.dtype, by=SCANS[str(node.target)].name,
         )
 
     def _attention(self, node: fx.Node) -> fx.Node:
@@ -310,7 +311,7 @@ def _needs_all(node: fx.Node) -> RingCompileError:
 
 _STEPS = {
     "aten.arange.start_step": _Carrier._arange,
-    "aten.cumsum.default": _Carrier._cumsum,
+    **dict.fromkeys(SCANS, _Carrier._scan),
     "aten.select.int": _Carrier._select,
     "ringcompile.redistribute.default": _Carrier._redistribute,
     "ringcompile.attention.default": _Carrier._attention,

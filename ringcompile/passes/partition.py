@@ -20,6 +20,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, local_size, state_type
+from ringcompile.ops.running import SCANS
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import ATTENTION_OPERANDS
 from ringcompile.passes.base import Builder, Pass, refuse
@@ -101,14 +102,14 @@ class _Partitioner:
             here = self.builder.call(aten.to.dtype, (here, type_.dtype), type_)
         return here
 
-    def _cumsum(self, node: fx.Node) -> fx.Node:
-        """A running sum along a split dim: each chunk's own, and the total of all before it."""
+    def _scan(self, node: fx.Node) -> fx.Node:
+        """A scan along a split dim: each chunk's own, and the total of all before it."""
         call, type_ = Call(node), type_of(node)
         dim = call["dim"] % len(type_.shape)
         if not type_.layout.dims[dim]:
             return self.builder.copy(node)
         assert any(atom.sequence for atom in type_.layout.dims[dim]), f"%{node.name} sums features"
-        return Scan(self.builder, self.sequence, self._shape).write(
+        return Scan(SCANS[str(node.target)], self.builder, self.sequence, self._shape).write(
             self.builder.env[call["self"]], dim, type_
         )
 
@@ -201,7 +202,7 @@ def _with_mask_kind(new: fx.Node, node: fx.Node) -> fx.Node:
 
 _STEPS = {
     "aten.embedding.default": _Partitioner._embedding,
-    "aten.cumsum.default": _Partitioner._cumsum,
+    **dict.fromkeys(SCANS, _Partitioner._scan),
     "aten.arange.start_step": _Partitioner._arange,
     "ringcompile.redistribute.default": _Partitioner._redistribute,
     "ringcompile.attention.default": _Partitioner._attention,

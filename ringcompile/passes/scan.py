@@ -1,7 +1,7 @@
-"""A running sum along the split sequence, as an exclusive scan over the chunks of all ranks.
+"""A scan along the split sequence, as an exclusive scan over the chunks of all ranks.
 
-Each rank sums up its own chunks, and all exchange one total a chunk: what a chunk starts from is
-the total of all chunks before it in the sequence (Blelloch, "Prefix sums and their applications").
+Each rank scans its own chunks, and all exchange one total a chunk: what a chunk starts from is the
+total of all chunks before it in the sequence (Blelloch, "Prefix sums and their applications").
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ringcompile.ir.expr import product
 from ringcompile.ir.layout import WHOLE, Atom, Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import SequenceSplit, TensorType
+from ringcompile.ops.running import Running
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
 
@@ -25,24 +26,26 @@ aten = torch.ops.aten
 
 @dataclass
 class Scan:
-    """Writes the nodes of one running sum.
+    """Writes the nodes of one scan: of sums, products, or logarithms of sums.
 
     Attributes:
+        kind: what is computed.
         builder: the graph that is written.
         sequence: how the dim is divided.
         shape: the argument that spells out a type's local shape.
     """
 
+    kind: Running
     builder: Builder
     sequence: SequenceSplit
     shape: Callable[[TensorType], list[Any]]
 
     def write(self, x: fx.Node, dim: int, type_: TensorType) -> fx.Node:
-        """The running sum of x along `dim`, whose split atom may stand between whole ones.
+        """The scan of x along `dim`, whose split atom may stand between whole ones.
 
         Args:
             x: one rank's share, [.., before * n * behind, ..].
-            dim: the dim summed along.
+            dim: the dim scanned along.
             type_: of the result; `dim` is laid out as (before, s/ring, behind).
         """
         atoms = type_.layout.dims[dim]
@@ -58,11 +61,14 @@ class Scan:
         source = type_of(x)
         rows = self._reshape(x, self._opened(source, dim, before, (run,)))
         dtype = type_.dtype
-        sums = self._call(aten.cumsum.default, (rows, dim + 2), dtype, rows, dtype=dtype)
+        scanned = self._scanned(rows, dim + 2, dtype)
         total = self._totals(rows, dim, dtype, behind)
         start = self._starts(total, dim, before)
-        made = self._call(aten.add.Tensor, (sums, start), dtype, sums)
+        made = self._call(self.kind.combine, (scanned, start), dtype, scanned)
         return self._reshape(made, type_)
+
+    def _scanned(self, x: fx.Node, dim: int, dtype: torch.dtype) -> fx.Node:
+        return self._call(self.kind.scan, (x, dim), dtype, x, **self.kind.dtype(dtype))
 
     def _opened(
         self, type_: TensorType, dim: int, before: Any, inner: tuple[Any, ...]
@@ -78,17 +84,18 @@ class Scan:
         return TensorType(type_.dtype, shape, Layout(dims))
 
     def _totals(self, rows: fx.Node, dim: int, dtype: torch.dtype, behind: Any) -> fx.Node:
-        """The sum of every chunk of this rank, padding not counted, with a size-1 dim for it."""
+        """What every chunk of this rank comes to without padding, with a size-1 dim for it."""
         padding = self._padding(len(type_of(rows).shape) - dim - 3, behind)
         kept = self._call(
-            aten.masked_fill.Scalar, (rows, padding, 0), type_of(rows).dtype, rows,
+            aten.masked_fill.Scalar, (rows, padding, self.kind.identity), type_of(rows).dtype, rows,
             why="without padding",
         )
         summed = type_of(rows)
         shape = (*summed.shape[: dim + 2], 1, *summed.shape[dim + 3 :])
         return self.builder.call(
-            aten.sum.dim_IntList, (kept, [dim + 2], True),
-            TensorType(dtype, shape, summed.layout), dtype=dtype, why="total of each chunk",
+            self.kind.total, (kept, *self.kind.over(dim + 2)),
+            TensorType(dtype, shape, summed.layout), why="total of each chunk",
+            **self.kind.dtype(dtype),
         )
 
     def _padding(self, trailing: int, behind: Any) -> fx.Node:
@@ -131,10 +138,12 @@ class Scan:
         flat_shape = (*own.shape[:dim], product([before, chunks]), *own.shape[dim + 2 :])
         flat_dims = (*everywhere.dims[:dim], WHOLE, *everywhere.dims[dim + 2 :])
         flat = self._reshape(whole, TensorType(own.dtype, flat_shape, Layout(flat_dims)))
-        up_to = self._call(aten.cumsum.default, (flat, dim), own.dtype, flat, dtype=own.dtype)
+        up_to = self._scanned(flat, dim, own.dtype)
         # Moved on by one, not less its own total: that would leave nothing of inf, little of 1e9.
         by_one = [0, 0] * (len(flat_shape) - dim - 1) + [1, -1]
-        before_it = self._call(aten.constant_pad_nd.default, (up_to, by_one), own.dtype, flat)
+        before_it = self._call(
+            aten.constant_pad_nd.default, (up_to, by_one, self.kind.identity), own.dtype, flat
+        )
         opened = self._reshape(before_it, own.with_layout(everywhere))
         layout = Layout.split(1, 0, chunks, sequence.names, sequence=True)
         held = self.builder.call(

@@ -59,7 +59,19 @@ class Convolution(nn.Module):
         return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
 
 
-OWN = {"window": Window, "convolution": Convolution}
+class Recurrence(nn.Module):
+    """h = a h + x for each of `width` channels, with a decay `a` that tokens choose."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decay = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        decay = (torch.sigmoid(self.decay(x)) + 1).cumprod(1)
+        return decay * (x / decay).cumsum(1)
+
+
+OWN = {"window": Window, "convolution": Convolution, "recurrence": Recurrence}
 
 
 def width_of(model: str) -> int | None:

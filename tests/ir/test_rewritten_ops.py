@@ -60,6 +60,18 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "a sum of sums": lambda x: x.cumsum(1).cumsum(1),
     "as positions": lambda x: F.embedding((x[..., 0] > 0).cumsum(1), torch.eye(64)),
 }
+PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda x: x.cumprod(1),
+    "tokens, of zeros too": lambda x: x.relu().cumprod(1),
+    "tokens, as another dtype": lambda x: (x > -1).cumprod(1, dtype=torch.float32),
+    "tokens of all samples": lambda x: x.sigmoid().reshape(-1, H).cumprod(0),
+}
+LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda x: x.logcumsumexp(1),
+    "tokens, of nothing at first": lambda x: x.masked_fill(
+        places(x)[:, None] < 7, float("-inf")).logcumsumexp(1).exp(),
+    "everything": lambda x: x.reshape(-1).logcumsumexp(0),
+}
 POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "one by one": lambda x: x + places(x)[:, None],
     "from three in twos": lambda x: x + torch.arange(3, 3 + 2 * x.shape[1], 2)[:, None],
@@ -85,7 +97,8 @@ MOVED: dict[str, Callable[[Tensor], Tensor]] = {
 CASES = {
     f"{kind}: {name}": function
     for kind, table in (
-        ("cumsum", SUMS), ("arange", POSITIONS), ("attention", ATTENTION), ("redistribute", MOVED),
+        ("cumsum", SUMS), ("cumprod", PRODUCTS), ("logcumsumexp", LOGARITHMS),
+        ("arange", POSITIONS), ("attention", ATTENTION), ("redistribute", MOVED),
     )
     for name, function in table.items()
 }

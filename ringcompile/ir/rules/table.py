@@ -58,7 +58,7 @@ def along_dim(call: Call) -> Factors:
 
 
 def scan(call: Call) -> Factors:
-    """A running sum goes on from rank to rank: `partition` writes that out."""
+    """A scan goes on from rank to rank: `partition` writes that out."""
     names: Names = tuple(range(rank_of(call)))
     return Factors((names,), names)
 
@@ -229,7 +229,7 @@ _COSTLY_BINARY = [
 ]
 _ALONG_DIM = [
     "softmax.int", "_softmax.default", "log_softmax.int", "diff.default",
-    "logcumsumexp.default", "topk.default", "cummax.default", "cummin.default", "fft_fft.default",
+    "topk.default", "cummax.default", "cummin.default", "fft_fft.default",
     "fft_ifft.default", "fft_rfft.default",
     "_log_softmax.default",
 ]
@@ -293,8 +293,7 @@ RULES: dict[str, Rule] = {
     **_rows(["cat.default"], along_dim, cost="join", linear=TOGETHER),
     **_rows(["sort.default", "sort.stable", "argsort.default", "argsort.stable"], along_dim,
             cost="sort"),
-    **_rows(["cumprod.default"], along_dim, cost="scan"),
-    **_rows(["cumsum.default"], scan, cost="scan"),
+    **_rows(["cumsum.default", "cumprod.default", "logcumsumexp.default"], scan, cost="scan"),
     **_rows(_REDUCTIONS, reduction, cost="reduction"),
     **_rows(["mean.dim", "sum.dim_IntList"], reduction, cost="reduction", linear=FIRST),
     **_rows(["mean.default", "sum.default", "max.default", "min.default", "any.default",
