@@ -3,15 +3,15 @@
 PYTHON ?= python3
 # 1: use the torch that PYTHON already has (a GPU build) instead of the pinned one.
 SYSTEM_TORCH ?=
-# pytest processes; a test file, with its module fixtures, stays in one of them. Crashed ones are
-# not replaced: under loadfile the next would run the test that crashed again, without end.
+# pytest processes. Each begins with one half of the files, so that what a file's tests share is
+# made once; who is done takes over tests from the other. Crashed ones are not replaced.
 WORKERS ?= 2
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PINS := .venv/constraints.txt
 STAMP := $(if $(SYSTEM_TORCH),.venv/system-torch) .venv/setup.stamp
-PYTEST := $(PY) -m pytest -rs -n $(WORKERS) --dist loadfile --max-worker-restart=0
+PYTEST := $(PY) -m pytest -rs -n $(WORKERS) --dist worksteal --max-worker-restart=0
 FAST := -m "not slow"
 
 .DEFAULT_GOAL := help

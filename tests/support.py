@@ -14,11 +14,14 @@ from torch.utils import _pytree as pytree
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
+from ringcompile.ir.program import Program
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import Result, run_lockstep
 
 # Programs whose ranks fit together, so that another run of them need not check that again.
 _VERIFIED: weakref.WeakValueDictionary[int, ParallelProgram] = weakref.WeakValueDictionary()
+# What modules were captured as, by module; programs are never changed.
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, Program]] = weakref.WeakKeyDictionary()
 # The largest difference that float32 results may show, of the largest output.
 TOLERANCE = 2e-5
 
@@ -37,8 +40,32 @@ def compiled(
     module: nn.Module, args: tuple[Any, ...], spec: str, kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> ParallelProgram:
-    """Capture and transform."""
-    return transform(capture(module.eval(), args, kwargs), spec, **options)
+    """Capture and transform; a module is captured once for the same inputs and weights."""
+    return transform(captured(module.eval(), args, kwargs), spec, **options)
+
+
+def captured(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Program:
+    """What a module is captured as: the first call's, while weights and inputs are the same."""
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    state = [*module.parameters(), *module.buffers()]
+    key = (
+        str(structure),
+        tuple(_value(leaf) for leaf in leaves),
+        tuple((id(held), held.dtype, held._version) for held in state),
+    )
+    known = _CAPTURED.setdefault(module, {})
+    if key not in known:
+        known[key] = capture(module, args, kwargs)
+    return known[key]
+
+
+def _value(leaf: Any) -> Any:
+    """An input as a part of a key."""
+    if not torch.is_tensor(leaf):
+        return leaf
+    return (leaf.dtype, tuple(leaf.shape), leaf.stride(), str(leaf.flatten().tolist()))
 
 
 def run(parallel: ParallelProgram, inputs: Any) -> Result:

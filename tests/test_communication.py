@@ -17,7 +17,8 @@ rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @rows
 def test_graphs_send_what_the_formula_says(row: Row) -> None:
     for rank in range(compiled(row).world_size):
-        difference = sympy.simplify(counted(row, rank) - expected(row, rank))
+        difference = sympy.expand(counted(row, rank) - expected(row, rank))
+        difference = difference and sympy.simplify(difference)  # which is slow
         assert difference == 0, (rank, counted(row, rank), expected(row, rank))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 
@@ -20,6 +22,7 @@ from tests.families.family import Family
 from tests.families.health import problems
 from tests.families.sweep import sweep
 from tests.families.trial import CRASHED, MATCHED, REFUSED, WRONG, Outcome, Trial, try_family
+from tests.support import captured
 
 # One of each kind, quick to compile.
 FAST = ["gemma2", "gpt2", "gpt_oss", "bert", "layoutlm", "vit", "bart"]
@@ -48,6 +51,22 @@ def test_a_window_that_is_too_long_would_be_noticed() -> None:
     assert problems(replace(family, first_seen=False)) == ["the last position sees the first: True"]
 
 
+@pytest.fixture
+def gpt2(monkeypatch: pytest.MonkeyPatch) -> Family:
+    """A family whose model is built and captured once for all tests of what is said of a trial."""
+    monkeypatch.setattr(trial, "capture", captured)
+    monkeypatch.setattr(Family, "build", lambda family: built(family.name))
+    return FAMILIES["gpt2"]
+
+
+@cache
+def built(name: str) -> nn.Module:
+    return _BUILD(FAMILIES[name])
+
+
+_BUILD = Family.build
+
+
 @pytest.mark.parametrize(
     ("fault", "kind", "reason", "line"),
     [
@@ -59,13 +78,14 @@ def test_a_window_that_is_too_long_would_be_noticed() -> None:
     ids=["refused", "refused without a line", "crashed"],
 )
 def test_exceptions_become_outcomes(
-    fault: Exception, kind: str, reason: str, line: str | None, monkeypatch: pytest.MonkeyPatch
+    fault: Exception, kind: str, reason: str, line: str | None, gpt2: Family,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
         raise fault
 
     monkeypatch.setattr(trial, "transform", fails)
-    found = try_family(FAMILIES["gpt2"])
+    found = try_family(gpt2)
     assert (found.plain.kind, found.plain.reason) == (kind, reason)
     assert line is None or found.plain.line == line
     assert found.padding == found.plain
@@ -77,7 +97,8 @@ def test_exceptions_become_outcomes(
     ids=["a real token", "a padded one", "a real one of the padded sequence"],
 )
 def test_outputs_that_differ_are_wrong(
-    where: tuple[int, int], plain: str, padding: str, monkeypatch: pytest.MonkeyPatch
+    where: tuple[int, int], plain: str, padding: str, gpt2: Family,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original = trial.reference
 
@@ -88,7 +109,7 @@ def test_outputs_that_differ_are_wrong(
         return outputs
 
     monkeypatch.setattr(trial, "reference", slightly_off)
-    found = try_family(FAMILIES["gpt2"])
+    found = try_family(gpt2)
     assert found.padding is not None
     assert (found.plain.kind, found.padding.kind) == (plain, padding)
 

@@ -76,10 +76,10 @@ def hf_model(name: str) -> nn.Module:
 
 
 def quick(name: str, ranks: int, order: str) -> bool:
-    """Each model at two sizes and both orders, the mixture and a dense one on 16 ranks."""
+    """Each model once: every other one on 2 ranks and on 4; the mixture on 16 ranks as well."""
     if ranks == 16:
-        return order == "zigzag" and name in ("dense-4l-tiny", "moe-4l-tiny")
-    return (ranks, order) in ((2, "contiguous"), (4, "zigzag"))
+        return order == "zigzag" and name == "moe-4l-tiny"
+    return (ranks, order) == ((2, "contiguous"), (4, "zigzag"))[ZOO.index(name) % 2]
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,13 @@ def hf_program(name: str, masked: bool) -> Program:
     )
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "padding mask"])
 @pytest.mark.parametrize(
-    ("name", "ranks", "order"),
+    ("name", "masked", "ranks", "order"),
     some_fast(
-        HF, [2, 4, 8, 16], ORDERS,
-        fast=lambda name, ranks, order: (ranks, order) in ((2, "zigzag"), (4, "contiguous")),
+        HF, [False, True], [2, 4, 8, 16], ORDERS,
+        fast=lambda name, masked, ranks, order: (
+            (ranks, order) == ((4, "contiguous") if masked else (2, "zigzag"))
+        ),
     ),
 )
 def test_hugging_face(name: str, masked: bool, ranks: int, order: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -148,10 +149,16 @@ CASES: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
+@cache
+def module_of(name: str) -> Lambda:
+    """One module for both orders, which is captured once."""
+    return Lambda(CASES[name])
+
+
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", CASES)
 def test_matches(name: str, order: str) -> None:
-    module = Lambda(CASES[name])
+    module = module_of(name)
     example, inputs = torch.randn(2, 17, H), torch.randn(2, 23, H)
     parallel = compiled(module, (example,), "ring=3", order=order)
     expected = module(inputs)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.random_plans import REFUSED, VALID, Outcome, checked, plan_of
 
-FEW, VALID_PLANS = range(24), 1000
+FEW, VALID_PLANS = range(16), 1000
 # Of random plans only these are refused.
 REFUSALS = (
     "more stages than the model has layers", "experts do not divide over ep=",
