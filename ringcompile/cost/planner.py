@@ -42,6 +42,7 @@ from ringcompile.cost.rank import PIPELINE, cost_of
 from ringcompile.cost.specs import (
     Variant,
     factorisations,
+    in_time,
     overlapping,
     reordered,
     variants,
@@ -305,7 +306,10 @@ class Planner:
             return self._too_large(variant, error)
 
     def _overlapping(self, plans: list[Plan]) -> list[Plan]:
-        """The best plans of each capacity mode once more, with more overlap."""
+        """The best plans of each capacity mode once more, with more overlap.
+
+        The best of them that can be cut in time is tried along `time`, too.
+        """
         made = []
         for capacity in self._best:
             best = [p for p in plans if p.fits and p.close and p.variant.capacity == capacity]
@@ -314,6 +318,7 @@ class Planner:
             for plan in best[:_OVERLAPPED]:
                 made += [v for v in overlapping(plan.variant, self.ask.batch)
                          if not (exact and v.overlap == "halves")]
+            made += list(filter(None, (in_time(plan.variant) for plan in best)))[:_OVERLAPPED]
         self._estimator.prepare(made, close=True)
         return [self._closely(variant) for variant in made]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-from ringcompile.axes import AXES
+from ringcompile.axes import AXES, TIME
 from ringcompile.cost.hardware import Cluster
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
@@ -195,3 +195,21 @@ def overlapping(variant: Variant, batch: int) -> list[Variant]:
     if batch // (variant.mesh.size("dp") * variant.microbatches) % 2 == 0:
         kinds.append("halves")
     return [replace(variant, overlap=kind) for kind in kinds]
+
+
+def in_time(variant: Variant) -> Variant | None:
+    """The variant with `time=2`, if one half of the sequence can hide the other one's transfers.
+
+    Stages of a pipeline run one half behind the other and keep keys and values of all their layers
+    in between, so only specs without a pipeline are considered. Each rank counting tokens of its
+    own for the capacity of experts does not go with `time`.
+
+    Args:
+        variant: the spec and its options.
+    """
+    mesh = variant.mesh
+    if mesh.size("ring") == 1 or mesh.size("pp") > 1 or variant.ring == "gather":
+        return None
+    if variant.capacity == "local":
+        return None
+    return replace(variant, mesh=mesh.with_axis(TIME, 2))

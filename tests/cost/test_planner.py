@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ringcompile.axes import AXES
+from ringcompile.axes import AXES, TIME
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.commands.plan import _rejections
@@ -30,6 +30,7 @@ from ringcompile.cost.simulate import simulate
 from ringcompile.cost.specs import (
     Variant,
     factorisations,
+    in_time,
     overlapping,
     reordered,
     short_rings,
@@ -108,6 +109,14 @@ def test_what_can_overlap() -> None:
     assert overlapping(Variant(Mesh.parse("tp=4")), 4) == []
 
 
+def test_what_can_be_cut_in_time() -> None:
+    ring = Variant(Mesh.parse("ring=4,tp=2"), order="zigzag")
+    assert str(in_time(ring)) == "time=2,ring=4,tp=2 --order zigzag"
+    for other in (Variant(Mesh.parse("tp=4")), Variant(Mesh.parse("pp=2,ring=2")),
+                  replace(ring, ring="gather"), replace(ring, capacity="local")):
+        assert in_time(other) is None
+
+
 def test_places_and_short_rings() -> None:
     two = cluster(per_node=4, nodes=4)
     assert slowest_place(Variant(Mesh.parse("ring=16"), order="contiguous"), two) == 12
@@ -122,7 +131,7 @@ def test_places_and_short_rings() -> None:
 
 def test_every_spec_is_there_with_a_reason() -> None:
     plans = dense()
-    specs = {str(plan.variant.mesh) for plan in plans}
+    specs = {str(plan.variant.mesh) for plan in plans if TIME not in plan.variant.mesh.names}
     # A model without experts has nothing for ep.
     assert specs == {str(mesh) for mesh in factorisations(4) if "ep" not in mesh.names}
     assert all(plan.why for plan in plans)
@@ -131,6 +140,17 @@ def test_every_spec_is_there_with_a_reason() -> None:
     rates = [plan.tps or 0.0 for plan in fitting]
     assert rates == sorted(rates, reverse=True)
     assert len(fitting) > 10
+
+
+def test_half_a_sequence_at_a_time_is_a_plan_and_costs_what_its_program_does() -> None:
+    (plan,) = [plan for plan in dense() if TIME in plan.variant.mesh.names]
+    assert str(plan.variant) == "time=2,ring=4 --order zigzag"
+    assert plan.fits
+    assert plan.close
+    made = transform(captured(), plan.variant.mesh, **plan.variant.choices(4096))
+    found = simulate([cost_of(rank, 4096) for rank in made.ranks()], small_cluster(4))
+    assert plan.seconds == pytest.approx(found.seconds, rel=0.05)
+    assert plan.memory_bytes == pytest.approx(found.memory_bytes, rel=0.1)
 
 
 def test_plans_are_the_same_however_many_compile(monkeypatch: pytest.MonkeyPatch) -> None:
