@@ -63,7 +63,7 @@ def measure(
     name = dtype or ("float16" if place.type == "cuda" else "float32")
     ranks = ranks or (torch.cuda.device_count() if place.type == "cuda" else 2)
     passes = passes or (1 if quick or place.type == "cuda" else 3)
-    work = Work(place, getattr(torch, name), "quick" if quick else place.type, passes)
+    work = Probe(place, getattr(torch, name), "quick" if quick else place.type, passes)
     figures, links = _measure(work, ranks, threads)
     title = device_title(place)
     if place.type != "cuda":
@@ -85,7 +85,7 @@ def _place(device: str) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Work:
+class Probe:
     """What to measure: where, of which dtype, a key of `SIZES`, and how often."""
 
     place: torch.device
@@ -94,7 +94,7 @@ class Work:
     passes: int
 
 
-def _measure(work: Work, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measure(work: Probe, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a device and of the links; on a CPU all ranks compute at once, as they will."""
     if work.place.type == "cuda":
         figures = usual([device_figures(work) for _ in range(work.passes)])
@@ -104,12 +104,12 @@ def _measure(work: Work, ranks: int, threads: int) -> tuple[dict[str, Any], dict
         return figures, _link_figures(work, ranks, processes) if ranks > 1 else {}
 
 
-def _rank_figures(rank: Rank, work: Work) -> dict[str, Any]:
+def _rank_figures(rank: Rank, work: Probe) -> dict[str, Any]:
     keep_freed_memory()
     return device_figures(work, quiet=rank.index > 0)
 
 
-def device_figures(work: Work, *, quiet: bool = False) -> dict[str, Any]:
+def device_figures(work: Probe, *, quiet: bool = False) -> dict[str, Any]:
     """The figures of a device, measured by the process that calls."""
     def report(field: str) -> None:
         if not quiet:
@@ -154,7 +154,7 @@ def _memory(place: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _link_figures(work: Work, ranks: int, processes: Processes | None) -> dict[str, Any]:
+def _link_figures(work: Probe, ranks: int, processes: Processes | None) -> dict[str, Any]:
     sizes = link_sizes(quick=work.sizes == "quick")
     click.echo(f"  links between {ranks} ranks", err=True)
     if processes is not None:

@@ -81,10 +81,7 @@ def transform(
         front[NUM_COMMON:NUM_COMMON] = map(UserPass, passes)
         return Pipeline(front[done:], observe, check).run(with_origin(program))
 
-    placed = compiled(chosen)
-    placed = placed.with_graph(placed.graph, microbatches=chosen.microbatches)
-    if chosen.length is not None:
-        placed = placed.with_graph(placed.graph, lengths=_lengths(placed, chosen.length))
+    placed = _as_chosen(compiled(chosen), chosen)
     kept = {"parallel": str(mesh), **Options.of(options).record(), **(record or {})}
     made = ParallelProgram(placed, mesh, kept, observe, check=check, schedule=schedule)
     if chosen.cache is not None:
@@ -98,6 +95,14 @@ def transform(
         if prompt is not None:
             made.prefill = ParallelProgram(prompt, mesh, kept, observe, check=check)
     return made
+
+
+def _as_chosen(program: Program, options: Options) -> Program:
+    """The program with its number of microbatches, for the one length if there is one."""
+    program = program.with_graph(program.graph, microbatches=options.microbatches)
+    if options.length is None:
+        return program
+    return program.with_graph(program.graph, lengths=_lengths(program, options.length))
 
 
 def _check_captured(program: object) -> None:

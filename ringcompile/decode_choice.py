@@ -23,7 +23,7 @@ CLUSTER = "h100x16"
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """The step that makes one token.
 
     Attributes:
@@ -37,7 +37,7 @@ class Step:
     batch: int | None = None
 
     @classmethod
-    def of(cls, program: Program) -> Step:
+    def of(cls, program: Program) -> DecodeStep:
         """A step with half of the cache in use, on the hardware that is taken for granted."""
         assert program.mesh is not None
         capacity = program.length_range[1]
@@ -89,7 +89,7 @@ def faster_form(
         simple: the program for the next tokens in the simple form.
         helix: compiles it in the other form.
     """
-    step = Step.of(simple.program)
+    step = DecodeStep.of(simple.program)
     try:
         if step.may_gain(simple):
             other = helix()

@@ -59,12 +59,7 @@ def front_passes(
         assert options.cache is not None
         carry = [Keep(mesh, options.cache), CleanUp()]
     if carried:
-        assert options.cache is not None
-        split = placed = carried_mesh(mesh)
-        helix = options.decode == "helix" and kept_along(mesh) > 1
-        if helix:
-            split, alike = widened(placed, mesh), kept_along(mesh)
-        carry = [Carry(mesh, options.cache, helix), CleanUp()]
+        placed, split, alike, carry = _for_next_tokens(mesh, options)
         options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
     place = Place(
         placed, options.order, options.gather_unknown, options.capacity, options.ring,
@@ -88,6 +83,16 @@ def front_passes(
         CleanUp(),
         *([SplitPipeline(mesh, options.stages)] if mesh.size("pp") > 1 else []),
     ]
+
+
+def _for_next_tokens(mesh: Mesh, options: Options) -> tuple[Mesh, Mesh, int, list[Pass]]:
+    """The meshes that place and split the next tokens' program, ranks alike, and the cache."""
+    assert options.cache is not None
+    split = placed = carried_mesh(mesh)
+    alike, helix = 1, options.decode == "helix" and kept_along(mesh) > 1
+    if helix:
+        split, alike = widened(placed, mesh), kept_along(mesh)
+    return placed, split, alike, [Carry(mesh, options.cache, helix), CleanUp()]
 
 
 def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list[Pass]:

@@ -21,12 +21,12 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import find_rule
 from ringcompile.passes.requests import origin_of
 from ringcompile.passes.shift_forms import front_of, joined, pads_of
-from ringcompile.passes.window_region import TRIM, Region
+from ringcompile.passes.window_region import TRIM, WindowRegion
 
 aten = torch.ops.aten
 
 
-def write(region: Region) -> fx.Node:
+def write(region: WindowRegion) -> fx.Node:
     """The region's last value, laid out as the sequence is."""
     for node in region.nodes:
         region.builder.at(node)
@@ -43,7 +43,7 @@ def write(region: Region) -> fx.Node:
     return out
 
 
-def _again(region: Region, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> fx.Node:
+def _again(region: WindowRegion, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> fx.Node:
     rule = find_rule(node.target)
     if rule is not None and rule.shape_argument is not None:
         args, kwargs = with_argument(
@@ -56,7 +56,7 @@ def _again(region: Region, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> 
     return new
 
 
-def _same(region: Region, node: fx.Node) -> fx.Node:
+def _same(region: WindowRegion, node: fx.Node) -> fx.Node:
     """The same op on windows; entries that do not belong to one token are moved."""
     given = [
         region.given(n, region.late(node, n) if n in region.forms else 0) for n in operands(node)
@@ -65,14 +65,14 @@ def _same(region: Region, node: fx.Node) -> fx.Node:
     return _again(region, node, args, dict(kwargs))
 
 
-def _slice(region: Region, node: fx.Node) -> fx.Node:
+def _slice(region: WindowRegion, node: fx.Node) -> fx.Node:
     """Along the tokens a slice only says which entry is whose."""
     if Call(node)["dim"] % len(type_of(node).shape) != region.forms[node].dim:
         return _same(region, node)
     return region.given(operands(node)[0])
 
 
-def _pad(region: Region, node: fx.Node) -> fx.Node:
+def _pad(region: WindowRegion, node: fx.Node) -> fx.Node:
     """Along the tokens, what is in front of token 0 and behind the last."""
     (source,) = operands(node)
     call, dim = Call(node), region.forms[node].dim
@@ -86,7 +86,7 @@ def _pad(region: Region, node: fx.Node) -> fx.Node:
     return _again(region, node, args, kwargs)
 
 
-def _convolution(region: Region, node: fx.Node) -> fx.Node:
+def _convolution(region: WindowRegion, node: fx.Node) -> fx.Node:
     call, form, (source, *others) = Call(node), region.forms[node], operands(node)
     spatial = len(type_of(call["weight"]).shape) - 2
     i = form.dim - len(type_of(node).shape) + spatial
@@ -101,13 +101,13 @@ def _convolution(region: Region, node: fx.Node) -> fx.Node:
     return _again(region, node, *with_argument(node, args, dict(kwargs), "padding", kept))
 
 
-def _unfold(region: Region, node: fx.Node) -> fx.Node:
+def _unfold(region: WindowRegion, node: fx.Node) -> fx.Node:
     (source,), form = operands(node), region.forms[node]
     x = region.padded(region.given(source), form.dim, form.reach, 0)
     return _again(region, node, (x, *node.args[1:]), dict(node.kwargs))
 
 
-def _cat(region: Region, node: fx.Node) -> fx.Node:
+def _cat(region: WindowRegion, node: fx.Node) -> fx.Node:
     """Entries in front of token 0, or behind the last, that are a tensor of their own."""
     around = joined(node, region.forms)
     if around is None:
@@ -119,8 +119,8 @@ def _cat(region: Region, node: fx.Node) -> fx.Node:
 
 
 def _around(
-    region: Region, source: fx.Node, front: Sequence[fx.Node], left: int, back: Sequence[fx.Node],
-    right: int,
+    region: WindowRegion, source: fx.Node, front: Sequence[fx.Node], left: int,
+    back: Sequence[fx.Node], right: int,
 ) -> fx.Node:
     """A value's windows with tensors in front of its first entry and behind its last."""
     x, (first, end) = region.given(source), region.ends(source)
@@ -136,7 +136,7 @@ def _around(
 
 
 def _chosen(
-    region: Region, source: fx.Node, parts: Sequence[fx.Node], size: int, start: Any
+    region: WindowRegion, source: fx.Node, parts: Sequence[fx.Node], size: int, start: Any
 ) -> fx.Node:
     """For each entry of the windows that of tensors whose first belongs to token `start`."""
     dim, given = region.forms[source].dim, [region.given(part) for part in parts]
@@ -151,7 +151,7 @@ def _chosen(
     return region.builder.call(aten.index_select.default, (whole, dim, index), wide)
 
 
-def _differences(region: Region, node: fx.Node) -> fx.Node:
+def _differences(region: WindowRegion, node: fx.Node) -> fx.Node:
     call, form, source = Call(node), region.forms[node], operands(node)[0]
     front = [] if call["prepend"] is None else [call["prepend"]]
     left = front_of(node, form.dim)
@@ -159,7 +159,7 @@ def _differences(region: Region, node: fx.Node) -> fx.Node:
     return _again(region, node, (x, 1, call["dim"]), {})
 
 
-_WRITERS: dict[str, Callable[[Region, fx.Node], fx.Node]] = {
+_WRITERS: dict[str, Callable[[WindowRegion, fx.Node], fx.Node]] = {
     "aten.constant_pad_nd.default": _pad,
     "aten.pad.default": _pad,
     "aten.slice.Tensor": _slice,

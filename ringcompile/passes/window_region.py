@@ -29,7 +29,7 @@ HALO, TRIM = op("halo"), op("trim")
 Reach = tuple[int, int]  # tokens before the chunk and behind it; negative: less than the chunk
 
 
-class Region:
+class WindowRegion:
     """Writes a value with an entry for each token, and all that lies between tokens and it."""
 
     def __init__(self, windows: Windows, last: fx.Node) -> None:

@@ -29,7 +29,7 @@ from ringcompile.passes.requests import origin_of
 from ringcompile.passes.shift_forms import Form, UnknownError, form_of, joined
 from ringcompile.passes.shift_region import MOVES, joined_along
 from ringcompile.passes.window_ops import write
-from ringcompile.passes.window_region import HALO, TRIM, Reach, Region
+from ringcompile.passes.window_region import HALO, TRIM, Reach, WindowRegion
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Windows:
             return False
         self.forms[node] = form
         if form.extra == 0:
-            self.builder.env[node] = write(Region(self, node))
+            self.builder.env[node] = write(WindowRegion(self, node))
         else:
             self.pending[node] = form
         return True

@@ -29,7 +29,7 @@ from ringcompile.runtime.lockstep import expected_message, sent_message, signatu
 
 
 @dataclass(eq=False)
-class Transfer:
+class QueuedTransfer:
     """A transfer that a rank started, which is what answers a `Shift`.
 
     Attributes:
@@ -72,12 +72,12 @@ class Joined:
     done: bool = False
 
 
-Queue = deque[Transfer | Joined]
+Queue = deque[QueuedTransfer | Joined]
 _OTHER = {"to": "source", "source": "to"}
 
 
 @dataclass
-class _Rank:
+class _QueuedRank:
     """How far a rank has come; `joined` is the collective that it waits in."""
 
     generator: Generator[Request, Any, Any]
@@ -85,7 +85,7 @@ class _Rank:
     result: Any = None
     bytes_sent: int = 0
     joined: Joined | None = None
-    started: list[Transfer] = field(default_factory=list)
+    started: list[QueuedTransfer] = field(default_factory=list)
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Queued:
     mesh: Mesh
     seed: int | None = None
     queues: dict[tuple[int, str], Queue] = field(default_factory=dict)
-    books: dict[tuple[str, str, int, int], list[Transfer]] = field(default_factory=dict)
+    books: dict[tuple[str, str, int, int], list[QueuedTransfer]] = field(default_factory=dict)
 
     def run(
         self, generators: Sequence[Generator[Request, Any, Any]]
@@ -116,7 +116,7 @@ class Queued:
                 or a program relies on more than NCCL promises.
         """
         rng = None if self.seed is None else random.Random(self.seed)
-        ranks = [_Rank(generator) for generator in generators]
+        ranks = [_QueuedRank(generator) for generator in generators]
         for rank in ranks:
             _advance(rank, None)
         while any(rank.request is not None for rank in ranks):
@@ -127,7 +127,7 @@ class Queued:
         self._check_all_done(ranks)
         return [rank.result for rank in ranks], [rank.bytes_sent for rank in ranks]
 
-    def _some_rank_moves(self, ranks: list[_Rank], rng: random.Random | None) -> bool:
+    def _some_rank_moves(self, ranks: list[_QueuedRank], rng: random.Random | None) -> bool:
         """Let ranks go on; with a seed one of them at most, and sometimes none, though one can."""
         if rng is None:
             return any(self._serve(index, rank) for index, rank in enumerate(ranks))
@@ -136,7 +136,7 @@ class Queued:
         order = rng.sample(range(len(ranks)), len(ranks))
         return any(self._serve(index, ranks[index]) for index in order)
 
-    def _serve(self, index: int, rank: _Rank) -> bool:
+    def _serve(self, index: int, rank: _QueuedRank) -> bool:
         """Answer a rank's request if that can be done now; whether the rank moved."""
         match rank.request:
             case Shift() as shift:
@@ -161,10 +161,10 @@ class Queued:
     def _queue(self, index: int, axis: str) -> Queue:
         return self.queues.setdefault((index, axis), deque())
 
-    def _start(self, index: int, rank: _Rank, shift: Shift) -> Transfer:
+    def _start(self, index: int, rank: _QueuedRank, shift: Shift) -> QueuedTransfer:
         sent = shift.tensor if shift.to is not None else None
         shape = shift.shape if shift.source is not None else (0,)
-        made = Transfer(
+        made = QueuedTransfer(
             index, shift, _garbage(shape, shift.dtype), None if sent is None else sent.clone()
         )
         coordinates = self.mesh.coordinates(index)
@@ -179,7 +179,7 @@ class Queued:
         rank.bytes_sent += 0 if sent is None else sent.nbytes
         return made
 
-    def _join(self, index: int, rank: _Rank, asked: Collective) -> Joined:
+    def _join(self, index: int, rank: _QueuedRank, asked: Collective) -> Joined:
         if not self.mesh.has(asked.axis):
             raise RingCompileError(
                 f"rank {index} asks for {asked.kind} over axis '{asked.axis}' in %{asked.node}, "
@@ -200,13 +200,13 @@ class Queued:
         if not ready:
             return False
         axis, first = ready[-1] if rng is None else rng.choice(ready)
-        if isinstance(first, Transfer):
+        if isinstance(first, QueuedTransfer):
             self._finish(axis, first)
         else:
             self._meet(axis, first)
         return True
 
-    def _is_ready(self, axis: str, first: Transfer | Joined) -> bool:
+    def _is_ready(self, axis: str, first: QueuedTransfer | Joined) -> bool:
         if isinstance(first, Joined):
             group = self.mesh.group_of(first.rank, axis)
             return all(isinstance(self._first(other, axis), Joined) for other in group)
@@ -216,17 +216,19 @@ class Queued:
             for other in others
         )
 
-    def _first(self, index: int, axis: str) -> Transfer | Joined | None:
+    def _first(self, index: int, axis: str) -> QueuedTransfer | Joined | None:
         queue = self.queues.get((index, axis))
         return queue[0] if queue else None
 
-    def _matching(self, axis: str, transfer: Transfer, direction: str) -> Transfer | None:
+    def _matching(
+        self, axis: str, transfer: QueuedTransfer, direction: str
+    ) -> QueuedTransfer | None:
         """The peer's transfer that holds the other end of a message, if it was started."""
         peer, place = transfer.places[direction]
         book = self.books.get((axis, _OTHER[direction], peer, transfer.rank), [])
         return book[place] if place < len(book) else None
 
-    def _finish(self, axis: str, transfer: Transfer) -> None:
+    def _finish(self, axis: str, transfer: QueuedTransfer) -> None:
         for direction in transfer.places:
             other = self._matching(axis, transfer, direction)
             assert other is not None
@@ -251,7 +253,7 @@ class Queued:
             part.answer = ANSWERS[part.asked.kind](brought, place)
             part.done = True
 
-    def _check_all_done(self, ranks: list[_Rank]) -> None:
+    def _check_all_done(self, ranks: list[_QueuedRank]) -> None:
         for transfer in (one for rank in ranks for one in rank.started):
             node, rank = transfer.shift.node, transfer.rank
             if not transfer.done:
@@ -260,7 +262,7 @@ class Queued:
             if not transfer.awaited:
                 raise RingCompileError(f"rank {rank} never waits for what it starts in %{node}")
 
-    def _lacks(self, transfer: Transfer) -> str:
+    def _lacks(self, transfer: QueuedTransfer) -> str:
         axis = transfer.shift.axis
         for direction, (peer, _) in transfer.places.items():
             if self._matching(axis, transfer, direction) is None:
@@ -269,14 +271,14 @@ class Queued:
         return f"what was started before it along '{axis}' is not done"
 
 
-def _advance(rank: _Rank, answer: Any) -> None:
+def _advance(rank: _QueuedRank, answer: Any) -> None:
     try:
         rank.request = rank.generator.send(answer)
     except StopIteration as done:
         rank.request, rank.result = None, done.value
 
 
-def _move(sender: Transfer, receiver: Transfer) -> None:
+def _move(sender: QueuedTransfer, receiver: QueuedTransfer) -> None:
     """Hand a message over, as it is at this moment."""
     sender.check_unchanged()
     sent, wanted = sent_message(sender.shift), expected_message(receiver.shift)

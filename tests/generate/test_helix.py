@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import ringcompile as rc
 from ringcompile.cost.hardware import load_cluster
-from ringcompile.decode_choice import CLUSTER, Step, faster_form
+from ringcompile.decode_choice import CLUSTER, DecodeStep, faster_form
 from ringcompile.generation_plans import GenerationRequest, generation_plans
 from ringcompile.ir.communication import num_bytes
 from ringcompile.ir.nodes import layout_of
@@ -145,7 +145,7 @@ def test_the_cost_model_chooses() -> None:
          if n.kwargs.get("axis")] for made in (small, large)
     ]
     assert exchanged == [["gather"], ["all_to_all", "all_reduce", "all_reduce"]]
-    step = Step.of(large.with_cache().program)
+    step = DecodeStep.of(large.with_cache().program)
     simple = rc.transform(one_layer(8192), "ring=4", cache=256, decode="simple").with_cache()
     assert step.cluster.name == CLUSTER
     assert step.seconds(simple) > 1.3 * step.seconds(large.with_cache())
