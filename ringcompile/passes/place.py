@@ -140,6 +140,8 @@ class Place(Pass):
             scout = _Placer(program, sequence, self, gather_unknown=True, regions=[])
             scout.run()
             layouts = {node: layout_of(new) for node, new in scout.builder.env.items()}
+            for node in scout.windows.pending.keys() - layouts.keys():
+                layouts[node] = Layout.whole(len(type_of(node).shape))
             finder = Finder(program, layouts, frozenset(scout.gathering), self.capacity, prefix)
             holds = TokenWise(program, self.checked).holds
             self.checked[known] = list(filter(holds, finder.find()))

@@ -116,13 +116,14 @@ def _passed(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form:
     if not isinstance(rule, FactorRule) or len({form.extra for form in found}) > 1:
         raise UnknownError
     names, dims = rule.factors(Call(node)), set()
+    along = {names.operands[i][forms[n].dim] for i, n in enumerate(given) if n in forms} - {None}
     for place, operand in enumerate(given):
         if operand in forms:
             factor = names.operands[place][forms[operand].dim]
             if factor is None or factor not in names.output:
                 raise UnknownError(NEEDS_ALL)
             dims.add(names.output.index(factor))
-        elif any(map(of_tokens, type_of(operand).shape)):
+        elif any(map(of_tokens, type_of(operand).shape)) or along & set(names.operands[place]):
             raise UnknownError  # which entry is whose is not known
     if len(dims) > 1:
         raise UnknownError

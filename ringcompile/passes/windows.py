@@ -65,11 +65,21 @@ class Windows:
         if form is None:
             return False
         self.forms[node] = form
-        if form.extra == 0:
-            self.builder.env[node] = write(WindowRegion(self, node))
-        else:
+        if form.extra != 0:
             self.pending[node] = form
+            return True
+        region = WindowRegion(self, node)
+        if not self._fits(region):
+            return False
+        self.builder.env[node] = write(region)
         return True
+
+    def _fits(self, region: WindowRegion) -> bool:
+        """Whether chunks of a length that is fixed are as long as what neighbours take of them."""
+        if is_symbolic(self.sequence.length):
+            return True
+        chunk = self.level.local_length(self.sequence.length) // self.level.chunks_per_rank
+        return max(region.before, region.after) <= chunk
 
     def _form(self, node: fx.Node) -> Form | None:
         """How a result stands to tokens; None of what ordinary rules are for."""

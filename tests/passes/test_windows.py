@@ -125,6 +125,35 @@ class Summed(Mixing):
         return padded.cumsum(1)[:, : x.shape[1]]
 
 
+class Fixed(Mixing):
+    """Of 24 tokens: a padded value meets a table of 27 entries; only the last four are moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(27, WIDTH))
+        self.places = nn.Parameter(torch.randn(24, WIDTH))
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        x = x + self.places
+        late = F.pad(x[:, 20:], (0, 0, 20, 0))
+        return (F.pad(x, (0, 0, 3, 0)) + self.table)[:, 3:] + late + F.pad(x, (0, 0, 1, -1))
+
+
+class Layers(nn.Module):
+    """As many layers as are compiled by their likeness."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attended() for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
 # The tokens of 8 float64 that the ranks send, in all and for one sequence; None where all travel.
 CASES = {
     Cut: 3, Twice: 3 + 4, Shifted: 1, Joined: 2, Products: 1, Copies: 3, Both: 4, Later: 1,
@@ -183,6 +212,23 @@ def test_a_convolution_before_attention_sends_three_tokens_beside_the_keys() -> 
     shifts = [node for node in parallel.rank(1).graph.nodes
               if "shift_start" in str(node.target) and node.kwargs["of"].startswith("halo")]
     assert [node.meta["type"].shape[2] for node in shifts] == [3, 3]
+
+
+def test_of_a_fixed_length_as_many_entries_by_chance_are_not_moved() -> None:
+    torch.manual_seed(0)
+    model, x = Fixed().double().eval(), torch.randn(2, 24, WIDTH, dtype=torch.float64)
+    parallel = rc.transform(rc.capture(model, (x,)), "ring=4")
+    torch.testing.assert_close(rc.run(parallel, (x,)), model(x), rtol=EXACT, atol=EXACT)
+    sent = {node.kwargs["of"] for node in parallel.rank(1).graph.nodes
+            if "shift_start" in str(node.target)}
+    assert any(name.startswith("halo") for name in sent)
+
+
+@pytest.mark.parametrize("order", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
+def test_layers_that_are_alike(order: str) -> None:
+    parallel = compiled(Layers, "ring=4", order=order)  # type: ignore[arg-type]
+    for length in (24, 13):
+        check(parallel, length)
 
 
 def test_what_goes_along_the_tokens_gets_all_of_them() -> None:
