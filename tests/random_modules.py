@@ -5,7 +5,7 @@
 was given. `--short` leaves out what came out right or was refused.
 
 A module is an embedding or the caller's hidden states, one to four pieces of the grammar in
-`tests/random_module_parts.py`, and a head. Every piece has to matter: one whose removal, or the
+`tests/random_module_grammar.py`, and a head. Every piece has to matter: one whose removal, or the
 removal of whose mask, does not change the outputs is left out.
 """
 
@@ -31,8 +31,11 @@ from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
-from tests.random_module_parts import HEADS, PIECES, Context, Parts, Sizes
+from tests import random_module_attention, random_module_parts
+from tests.random_module_grammar import HEADS, PIECES, Context, Parts, Sizes
 
+# Importing them registers their pieces and heads.
+MODULES: Final = (random_module_attention, random_module_parts)
 # Of each output's own largest value.
 TOLERANCE: Final = {torch.float64: 1e-9, torch.float32: 1e-4}
 MATTERS: Final = 1e-4

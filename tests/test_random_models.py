@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ringcompile.ops.kernels import select
-from tests import random_models
+from tests import random_cases, random_models, random_transformer
 from tests.moe_styles import STYLES, Style, WithLoss, reference
-from tests.random_models import Case, Outcome, case_of, trial
+from tests.random_cases import Case, case_of
+from tests.random_models import Outcome, trial
 
 # Seeds that between them make every choice which any of the 550 makes, as a test holds.
 ORDINARY = (0, 4, 7, 9, 12, 22, 27, 36, 37, 41, 49, 63, 72, 94, 101, 124, 176, 335)
@@ -167,9 +168,9 @@ def test_a_failure_at_run_time_is_no_refusal(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_seed_is_replayed() -> None:
     case = case_of(11)
     assert case == case_of(11) != case_of(12)
-    models = [random_models.RandomModel(case).state_dict() for _ in range(2)]
+    models = [random_transformer.RandomModel(case).state_dict() for _ in range(2)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    inputs = [random_models.inputs_of(case, 13)["inputs"] for _ in range(2)]
+    inputs = [random_transformer.inputs_of(case, 13)["inputs"] for _ in range(2)]
     assert torch.equal(*inputs)
 
 
@@ -193,9 +194,9 @@ def test_the_ordinary_seeds_choose_what_any_seed_chooses() -> None:
 def test_every_choice_is_drawn() -> None:
     """No branch of the generator is dead: each field takes its values within the slow seeds."""
     cases = [case_of(seed) for seed in MANY]
-    assert {case.mlp for case in cases} == {"plain", "gated", *random_models.MIXTURES}
-    assert {case.band for case in cases} == {"bidirectional", *random_models.BANDS}
-    assert {case.head for case in cases} == {*random_models.POOLED, "last real"}
+    assert {case.mlp for case in cases} == {"plain", "gated", *random_cases.MIXTURES}
+    assert {case.band for case in cases} == {"bidirectional", *random_cases.BANDS}
+    assert {case.head for case in cases} == {*random_transformer.POOLED, "last real"}
     assert {case.ranks for case in cases} == set(range(1, 9))
     assert any(min(case.lengths) < case.ranks for case in cases)
     assert any(length % case.ranks for case in cases for length in case.lengths)

@@ -10,7 +10,7 @@ import torch
 
 from ringcompile.ops.kernels import select
 from tests import random_modules
-from tests.random_module_parts import HEADS, PIECES, Entry
+from tests.random_module_grammar import HEADS, PIECES, Entry
 from tests.random_modules import CRASHED, REFUSED, RIGHT, WRONG, Case, case_of, trial
 
 # Of one or two pieces, which take least time to capture.

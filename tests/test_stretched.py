@@ -23,7 +23,8 @@ from ringcompile.ir.serialize import program_to_json
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.transformer import Transformer
 from ringcompile.parallel_program import ParallelProgram
-from tests.random_models import RandomModel, case_of, inputs_of
+from tests.random_cases import case_of
+from tests.random_transformer import RandomModel, inputs_of
 from tests.support import TOLERANCE, difference, run
 
 LAYERS, LENGTH = 2 * FEWEST + 3, 24

@@ -23,7 +23,8 @@ _SECTIONS = {"kernels": kernels.run, "lockstep": lockstep.run, "step": step.run,
              "calibrate": calibrate.run}
 # Seconds, on an H100; the first is for the whole suite of GPU tests.
 _BUDGETS = {"tests": 120, "kernels": 100, "lockstep": 90, "step": 100, "calibrate": 40}
-_GPU_TESTS = ("tests/ops/test_kernels.py", "tests/ops/test_custom_kernels.py",
+_GPU_TESTS = ("tests/ops/test_kernels.py", "tests/ops/test_merges.py",
+              "tests/ops/test_custom_kernels.py",
               "tests/ops/test_experts.py", "tests/runtime/test_alone.py")
 
 

@@ -1,0 +1,189 @@
+"""Attention that is written out in ways that have no op: left alone, with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ringcompile.compiler import transform
+from ringcompile.dump.report import attention_of
+from ringcompile.errors import RingCompileError
+from ringcompile.mesh import Mesh
+from ringcompile.pass_list import front_passes
+from ringcompile.passes.base import Pipeline
+from tests.passes.hand_written import HEADS, INF, WIDTH, Style, Weights, key, merged, query
+from tests.passes.hand_written_programs import BATCH, LENGTH, captured, named
+from tests.support import difference, run
+
+
+def returned_weights(m: Weights, x: Tensor) -> object:
+    q, k, v = m.heads(x)
+    p = (q @ k.mT).softmax(-1)
+    return merged(p @ v), p
+
+
+def returned_scores(m: Weights, x: Tensor) -> object:
+    q, k, v = m.heads(x)
+    w = q @ k.mT * 0.5
+    return merged(w.softmax(-1) @ v), w
+
+
+def head_mask(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged(((q @ k.mT).softmax(-1) * m.slopes) @ v)
+
+
+def mask_behind(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT).softmax(-1).masked_fill(query(x) < key(x), 0) @ v)
+
+
+def other_mask_behind(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = (q @ k.mT).masked_fill(query(x) < key(x), INF).softmax(-1)
+    return merged(p.masked_fill(query(x) <= key(x), 0) @ v)
+
+
+def talking_heads(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    w = torch.einsum("bhqk,hg->bgqk", q @ k.mT, torch.eye(HEADS) + 0.1)
+    return merged(w.softmax(-1) @ v)
+
+
+def talking_heads_behind(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = F.linear((q @ k.mT).softmax(-1).permute(0, 2, 3, 1), torch.eye(HEADS) + 0.1)
+    return merged(p.permute(0, 3, 1, 2) @ v)
+
+
+def softmax_over_queries(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT).softmax(-2) @ v)
+
+
+def high_fill(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT).masked_fill(query(x) < key(x), -5.0).softmax(-1) @ v)
+
+
+def clamped(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT).clamp(-2, 2).softmax(-1) @ v)
+
+
+def mask_before_cap(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged(torch.tanh((q @ k.mT).masked_fill(query(x) < key(x), INF)).softmax(-1) @ v)
+
+
+def scaled_key_by_key(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT * x[:, None, None, :, 0]).softmax(-1) @ v)
+
+
+def negative_scale(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT * -0.5).softmax(-1) @ v)
+
+
+def flags_added(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT + (query(x) >= key(x))).softmax(-1) @ v)
+
+
+def best_keys(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    w = q @ k.mT
+    return merged(w.masked_fill(w < w.mean(-1, keepdim=True), INF).softmax(-1) @ v)
+
+
+def disentangled(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = (q @ k.mT).softmax(-1)
+    return merged(p @ v + p.mT @ v)
+
+
+def wider_softmax(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT).double().softmax(-1).to(v.dtype) @ v)
+
+
+def sigmoid(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return merged((q @ k.mT).sigmoid() @ v)
+
+
+def by_hand(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    w = (q @ k.mT).exp()
+    return merged(w / (1 + w.sum(-1, keepdim=True)) @ v)
+
+
+def limited_scores(m: Weights, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    scores = torch.max(q @ k.transpose(-1, -2), torch.tensor(-0.5, dtype=x.dtype))
+    return merged(scores.softmax(-1) @ v)
+
+
+REFUSED: dict[Style, str | None] = {
+    returned_weights: "its weights are used elsewhere, too",
+    returned_scores: "its scores are used elsewhere, too",
+    head_mask: "aten.mul.Tensor changes its weights",
+    mask_behind: "aten.masked_fill.Scalar changes its weights",
+    other_mask_behind: "aten.masked_fill.Scalar changes its weights",
+    talking_heads: "its scores are no product of queries and keys",
+    talking_heads_behind: "aten.permute.default changes its weights",
+    softmax_over_queries: "its softmax is not over the last dim",
+    high_fill: "-5 in place of a score leaves it some weight, and other keys have it in other rows",
+    clamped: "aten.clamp.default is between its scores and their softmax",
+    mask_before_cap: "its scores are masked before they are capped",
+    scaled_key_by_key: "its scores are scaled key by key",
+    negative_scale: "its scores are scaled by a number that is not positive",
+    flags_added: "bool[s, s] is added to its scores",
+    best_keys: "its scores are used elsewhere, too",
+    disentangled: "its weights are used elsewhere, too",
+    limited_scores: "its scores are limited from below",
+    wider_softmax: "its softmax is wider than float32, its queries are not",
+    sigmoid: None,
+    by_hand: None,
+}
+
+
+@named(REFUSED)
+def test_left_alone(style: Style) -> None:
+    program = captured(style, torch.float32)[1]
+    made = Pipeline(front_passes(Mesh.parse("ring=3"))[:2]).run(program)
+    assert not any("attention" in str(node.target) for node in made.graph.nodes)
+    reasons = [n.meta["why_not"] for n in made.graph.nodes if "why_not" in n.meta]
+    assert reasons == [REFUSED[style]] * (REFUSED[style] is not None)
+    with pytest.raises(RingCompileError, match="this pairs every token with every") as caught:
+        transform(program, "ring=3")
+    assert caught.value.location is not None
+    assert caught.value.location.file == __file__
+
+
+@named(REFUSED)
+def test_left_alone_and_gathered(style: Style) -> None:
+    module, program = captured(style, torch.float32)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    with torch.no_grad():
+        expected = module(x)
+    found = run(transform(program, "ring=3", gather_unknown=True), (x,)).outputs
+    assert difference(found, expected) < 2e-5
+
+
+def test_attention_over_features_is_no_attention_over_tokens() -> None:
+    """Its scores sum over tokens."""
+
+    def features(m: Weights, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x)
+        return merged(((q.mT @ k).softmax(-1) @ v.mT).mT)
+
+    module, program = captured(features, torch.float32)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    parallel = transform(program, "ring=3")
+    assert not attention_of(parallel.program)
+    with torch.no_grad():
+        assert difference(run(parallel, (x,)).outputs, module(x)) < 2e-5
