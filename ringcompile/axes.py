@@ -25,6 +25,8 @@ class Axis:
         divides_sequence: whether inputs are divided by position along it. `tp` can, on request.
         only_sequence: whether the sequence is all that it ever divides.
         rotates: whether keys and values may pass from place to place along it.
+        gathers_queries: whether attention leaves keys and values where they are along it, gathers
+            the queries, and brings the results over each rank's keys together.
         balances: whether zigzag order, which gives all ranks the same causal work, is for it.
         has_ranks: whether its places are different ranks. The places of `time` and of `halves` are
             pieces of work that one rank does in turn.
@@ -38,6 +40,7 @@ class Axis:
     divides_sequence: bool = False
     only_sequence: bool = False
     rotates: bool = False
+    gathers_queries: bool = False
     balances: bool = False
     has_ranks: bool = True
     own_tokens: bool = False
@@ -60,6 +63,9 @@ AXES = {
              divides_sequence=True, only_sequence=True, rotates=True, has_ranks=False),
         Axis("ring", "splits the sequence; keys and values rotate", divides_sequence=True,
              only_sequence=True, rotates=True, balances=True, own_tokens=True, keeps_tokens=True),
+        Axis("tile", "splits the sequence; queries are gathered, keys stay",
+             divides_sequence=True, only_sequence=True, gathers_queries=True, balances=True,
+             own_tokens=True, keeps_tokens=True),
         Axis("ep", "splits experts", divides_sequence=True, balances=True, own_tokens=True,
              divides_weights=True),
         Axis("ulysses", "splits the sequence; attention is split by heads",

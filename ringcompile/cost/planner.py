@@ -227,7 +227,8 @@ class Planner:
         """The parts of the critical path that a variant could save, as fractions by kind."""
         if variant.tp_sequence and not other.tp_sequence:
             return {"memory": 1 - 1 / variant.mesh.size("tp")}
-        if (variant.order, variant.ring) == (other.order, other.ring):
+        same_ring = variant.mesh == other.mesh and variant.ring == other.ring
+        if same_ring and variant.order == other.order:
             return {}
         transfers = dict.fromkeys(("communication", "interference", "launch", "host"), 1.0)
         causal = variant.ring == "rotate" and self.model.order == "zigzag"

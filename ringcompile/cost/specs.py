@@ -12,8 +12,14 @@ from ringcompile.cost.hardware import Cluster
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
 
-# Axes without ranks divide no work among GPUs.
-_ACROSS = tuple(axis.name for axis in AXES.values() if axis.has_ranks)
+# Axes without ranks divide no work among GPUs, and tiles are another form of a ring.
+_ACROSS = tuple(
+    axis.name for axis in AXES.values() if axis.has_ranks and not axis.gathers_queries
+)
+
+
+# A ring of fewer ranks has nothing to gain from tiles.
+_LEAST_TILED = 8
 
 
 @dataclass(frozen=True)
@@ -119,23 +125,40 @@ def variants(mesh: Mesh, batch: int, order: str = "zigzag") -> Iterator[Variant]
     if ring > 1 or mesh.size("ep") > 1:
         forms = [replace(base, order=o) for o in dict.fromkeys((order, "zigzag", "contiguous"))]
         forms += [replace(base, order="contiguous", ring="gather")] * (ring > 1)
+        forms += [replace(forms[0], mesh=tiles) for tiles in _in_tiles(mesh)]
     if tp > 1:
         forms += [replace(forms[0], tp_sequence=True)]
     yield from (replace(form, microbatches=count) for form in forms for count in counts)
+
+
+def _in_tiles(mesh: Mesh) -> Iterator[Mesh]:
+    """The mesh with its ring as tiles of queries and keys, as square as can be, if that is one.
+
+    A rank of a x b tiles sends a - 1 blocks of keys and values, and b - 1 of queries and results:
+    of four ranks no fewer bytes than in a ring.
+    """
+    ring = mesh.size("ring")
+    widths = [b for b in range(2, ring) if ring % b == 0 and b * b <= ring]
+    if widths and ring >= _LEAST_TILED:
+        tile = widths[-1]
+        split = {"ring": (("ring", ring // tile), ("tile", tile))}
+        yield Mesh(tuple(
+            part for name, size in mesh.axes for part in split.get(name, ((name, size),))
+        ))
 
 
 def ranks_of(mesh: Mesh, places: Iterable[int], stages: Iterable[int]) -> list[int]:
     """The ranks at given places of the ring and stages of the pipeline, one rank for each.
 
     Ranks that differ only in `tp` or `dp` do equal work, so the first of them is taken. Of ranks
-    that differ in `ulysses` or `ep`, the last is taken, since it holds the last positions.
+    that differ in `tile`, `ulysses` or `ep`, the last is taken, as it holds the last positions.
 
     Args:
         mesh: the parallel spec.
         places: coordinates on `ring`.
         stages: coordinates on `pp`.
     """
-    last = {axis: mesh.size(axis) - 1 for axis in ("ep", "ulysses")}
+    last = {axis: mesh.size(axis) - 1 for axis in ("tile", "ep", "ulysses")}
     found = []
     for stage, place in product(stages, places):
         at = {**last, "ring": place, "pp": stage}

@@ -14,6 +14,7 @@ from ringcompile.ir.nodes import location_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ops.blocks import Band
 
+_IN_TILES = "tiles: keys and values rotate, queries are gathered"
 _FORMS = {
     "ringcompile.ring_attention.default": "ring: keys and values rotate",
     "ringcompile.block_attention.default": "local: split queries, whole keys",
@@ -93,7 +94,7 @@ def attention_of(program: Program) -> tuple[AttentionReport, ...]:
 def _form(node: fx.Node) -> str:
     if node.kwargs.get("axis") == TIME:
         return "in time: keys and values of other pieces are there"
-    return _FORMS[str(node.target)]
+    return _IN_TILES if node.kwargs.get("tile") else _FORMS[str(node.target)]
 
 
 def gathers_of(program: Program) -> tuple[str, ...]:

@@ -338,10 +338,12 @@ def _rings(program: Program, nodes: list[fx.Node]) -> str:
     often = f"up to {program.mesh.size(','.join(across)) - 1} times"
     if len(across) < len(axes):
         often = f"of every piece, {often} for each piece that sees it"
-    return (
+    said = (
         f"passes on {_count(nodes, 'block')} of keys and values, {_total(program, operands)} "
         f"bytes, each {often}"
     )
+    tile = nodes[0].kwargs.get("tile")
+    return said if tile is None else f"{said}; gathers queries and reduces results along {tile}"
 
 
 def _count(nodes: Sequence[Any], word: str) -> str:

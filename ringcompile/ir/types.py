@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 from math import prod
 from typing import Any
 
 import sympy
 import torch
 
-from ringcompile.axes import TIME
+from ringcompile.axes import AXES, TIME
 from ringcompile.ir.expr import (
     LOCAL,
     SEQUENCE,
@@ -119,7 +119,7 @@ class SequenceSplit:
         pieces: of how many pieces in time a share holds its part, one behind the other; see
             `unrolled`.
         mirrored: in a level in zigzag order that keeps `time` and no axis of ranks, the size of
-            the first of these: its places' chunks lie side by side.
+            the first of these, tiles included: its places' chunks lie side by side.
         least: tokens that a chunk has at least, padding included: what its neighbours take of it.
     """
 
@@ -155,6 +155,12 @@ class SequenceSplit:
     def across(self) -> tuple[tuple[str, int], ...]:
         """The axes that ranks lie along: all but `time`."""
         return self.axes[1:] if self.in_time else self.axes
+
+    @property
+    def mirroring(self) -> tuple[tuple[str, int], ...]:
+        """The axes along which zigzag order mirrors, as if they were one: the first, and tiles."""
+        others = takewhile(lambda axis: AXES[axis[0]].gathers_queries, self.across[1:])
+        return (*self.across[:1], *others)
 
     @property
     def num_ranks(self) -> int:
@@ -194,10 +200,13 @@ class SequenceSplit:
         """
         kept, left = self.axes[: len(names)], self.axes[len(names) :]
         assert tuple(names) == self.names[: len(names)], f"{names} are not the first of {self.axes}"
+        assert not any(AXES[name].gathers_queries for name, _ in left if set(names) - {TIME}), (
+            f"{self.axes} are mirrored as one axis"
+        )
         inner = self.inner * prod(size for _, size in left)
         mirrored = self.mirrored if not left else 1
         if left and self.order == "zigzag" and tuple(names) == (TIME,):
-            mirrored = left[0][1]
+            mirrored = prod(size for _, size in self.mirroring)
         return replace(self, axes=kept, inner=inner, mirrored=mirrored)
 
     def unrolled(self) -> SequenceSplit:
@@ -239,9 +248,13 @@ class SequenceSplit:
             last = 2 * self.mirrored - 1
             runs = [(place, last - place) for place in range(self.mirrored)]
             return tuple(chain(*runs)) if self.order == "zigzag" else (0,)
-        (_, num_places), *others = self.across
-        first, width, below = places[0], prod(size for _, size in others), 0
-        for place, (_, size) in zip(places[1:], others, strict=True):
+        count = len(self.mirroring)
+        others = self.across[count:]
+        num_places, width = (prod(size for _, size in axes) for axes in (self.mirroring, others))
+        first, below = 0, 0
+        for place, (_, size) in zip(places[:count], self.mirroring, strict=True):
+            first = first * size + place
+        for place, (_, size) in zip(places[count:], others, strict=True):
             below = below * size + place
         if self.order != "zigzag":
             return (first * width + below,)

@@ -42,7 +42,7 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? mask=None, "
         "Tensor? sink=None, Tensor? past_k=None, Tensor? past_v=None, *, float scale, "
         "float? softcap=None, SymInt? lower=None, SymInt? upper=None, str axis, "
-        "SymInt? piece=None, SymInt[]? past=None) -> Tensor"
+        "str? tile=None, SymInt? piece=None, SymInt[]? past=None) -> Tensor"
     ),
     "pack": "(Tensor k, Tensor v) -> Tensor",
     "block_attention": (

@@ -5,6 +5,7 @@
 | whole                  | whole                 | attention                                       |
 | heads on an axis       | heads on it           | attention on local heads                        |
 | sequence on ring       | sequence on ring      | ring attention: keys and values rotate          |
+| ... and on tile        | the same              | queries are gathered along it, results reduced  |
 | ... and on ulysses     | the same              | heads on ulysses instead, one exchange each way |
 | ... and on other axes  | sequence on ring only | keys and values are gathered along the others   |
 | sequence               | whole                 | local queries over all keys                     |

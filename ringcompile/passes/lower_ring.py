@@ -34,6 +34,7 @@ from ringcompile.ir.types import (
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.query_tiles import QueryTiles
 from ringcompile.passes.ring_routes import Route, route
 
 aten = torch.ops.aten
@@ -51,7 +52,8 @@ class LowerRing(Pass):
         o = finish(state)
 
     Keys and values of earlier pieces in time, `past_k` and `past_v`, go round beside those of the
-    queries' own piece, and are merged into the same state.
+    queries' own piece, and are merged into the same state. Along `tile` queries are gathered before
+    and results reduced behind it: see `query_tiles`.
     """
 
     name: ClassVar[str] = "lower-ring"
@@ -96,14 +98,20 @@ class _Ring:
         rows = type_of(self.call["q"]).layout.dims[2]
         self.axes = rows[0].axes if rows else ()
         self.level = self.sequence.level(self.axes)
+        self.tile: str | None = self.call["tile"]
         self.unit = self.level.chunk
         self.band = Band(self.call["lower"], self.call["upper"])
-        self.queries = self._queries()
+        by_rank = self._queries()
+        self.queries = tuple(tuple(sorted(chunks)) for chunks in by_rank)
         self.rows: _Slots = tuple(range(len(self.queries[self.rank])))
         self.cut: dict[tuple[fx.Node, _Slots], fx.Node] = {}
         self.q, self.key_mask, self.mask, self.sink = map(
             self.given, ("q", "key_mask", "mask", "sink")
         )
+        self.out = type_of(self.node)
+        self.tiles = QueryTiles(builder, self.mesh, self.tile, by_rank[self.rank], self.unit)
+        if self.tile is not None:
+            self._gather_queries()
         self.streams = [_Stream(self, "k", "v", [self.call["piece"] or 0])]
         if self.call["past_k"] is not None:
             self.streams.append(_Stream(self, "past_k", "past_v", self.call["past"]))
@@ -115,23 +123,45 @@ class _Ring:
     def _place(self, axis: str) -> int:
         return self.mesh.index(self.coordinates, axis)
 
+    def _gather_queries(self) -> None:
+        """Those of all ranks along `tile`, by position, and the rows of their mask."""
+        self.q = self.tiles.gathered(self.q, self.local(type_of(self.q)))
+        if self.mask is not None and type_of(self.mask).shape[2] != 1:
+            self.mask = self.tiles.gathered(self.mask, self.local(type_of(self.mask)))
+        width = self.local(self.out)[3]
+        self.out = TensorType.whole(self.out.dtype, (*type_of(self.q).shape[:3], width))
+
+    @property
+    def _tiles(self) -> int:
+        return 1 if self.tile is None else self.mesh.size(self.tile)
+
     @property
     def _below(self) -> int:
         """How many ranks along other axes have the same keys, and each some of the queries."""
-        return self.level.num_ranks // self.ranks
+        return self.level.num_ranks // (self.ranks * self._tiles)
+
+    def _share(self, place: int, tile: int, below: int) -> int:
+        """Which share of the sequence a rank has, by its places on ring, tile and other axes."""
+        return (place * self._tiles + tile) * self._below + below
 
     def _queries(self) -> tuple[_Slots, ...]:
-        """The chunks of queries at each place of the ring."""
+        """The chunks of queries at each place of the ring, by rank along `tile`."""
         own = self._place(",".join(self.axes)) % self._below
         piece = self.call["piece"] or 0
-        return tuple(self._chunks(place * self._below + own, piece) for place in range(self.ranks))
+        return tuple(
+            tuple(chain(*(
+                self._chunks(self._share(place, tile, own), piece) for tile in range(self._tiles)
+            )))
+            for place in range(self.ranks)
+        )
 
     def keys(self, pieces: list[int]) -> tuple[_Slots, ...]:
         """The chunks of keys at each place of the ring, piece by piece, as short as of queries."""
-        below = self._below
+        tile = 0 if self.tile is None else self._place(self.tile)
         return tuple(
             tuple(chain(*(
-                self._chunks(place * below + i, piece) for piece in pieces for i in range(below)
+                self._chunks(self._share(place, tile, i), piece)
+                for piece in pieces for i in range(self._below)
             )))
             for place in range(self.ranks)
         )
@@ -153,6 +183,8 @@ class _Ring:
             for stream in self.streams:
                 stream.wait(step)
         assert state is not None
+        if self.tile is not None:
+            state = self.tiles.reduced(state, self.out, type_of(self.node))
         return self.builder.call(
             op("finish"), (state, self.sink), self.node.meta["type"], name=self.node.name,
             dtype=type_of(self.node).dtype,
@@ -165,10 +197,11 @@ class _Ring:
         if state is None:  # the rank's own block makes the state: all of its rows
             return self._block(stream, held, self.rows, held.slots)
         for columns in stream.seen(held):
-            rows = stream.route.rows(self.rank, held.block, columns)
+            first, *others = stream.route.rows(self.rank, held.block, columns)
+            rows = tuple(range(first, max((first, *others)) + 1))
             made = self._block(stream, held, rows, columns)
             state = self.builder.call(
-                op("merge"), (state, made), accumulator_type(type_of(self.node)),
+                op("merge"), (state, made), accumulator_type(self.out),
                 start=rows[0] * self.unit,
             )
         return state

@@ -6,12 +6,14 @@ The rank stays a symbol: `ring` in an argument is this rank's coordinate on that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from ringcompile.axes import AXES
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, with_argument
 from ringcompile.ir.expr import coordinate_on, equal, simplify, spelled
@@ -167,7 +169,7 @@ class _Partitioner:
         if k:
             new = self.builder.call(
                 op("ring_attention"), args, node.meta["type"], name=node.name,
-                axis=",".join(k[0].axes), **how,
+                **_around(k[0].axes), **how,
             )
             return _with_mask_kind(new, node)
         return self._rows_only(node, args, how)
@@ -192,6 +194,13 @@ class _Partitioner:
         return self.builder.call(
             op("finish"), (state, sink), type_, name=node.name, dtype=type_.dtype
         )
+
+
+def _around(axes: Sequence[str]) -> dict[str, str]:
+    """Along which axes keys pass from rank to rank, and along which queries are gathered."""
+    tiles = [axis for axis in axes if AXES[axis].gathers_queries]
+    rest = [axis for axis in axes if axis not in tiles] or ["ring"]  # of one rank, if there is none
+    return {"axis": ",".join(rest), **({"tile": tiles[0]} if tiles else {})}
 
 
 def _with_mask_kind(new: fx.Node, node: fx.Node) -> fx.Node:

@@ -315,9 +315,15 @@ class _Placer(Requests):
     def _over_split_keys(self, node: fx.Node, rows: Rows) -> Rows:
         """The row for queries, keys and values that are all split along the sequence."""
         rotating = tuple(name for name in self.names if AXES[name].rotates)
+        tiles = tuple(name for name in self.names if AXES[name].gathers_queries)
         if self.options.ring == "gather":
+            if tiles:
+                raise RingCompileError(
+                    f"keys cannot be gathered along ring where queries are along {tiles[0]}",
+                    hint="leave --ring out",
+                )
             rotating = tuple(name for name in rotating if name == TIME)
-        rows = replace(rows, keys=self._rows(rotating))
+        rows = replace(rows, keys=self._rows((*rotating, *tiles)))
         if "ulysses" not in self.names:
             return rows
         queries, _ = head_counts(Call(node))

@@ -313,7 +313,7 @@ class TimePieces:
             op("ring_attention"), (*own, *past), self.inside(type_of(node), piece), name=name,
             why=f"piece {piece}" + (f" over {', '.join(map(str, others))}" if others else ""),
             axis=",".join(_without_time(call["axis"].split(","))), piece=piece, past=others or None,
-            **{x: call[x] for x in ("scale", "softcap", "lower", "upper")},
+            **{x: call[x] for x in ("scale", "softcap", "lower", "upper", "tile")},
         )
         if "mask_kind" in node.meta:
             made.meta["mask_kind"] = node.meta["mask_kind"]

@@ -22,7 +22,8 @@ from ringcompile.session import Session
 from tests.communication.rows import LEGEND, Row
 
 LENGTH = 48  # divides over all ranks and chunks of the rows
-PLACES = {"R": "ring", "U": "ulysses", "T": "tp", "P": "pp", "N": "ep", "M": "time"}
+PLACES = {"R": "ring", "U": "ulysses", "T": "tp", "P": "pp", "N": "ep", "M": "time",
+          "W": "tile"}
 SYMBOLS = {name: sympy.Symbol(name, integer=True, positive=True) for name in LEGEND}
 SYMBOLS |= {name: symbol(name) for name in ("s", "n")}
 SYMBOLS |= {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in ("r", "p", "q")}

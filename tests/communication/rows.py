@@ -31,6 +31,7 @@ LEGEND: Final = {
     "P": "ranks on `pp`",
     "N": "ranks on `ep`",
     "M": "pieces on `time`",
+    "W": "ranks on `tile`",
     "r": "place on `ring`, from 0",
     "p": "place on `pp`, from 0",
     "q": "place on `ulysses`, from 0",
@@ -79,6 +80,7 @@ def pair(more: str = "", over: str = "") -> Terms:
 EXACT: Final = "2*L*E*Min(n, ceiling(f*k*s/E))*D*b*(N - 1)/N + 8*c*L*E*(N - 1)"
 LOCAL: Final = "2*L*E*ceiling(f*k*n/E)*D*b*(N - 1)/N"
 EARLIER: Final = "M*(M - 1)/2*K*(R - 1)"
+TILED: Final = "L*B*n*H*(d*b + 4*(d + 1))*(W - 1)"
 REDUCED: Final = "4*L*X*(T - 1)/T"
 STATES: Final = "4*L*B*n*H*(d + 1)*(R - 1)"  # outputs and log-sum-exps of all heads, in float32
 
@@ -125,6 +127,17 @@ ROWS: Final = (
         always("2*c*B*D*b*(R - 1)"), "likewise, of two chunks", {"order": "zigzag"}),
     Row("ring as a gather", "dense-4l-tiny", "ring=4", always("K*(R - 1)"),
         "every rank's keys to every other", {"ring": "gather"}),
+    Row("tiles, all tokens see all", "bert-tiny", "ring=2,tile=2",
+        always(f"K*(R - 1) + {TILED}"),
+        "keys go round the ring; queries along the tile, results in float32 with log-sum-exps"),
+    Row("tiles, causal, zigzag", "dense-4l-tiny", "ring=4,tile=4",
+        ((f"K*(2*R - 1 - r)/2 + {TILED}", "(r > 0) & (r < R - 2)"), (f"K*R/2 + {TILED}", "")),
+        "likewise; keys as in a ring", {"order": "zigzag"}),
+    Row("tiles, causal, contiguous, grouped queries", "llama-tiny", "ring=3,tile=2",
+        ((f"K*(r + 1) + {TILED}", "r < R - 1"), (TILED, "")), "likewise",
+        {"order": "contiguous"}),
+    Row("tiles without a ring", "moe-4l-tiny", "tile=4", always(f"{TILED} + 8*c*L*E*(W - 1)"),
+        "queries go to all keys, which stay; counts of each chunk's experts"),
     Row("ulysses", "dense-4l-tiny", "ulysses=4", always("2*L*B*n*(H + G)*d*b*(U - 1)/U"),
         "queries, keys and values to heads, outputs back; a rank's own part stays"),
     Row("ulysses, grouped queries", "llama-tiny", "ulysses=2",
