@@ -62,7 +62,7 @@ class Windows:
     def takes(self, node: fx.Node) -> bool:
         """Whether a call is one of those written here; it is written, or kept for later."""
         form = self._form(node)
-        if form is None:
+        if form is None or (form.extra == 0 and not _has_features(node)):
             return False
         self.forms[node] = form
         if form.extra != 0:
@@ -134,6 +134,11 @@ def _joined(node: fx.Node, forms: dict[fx.Node, Form]) -> fx.Node | None:
         return None
     around = joined(node, forms)
     return None if around is None else around[0]
+
+
+def _has_features(node: fx.Node) -> bool:
+    """Whether a value is no id, count or flag, which every rank has whole where inputs tell it."""
+    return type_of(node).dtype.is_floating_point or type_of(node).dtype.is_complex
 
 
 def _is_tensor(node: fx.Node) -> bool:

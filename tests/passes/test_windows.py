@@ -11,6 +11,8 @@ import ringcompile as rc
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import BATCH, LOCAL, bind
 from ringcompile.parallel_program import ParallelProgram
+from tests.generate.models import captured
+from tests.generate.test_shifts import AfterEnd
 from tests.support import some_fast
 
 WIDTH, EXACT = 8, 1e-10
@@ -222,6 +224,13 @@ def test_of_a_fixed_length_as_many_entries_by_chance_are_not_moved() -> None:
     sent = {node.kwargs["of"] for node in parallel.rank(1).graph.nodes
             if "shift_start" in str(node.target)}
     assert any(name.startswith("halo") for name in sent)
+
+
+def test_flags_that_inputs_tell_are_shifted_whole_on_every_rank() -> None:
+    """Where documents begin is looked up by all queries, so that windows would be gathered."""
+    _, program = captured(AfterEnd, 1)
+    nodes = rc.transform(program, "ring=4").rank(1).graph.nodes
+    assert not [n for n in nodes if n.kwargs.get("of", "").startswith("halo")]
 
 
 @pytest.mark.parametrize("order", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
