@@ -24,11 +24,10 @@ from ringcompile.ir.expr import BATCH, FIRST, OWN, PART, SEQUENCE, Size, bind, i
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
+from ringcompile.ir.verifier import CONSUMING
 from ringcompile.mesh import Mesh
 
 Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
-
-_MERGES = frozenset({"ringcompile.merge.default", "ringcompile.attend_merge.default"})
 
 
 def bind_lengths(
@@ -139,7 +138,7 @@ class Values:
                 return self._view(node)
             if looks_at(node.target) == "same":
                 return self.of[node.args[0]]  # type: ignore[index]
-            if target in _MERGES:
+            if target in CONSUMING:
                 return self._merged(node)
             if target == DISPATCH:
                 arriving, order = type_of(node).shape[0], self.argument(node.args[1])
