@@ -17,8 +17,8 @@ of a sequence. What is split is computed for the new tokens. What is whole is ma
 of inputs that are token-sized, for as many positions as the cache has; `carried_dims` makes sure
 that the entry of a position depends on no later one. Keys and values of a sequence lie on the ranks
 of `ring` and `ulysses`, each position on one of them: every rank attends with all new queries over
-the keys that it keeps, and one all-gather a layer brings the results and their log-sum-exp
-together.
+the keys that it keeps, and one exchange a layer brings the results and their log-sum-exp together:
+an all-gather, or by heads an all-to-all (`decode_features`).
 """
 
 from __future__ import annotations

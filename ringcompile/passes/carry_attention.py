@@ -3,8 +3,8 @@
     o = attention(q, k, v)     k [s/time]  ->  k, v = store(k), store(v);  o = cached_attention(q)
 
 Keys and values of a sequence lie on the ranks of `ring` and `ulysses`, each position on one of
-them: every rank attends with all new queries over the keys that it keeps, and one all-gather a
-layer brings the results and their log-sum-exp together.
+them: every rank attends with all new queries over the keys that it keeps, and one exchange a
+layer brings the results and their log-sum-exp together: an all-gather, or by heads an all-to-all.
 """
 
 from __future__ import annotations
