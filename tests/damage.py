@@ -290,13 +290,19 @@ def trial(seed: int) -> Trial:
         return Trial(seed, damage, said, bool(said) or changes(damage.model, out))
 
 
-@torch.no_grad()
 def changes(name: str, folder: Path) -> bool:
     """Whether an artifact gives other outputs than the right program on any of many inputs."""
-    right, wrong = compiled(name), rc.load(folder)
+    return differs(compiled(name), rc.load(folder))
+
+
+@torch.no_grad()
+def differs(right: rc.ParallelProgram, wrong: rc.ParallelProgram) -> bool:
+    """Whether two programs give other outputs on any of many inputs."""
     generator = torch.Generator().manual_seed(1)
     longest = right.program.length_range[1] or 200
-    for length in (2, 3, 5, 8, 13, 21, 34, 55, 64, min(200, longest)):
+    fixed = right.program.lengths.get("s")
+    lengths = (2, 3, 5, 8, 13, 21, 34, 55, 64, min(200, longest)) if fixed is None else [fixed] * 5
+    for length in lengths:
         inputs = {spec.name: _any(spec, length, generator) for spec in right.program.inputs}
         both = [widened_run(side, inputs) for side in (right, wrong)]
         pairs = zip(*map(tensors, both), strict=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,11 +105,18 @@ def pristine(name: str) -> Pristine:
             module, args = Small().eval(), (torch.randn(recipe.batch, LENGTH, 8),)
     made = compiler.transform(capture(module, args), recipe.spec, **recipe.options)
     place = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory()))
+    # Workers are forked with these folders made: only the process that made them removes them.
+    atexit.register(_remove, place, os.getpid())
     private, public = _keys(place) if recipe.signed else (None, None)
     made.save(place / "out", **({} if private is None else {"sign_with": private}))
     use = _in_turns(args[0]) if "cache" in recipe.options else _at_once(args)
     outputs = use(compiler.load(place / "out"))  # weights elsewhere in memory may round otherwise
     return Pristine(place / "out", args, outputs, use, public)
+
+
+def _remove(folder: Path, maker: int) -> None:
+    if os.getpid() == maker:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def memory() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from ringcompile.compiler import transform
 from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
-from tests.runtime.hosts import PORT, Host, two_hosts, why_not
+from tests.runtime.hosts import PORT, ROOT, Host, two_hosts, why_not
 from tests.support import TOLERANCE, difference
 
 _REASON = why_not()
@@ -102,6 +103,49 @@ def test_a_first_host_that_never_starts(
     message = rf"error: rank 2 cannot reach the job at {hosts[0].address}:{PORT} within 3 s: "
     assert re.search(message + r".*\n  hint: MASTER_ADDR has to be", error), error
     assert job.returncode == 1
+
+
+def _other(parallel: ParallelProgram, what: str, folder: Path) -> dict[str, str]:
+    """Write what the second host has instead, as `folder`/program; what its ranks are told."""
+    model = {"program": "gpt-tiny"}.get(what, NAME)
+    module, args = zoo.build(model)
+    if what == "weights":
+        with torch.no_grad():
+            next(module.parameters()).mul_(2)
+    transform(capture(module, args), SPEC).save(folder / "program")
+    names = [spec.name for spec in parallel.program.inputs]
+    save_file({name: torch.arange(LENGTH)[None] for name in names}, folder / "inputs.safetensors")
+    if what != "version":
+        return {}
+    lines = ["from importlib import metadata", "metadata.version = lambda name: '0.0.7'"]
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("weights", "artifact"), ("program", "artifact"), ("version", "ringcompile")],
+)
+def test_hosts_that_have_something_else(
+    hosts: tuple[Host, Host], saved: tuple[ParallelProgram, Path], tmp_path: Path,
+    what: str, said: str,
+) -> None:
+    """Refused on every rank before the first number."""
+    more = _other(saved[0], what, tmp_path)
+    jobs = [
+        hosts[rank // 2].start(
+            ringcompile(saved[1] if rank < 2 else tmp_path),
+            {**place(hosts[0], rank), **(more if rank > 1 else {})},
+        ) for rank in range(4)
+    ]
+    for job in jobs:
+        out, error = job.communicate(timeout=200)
+        assert out == ""
+        assert re.search(rf"error: ranks 2, 3 run another {said} than rank 0: \S+, rank 0 has \S+"
+                         r"\n  hint: give all hosts the same copy of the artifact", error), error
+        assert "Traceback" not in error
+        assert job.returncode == 1
 
 
 @pytest.mark.slow
