@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from tests.damage import differs, found
 from tests.mutants import Mutant, kinds_of, mutant
 from tests.test_mutants import ARTIFACTS, compiled
 
-# What is missed, and why it cannot be seen: none known so far.
+# Known to be missed: another fill of the rows that pad a share, where experts count rows. It shows
+# only at lengths where the count crosses a capacity, of which `verify` tries few.
 SAME, UNREAD = "the outputs are the same", "cannot be read or lowered"
 
 
@@ -66,9 +67,11 @@ def trial(name: str, made: Mutant, folder: Path) -> Trial:
     return Trial(name, made.kind, made.node, said, void)
 
 
-def trials(step: int = 1, start: int = 0, seed: int = 0) -> Iterator[Trial]:
-    """One mutant of every `step`th kind of each artifact."""
-    for name in ARTIFACTS:
+def trials(
+    step: int = 1, start: int = 0, seed: int = 0, names: Iterable[str] = tuple(ARTIFACTS)
+) -> Iterator[Trial]:
+    """One mutant of every `step`th kind of each artifact that is named."""
+    for name in names:
         data = program_to_json(compiled(name).program)
         for kind in kinds_of(data)[start::step]:
             made = mutant(data, kind, seed)
