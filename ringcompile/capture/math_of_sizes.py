@@ -1,7 +1,8 @@
 """Functions of sizes that torch.export would turn into numbers: `math.log(x.shape[1])`.
 
 Python's `math` asks a size for the number that it is in the example, which fixes the length. While
-a model is captured, these functions take sizes as they are, and `torch.linspace` as many steps.
+a model is captured, these functions take sizes as they are, and so do those of torch that would ask
+for numbers (`functions_of_sizes`).
 """
 
 from __future__ import annotations
@@ -16,24 +17,29 @@ from unittest import mock
 import torch
 from torch._export.verifier import Verifier
 
+from ringcompile.capture.functions_of_sizes import FUNCTIONS
+
 _log2: Any = vars(torch)["_sym_log2"]
 _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "sqrt": torch.sym_sqrt,
     "log2": _log2,
     "log": lambda size: _log2(size) * math.log(2),
+    "exp": lambda size: math.e**size,
 }
 
 
 @contextlib.contextmanager
 def math_of_sizes() -> Iterator[None]:
-    """While inside, functions of `math` and `torch.linspace` keep sizes of inputs symbolic."""
+    """While inside, functions of `math` and of torch keep sizes of inputs symbolic."""
     with contextlib.ExitStack() as stack:
         for name, symbolic in _FUNCTIONS.items():
             changed = _of_sizes(getattr(math, name), symbolic)
             stack.enter_context(mock.patch.object(math, name, changed))
         allowed = _and_functions(Verifier.allowed_op_types)
         stack.enter_context(mock.patch.object(Verifier, "allowed_op_types", allowed))
-        stack.enter_context(mock.patch.object(torch, "linspace", _linspace_of(torch.linspace)))
+        for module, name, symbolic in FUNCTIONS:
+            changed = symbolic(getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, changed))
         yield
 
 
@@ -50,21 +56,3 @@ def _of_sizes(original: Callable[..., Any], symbolic: Callable[[Any], Any]) -> C
         return found / math.log(*base) if base else found
 
     return function
-
-
-def _linspace_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def linspace(start: Any, end: Any, steps: Any, **settings: Any) -> torch.Tensor:
-        if not isinstance(steps, torch.SymInt) or isinstance(start, torch.Tensor) or isinstance(
-            end, torch.Tensor
-        ) or settings.get("out") is not None:
-            return original(start, end, steps, **settings)
-        dtype = settings.pop("dtype", None) or torch.get_default_dtype()
-        settings = {key: value for key, value in settings.items() if value is not None}
-        count: Any = steps
-        index: Any = torch.arange(count, dtype=dtype, **settings)
-        step = (end - start) / torch.sym_max(steps - 1, 1)
-        # As torch does it: counted from the nearer end, so that both ends are exact.
-        below, above = start + step * index, end - step * (count - 1 - index)
-        return torch.where(index < torch.sym_max(steps // 2, 1), below, above)
-
-    return linspace

@@ -46,6 +46,7 @@ from ringcompile.passes.carried_dims import check_call, is_last, is_positions
 from ringcompile.passes.carry_attention import AttentionWriter, check_fixed_keys, splits_of
 from ringcompile.passes.carry_context import NEW, Carrying, of_tokens
 from ringcompile.passes.carry_shifts import ShiftWriter
+from ringcompile.passes.ranges import range_at
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
 
 aten = torch.ops.aten
@@ -194,14 +195,7 @@ class _Carrier:
         if TIME not in type_.layout.axes:
             return self._call(node)
         check_call(node)
-        here = self.into.positions
-        if call["step"] != 1:
-            here = self.builder.call(aten.mul.Tensor, (here, call["step"]), type_of(here))
-        if not equal(call["start"], 0):
-            here = self.builder.call(aten.add.Tensor, (here, call["start"]), type_of(here))
-        if type_.dtype != torch.int64:
-            here = self.builder.call(aten.to.dtype, (here, type_.dtype), self.into.type(type_))
-        return here
+        return range_at(self.builder, self.into.positions, call, self.into.type(type_))
 
     def _redistribute(self, node: fx.Node) -> fx.Node:
         """New tokens of what all positions have; what `tp` does stays as it is."""

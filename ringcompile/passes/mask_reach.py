@@ -8,6 +8,7 @@ comes out of matmuls count as one: scores are of that size, and nobody hides a k
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, inf, isinf, isnan, prod
@@ -69,6 +70,8 @@ def _made_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Magnitude]) -> Magnitude:
     if node.op == "placeholder":
         return _of_placeholder(program, node)
+    if node.target is operator.getitem:  # one of several results
+        return known[node.args[0]]  # type: ignore[index]
     name = str(node.target).split(".")[1] if node.op == "call_function" else ""
     if read(node) is not None or name in _COUNTS:
         return Magnitude()

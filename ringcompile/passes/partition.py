@@ -16,7 +16,7 @@ from torch import fx
 from ringcompile.axes import AXES
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, with_argument
-from ringcompile.ir.expr import coordinate_on, equal, simplify, spelled
+from ringcompile.ir.expr import coordinate_on, simplify, spelled
 from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
@@ -27,6 +27,7 @@ from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import ATTENTION_OPERANDS
 from ringcompile.passes.base import Builder, Pass, refuse
 from ringcompile.passes.head_exchange import HeadExchange
+from ringcompile.passes.ranges import range_at
 from ringcompile.passes.redistribute import Mover
 from ringcompile.passes.scan import Scan
 
@@ -96,13 +97,7 @@ class _Partitioner:
             whole.meta["type"] = TensorType.whole(type_.dtype, type_.shape)
             return self.mover.move(whole, type_of(whole), type_, None)
         here = self.mover.positions(atoms[0].axes)
-        if call["step"] != 1:
-            here = self.builder.call(aten.mul.Tensor, (here, call["step"]), type_of(here))
-        if not equal(call["start"], 0):
-            here = self.builder.call(aten.add.Tensor, (here, call["start"]), type_of(here))
-        if type_.dtype != torch.int64:
-            here = self.builder.call(aten.to.dtype, (here, type_.dtype), type_)
-        return here
+        return range_at(self.builder, here, call, type_)
 
     def _scan(self, node: fx.Node) -> fx.Node:
         """A scan along a split dim: each chunk's own, and the total of all before it."""

@@ -40,7 +40,7 @@ from ringcompile.passes.own_tokens import OwnTokens
 from ringcompile.passes.regions import Finder, Region, describe, may_route
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, placeholders_first
 from ringcompile.passes.split_sequence import order_of, sequence_length
-from ringcompile.passes.token_pairs import rows_of_pairs
+from ringcompile.passes.token_pairs import note_of_pairs, rows_of_pairs
 from ringcompile.passes.token_wise import TokenWise
 from ringcompile.passes.windows import Windows, with_one_halo
 
@@ -166,6 +166,7 @@ class _Placer(Requests):
         self.options, self.gather_unknown = options, gather_unknown
         self.names = tuple(axis for axis in sequence.names if axis != "tp")
         self.notes: list[str] = []
+        self.without_rule: list[str] = []
         self.routing = describe(regions)
         self.gathering: set[fx.Node] = set()
         self.writers: dict[fx.Node, list[OwnTokens]] = {}
@@ -193,8 +194,10 @@ class _Placer(Requests):
             placeholders=self.placeholders,
             mesh=self.mesh,
             sequence=self.sequence,
-            notes=tuple(dict.fromkeys((*self.program.notes, *self.routing, *self.notes))),
-            without_rule=tuple(dict.fromkeys(self.notes)),
+            notes=tuple(dict.fromkeys(
+                (*self.program.notes, *self.routing, *self.notes, *self.without_rule)
+            )),
+            without_rule=tuple(dict.fromkeys(self.without_rule)),
         )
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
@@ -226,12 +229,15 @@ class _Placer(Requests):
         rule = self._rule(node, operands)
         if node.target is _ATTENTION:
             return self._attention(node, operands)
-        placement = self._placement(node, rule, call, [layout_of(n) for n in operands])
+        placement, pairs = self._placement(rule, call, [layout_of(n) for n in operands])
         new = [
             self.request(n, wanted) for n, wanted in zip(operands, placement.operands, strict=True)
         ]
-        if any(n.target is REDISTRIBUTE and layout_of(n).is_whole for n in new):
+        gathered = [n for n in new if n.target is REDISTRIBUTE and layout_of(n).is_whole]
+        if gathered:
             self.gathering.add(node)
+        if gathered and pairs and any(type_of(n).dtype.is_floating_point for n in gathered):
+            self.notes.append(note_of_pairs(node, gathered))
         return self.emit(node, new, placement.output)
 
     def _value(self, node: fx.Node) -> fx.Node:
@@ -259,7 +265,10 @@ class _Placer(Requests):
             )
         split = not all(layout_of(operand).is_whole for operand in operands)
         if self.gather_unknown and split and "type" in node.meta:
-            self._note(node, f"{node.target} has no rule: computed whole on every rank")
+            place = f"{location_of(node).short}: %{node.name}".lstrip(": ")
+            self.without_rule.append(
+                f"{place}: {node.target} has no rule: computed whole on every rank"
+            )
             return _WHOLE_RULE
         if is_pure(node.target) and not split and "type" in node.meta:
             return _WHOLE_RULE
@@ -271,26 +280,13 @@ class _Placer(Requests):
         )
 
     def _placement(
-        self, node: fx.Node, rule: Rule, call: Call, layouts: Sequence[Layout]
-    ) -> Placement:
+        self, rule: Rule, call: Call, layouts: Sequence[Layout]
+    ) -> tuple[Placement, bool]:
+        """The row for these layouts; and whether it is one rank's rows of pairs of tokens."""
         try:
-            return rule.forward(call, layouts, self.axis_sizes)
+            return rule.forward(call, layouts, self.axis_sizes), False
         except ConflictError:
-            rows = rows_of_pairs(node, layouts)
-            if rule.cheap and rows is not None:
-                return rule.forward(call, rows, self.axis_sizes)
-            if self.gather_unknown:
-                self._note(node, "rows and columns both along the sequence: gathered")
-                kept = [layouts[0], *(Layout.whole(len(x.dims)) for x in layouts[1:])]
-                return rule.forward(call, kept, self.axis_sizes)
-            reason = node.meta.get("why_not", "both operands are split along the sequence")
-            raise error_at(
-                node,
-                "this pairs every token with every other and is not an attention that is "
-                f"understood ({reason})",
-                hint="use torch.nn.functional.scaled_dot_product_attention, or pass "
-                "--gather-unknown to gather the second operand whole on every rank",
-            ) from None
+            return rule.forward(call, rows_of_pairs(rule, call, layouts), self.axis_sizes), True
 
     # -- attention: see attention_rows.py for the table -------------------------------------------
 
@@ -358,10 +354,6 @@ class _Placer(Requests):
         if node.target is not _ATTENTION:
             return True
         return wanted.dims[2] in (WHOLE, self._rows(self.names)) and not wanted.dims[1]
-
-    def _note(self, node: fx.Node, text: str) -> None:
-        place = node.meta["loc"].short if "loc" in node.meta else ""
-        self.notes.append(f"{place}: %{node.name}: {text}".lstrip(": "))
 
 
 _WHOLE_RULE = FactorRule(all_whole, cheap=False)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from ringcompile.ir.expr import equal
+from ringcompile.ir.expr import equal, is_symbolic
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
@@ -104,6 +104,8 @@ class _AttentionWriter:
             scores.take(step)
         operands = OperandWriter(self.builder, found)
         q, k, v = operands.operands()
+        if is_symbolic(type_of(q).shape[1]):
+            raise NotUnderstoodError("every token has keys of its own")
         for factor in scores.factors:
             q = operands.scaled(q, factor)
         masks = MaskWriter(self.builder, self.analysis, operands.heads)

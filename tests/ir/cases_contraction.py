@@ -181,6 +181,26 @@ def _rows_are_split(call: Call, layout: Layout) -> bool:
     return bool(layout.dims[2])
 
 
+def _distances(draws: Draws) -> Arguments:
+    batch, features = draws.shape(0, 2), draws.size()
+    left, right = (
+        draws.real((*draws.narrower(batch), draws.size(), features)) for _ in range(2)
+    )
+    return called(left, right, draws.pick([1.0, 2.0]), None)
+
+
+def _distances_free(call: Call) -> Free:
+    """Rows of both, and batch dims that are the result's."""
+    out = type_of(call.node).shape
+    found = set()
+    for i in range(2):
+        shape = shape_of(call, i)
+        first = len(out) - len(shape)
+        found |= {(i, d) for d in range(len(shape) - 2) if shape[d] == out[first + d]}
+        found.add((i, len(shape) - 2))
+    return found
+
+
 _TABLE: dict[str, Case] = {
     "linear.default": Case(_linear, _linear_free),
     "addmm.default": _biased(batched=False),
@@ -193,6 +213,7 @@ _TABLE: dict[str, Case] = {
     "outer.default": _product("m", "n"),
     "ger.default": _product("m", "n"),
     "einsum.default": Case(_einsum, _einsum_free),
+    "_cdist_forward.default": Case(_distances, _distances_free),
     "_grouped_mm.default": Case(_grouped_mm, pairs((1, 2))),
 }
 CASES: dict[str, Case] = {

@@ -77,10 +77,10 @@ def _argsort_stable(draws: Draws) -> Arguments:
     return called(draws.small(shape), stable=True, dim=draws.dim(len(shape)), descending=True)
 
 
-def _fourier(part: Part) -> Case:
+def _fourier(part: Part, *lengths: int | None) -> Case:
     def make(draws: Draws) -> Arguments:
         shape = draws.shape(1)
-        length = draws.pick([None, 4])
+        length = draws.pick(lengths or [None, 4])
         norm = draws.pick([None, "ortho"])
         return called(part(draws, shape), length, draws.dim(len(shape)), norm)
 
@@ -118,6 +118,7 @@ _ALONG_DIM: dict[str, Case] = {
     "fft_fft.default": _fourier(COMPLEX),
     "fft_ifft.default": _fourier(COMPLEX),
     "fft_rfft.default": _fourier(REAL),
+    "fft_irfft.default": _fourier(COMPLEX, 4, 5),
 }
 
 

@@ -173,6 +173,20 @@ def _bucketize(draws: Draws) -> Arguments:
     return called(draws.real(draws.shape()), boundaries, right=draws.flag())
 
 
+def _searchsorted(draws: Draws) -> Arguments:
+    shape = draws.shape(1, 3)
+    return called(
+        draws.real(shape).sort(-1).values, draws.real((*shape[:-1], draws.size())),
+        right=draws.flag(),
+    )
+
+
+def _searched_free(call: Call) -> Free:
+    rank = len(shape_of(call, 1))
+    one_row = len(shape_of(call, 0)) == 1
+    return {(1, d) for d in range(rank)} | {(0, d) for d in range(0 if one_row else rank - 1)}
+
+
 def _roll(draws: Draws) -> Arguments:
     shape = draws.shape()
     dims = draws.dims(len(shape))
@@ -201,6 +215,7 @@ _TABLE: dict[str, Case] = {
     "select_scatter.default": Case(_select_scatter, _select_scatter_free, exact=True),
     "one_hot.default": Case(_one_hot, _one_hot_free),
     "bucketize.Tensor": Case(_bucketize, leading(0, 0)),
+    "searchsorted.Tensor": Case(_searchsorted, _searched_free),
     "roll.default": Case(_roll, all_but("dims"), exact=True),
 }
 

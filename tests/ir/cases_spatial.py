@@ -121,6 +121,8 @@ _TABLE: dict[str, Case] = {
     "avg_pool2d.default": _pooled(2, [2, 2]),
     "max_pool1d.default": _pooled(1, [2]),
     "max_pool2d.default": _pooled(2, [2, 2]),
+    "max_pool2d_with_indices.default": _pooled(2, [2, 2]),
+    "adaptive_max_pool2d.default": _pooled(2, [3, 2]),
     "adaptive_avg_pool1d.default": _pooled(1, [3]),
     "adaptive_avg_pool2d.default": _pooled(2, [3, 2]),
     "upsample_nearest1d.vec": _resized(1),

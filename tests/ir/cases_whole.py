@@ -22,14 +22,6 @@ def _masked_scatter(draws: Draws) -> Arguments:
     )
 
 
-def _searchsorted(draws: Draws) -> Arguments:
-    shape = draws.shape(1, 3)
-    return called(
-        draws.real(shape).sort(-1).values, draws.real((*shape[:-1], draws.size())),
-        right=draws.flag(),
-    )
-
-
 def _weight_norm(draws: Draws) -> Arguments:
     shape = draws.shape(2, 3)
     return called(draws.real(shape), draws.real((shape[0], *[1] * (len(shape) - 1))), 0)
@@ -53,7 +45,6 @@ _ALL_WHOLE: dict[str, Case] = {
     "bincount.default": _whole(lambda draws: called(
         draws.small(shape := draws.shape(1, 1)), draws.real(shape), draws.number(0, 8))),
     "histc.default": _whole(lambda draws: called(draws.real(draws.shape()), 5, -1, 1)),
-    "searchsorted.Tensor": _whole(_searchsorted),
     "eye.default": _whole(lambda draws: called(draws.size())),
     "eye.m": _whole(lambda draws: called(draws.size(), draws.size())),
     "linspace.default": _whole(lambda draws: called(-1, 2, draws.size())),

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 from ringcompile.ir.calls import Call
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules.base import Factors, Names, rank_of, shapes
 
 
@@ -105,6 +106,23 @@ def matmul(call: Call) -> Factors:
         tuple(map(kept, terms.operands, shapes(call))),
         tuple(None if f in diagonal else f for f in terms.output),
     )
+
+
+def distances(call: Call) -> Factors:
+    """... m k, ... n k -> ... m n, batch dims broadcast; a distance is of all features."""
+    rank = rank_of(call)
+    out = type_of(call.node).shape
+
+    def batch(shape: tuple[object, ...]) -> Names:
+        first = rank - len(shape)
+        return tuple(
+            None if size == 1 and out[first + i] != 1 else first + i
+            for i, size in enumerate(shape[:-2])
+        )
+
+    left, right = shapes(call)
+    return Factors(((*batch(left), "m", None), (*batch(right), "n", None)),
+                   (*range(rank - 2), "m", "n"))
 
 
 def outer(call: Call) -> Factors:

@@ -142,6 +142,16 @@ def bucketize(call: Call) -> Factors:
     return Factors((names, (None,)), names)
 
 
+def searchsorted(call: Call) -> Factors:
+    """Each value's place in a sorted row, which is whole; rows of their own go with the values."""
+    rank = rank_of(call)
+    values: Names = tuple(range(rank))
+    rows = shapes(call)[0]
+    names: Names = (None,) if len(rows) == 1 else (*range(rank - 1), None)
+    sorter = (names,) * (len(call.operands) - 2)
+    return Factors((names, values, *sorter), values)
+
+
 def roll(call: Call) -> Factors:
     """Entries moved around along dims, which are whole; without dims all are."""
     rank = rank_of(call)

@@ -230,13 +230,13 @@ _COSTLY_BINARY = [
 _ALONG_DIM = [
     "softmax.int", "_softmax.default", "log_softmax.int", "diff.default",
     "topk.default", "cummax.default", "cummin.default", "fft_fft.default",
-    "fft_ifft.default", "fft_rfft.default",
+    "fft_ifft.default", "fft_rfft.default", "fft_irfft.default",
     "_log_softmax.default",
 ]
 # What these return depends on all of what they read, in no way that dims could carry.
 _ALL_WHOLE = [
     "nonzero.default", "nonzero_numpy.default", "where.default", "masked_select.default",
-    "masked_scatter.default", "bincount.default", "histc.default", "searchsorted.Tensor",
+    "masked_scatter.default", "bincount.default", "histc.default",
     "eye.default", "eye.m", "linspace.default", "isin.Tensor_Tensor", "fft_fftn.default",
     "fft_fft2.default", "tril_indices.default", "triu_indices.default", "_weight_norm.default",
     "im2col.default", "pixel_shuffle.default", "pixel_unshuffle.default",
@@ -325,6 +325,7 @@ RULES: dict[str, Rule] = {
     **_rows(["select_scatter.default"], indexing.select_scatter),
     **_rows(["one_hot.default"], indexing.one_hot),
     **_rows(["bucketize.Tensor"], indexing.bucketize),
+    **_rows(["searchsorted.Tensor"], indexing.searchsorted),
     **_rows(["roll.default"], indexing.roll),
     **_rows(["linear.default"], contraction.matmul, cheap=False, sums=True, bias="bias",
             cost="matmul"),
@@ -335,6 +336,8 @@ RULES: dict[str, Rule] = {
     **_rows(["matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default",
              "einsum.default"], contraction.matmul, cheap=False, sums=True, cost="matmul"),
     **_rows(["outer.default", "ger.default"], contraction.outer, cost="outer"),
+    **_rows(["_cdist_forward.default"], contraction.distances, cheap=False, cost="reduction",
+            inner=_features),
     **_rows(["_grouped_mm.default"], contraction.grouped_mm, cheap=False, cost="grouped_matmul",
             inner=_features),
     **_rows(["conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding",
@@ -347,7 +350,8 @@ RULES: dict[str, Rule] = {
              "upsample_nearest1d.vec", "upsample_linear1d.vec"], partial(spatial.pooling, 1),
             cost="reduction"),
     **_rows(["avg_pool2d.default", "max_pool2d.default", "adaptive_avg_pool2d.default",
-             "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec"],
+             "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec",
+             "max_pool2d_with_indices.default", "adaptive_max_pool2d.default"],
             partial(spatial.pooling, 2), cost="reduction"),
     **_rows(["pad.default"], spatial.pad),
     **_rows(["constant_pad_nd.default"], spatial.pad, linear=Linear(0, when=_fills_zero("value"))),
