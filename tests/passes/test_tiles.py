@@ -28,6 +28,7 @@ from tests.random_plans import captured
 from tests.support import TOLERANCE, difference
 
 LENGTH = 29
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 class Attention(nn.Module):
@@ -62,15 +63,15 @@ def example(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     ("model", "parallel", "options"),
     [
         ("llama-tiny", "ring=2,tile=2", {}),
-        ("llama-tiny", "ring=2,tile=2", {"order": "contiguous"}),
-        ("llama-tiny", "ring=3,tile=3", {}),
         ("bert-tiny", "tile=4", {}),
-        ("dense-4l-tiny", "ring=4,tile=4", {}),
-        ("moe-4l-tiny", "ring=2,tile=2,ep=2", {}),
-        ("mixtral-tiny", "ring=2,tile=2,ulysses=2", {}),
-        ("llama-tiny", "pp=2,dp=2,tile=2,ring=2", {}),
         ("llama-tiny", "time=2,ring=2,tile=2", {}),
-        ("gpt-tiny", "tile=3,tp=2", {"tp_sequence": True}),
+        slow("llama-tiny", "ring=2,tile=2", {"order": "contiguous"}),
+        slow("llama-tiny", "ring=3,tile=3", {}),
+        slow("dense-4l-tiny", "ring=4,tile=4", {}),
+        slow("moe-4l-tiny", "ring=2,tile=2,ep=2", {}),
+        slow("mixtral-tiny", "ring=2,tile=2,ulysses=2", {}),
+        slow("llama-tiny", "pp=2,dp=2,tile=2,ring=2", {}),
+        slow("gpt-tiny", "tile=3,tp=2", {"tp_sequence": True}),
     ],
 )
 @torch.no_grad()
@@ -90,7 +91,7 @@ def test_a_model_in_tiles_gives_the_models_numbers(
     assert max(difference(part, module(*one)) for part in found.chunk(count)) < TOLERANCE
 
 
-@pytest.mark.parametrize("parallel", ["ring=2,tile=2", "ring=3,tile=4", "tile=5"])
+@pytest.mark.parametrize("parallel", ["ring=2,tile=2", slow("ring=3,tile=4"), "tile=5"])
 @pytest.mark.parametrize("kind", ["window", "both sides", "bias", "segments"])
 @torch.no_grad()
 def test_masks_in_tiles(kind: str, parallel: str) -> None:
