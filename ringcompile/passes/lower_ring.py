@@ -13,7 +13,6 @@ exactly what it sees, three quarters of what passing whole blocks around would c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -25,7 +24,6 @@ from ringcompile.ir.expr import Size, bind, simplify
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import (
-    SequenceSplit,
     TensorType,
     accumulator_type,
     local_shape,
@@ -35,7 +33,7 @@ from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.query_tiles import QueryTiles
-from ringcompile.passes.ring_routes import Route, route
+from ringcompile.passes.ring_routes import Route, chunk_shares, route
 
 aten = torch.ops.aten
 _Slots = tuple[int, ...]
@@ -168,7 +166,7 @@ class _Ring:
 
     def _chunks(self, share: int, piece: int) -> _Slots:
         """The chunks of a share in one piece in time."""
-        each, held = self.level.chunks_per_piece, _shares(self.level)[share]
+        each, held = self.level.chunks_per_piece, chunk_shares(self.level)[share]
         return held[piece * each : (piece + 1) * each]
 
     def write(self) -> fx.Node:
@@ -382,12 +380,6 @@ class _Stream:
         if head_dim == value_dim:
             return batch, 2 * heads, rows, head_dim
         return batch, heads, rows, head_dim + value_dim
-
-
-@lru_cache(maxsize=256)
-def _shares(level: SequenceSplit) -> tuple[_Slots, ...]:
-    """The chunks of every share, once for all layers and ranks."""
-    return tuple(tuple(map(int, level.chunks(rank))) for rank in range(level.num_ranks))
 
 
 def _runs(have: _Slots, kept: _Slots) -> list[_Slots]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ringcompile.ir.types import SequenceSplit
 from ringcompile.ops.blocks import Band
 
 
@@ -67,3 +68,9 @@ class Route:
 
 
 route = lru_cache(maxsize=256)(Route)  # one for all layers and ranks
+
+
+@lru_cache(maxsize=256)
+def chunk_shares(level: SequenceSplit) -> tuple[tuple[int, ...], ...]:
+    """The chunks of every share, once for all layers and ranks."""
+    return tuple(tuple(map(int, level.chunks(rank))) for rank in range(level.num_ranks))
