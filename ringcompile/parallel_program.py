@@ -29,6 +29,7 @@ from ringcompile.passes.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.schedule import Schedule
 from ringcompile.passes.split_pipeline import starts_of
+from ringcompile.progress import counted
 
 Observer = Callable[[Pass, Program, float], None]
 
@@ -124,7 +125,7 @@ class ParallelProgram:
 
     def ranks(self) -> list[Program]:
         """The programs of all ranks, in order."""
-        return [self.rank(rank) for rank in range(self.world_size)]
+        return [self.rank(rank) for rank in counted("programs", range(self.world_size))]
 
     def verify(self) -> None:
         """Check all ranks' programs against each other; see `ir/crosscheck.py`.
@@ -141,7 +142,7 @@ class ParallelProgram:
             short = [self._short[rank] for rank in range(self.world_size) if rank in self._short]
             cross_check(short if len(short) == len(ranks) else ranks, self.mesh)
         if self.saved is not None and self.saved.made_here:
-            for rank, program in enumerate(self.ranks()):
+            for rank, program in enumerate(counted("programs compared", self.ranks())):
                 check_origin(rank, program, self._derived(rank))
         for other in filter(None, (self.carried, self.prefill)):
             other.verify()

@@ -34,7 +34,7 @@ FLOORS = [
     {"mesh", "options"},
     {"axes"},
     {"interrupt"},
-    {"errors", "held", "later", "garbage"},
+    {"errors", "held", "later", "garbage", "progress"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}

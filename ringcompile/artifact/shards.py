@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ringcompile.artifact.weights import WeightPlace, entry_of, open_reference
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Weight, WeightSource
 from ringcompile.ir.serialize import dtype_to_json
+from ringcompile.progress import counted
 
 # At most so many bytes of weights are in memory while they are saved (more if one tensor has more).
 SHARD_BYTES = 2 * 10**9
@@ -28,7 +29,7 @@ SHARD_BYTES = 2 * 10**9
 
 def write_weights(
     folder: Path,
-    weights: Iterable[Weight],
+    weights: Collection[Weight],
     source: WeightSource | None,
     references: Mapping[str, tuple[str | Path, str]],
     shard_bytes: int = SHARD_BYTES,
@@ -42,7 +43,7 @@ def write_weights(
     """
     writer, elsewhere = _ShardWriter(folder, shard_bytes), _References()
     places: dict[str, WeightPlace] = {}
-    for weight in weights:
+    for weight in counted("weights", weights):
         if weight.name in references:
             place = elsewhere.add(weight, *references[weight.name])
         else:

@@ -59,6 +59,7 @@ from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import Program, Weight, WeightSource
 from ringcompile.ir.serialize import op_name, program_to_json
 from ringcompile.mesh import Mesh
+from ringcompile.progress import counted
 
 View = Callable[[Program], str]
 
@@ -115,7 +116,8 @@ def save(
         files: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
         sets = {"": (spmd, ranks), CARRIED: carried, PREFILL: prefill}
-        for name, program in chain(*(_named(p, *each) for p, each in sets.items() if each)):
+        named = list(chain(*(_named(p, *each) for p, each in sets.items() if each)))
+        for name, program in counted("programs", named):
             _check_ops(program)
             files.update(_write_program(temporary, name, program, view))
             weights.update({weight.name: weight for weight in program.weights.values()})

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ringcompile.commands.options import (
-    CONSOLE,
     CONTEXT,
     JSON,
     NEW_TOKENS,
@@ -20,6 +19,7 @@ from ringcompile.commands.options import (
     artifact_argument,
     milliseconds,
     print_table,
+    working,
 )
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.errors import RingCompileError
@@ -106,7 +106,7 @@ def bench(
     inputs = execution.random_inputs(made, length, batch)
     picked = join.pick_backend(backend, made.world_size)
     opened = session.Session(made, picked, threads=threads, timeout=timeout)
-    with CONSOLE.status(f"running {made.world_size} ranks"), opened as ranks:
+    with working(f"running {made.world_size} ranks"), opened as ranks:
         runs = [ranks.result(inputs, outputs.EVERYTHING).stats for _ in range(warm_up + steps)]
     facts = {
         "parallel": str(made.mesh), "model": made.program.name, "tokens": length * batch,
@@ -145,7 +145,7 @@ def _generation(
     steps, warm_up = how.pop("steps"), how.pop("warm_up")
     picked = join.pick_backend(backend, made.world_size)
     opened = session.Session(made, picked, **how)
-    with CONSOLE.status(f"running {made.world_size} ranks"), opened as ranks:
+    with working(f"running {made.world_size} ranks"), opened as ranks:
         found = [latency.request(ranks, ids, new) for _ in range(warm_up + steps)][warm_up:]
     facts = {
         "parallel": str(made.mesh), "model": made.program.name, "context": context,

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ringcompile.commands.options import (
-    CONSOLE,
     JSON,
     PARALLEL,
     ModelArgument,
     compile_options,
     model_options,
+    working,
 )
 from ringcompile.garbage import few_collections
 from ringcompile.later import Later
@@ -46,7 +46,7 @@ def check(
 ) -> None:
     """Say layer by layer what would become of MODEL; reads no weights. Exit 1 if refused."""
     mesh = Mesh.parse(parallel)
-    with CONSOLE.status(f"checking {model.name}"):
+    with working(f"checking {model.name}"):
         loaded = model.load(options.length, weights=":" in model.name)
         found = compiler.check(
             loaded.module, mesh, loaded.args, loaded.kwargs, dims=model.dims, **options.given()

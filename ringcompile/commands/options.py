@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,20 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ringcompile import progress
 from ringcompile.axes import AXES
 from ringcompile.cost.hardware import cluster_names
 from ringcompile.later import Later
 from ringcompile.options import BACKENDS, DTYPES, Options, option_fields
 
 if TYPE_CHECKING:
+    from rich import progress as progress_bars
+
     from ringcompile import compiler
     from ringcompile.capture import loaders
     from ringcompile.parallel_program import ParallelProgram
 else:
+    progress_bars = Later("rich.progress")
     compiler = Later("ringcompile.compiler")
     loaders = Later("ringcompile.capture.loaders")
 
@@ -38,6 +43,25 @@ PROMPT = (
     click.option("--tokenizer", metavar="FOLDER", help="A checkpoint with the tokenizer, if the "
                  "model's own is not where it was."),
 )
+
+
+@contextmanager
+def working(words: str) -> Iterator[None]:
+    """A line on a terminal that says what goes on and, where that is known, how far it is."""
+    if not CONSOLE.is_terminal:
+        yield
+        return
+    spinner, text = progress_bars.SpinnerColumn(), progress_bars.TextColumn("{task.description}")
+    columns = (spinner, text, progress_bars.BarColumn(), progress_bars.TimeElapsedColumn())
+    with progress_bars.Progress(*columns, console=CONSOLE, transient=True) as bar:
+        task = bar.add_task(words, total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            text = f"{words}: {what}, {done} of {total}"
+            bar.update(task, description=text, completed=done, total=total)
+
+        with progress.heard_by(show):
+            yield
 
 
 def _complete_axes(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:

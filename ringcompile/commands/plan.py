@@ -13,7 +13,6 @@ import click
 
 from ringcompile.commands.options import (
     CLUSTER,
-    CONSOLE,
     CONTEXT,
     DTYPE,
     JSON,
@@ -21,6 +20,7 @@ from ringcompile.commands.options import (
     milliseconds,
     print_table,
     size_text,
+    working,
 )
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.later import Later
@@ -78,7 +78,7 @@ def plan(
     if context is not None:
         raise click.UsageError("--context goes with --new-tokens")
     ask = estimate.Ask(gpus, load_cluster(cluster).sized(gpus), seq, batch)
-    with CONSOLE.status(f"planning {model}"):
+    with working(f"planning {model}"):
         plans = planning.plans_for(model, ask, dtype)
     if as_json:
         click.echo(json.dumps([found.to_json() for found in plans], indent=2))
@@ -105,7 +105,7 @@ def _generation(
     top: int,
     as_json: bool,
 ) -> None:
-    with CONSOLE.status(f"planning {model}"):
+    with working(f"planning {model}"):
         plans = generation_plans.generation_plans(model, hardware, request, dtype)
     if as_json:
         click.echo(json.dumps([found.to_json(request.batch) for found in plans], indent=2))

@@ -11,7 +11,6 @@ import click
 
 from ringcompile.commands.options import (
     CLUSTER,
-    CONSOLE,
     CONTEXT,
     EAGER,
     JSON,
@@ -22,6 +21,7 @@ from ringcompile.commands.options import (
     print_table,
     shares,
     size_text,
+    working,
 )
 from ringcompile.cost.hardware import Cluster, load_cluster
 from ringcompile.errors import RingCompileError
@@ -108,7 +108,7 @@ def simulate(
         _generation(out, made, hardware, request, how, drawn, as_json)
         return
     length, batch = _length(out, made, seq), _batch(made, batch)
-    with CONSOLE.status(f"simulating {made.world_size} ranks"):
+    with working(f"simulating {made.world_size} ranks"):
         costs = [ranks.cost_of(program, length, batch) for program in made.ranks()]
         found = simulation.simulate(costs, hardware, how)
     if drawn.wanted:
@@ -197,7 +197,7 @@ def _generation(
     as_json: bool,
 ) -> None:
     """Simulate and tell the step that makes the token in the middle."""
-    with CONSOLE.status(f"simulating {made.world_size} ranks"):
+    with working(f"simulating {made.world_size} ranks"):
         found = generation_plans.simulate_request(made, hardware, request, how)
     if drawn.wanted:
         title = f"{out.path.name}: {made.mesh}, one token, simulated on {hardware.name}"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ringcompile.commands.options import (
-    CONSOLE,
     JSON,
     PARALLEL,
     ModelArgument,
     compile_options,
     model_options,
+    working,
 )
 from ringcompile.commands.overlap import Overlap, overlap_options
 from ringcompile.errors import RingCompileError
@@ -89,7 +89,7 @@ def transform(
         click.echo(printer.print_program(_run_passes(program, passes, front, mesh)))
         return
     seconds: dict[str, float] = {}
-    with CONSOLE.status("transforming"):
+    with working("transforming"):
         made = compiler.transform(
             program, mesh, plan=told, observe=_observer(print_ir_after_all, seconds),
             record=_record(model, overlap),
@@ -97,7 +97,7 @@ def transform(
         )
         if verify_each:
             made.verify()
-    with CONSOLE.status(f"writing {mesh.world_size} programs"):
+    with working(f"writing {mesh.world_size} programs"):
         assert out is not None
         made.save(out, overwrite=overwrite, sign_with=sign)
     _print_times(seconds if time_passes else {})
@@ -112,9 +112,9 @@ def _check_target(out: Path | None, overwrite: bool, passes: str | None) -> None
 
 
 def _captured(model: ModelArgument, length: int | None, *, weights: bool) -> Program:
-    with CONSOLE.status(f"loading {model.name}"):
+    with working(f"loading {model.name}"):
         loaded = model.load(length, weights=weights)
-    with CONSOLE.status("capturing"):
+    with working("capturing"):
         return export.capture(
             loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=model.dims
         )

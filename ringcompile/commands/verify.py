@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile.commands.options import CONSOLE, JSON, Out, artifact_argument
+from ringcompile.commands.options import JSON, Out, artifact_argument, working
 from ringcompile.errors import RingCompileError
 from ringcompile.later import Later
 from ringcompile.options import TRIES
@@ -49,7 +49,7 @@ def verify(
     vocabulary, masks, and lengths up to the thresholds in the model's code.
     """
     made = out.load()
-    with CONSOLE.status("verifying"):
+    with working("verifying"):
         found = execution.verify(
             made, numerics=numerics, model=model, seq=seq, inputs=inputs, tries=tries, seed=seed
         )

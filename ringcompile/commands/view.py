@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile.commands.options import CONSOLE, Out, artifact_argument
+from ringcompile.commands.options import Out, artifact_argument, working
 from ringcompile.errors import RingCompileError
 from ringcompile.held import whole_file
 from ringcompile.later import Later
@@ -41,7 +41,7 @@ def view(
     made = out.load()
     file = file or out.path.with_name(f"{out.path.name}.html")
     tensor_files.check_place(file)
-    with CONSOLE.status(f"drawing {made.world_size} ranks"):
+    with working(f"drawing {made.world_size} ranks"):
         text = viewer.page(made, cluster, seq, trace)
     try:
         with whole_file(file) as partial:

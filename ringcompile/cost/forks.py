@@ -20,6 +20,7 @@ import torch
 
 from ringcompile.errors import RingCompileError
 from ringcompile.interrupt import deferred
+from ringcompile.progress import counted
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -42,7 +43,7 @@ def mapped(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list
     global _function
     count = min(_processors(), len(items))
     if count < 2:
-        return [function(item) for item in items]
+        return [function(item) for item in counted("programs", items)]
     outer, _function = _function, function
     try:
         context = multiprocessing.get_context("fork")
@@ -52,7 +53,7 @@ def mapped(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list
             with ProcessPoolExecutor(count, context, _start) as pool:
                 with deferred():  # until all processes are there
                     results = pool.map(_call, items)
-                return list(results)
+                return [next(results) for _ in counted("programs", items)]
     except BrokenProcessPool as error:
         raise RingCompileError(
             f"one of {count} processes that compile was ended from outside",

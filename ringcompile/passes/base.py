@@ -16,6 +16,7 @@ from ringcompile.ir.operands import attention_operands, lost_operand
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import ValueType
 from ringcompile.ir.verifier import verify_program
+from ringcompile.progress import counted
 
 
 class Pass(ABC):
@@ -58,7 +59,7 @@ class Pipeline:
                 AssertionError that names the pass.
         """
         given = attention_operands(program) if self.verify else {}
-        for step in self.passes:
+        for step in counted("passes", self.passes):
             start = time.perf_counter()
             program = step.run(program)
             program = program.with_graph(program.graph, passes=(*program.passes, step.name))
