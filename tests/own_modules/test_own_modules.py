@@ -86,4 +86,7 @@ def everything() -> list[Trial]:
 def test_all_are_right_or_refused(everything: list[Trial]) -> None:
     counts = Counter((trial.spec, trial.outcome) for trial in everything)
     assert not [t for t in everything if t.outcome in (WRONG, CRASHED)]
-    assert all(counts[spec, RIGHT] >= 0.85 * len(ITEMS) for spec in AXES), counts
+    mixing = Counter(t.spec for t in everything if "sequences of a batch are mixed" in t.text)
+    assert mixing.keys() <= {"dp=2"}  # a loss of the whole batch: no replica has it alone
+    for spec in AXES:
+        assert counts[spec, RIGHT] >= 0.85 * (len(ITEMS) - mixing[spec]), counts
