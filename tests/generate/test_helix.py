@@ -165,7 +165,7 @@ def test_plans_choose_for_the_hardware_that_is_asked_for() -> None:
     [
         ("tp=2", {"cache": 40, "decode": "helix"},
          ("error: decode=helix: the ranks of tp=2 share no cache by position\n"
-          "  hint: split the sequence over ring or ulysses, or leave decode out")),
+          "  hint: split the sequence over ring or tile or ulysses, or leave decode out")),
         ("ring=2", {"decode": "helix"},
          "error: decode=helix goes with a cache\n  hint: pass cache=N (--cache N) as well"),
         ("ring=2", {"cache": 40, "decode": "both"},
