@@ -121,8 +121,18 @@ class Mesh:
         return self._group(self.coordinates(rank), axis.split(","))
 
     def peer(self, rank: int, axis: str, place: int) -> int:
-        """The rank at another place on an axis, or on several together (row-major)."""
-        return self.group_of(rank, axis)[place]
+        """The rank at another place on an axis, or on several together (row-major).
+
+        Raises:
+            RingCompileError: there is no such place.
+        """
+        group = self.group_of(rank, axis)
+        if not 0 <= place < len(group):
+            raise RingCompileError(
+                f"rank {rank} has no peer {place} along {axis}, whose places are 0 to "
+                f"{len(group) - 1}"
+            )
+        return group[place]
 
     def _group(self, base: dict[str, int], along: list[str]) -> list[int]:
         places = product(*(range(self.size(name)) for name in along))

@@ -122,7 +122,8 @@ def test_simulate_refuses(ring: str, tmp_path: Path) -> None:
 
 def test_plan_as_json_is_a_list_of_specs() -> None:
     rows = told("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "h100x16", "--seq", "4096")
-    assert {row["spec"] for row in rows} == {"ring=2", "ulysses=2", "tp=2", "pp=2", "dp=2"}
+    specs = {"ring=2", "time=2,ring=2", "ulysses=2", "tp=2", "pp=2", "dp=2"}
+    assert {row["spec"] for row in rows} == specs
     for row in rows:
         assert {"spec", "tps", "step_ms", "bound", "memory_bytes", "fits", "why"} <= row.keys()
         assert row["why"]

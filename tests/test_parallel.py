@@ -228,7 +228,7 @@ def test_smollm2() -> None:
 
 REFUSALS = {
     "xp=2": "error: unknown mesh axis 'xp'\n"
-            "  hint: axes are: pp, dp, halves, time, ring, ep, ulysses, tp",
+            "  hint: axes are: pp, dp, halves, time, ring, tile, ep, ulysses, tp",
     "tp=2,tp=2": "error: mesh axis 'tp' is given twice",
     "tp=0": "error: mesh axis 'tp' has size 0; it must be at least 1",
     "tp": "error: cannot read 'tp' in the parallel spec 'tp'\n"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ringcompile.calibration import (
-    Work,
+    Probe,
     cluster_table,
     device_figures,
     device_title,
@@ -94,7 +94,7 @@ def measured_table(rank: Rank, nodes: Nodes, *, quick: bool) -> dict[str, Any]:
     """
     on_gpu = rank.device.type == "cuda"
     sizes = "quick" if quick else rank.device.type
-    work = Work(rank.device, torch.float16 if on_gpu else torch.float32, sizes, 1)
+    work = Probe(rank.device, torch.float16 if on_gpu else torch.float32, sizes, 1)
     devices = worst(everyones(rank, device_figures(work, quiet=rank.index > 0)))
     messages = link_sizes(quick=quick)
     links = {}
