@@ -165,8 +165,21 @@ def _block_calls(
     rows = pieces(blocks.queries, blocks.chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
     columns = pieces(blocks.keys, blocks.chunk, blocks.limit, num_rows=kv[0].shape[2])
     if blocks.queries == blocks.keys and masks.only_causal:
+        kv = [_cleared(x, columns) for x in kv]
         columns = rows  # padding sits behind every token: no need to leave it out
     return _calls(q, *unpack(kv, head_dim), masks, rows, columns)
+
+
+def _cleared(x: torch.Tensor, tokens: Sequence[Piece]) -> torch.Tensor:
+    """Keys or values with zeros for padding: a weight of 0 leaves nothing of a number, but NaN."""
+    if sum(piece.length for piece in tokens) == x.shape[2]:
+        return x
+    cleared = torch.zeros_like(x)
+    for piece in tokens:
+        cleared.narrow(2, piece.offset, piece.length).copy_(
+            x.narrow(2, piece.offset, piece.length)
+        )
+    return cleared
 
 
 @dataclass(frozen=True)
