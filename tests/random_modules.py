@@ -33,6 +33,7 @@ from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from tests import random_module_attention, random_module_parts
 from tests.random_module_grammar import HEADS, PIECES, Context, Parts, Sizes
+from tests.support import furthest
 
 # Importing them registers their pieces and heads.
 MODULES: Final = (random_module_attention, random_module_parts)
@@ -231,11 +232,11 @@ def _is_rounding(module: RandomModule, parallel: ParallelProgram, run: tuple[int
         right = _leaves(wide(**{
             name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}))
         found = run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs).outputs
-        ranks, own = (max(map(_distance, _leaves(side), right))
+        ranks, own = (furthest(map(_distance, _leaves(side), right))
                       for side in (found, module(**inputs)))
         offs.append((ranks, own))
     ranks, own = map(median, zip(*offs, strict=True))
-    return ranks <= 2 * own and trial(exact).kind == RIGHT
+    return bool(ranks <= 2 * own) and trial(exact).kind == RIGHT
 
 
 def _possible(case: Case, parallel: ParallelProgram) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from ringcompile.models.transformer import Transformer
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.lockstep import LockStep
 from ringcompile.runtime.queued import Queued
-from tests.support import TOLERANCE, difference
+from tests.support import TOLERANCE, difference, furthest
 
 Engine = Callable[[Mesh], LockStep | Queued]
 MODELS: Final = (
@@ -134,7 +134,7 @@ def _compared(plan: Plan, parallel: Any, engine: Engine) -> tuple[str, str]:
     # With capacity counted by each rank alone the numbers are others, as asked.
     if plan.options.get("capacity") == "local" and plan.model == "moe-4l-tiny":
         return VALID, ""
-    worst = max(difference(part, expected) for part in found.chunk(replicas))
+    worst = furthest(difference(part, expected) for part in found.chunk(replicas))
     return (VALID, "") if worst <= TOLERANCE else ("wrong", f"difference {worst:.1e}")
 
 

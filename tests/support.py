@@ -79,12 +79,17 @@ def run(parallel: ParallelProgram, inputs: Any) -> Result:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest difference over the largest expected value, over all outputs."""
+    """The largest difference over the largest expected value, over all outputs; NaN if one is."""
     pairs = list(zip(tensors(found), tensors(expected), strict=True))
     assert pairs
-    largest = max(float(e.abs().max()) for _, e in pairs)
+    largest = furthest(float(e.abs().max()) for _, e in pairs)
     assert all(f.shape == e.shape and f.dtype == e.dtype for f, e in pairs)
-    return max(float((f - e).abs().max()) for f, e in pairs) / max(largest, 1e-30)
+    return furthest(float((f - e).abs().max()) for f, e in pairs) / max(largest, 1e-30)
+
+
+def furthest(numbers: Iterable[float]) -> float:
+    """The largest number; NaN if one is, where `max` may give any other."""
+    return float(torch.tensor([*numbers], dtype=torch.float64).max())
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from ringcompile.compiler import transform
 from ringcompile.ir.serialize import program_to_json
-from tests.support import captured, run
+from tests.support import captured, difference, run
 
 
 def test_a_module_is_captured_once_for_the_same_inputs_and_weights() -> None:
@@ -34,3 +36,12 @@ def test_what_is_captured_stays_as_it_is() -> None:
     for spec in ("ring=2", "tp=2", "ulysses=2", "time=2"):
         run(transform(program, spec), (x,))
         assert program_to_json(program) == before
+
+
+def test_nan_is_no_small_difference_wherever_it_stands() -> None:
+    right, nan = torch.ones(3), torch.full((3,), math.nan)
+    for found in ((right, nan), (nan, right), (right, nan, right)):
+        expected = (right,) * len(found)
+        assert math.isnan(difference(found, expected))
+        assert math.isnan(difference(expected, found))
+    assert difference((right, right + 0.5), (right, 2 * right)) == 0.25

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import isnan
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def numbers(
     errors = decided(
         rank, lambda: [] if want is None else [compared(one[None].cpu(), want) for one in found]
     )
-    return {**row, **max(errors, key=lambda one: one["max_error"])}
+    return {**row, **max(errors, key=lambda one: (isnan(one["max_error"]), one["max_error"]))}
 
 
 def step(

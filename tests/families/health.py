@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.families.family import VOCABULARY, Family
 from tests.families.trial import LENGTH, reference, scaled_difference
+from tests.support import furthest
 
 # Well above what rounding does (1e-6) and the tolerance (2e-5).
 MATTERS = 1e-3
@@ -56,4 +57,4 @@ def _end(value: torch.Tensor) -> torch.Tensor:
 
 
 def _change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return max(scaled_difference(after[name], value) for name, value in before.items())
+    return furthest(scaled_difference(after[name], value) for name, value in before.items())

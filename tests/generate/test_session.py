@@ -29,7 +29,7 @@ from tests.generate.models import (
     ids,
     with_gain,
 )
-from tests.support import some_fast
+from tests.support import furthest, some_fast
 
 EXACT = 1e-10
 TURNS = (5, 1, 1, 33, 1, 2, 1, 30, 1, 1)  # 76 tokens: more than two blocks of 32
@@ -49,7 +49,7 @@ def worst(session: rc.Session, module: nn.Module, tokens: torch.Tensor, turns: A
         at = session.length
         logits = session.extend(tokens[:, at : at + new])
         found.append(difference(logits, expected[:, at : at + new]))
-    return max(found)
+    return furthest(found)
 
 
 @pytest.mark.parametrize(
