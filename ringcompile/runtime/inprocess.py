@@ -12,11 +12,11 @@ from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.data import name_inputs
+from ringcompile.runtime.engine import Engine
 from ringcompile.runtime.executor import Executor, run_alone
 from ringcompile.runtime.lockstep import LockStep
 from ringcompile.runtime.memory import peak_bytes
 from ringcompile.runtime.outputs import EVERYTHING, Kept
-from ringcompile.runtime.queued import Queued
 from ringcompile.runtime.runner import OpenWeights, Runner, Settings, computed, read_weights
 from ringcompile.runtime.tasks import (
     HasPrograms,
@@ -51,7 +51,7 @@ class LockStepRanks:
         source: WeightSource | None,
         settings: Settings | None = None,
         device: torch.device | str = "cpu",
-        engine: Callable[[Mesh], LockStep | Queued] = LockStep,
+        engine: Callable[[Mesh], Engine[Any]] = LockStep,
     ) -> None:
         self.engine = engine
         self.mesh, self.bytes_sent = mesh, list[int]()
@@ -125,7 +125,7 @@ def run_lockstep(
     keep: Kept = EVERYTHING,
     whole: bool = True,
     check_finite: bool = False,
-    engine: Callable[[Mesh], LockStep | Queued] = LockStep,
+    engine: Callable[[Mesh], Engine[Any]] = LockStep,
 ) -> Result:
     """Run all ranks once in this process.
 

@@ -7,24 +7,16 @@ when ranks disagree: a message of another shape, one that nobody takes, a rank t
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ringcompile.errors import RingCompileError
-from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import ANSWERS, Collective
-from ringcompile.runtime.executor import Request, Shift, Wait
-
-
-@dataclass
-class Message:
-    """A tensor on its way, and the transfer that sends it."""
-
-    tensor: torch.Tensor
-    shift: Shift
+from ringcompile.runtime.engine import Driven, Engine, Requests, check_message, check_same
+from ringcompile.runtime.executor import Shift, Wait
 
 
 @dataclass(frozen=True)
@@ -35,53 +27,42 @@ class _Handle:
     request: Shift
 
 
-@dataclass
-class _Rank:
-    generator: Generator[Request, Any, Any]
-    request: Request | None = None
-    result: Any = None
-    bytes_sent: int = 0
+@dataclass(eq=False)
+class _Rank(Driven):
+    """A rank, and how many collectives it has been through along each axis."""
+
     met: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
-class LockStep:
-    """Drives the generators of all ranks of a mesh."""
+class LockStep(Engine[_Rank]):
+    """Hands every message over as soon as it is sent.
 
-    mesh: Mesh
-    mail: dict[tuple[int, int], deque[Message]] = field(default_factory=dict)
+    Attributes:
+        mesh: the mesh.
+        mail: by sender and receiver, the transfers on their way, in order.
+        rounds: by axis, first rank and number, who has come to a collective.
+    """
+
+    mail: dict[tuple[int, int], deque[Shift]] = field(default_factory=dict)
     rounds: dict[tuple[str, int, int], dict[int, Collective]] = field(default_factory=dict)
 
-    def run(
-        self, generators: Sequence[Generator[Request, Any, Any]]
-    ) -> tuple[list[Any], list[int]]:
-        """Run to the end.
+    def driven(self, generator: Requests) -> _Rank:
+        """A rank at its beginning."""
+        return _Rank(generator)
 
-        Returns:
-            what each rank's generator returned, and the bytes that each rank sent.
+    def turn(self, ranks: Sequence[_Rank]) -> bool:
+        """Each rank in order goes on by one request, if it can."""
+        moved = [self._serve(index, rank) for index, rank in enumerate(ranks)]
+        return any(moved)
 
-        Raises:
-            RingCompileError: the ranks' communication does not match.
-        """
-        ranks = [_Rank(generator) for generator in generators]
-        for rank in ranks:
-            self._advance(rank, None)
-        while any(rank.request is not None for rank in ranks):
-            moved = [self._serve(index, rank) for index, rank in enumerate(ranks)]
-            if not any(moved):
-                raise stuck([rank.request for rank in ranks])
+    def finish(self, ranks: Sequence[_Rank]) -> None:
+        """Refuse messages that nobody took."""
         for (source, to), messages in self.mail.items():
             if messages:
                 raise RingCompileError(
-                    f"rank {to} never takes what rank {source} sends in %{messages[0].shift.node}"
+                    f"rank {to} never takes what rank {source} sends in %{messages[0].node}"
                 )
-        return [rank.result for rank in ranks], [rank.bytes_sent for rank in ranks]
-
-    def _advance(self, rank: _Rank, answer: Any) -> None:
-        try:
-            rank.request = rank.generator.send(answer)
-        except StopIteration as done:
-            rank.request, rank.result = None, done.value
 
     def _serve(self, index: int, rank: _Rank) -> bool:
         """Answer a rank's request if that can be done now; whether the rank moved."""
@@ -96,47 +77,30 @@ class LockStep:
                 return False
         if answer is None:
             return False
-        self._advance(rank, answer)
+        rank.advance(answer)
         return True
 
-    def _peer(self, index: int, axis: str, coordinate: int | None) -> int | None:
-        if coordinate is None:
-            return None
-        return self.mesh.peer(index, axis, coordinate)
+    def _peer(self, index: int, axis: str, place: int | None) -> int | None:
+        return None if place is None else self.mesh.peer(index, axis, place)
 
     def _shift(self, index: int, rank: _Rank, shift: Shift) -> _Handle:
         to = self._peer(index, shift.axis, shift.to)
         if to is not None and shift.tensor is not None:
-            self.mail.setdefault((index, to), deque()).append(
-                Message(shift.tensor, shift)
-            )
+            self.mail.setdefault((index, to), deque()).append(shift)
             rank.bytes_sent += shift.tensor.nbytes
         return _Handle(self._peer(index, shift.axis, shift.source), shift)
 
     def _arrived(self, index: int, handle: _Handle) -> torch.Tensor | None:
-        expected = handle.request
         if handle.source is None:
-            return torch.empty(0, dtype=expected.dtype)
+            return torch.empty(0, dtype=handle.request.dtype)
         waiting = self.mail.get((handle.source, index))
         if not waiting:
             return None
-        message = waiting.popleft()
-        got, wanted = sent_message(message.shift), expected_message(expected)
-        if got != wanted:
-            raise RingCompileError(
-                f"rank {index} expects {wanted} in %{expected.node}, "
-                f"rank {handle.source} sends {got} in %{message.shift.node}"
-            )
-        return message.tensor
+        return check_message(handle.source, waiting.popleft(), index, handle.request)
 
     def _met(self, index: int, rank: _Rank, asked: Collective) -> Any:
         """What a collective gives this rank, once all ranks of its group are there; else None."""
-        if not self.mesh.has(asked.axis):
-            raise RingCompileError(
-                f"rank {index} asks for {asked.kind} over axis '{asked.axis}' in %{asked.node}, "
-                f"which the mesh {self.mesh} does not have"
-            )
-        group = self.mesh.group_of(index, asked.axis)
+        group = self.group(index, asked)
         key = (asked.axis, group[0], rank.met[asked.axis])
         arrived = self.rounds.setdefault(key, {})
         if index not in arrived:
@@ -144,46 +108,6 @@ class LockStep:
             rank.bytes_sent += asked.num_bytes(len(group), group.index(index))
         if len(arrived) < len(group):
             return None
-        for other in group:
-            if signature(arrived[other]) != signature(asked):
-                raise RingCompileError(
-                    f"rank {index} asks for {signature(asked)}, "
-                    f"rank {other} for {signature(arrived[other])}"
-                )
+        check_same(index, asked, [(other, arrived[other]) for other in group])
         rank.met[asked.axis] += 1
-        brought = [arrived[other] for other in group]
-        return ANSWERS[asked.kind](brought, group.index(index))
-
-
-def stuck(requests: Sequence[Request | None]) -> RingCompileError:
-    """The error for ranks of which none can go on, by what each asks for; None where it ended."""
-    waits = [f"rank {i} at %{request.node}" for i, request in enumerate(requests) if request]
-    return RingCompileError(
-        f"the ranks wait for each other: {', '.join(waits[:8])}",
-        hint="the programs' transfers do not match; run `ringcompile verify`",
-    )
-
-
-def signature(asked: Collective) -> str:
-    """What has to be the same on all ranks of a collective, as text."""
-    tensor = asked.tensor
-    shape = list(tensor.shape[1:] if asked.sends else tensor.shape)  # each has its own rows
-    what = f"{asked.kind} of {tensor.dtype} {shape} {asked.detail}".rstrip()
-    return f"{what} in %{asked.node}"
-
-
-def sent_message(shift: Shift) -> str:
-    """What a rank sends in a transfer, as text; the same as its receiver expects."""
-    assert shift.tensor is not None
-    return _message(shift.tensor.shape, shift.tensor.dtype, shift.sends, shift.of)
-
-
-def expected_message(shift: Shift) -> str:
-    """What a rank expects in a transfer, as text."""
-    return _message(shift.shape, shift.dtype, shift.takes, shift.of)
-
-
-def _message(
-    shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[int], of: str
-) -> str:
-    return f"{dtype} {list(shape)} of chunks {list(chunks)} for %{of}"
+        return ANSWERS[asked.kind]([arrived[other] for other in group], group.index(index))

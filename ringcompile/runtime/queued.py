@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ringcompile.errors import RingCompileError
-from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import ANSWERS, Collective
-from ringcompile.runtime.executor import Request, Shift, Wait
-from ringcompile.runtime.lockstep import expected_message, sent_message, signature, stuck
+from ringcompile.runtime.engine import Driven, Engine, Requests, check_message, check_same
+from ringcompile.runtime.executor import Shift, Wait
 
 
 @dataclass(eq=False)
@@ -76,21 +75,17 @@ Queue = deque[QueuedTransfer | Joined]
 _OTHER = {"to": "source", "source": "to"}
 
 
-@dataclass
-class _QueuedRank:
-    """How far a rank has come; `joined` is the collective that it waits in."""
+@dataclass(eq=False)
+class _QueuedRank(Driven):
+    """A rank, the collective that it waits in, and the transfers that it started."""
 
-    generator: Generator[Request, Any, Any]
-    request: Request | None = None
-    result: Any = None
-    bytes_sent: int = 0
     joined: Joined | None = None
     started: list[QueuedTransfer] = field(default_factory=list)
 
 
 @dataclass
-class Queued:
-    """Drives the generators of all ranks of a mesh; see the module.
+class Queued(Engine[_QueuedRank]):
+    """Holds exchanges up; see the module.
 
     Attributes:
         mesh: the mesh.
@@ -98,62 +93,60 @@ class Queued:
             as far as they can before any transfer moves, which is the latest moment.
     """
 
-    mesh: Mesh
     seed: int | None = None
     queues: dict[tuple[int, str], Queue] = field(default_factory=dict)
     books: dict[tuple[str, str, int, int], list[QueuedTransfer]] = field(default_factory=dict)
 
-    def run(
-        self, generators: Sequence[Generator[Request, Any, Any]]
-    ) -> tuple[list[Any], list[int]]:
-        """Run to the end.
+    def __post_init__(self) -> None:
+        self.rng = None if self.seed is None else random.Random(self.seed)
 
-        Returns:
-            what each rank's generator returned, and the bytes that each rank sent.
+    def driven(self, generator: Requests) -> _QueuedRank:
+        """A rank at its beginning."""
+        return _QueuedRank(generator)
 
-        Raises:
-            RingCompileError: the ranks' communication does not match, they wait for each other,
-                or a program relies on more than NCCL promises.
-        """
-        rng = None if self.seed is None else random.Random(self.seed)
-        ranks = [_QueuedRank(generator) for generator in generators]
-        for rank in ranks:
-            _advance(rank, None)
-        while any(rank.request is not None for rank in ranks):
-            if not self._some_rank_moves(ranks, rng) and not self._some_transfer_moves(rng):
-                raise stuck([rank.request for rank in ranks])
-        while self._some_transfer_moves(rng):
+    def turn(self, ranks: Sequence[_QueuedRank]) -> bool:
+        """A rank goes on, or a transfer moves."""
+        return self._some_rank_moves(ranks) or self._some_transfer_moves()
+
+    def finish(self, ranks: Sequence[_QueuedRank]) -> None:
+        """Move what is left to move, and refuse what is not done or was never waited for."""
+        while self._some_transfer_moves():
             pass
-        self._check_all_done(ranks)
-        return [rank.result for rank in ranks], [rank.bytes_sent for rank in ranks]
+        for transfer in (one for rank in ranks for one in rank.started):
+            node, rank = transfer.shift.node, transfer.rank
+            if not transfer.done:
+                why = self._lacks(transfer)
+                raise RingCompileError(f"rank {rank} has ended, %{node} has not: {why}")
+            if not transfer.awaited:
+                raise RingCompileError(f"rank {rank} never waits for what it starts in %{node}")
 
-    def _some_rank_moves(self, ranks: list[_QueuedRank], rng: random.Random | None) -> bool:
+    def _some_rank_moves(self, ranks: Sequence[_QueuedRank]) -> bool:
         """Let ranks go on; with a seed one of them at most, and sometimes none, though one can."""
-        if rng is None:
+        if self.rng is None:
             return any(self._serve(index, rank) for index, rank in enumerate(ranks))
-        if rng.random() < 0.5 and self._some_transfer_moves(rng):
+        if self.rng.random() < 0.5 and self._some_transfer_moves():
             return True
-        order = rng.sample(range(len(ranks)), len(ranks))
+        order = self.rng.sample(range(len(ranks)), len(ranks))
         return any(self._serve(index, ranks[index]) for index in order)
 
     def _serve(self, index: int, rank: _QueuedRank) -> bool:
         """Answer a rank's request if that can be done now; whether the rank moved."""
         match rank.request:
             case Shift() as shift:
-                _advance(rank, self._start(index, rank, shift))
+                rank.advance(self._start(index, rank, shift))
             case Wait(handle=transfer):
                 if not transfer.done:
                     return False
                 transfer.check_unchanged()
                 transfer.awaited = True
-                _advance(rank, transfer.buffer)
+                rank.advance(transfer.buffer)
             case Collective() as asked:
                 if rank.joined is None:
                     rank.joined = self._join(index, rank, asked)
                 if not rank.joined.done:
                     return False
                 answer, rank.joined = rank.joined.answer, None
-                _advance(rank, answer)
+                rank.advance(answer)
             case _:
                 return False
         return True
@@ -167,10 +160,9 @@ class Queued:
         made = QueuedTransfer(
             index, shift, _garbage(shape, shift.dtype), None if sent is None else sent.clone()
         )
-        coordinates = self.mesh.coordinates(index)
         for direction, at in (("to", shift.to), ("source", shift.source)):
             if at is not None:
-                peer = self.mesh.rank({**coordinates, shift.axis: at})
+                peer = self.mesh.peer(index, shift.axis, at)
                 book = self.books.setdefault((shift.axis, direction, index, peer), [])
                 made.places[direction] = (peer, len(book))
                 book.append(made)
@@ -180,18 +172,13 @@ class Queued:
         return made
 
     def _join(self, index: int, rank: _QueuedRank, asked: Collective) -> Joined:
-        if not self.mesh.has(asked.axis):
-            raise RingCompileError(
-                f"rank {index} asks for {asked.kind} over axis '{asked.axis}' in %{asked.node}, "
-                f"which the mesh {self.mesh} does not have"
-            )
-        group = self.mesh.group_of(index, asked.axis)
+        group = self.group(index, asked)
         rank.bytes_sent += asked.num_bytes(len(group), group.index(index))
         made = Joined(index, asked)
         self._queue(index, asked.axis).append(made)
         return made
 
-    def _some_transfer_moves(self, rng: random.Random | None) -> bool:
+    def _some_transfer_moves(self) -> bool:
         """Finish one of the exchanges that are first in their queues and have their peers there."""
         ready = [
             (axis, queue[0]) for (_, axis), queue in self.queues.items()
@@ -199,7 +186,7 @@ class Queued:
         ]
         if not ready:
             return False
-        axis, first = ready[-1] if rng is None else rng.choice(ready)
+        axis, first = ready[-1] if self.rng is None else self.rng.choice(ready)
         if isinstance(first, QueuedTransfer):
             self._finish(axis, first)
         else:
@@ -242,25 +229,11 @@ class Queued:
         group = self.mesh.group_of(first.rank, axis)
         parts = [part for rank in group
                  if isinstance(part := self.queues[rank, axis].popleft(), Joined)]
-        for part in parts:
-            if signature(part.asked) != signature(first.asked):
-                raise RingCompileError(
-                    f"rank {first.rank} asks for {signature(first.asked)}, "
-                    f"rank {part.rank} for {signature(part.asked)}"
-                )
+        check_same(first.rank, first.asked, [(part.rank, part.asked) for part in parts])
         brought = [part.asked for part in parts]
         for place, part in enumerate(parts):
             part.answer = ANSWERS[part.asked.kind](brought, place)
             part.done = True
-
-    def _check_all_done(self, ranks: list[_QueuedRank]) -> None:
-        for transfer in (one for rank in ranks for one in rank.started):
-            node, rank = transfer.shift.node, transfer.rank
-            if not transfer.done:
-                why = self._lacks(transfer)
-                raise RingCompileError(f"rank {rank} has ended, %{node} has not: {why}")
-            if not transfer.awaited:
-                raise RingCompileError(f"rank {rank} never waits for what it starts in %{node}")
 
     def _lacks(self, transfer: QueuedTransfer) -> str:
         axis = transfer.shift.axis
@@ -271,24 +244,11 @@ class Queued:
         return f"what was started before it along '{axis}' is not done"
 
 
-def _advance(rank: _QueuedRank, answer: Any) -> None:
-    try:
-        rank.request = rank.generator.send(answer)
-    except StopIteration as done:
-        rank.request, rank.result = None, done.value
-
-
 def _move(sender: QueuedTransfer, receiver: QueuedTransfer) -> None:
     """Hand a message over, as it is at this moment."""
     sender.check_unchanged()
-    sent, wanted = sent_message(sender.shift), expected_message(receiver.shift)
-    if sent != wanted:
-        raise RingCompileError(
-            f"rank {receiver.rank} expects {wanted} in %{receiver.shift.node}, "
-            f"rank {sender.rank} sends {sent} in %{sender.shift.node}"
-        )
-    assert sender.shift.tensor is not None
-    receiver.buffer.copy_(sender.shift.tensor)
+    tensor = check_message(sender.rank, sender.shift, receiver.rank, receiver.shift)
+    receiver.buffer.copy_(tensor)
     sender.moved.add("to")
     receiver.moved.add("source")
 

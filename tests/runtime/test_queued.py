@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
@@ -20,7 +21,9 @@ from ringcompile.runtime.executor import Request, Shift, Wait
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.lockstep import LockStep
 from ringcompile.runtime.queued import Queued
+from tests import support
 from tests.random_plans import REFUSED, VALID, captured, checked
+from tests.silent.small import EXACT, Model, ids
 
 Ranks = Generator[Request, Any, Any]
 SAMPLE, PLANS = range(3), 200
@@ -241,3 +244,20 @@ def test_without_a_mistake_they_run(plan: tuple[str, str]) -> None:
         return Mistaken(Queued(mesh, 3), reuses_a_buffer, 0, 1_000_000)
 
     assert torch.equal(run(*plan, engine), run(*plan, LockStep))
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_neighbours_on_two_axes_together(seed: int | None) -> None:
+    """Ends of chunks go to the next rank along ring and ulysses, taken as one axis."""
+    def shifted(model: Any, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, 0, 3, 0))[:, : x.shape[1]]
+
+    model, tokens = Model(shifted), ids(27)
+    made = support.compiled(model, (tokens,), "ring=2,ulysses=2")
+    assert any(node.kwargs.get("axis") == "ring,ulysses" for node in made.rank(1).graph.nodes
+               if "shift_start" in str(node.target))
+    outputs = run_lockstep(
+        made.ranks(), made.mesh, made.source, (tokens,), engine=partial(Queued, seed=seed)
+    ).outputs
+    with torch.no_grad():
+        assert support.difference(outputs, model(tokens)) <= EXACT
