@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
@@ -32,6 +34,25 @@ def results_of(node: fx.Node) -> tuple[TensorType, ...]:
 def location_of(node: fx.Node) -> SourceLocation:
     """The user's line behind a node."""
     return node.meta.get("loc", _NOWHERE)
+
+
+def reached(
+    start: Iterable[fx.Node], onwards: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """The nodes that one comes to from these, step by step, and these.
+
+    Args:
+        start: where to begin.
+        onwards: the nodes one step from a node.
+    """
+    found: set[fx.Node] = set()
+    work = list(start)
+    while work:
+        node = work.pop()
+        if node not in found:
+            found.add(node)
+            work += onwards(node)
+    return found
 
 
 def kinds_of_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import OWN, Size, equal, is_symbolic, symbol
-from ringcompile.ir.nodes import location_of, results_of, type_of
+from ringcompile.ir.nodes import location_of, reached, results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import FactorRule, find_rule
 from ringcompile.ir.types import TensorType
@@ -72,20 +71,9 @@ def _row_group(program: Program, expert: fx.Node, products: Sequence[fx.Node]) -
 
 def _between(program: Program, ends: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     """Every node on a way from one of these to another, and these."""
-    below = _reached(ends, lambda node: node.users)
-    above = _reached(ends, lambda node: node.all_input_nodes)
-    return tuple(n for n in program.graph.nodes if n in ends or (n in below and n in above))
-
-
-def _reached(start: Iterable[fx.Node], onwards: Any) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [after for node in start for after in onwards(node)]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(onwards(node))
-    return found
+    below = reached(ends, lambda node: node.users)
+    above = reached(ends, lambda node: node.all_input_nodes)
+    return tuple(n for n in program.graph.nodes if n in below and n in above)
 
 
 def _leaving(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from ringcompile.ir.calls import Call, map_values
 from ringcompile.ir.expr import equal
-from ringcompile.ir.nodes import type_of
+from ringcompile.ir.nodes import reached, type_of
 
 _VIEWS = ("reshape", "expand", "permute", "to")
 # Of relative positions these make relative values.
@@ -99,14 +99,8 @@ def _is_small(node: fx.Node) -> bool:
 
 
 def _reads_inputs(node: fx.Node, weights: Collection[str]) -> bool:
-    seen, rest = set[fx.Node](), [node]
-    while rest:
-        node = rest.pop()
-        if node.op == "placeholder" and node.name not in weights:
-            return True
-        rest.extend(x for x in node.all_input_nodes if x not in seen)
-        seen.update(node.all_input_nodes)
-    return False
+    above = reached([node], lambda node: node.all_input_nodes)
+    return any(n.op == "placeholder" and n.name not in weights for n in above)
 
 
 def _short(node: fx.Node) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
+from ringcompile.ir.nodes import reached
 from ringcompile.ir.program import Program
 from ringcompile.passes.contraction import read
 
@@ -56,14 +57,7 @@ def may_hide(program: Program | None, nodes: Sequence[fx.Node], infinite: bool =
 
 def _made_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The nodes and all that they are computed of up to matmuls, operands first."""
-    found: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in found:
-            found.add(node)
-            if read(node) is None:
-                queue += node.all_input_nodes
+    found = reached(nodes, lambda node: node.all_input_nodes if read(node) is None else [])
     return [node for node in nodes[0].graph.nodes if node in found] if nodes else []
 
 

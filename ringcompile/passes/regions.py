@@ -13,7 +13,7 @@ region from outside; in it, slots are only addresses, and are counted by each ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import OWN, SEQUENCE, Size, is_symbolic, product, simplify, symbol
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout
-from ringcompile.ir.nodes import error_at, location_of, results_of, type_of
+from ringcompile.ir.nodes import error_at, location_of, reached, results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ops.schemas import op
 
@@ -369,22 +369,9 @@ def _short(node: fx.Node) -> str:
 
 def _below(nodes: Iterable[fx.Node], group: set[fx.Node]) -> set[fx.Node]:
     """The nodes and all that depends on them, as far as it goes through the group."""
-    return _reached(nodes, group, lambda node: node.users)
+    return reached(nodes, lambda node: [user for user in node.users if user in group])
 
 
 def _above(nodes: Iterable[fx.Node], group: set[fx.Node]) -> set[fx.Node]:
     """The nodes and all that they depend on, as far as it goes through the group."""
-    return _reached(nodes, group, lambda node: node.all_input_nodes)
-
-
-def _reached(
-    nodes: Iterable[fx.Node], group: set[fx.Node], beside: Callable[[fx.Node], Iterable[fx.Node]]
-) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    work = list(nodes)
-    while work:
-        node = work.pop()
-        if node not in found:
-            found.add(node)
-            work += [other for other in beside(node) if other in group]
-    return found
+    return reached(nodes, lambda node: [n for n in node.all_input_nodes if n in group])

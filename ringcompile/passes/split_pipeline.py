@@ -18,7 +18,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
 from ringcompile.ir.communication import COMMUNICATION
 from ringcompile.ir.expr import BATCH, PART, SEQUENCE, Size, bind, depends_on_data, product
-from ringcompile.ir.nodes import error_at, location_of, results_of, type_of
+from ringcompile.ir.nodes import error_at, location_of, reached, results_of, type_of
 from ringcompile.ir.printer import block_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
@@ -273,16 +273,13 @@ class _Stage:
 
     def _needed(self, wanted: Sequence[fx.Node], arriving: set[fx.Node]) -> set[fx.Node]:
         """What this stage computes for these, down to what arrives."""
-        needed: set[fx.Node] = set()
-        waiting = [node for node in wanted if node not in arriving]
-        while waiting:
-            node = waiting.pop()
-            if node in needed:
-                continue
-            needed.add(node)
+        needed = reached(
+            (node for node in wanted if node not in arriving),
+            lambda node: [n for n in node.all_input_nodes if n not in arriving],
+        )
+        for node in needed:
             here = node.op == "placeholder" or node in self.free
             assert here or node.meta["stage"] == self.stage, f"%{node.name} in stage {self.stage}"
-            waiting.extend(n for n in node.all_input_nodes if n not in arriving)
         return needed
 
     def _cross(self, node: fx.Node, value: fx.Node | None, end: str, stage: int) -> fx.Node:

@@ -16,7 +16,7 @@ from torch import fx
 from ringcompile.ir.calls import Call, operands
 from ringcompile.ir.expr import simplify, spelled
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.nodes import type_of
+from ringcompile.ir.nodes import reached, type_of
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.schemas import op
 from ringcompile.passes.shift_forms import Form
@@ -156,10 +156,5 @@ class WindowRegion:
 
 def _between(last: fx.Node, pending: dict[fx.Node, Form]) -> list[fx.Node]:
     """The values between tokens and the last one, it included, in order."""
-    found, work = {last}, [last]
-    while work:
-        for operand in operands(work.pop()):
-            if operand in pending and operand not in found:
-                found.add(operand)
-                work.append(operand)
+    found = reached([last], lambda node: [n for n in operands(node) if n in pending])
     return [node for node in (*pending, last) if node in found]
