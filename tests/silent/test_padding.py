@@ -50,6 +50,7 @@ ATTENTIONS: dict[str, Between] = {
 }
 MIXED = {name: (between, {}) for name, between in ATTENTIONS.items()} | {
     name: entry for name, entry in KINDS.items() if name != "over all tokens"}  # no padding there
+NO_ONE_TOKEN = {"chosen tokens", "deviation"}  # four of one, and a deviation of one: NaN itself
 SPECS = ["ring=4", "ring=2,ulysses=2", "ring=2,tile=2", "ring=2,tp=2", "time=2"]
 FAST = {("causal", "ring=4"), ("causal", "time=2"), ("hidden keys", "ring=2,tile=2"),
         ("convolved", "ring=4"), ("linear attention", "ring=4")}
@@ -68,7 +69,8 @@ def model_of(kind: str) -> Model:
 @pytest.mark.parametrize(
     ("kind", "spec"), some_fast(MIXED, SPECS, fast=lambda kind, spec: (kind, spec) in FAST))
 def test_nothing_is_left_of_it(kind: str, spec: str, order: str) -> None:
-    matches(model_of(kind), spec, lambda n: (ids(n),), lengths=(27, 5, 1), order=order)
+    lengths = (27, 5) if kind in NO_ONE_TOKEN else (27, 5, 1)
+    matches(model_of(kind), spec, lambda n: (ids(n),), lengths, order=order)
 
 
 def test_a_fault_on_purpose_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
