@@ -4,6 +4,7 @@ A mask is followed to what it is made of. A float input may hold anything; a num
 what it is; the data of buffers and parameters is looked at. What is computed of them is bounded by
 the same arithmetic: (keep - 1) * 1e9 reaches 1e9, as x / 1e-9 does. Flags, positions and what
 comes out of matmuls count as one: scores are of that size, and nobody hides a key by a position.
+The result of an op that is in no table here may be anything.
 """
 
 from __future__ import annotations
@@ -71,21 +72,28 @@ def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Magnitud
         return Magnitude()
     operands = [known[value] if isinstance(value, fx.Node) else _of_number(value)
                 for value in _numbers(node)]
-    if not operands:
-        return Magnitude()
-    size = _ARITHMETIC.get(name, _largest)([operand.size for operand in operands])
-    return Magnitude(inf if isnan(size) else size, any(operand.infinite for operand in operands))
+    sizes = [operand.size for operand in operands]
+    if name in _KEEP:
+        size = max(sizes, default=1.0)
+    elif name in _ARITHMETIC and sizes:
+        size = _ARITHMETIC[name](sizes)
+    else:
+        return _ANYTHING
+    by_number = len(node.args) > 1 and isinstance(node.args[1], int | float)
+    infinite = name in _MAY_BE_INFINITE and not by_number
+    infinite |= any(operand.infinite for operand in operands)
+    return Magnitude(inf if isnan(size) else size, infinite)
 
 
 def _of_placeholder(program: Program | None, node: fx.Node) -> Magnitude:
     weight = None if program is None else program.weights.get(node.name)
     dtype = node.meta["type"].dtype
     if weight is None or program is None or program.source is None:
-        return Magnitude(inf, infinite=True) if dtype.is_floating_point else Magnitude()
+        return _ANYTHING if dtype.is_floating_point else Magnitude()
     tensor = program.source(weight.name)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta:
         alone = prod(weight.shape) == 1 and dtype.is_floating_point
-        return Magnitude(inf, infinite=True) if alone else Magnitude()
+        return _ANYTHING if alone else Magnitude()
     finite = tensor.isfinite()
     sizes = tensor[finite].abs()
     return Magnitude(float(sizes.max()) if sizes.numel() else 0.0, not bool(finite.all()))
@@ -107,24 +115,23 @@ def _numbers(node: fx.Node) -> Iterator[Any]:
             yield value
 
 
-def _largest(sizes: Sequence[float]) -> float:
-    return max(sizes)
-
-
 def _product(sizes: Sequence[float]) -> float:
     return 0.0 if 0.0 in sizes else prod(sizes)
 
 
+def _inverse(size: float) -> float:
+    """Of a number below one its reciprocal; what is computed, as a norm is, divides as one."""
+    return 1 / size if 0.0 < size < 1.0 else 1.0
+
+
 def _quotient(sizes: Sequence[float]) -> float:
-    """Of a number's reciprocal; what is computed, as a norm is, divides as one."""
-    over, under = sizes[0], sizes[1] if len(sizes) > 1 else 1.0
-    return over / under if 0.0 < under < 1.0 else over
+    return _product([sizes[0], *map(_inverse, sizes[1:])])
 
 
 def _power(sizes: Sequence[float]) -> float:
     base, exponent = sizes[0], sizes[1] if len(sizes) > 1 else 1.0
     try:
-        return float(max(base, 1.0) ** exponent)
+        return float(max(base, _inverse(base)) ** exponent)
     except OverflowError:
         return inf
 
@@ -133,13 +140,36 @@ def _exponential(sizes: Sequence[float]) -> float:
     return exp(min(sizes[0], 700.0))
 
 
+_ANYTHING = Magnitude(inf, infinite=True)
 _OF_NUMBERS = frozenset({"number", "Optional[number]", "float", "Optional[float]", "Tensor"})
-# What is counted, compared or chosen by position is of no size of its own.
+# What is counted, compared or chosen by position, averages, and what is normalised.
 _COUNTS = frozenset({
     "arange", "positions", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
-    "logical_not", "any", "all", "argmax", "argmin", "argsort", "floor_divide", "remainder",
+    "logical_not", "logical_xor", "any", "all", "argmax", "argmin", "argsort", "floor_divide",
+    "remainder", "fmod", "attention", "softmax", "_softmax", "layer_norm", "rms_norm", "sin", "cos",
+    "tanh", "sigmoid", "sign", "erf", "one_hot", "searchsorted", "bucketize", "isnan", "isinf",
+    "isfinite", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "zeros", "ones",
+    "zeros_like", "ones_like", "new_zeros", "new_ones", "eye",
+})
+# Results no larger than the largest operand, but for the number of terms of a sum.
+_KEEP = frozenset({
+    "reshape", "view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
+    "select", "index", "index_select", "index_put", "gather", "scatter", "embedding", "cat",
+    "stack", "to", "clone", "contiguous", "copy", "detach", "alias", "neg", "abs", "where",
+    "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "amax", "amin", "max",
+    "min", "relu", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "floor", "ceil", "round",
+    "trunc", "sqrt", "tril", "triu", "flip", "roll", "repeat", "repeat_interleave", "full",
+    "full_like", "new_full", "scalar_tensor", "lift_fresh_copy", "constant_pad_nd", "pad", "unfold",
+    "chunk", "split", "split_with_sizes", "unbind", "narrow", "unflatten", "flatten", "sort",
+    "topk", "mean", "sum", "cumsum", "cummax", "cummin", "diff", "slice_scatter", "select_scatter",
+    "fill", "masked_scatter", "broadcast_to", "expand_as", "movedim", "diagonal",
 })
 _ARITHMETIC: dict[str, Callable[[Sequence[float]], float]] = {
     "add": sum, "sub": sum, "rsub": sum, "mul": _product, "div": _quotient, "pow": _power,
-    "exp": _exponential, "square": lambda sizes: sizes[0] ** 2 if sizes[0] < 1e150 else inf,
+    "square": lambda sizes: _power([sizes[0], 2.0]),
+    "reciprocal": lambda sizes: _inverse(sizes[0]), "rsqrt": lambda sizes: _inverse(sizes[0]),
+    **dict.fromkeys(("exp", "exp2", "expm1", "sinh", "cosh"), _exponential),
+    # Of the smallest number above zero, and of the largest.
+    **dict.fromkeys(("log", "log2", "log10", "log1p"), lambda sizes: max(sizes[0], 1100.0)),
 }
+_MAY_BE_INFINITE = frozenset({"div", "reciprocal", "rsqrt", "log", "log2", "log10", "log1p"})

@@ -132,6 +132,26 @@ def of_queries(q: Tensor, mask: Tensor) -> Tensor:
     return torch.where(earlier(mask) & (mask > 0)[:, None, :, None], ZERO, LOWEST)
 
 
+def of_a_logarithm(q: Tensor, mask: Tensor) -> Tensor:
+    """-inf for keys, and a number for later ones: of padding in front these are what is left."""
+    later = torch.where(earlier(mask), 0.0, -1e30).double()
+    return mask[:, None, None].double().log2() + later
+
+
+def of_a_reciprocal(q: Tensor, mask: Tensor) -> Tensor:
+    large = torch.full((1,), 1e-30, dtype=torch.float64).reciprocal()
+    return low(earlier(mask), -torch.inf) - (1 - mask[:, None, None].double()) * large
+
+
+def of_an_exponential(q: Tensor, mask: Tensor) -> Tensor:
+    return low(earlier(mask), -torch.inf) - torch.exp2((1 - mask[:, None, None].double()) * 100)
+
+
+def of_an_op_in_no_table(q: Tensor, mask: Tensor) -> Tensor:
+    padding = 1 - mask[:, None, None].double()
+    return low(earlier(mask), -torch.inf) - torch.special.i0(padding * 99)
+
+
 def with_slopes(mask: Tensor) -> Tensor:
     n = torch.arange(mask.shape[-1])
     slopes = torch.linspace(0.1, 1, HEADS, dtype=torch.float64)[:, None, None]
@@ -142,11 +162,13 @@ MADE: dict[str, Make] = {
     "constants": of_constants, "constants over a bias": constants_over_a_bias,
     "a fill over a bias": filled_over_a_bias, "a difference": of_a_difference,
     "a quotient": of_a_quotient, "a window of constants": a_window_of_constants,
-    "queries": of_queries,
+    "queries": of_queries, "a logarithm": of_a_logarithm, "a reciprocal": of_a_reciprocal,
+    "an exponential": of_an_exponential, "an op in no table": of_an_op_in_no_table,
     "padding": padded, "two terms": two_terms, "clamped": clamped, "a factor": times,
     "before it -inf": hidden_before, "keys of -inf": hidden_keys, "keys alone": keys_alone,
     "a window": of_a_window, "a distance": with_distance, "by head": by_head,
 }
+INFINITE = {"keys of -inf", "a logarithm"}
 SPECS = ["ring=4", "ring=2,ulysses=2", "ulysses=2", "tp=2", "pp=2,ring=2", "dp=2", "time=2"]
 
 
@@ -164,6 +186,7 @@ def masks(length: int, batch: int = 2) -> tuple[Tensor, ...]:
     some_fast(MADE, SPECS, fast=lambda kind, spec: (kind, spec) in {
         ("two terms", "ring=4"), ("before it -inf", "ring=2,ulysses=2"), ("keys of -inf", "ring=4"),
         ("constants over a bias", "ring=4"), ("a difference", "ring=4"),
+        ("a logarithm", "ring=4"), ("an op in no table", "ring=4"),
         ("a fill over a bias", "time=2"),
     }),
 )
@@ -172,7 +195,7 @@ def test_masks_that_the_model_makes(kind: str, spec: str, one_op: bool) -> None:
         tokens, keep = masks(length)
         return tokens, keep.index_fill(1, torch.tensor([length - 1]), 1)
 
-    matches(Masked(MADE[kind], one_op), spec, inputs=seen if kind == "keys of -inf" else masks)
+    matches(Masked(MADE[kind], one_op), spec, inputs=seen if kind in INFINITE else masks)
 
 
 def of_rows(length: int, heads: int = 1) -> tuple[Tensor, ...]:
