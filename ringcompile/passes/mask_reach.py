@@ -72,8 +72,10 @@ def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Magnitud
         return Magnitude()
     operands = [known[value] if isinstance(value, fx.Node) else _of_number(value)
                 for value in _numbers(node)]
+    if name in _PICK:
+        operands = operands[:1]
     sizes = [operand.size for operand in operands]
-    if name in _KEEP:
+    if name in _KEEP or name in _PICK:
         size = max(sizes, default=1.0)
     elif name in _ARITHMETIC and sizes:
         size = _ARITHMETIC[name](sizes)
@@ -154,16 +156,18 @@ _COUNTS = frozenset({
 # Results no larger than the largest operand, but for the number of terms of a sum.
 _KEEP = frozenset({
     "reshape", "view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
-    "select", "index", "index_select", "index_put", "gather", "scatter", "embedding", "cat",
-    "stack", "to", "clone", "contiguous", "copy", "detach", "alias", "neg", "abs", "where",
-    "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "amax", "amin", "max",
-    "min", "relu", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "floor", "ceil", "round",
-    "trunc", "sqrt", "tril", "triu", "flip", "roll", "repeat", "repeat_interleave", "full",
-    "full_like", "new_full", "scalar_tensor", "lift_fresh_copy", "constant_pad_nd", "pad", "unfold",
-    "chunk", "split", "split_with_sizes", "unbind", "narrow", "unflatten", "flatten", "sort",
-    "topk", "mean", "sum", "cumsum", "cummax", "cummin", "diff", "slice_scatter", "select_scatter",
-    "fill", "masked_scatter", "broadcast_to", "expand_as", "movedim", "diagonal",
+    "select", "index_put", "scatter", "cat", "stack", "to", "clone", "contiguous", "copy", "detach",
+    "alias", "neg", "abs", "where", "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum",
+    "maximum", "amax", "amin", "max", "min", "relu", "gelu", "silu", "elu", "leaky_relu",
+    "hardtanh", "floor", "ceil", "round", "trunc", "sqrt", "tril", "triu", "flip", "roll", "repeat",
+    "repeat_interleave", "full", "full_like", "new_full", "scalar_tensor", "lift_fresh_copy",
+    "constant_pad_nd", "pad", "unfold", "chunk", "split", "split_with_sizes", "unbind", "narrow",
+    "unflatten", "flatten", "sort", "topk", "mean", "sum", "cumsum", "cummax", "cummin", "diff",
+    "slice_scatter", "select_scatter", "fill", "masked_scatter", "broadcast_to", "expand_as",
+    "movedim", "diagonal",
 })
+# Of these the first operand alone: the others say which of its entries.
+_PICK = frozenset({"index", "index_select", "gather", "embedding", "take_along_dim"})
 _ARITHMETIC: dict[str, Callable[[Sequence[float]], float]] = {
     "add": sum, "sub": sum, "rsub": sum, "mul": _product, "div": _quotient, "pow": _power,
     "square": lambda sizes: _power([sizes[0], 2.0]),
