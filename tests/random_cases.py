@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.moe import MoE
-from tests.moe_styles import STYLES
+from tests.moe_table import STYLES
 
 VOCABULARY: Final = 37
 MAX_LENGTH: Final = 48

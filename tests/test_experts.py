@@ -18,7 +18,7 @@ from ringcompile.ir.types import SequenceSplit
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.moe import MoE
 from ringcompile.passes import regions, token_wise
-from tests.moe_styles import STYLES, Style
+from tests.moe_table import STYLES, Style
 from tests.support import TOLERANCE, compiled, counts, difference, run, some_fast
 
 SIZE, CAPTURED = 16, 12

@@ -22,7 +22,7 @@ from ringcompile.models import moe, zoo
 from ringcompile.ops import bodies
 from ringcompile.ops.kernels import select
 from ringcompile.parallel_program import ParallelProgram
-from tests.moe_styles import kept_choices, slow_mixture, turns_of
+from tests.moe_table import kept_choices, slow_mixture, turns_of
 from tests.support import TOLERANCE, difference, run, some_fast, tensors
 
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,8 @@ import torch
 
 from ringcompile.ops.kernels import select
 from tests import random_cases, random_models, random_transformer
-from tests.moe_styles import STYLES, Style, WithLoss, reference
+from tests.moe_styles import WithLoss
+from tests.moe_table import STYLES, Style, reference
 from tests.random_cases import Case, case_of
 from tests.random_models import Outcome, trial
 
