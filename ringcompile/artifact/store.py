@@ -13,10 +13,9 @@ weights.safetensors     weights, each once; weights-0001.safetensors and on if t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +115,7 @@ def save(
         files: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
         sets = {"": (spmd, ranks), CARRIED: carried, PREFILL: prefill}
-        named = list(chain(*(_named(p, *each) for p, each in sets.items() if each)))
-        for name, program in counted("programs", named):
+        for name, program in counted("programs", _named(sets)):
             _check_ops(program)
             files.update(_write_program(temporary, name, program, view))
             weights.update({weight.name: weight for weight in program.weights.values()})
@@ -147,12 +145,16 @@ def _write_program(
 
 
 def _named(
-    prefix: str, spmd: Program, ranks: Iterable[Program]
-) -> Iterator[tuple[str, Program]]:
-    """The programs of a set, each with the name of its file."""
-    yield f"{prefix}program", spmd
-    for rank, program in enumerate(ranks):
-        yield f"{prefix}rank{rank}", program
+    sets: Mapping[str, tuple[Program, Iterable[Program]] | None]
+) -> list[tuple[str, Program]]:
+    """The programs of all sets that there are, each with the name of its file."""
+    named: list[tuple[str, Program]] = []
+    for prefix, programs in sets.items():
+        if programs is not None:
+            spmd, ranks = programs
+            named.append((f"{prefix}program", spmd))
+            named += [(f"{prefix}rank{rank}", program) for rank, program in enumerate(ranks)]
+    return named
 
 
 def _unknown_ops(program: Program) -> list[fx.Node]:
