@@ -68,7 +68,8 @@ def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Magnitud
     if node.target is operator.getitem:  # one of several results
         return known[node.args[0]]  # type: ignore[index]
     name = str(node.target).split(".")[1] if node.op == "call_function" else ""
-    if read(node) is not None or name in _COUNTS:
+    is_flag = getattr(node.meta["type"], "dtype", None) == torch.bool
+    if is_flag or read(node) is not None or name in _COUNTS:
         return Magnitude()
     operands = [known[value] if isinstance(value, fx.Node) else _of_number(value)
                 for value in _numbers(node)]
@@ -144,14 +145,13 @@ def _exponential(sizes: Sequence[float]) -> float:
 
 _ANYTHING = Magnitude(inf, infinite=True)
 _OF_NUMBERS = frozenset({"number", "Optional[number]", "float", "Optional[float]", "Tensor"})
-# What is counted, compared or chosen by position, averages, and what is normalised.
+# What is counted or chosen by position, averages, and what is normalised.
 _COUNTS = frozenset({
-    "arange", "positions", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
-    "logical_not", "logical_xor", "any", "all", "argmax", "argmin", "argsort", "floor_divide",
-    "remainder", "fmod", "attention", "softmax", "_softmax", "layer_norm", "rms_norm", "sin", "cos",
-    "tanh", "sigmoid", "sign", "erf", "one_hot", "searchsorted", "bucketize", "isnan", "isinf",
-    "isfinite", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "zeros", "ones",
-    "zeros_like", "ones_like", "new_zeros", "new_ones", "eye",
+    "arange", "positions", "argmax", "argmin", "argsort", "floor_divide", "remainder", "fmod",
+    "attention", "softmax", "_softmax", "layer_norm", "rms_norm", "sin", "cos", "tanh", "sigmoid",
+    "sign", "erf", "one_hot", "searchsorted", "bucketize", "bitwise_and", "bitwise_or",
+    "bitwise_not", "bitwise_xor", "__and__", "__or__", "__xor__", "zeros", "ones", "zeros_like",
+    "ones_like", "new_zeros", "new_ones", "eye",
 })
 # Results no larger than the largest operand, but for the number of terms of a sum.
 _KEEP = frozenset({
@@ -160,11 +160,11 @@ _KEEP = frozenset({
     "alias", "neg", "abs", "where", "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum",
     "maximum", "amax", "amin", "max", "min", "relu", "gelu", "silu", "elu", "leaky_relu",
     "hardtanh", "floor", "ceil", "round", "trunc", "sqrt", "tril", "triu", "flip", "roll", "repeat",
-    "repeat_interleave", "full", "full_like", "new_full", "scalar_tensor", "lift_fresh_copy",
-    "constant_pad_nd", "pad", "unfold", "chunk", "split", "split_with_sizes", "unbind", "narrow",
-    "unflatten", "flatten", "sort", "topk", "mean", "sum", "cumsum", "cummax", "cummin", "diff",
-    "slice_scatter", "select_scatter", "fill", "masked_scatter", "broadcast_to", "expand_as",
-    "movedim", "diagonal",
+    "repeat_interleave", "full", "full_like", "new_full", "linspace", "scalar_tensor",
+    "lift_fresh_copy", "constant_pad_nd", "pad", "unfold", "chunk", "split", "split_with_sizes",
+    "unbind", "narrow", "unflatten", "flatten", "sort", "topk", "mean", "sum", "cumsum", "cummax",
+    "cummin", "diff", "slice_scatter", "select_scatter", "fill", "masked_scatter", "broadcast_to",
+    "expand_as", "movedim", "diagonal",
 })
 # Of these the first operand alone: the others say which of its entries.
 _PICK = frozenset({"index", "index_select", "gather", "embedding", "take_along_dim"})
