@@ -28,6 +28,7 @@ class Shape:
     causal: bool = False
     num_heads: int = 16
     dtype: torch.dtype = torch.float16
+    group_size: int = 1  # query heads of a KV head
 
     @property
     def flops(self) -> float:
@@ -37,9 +38,11 @@ class Shape:
 
     def draw(self) -> Tensors:
         """Random q, k and v."""
+        num_kv_heads = self.num_heads // self.group_size
+        sizes = [(self.num_heads, self.num_queries), *[(num_kv_heads, self.num_keys)] * 2]
         return tuple(
-            torch.randn(1, self.num_heads, rows, self.head_dim, device=device(), dtype=self.dtype)
-            for rows in (self.num_queries, self.num_keys, self.num_keys)
+            torch.randn(1, *size, self.head_dim, device=device(), dtype=self.dtype)
+            for size in sizes
         )
 
     @property
@@ -51,19 +54,24 @@ class Shape:
         """For a row of the table."""
         mode = "causal" if self.causal else "full"
         return {"dtype": str(self.dtype).removeprefix("torch."), "head_dim": self.head_dim,
-                "queries": self.num_queries, "keys": self.num_keys, "mask": mode}
+                "group": self.group_size, "queries": self.num_queries, "keys": self.num_keys,
+                "mask": mode}
 
 
 def shapes(dry: bool) -> list[Shape]:
     """The issue's shapes first."""
     if dry:
-        return [Shape(512, 64, 96, num_heads=2), Shape(512, 64, 64, causal=True, num_heads=2)]
+        return [Shape(512, 64, 96, num_heads=2), Shape(512, 64, 64, causal=True, num_heads=2),
+                Shape(64, 1, 96, num_heads=4, group_size=2)]
     full = [Shape(512, 1024, keys) for keys in (1024, 2048, 4096, 8192, 16384)]
     causal = [Shape(512, rows, rows, causal=True) for rows in (1024, 2048, 4096)]
     half = [Shape(512, 1024, 4096, dtype=torch.bfloat16), Shape(320, 1024, 4096)]
     narrow = [Shape(dim, 2048, 2048, causal, 32 if dim == 128 else 16)
               for dim in (128, 256) for causal in (False, True)]
-    return [*full, *causal, *half, *narrow]
+    decoding = [Shape(dim, queries, keys, num_heads=32, group_size=8, dtype=torch.bfloat16)
+                for dim, queries, keys in ((128, 1, 8192), (128, 1, 131072), (128, 8, 8192),
+                                           (512, 1, 8192))]
+    return [*full, *causal, *half, *narrow, *decoding]
 
 
 def run(report: Report, *, dry: bool, seconds: float) -> None:
@@ -85,7 +93,7 @@ def run(report: Report, *, dry: bool, seconds: float) -> None:
 
 
 def _present(dry: bool) -> list[str]:
-    wanted = ("hopper", "triton", "ffpa", "cuda-flash", "cuda-cudnn", "cuda-efficient")
+    wanted = ("decode", "hopper", "triton", "ffpa", "cuda-flash", "cuda-cudnn", "cuda-efficient")
     return ["cpu-flash", "math"] if dry or not on_gpu() else [n for n in wanted if n in providers()]
 
 
@@ -106,7 +114,8 @@ def _measure(report: Report, shape: Shape, name: str, call: Callable[..., Any]) 
         return
     largest, rms = _errors(shape, inputs[0], out)
     report.add(**shape.columns(), provider=name, microseconds=taken * 1e6,
-               tflops=shape.flops / taken / 1e12, max_error=largest, rms_error=rms)
+               tflops=shape.flops / taken / 1e12, gigabytes_per_second=size / taken / 1e9,
+               max_error=largest, rms_error=rms)
 
 
 def _attend(shape: Shape, name: str) -> Callable[..., torch.Tensor]:
@@ -153,7 +162,8 @@ def _errors(shape: Shape, inputs: Tensors, out: torch.Tensor) -> tuple[float, fl
 
 def _references(shape: Shape, inputs: Tensors) -> Iterator[torch.Tensor]:
     for head in range(2):
-        q, k, v = (x[:, head].double() for x in inputs)
+        q, k, v = (x[:, head // (shape.group_size if n else 1)].double()
+                   for n, x in enumerate(inputs))
         scores = q @ k.mT * shape.scale
         if shape.causal:
             visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril()

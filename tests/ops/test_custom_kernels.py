@@ -15,10 +15,12 @@ import torch
 from ringcompile.errors import RingCompileError
 from ringcompile.ops.kernels import attend, contract, custom
 from tests.ops.contract import FP16, FP64, Case
-from tests.ops.wide_heads import CHECKS, fault
+from tests.ops.own_kernels import CHECKS, fault
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+INTERPRETED = ("triton", "decode")
+PAIRS = [(provider, name) for provider, checks in CHECKS.items() for name in checks]
 NO_BFLOAT16 = "Triton's interpreter multiplies bfloat16 as if it were integers"
 
 
@@ -33,25 +35,27 @@ def run_triton(*command: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
+def interpreted() -> dict[tuple[str, str], str]:
     """The fault of each check, run by Triton's interpreter in a process of its own."""
-    output = run_triton("-m", "tests.ops.wide_heads", "triton", "cpu", TRITON_INTERPRET="1")
-    return dict(line.split("\t", 1) for line in output.splitlines())
+    output = run_triton("-m", "tests.ops.own_kernels", "cpu", *INTERPRETED, TRITON_INTERPRET="1")
+    lines = (line.split("\t", 2) for line in output.splitlines())
+    return {(provider, name): what for provider, name, what in lines}
 
 
 @needs_triton
-@pytest.mark.parametrize("name", CHECKS)
-def test_triton_on_the_cpu(interpreted: dict[str, str], name: str) -> None:
+@pytest.mark.parametrize(("provider", "name"), [pair for pair in PAIRS if pair[0] in INTERPRETED])
+def test_ours_on_the_cpu(
+    interpreted: dict[tuple[str, str], str], provider: str, name: str
+) -> None:
     if "bfloat16" in name:
         pytest.skip(NO_BFLOAT16)
-    assert interpreted[name] == ""
+    assert interpreted[provider, name] == ""
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("provider", ["hopper", "triton"])
+@pytest.mark.parametrize(("provider", "name"), PAIRS)
 def test_ours_on_a_gpu(provider: str, name: str) -> None:
-    assert fault(name, provider, "cuda") == ""
+    assert fault(provider, name, "cuda") == ""
 
 
 @pytest.mark.gpu
@@ -60,7 +64,7 @@ def test_ours_on_a_gpu(provider: str, name: str) -> None:
     "name", ["full", "full-bfloat16", "grouped", "causal", "one-kv-head", "causal-start"]
 )
 def test_ffpa_on_a_gpu(name: str) -> None:
-    assert fault(name, "ffpa", "cuda") == ""
+    CHECKS["triton"][name]("ffpa", "cuda")
 
 
 @pytest.mark.gpu
@@ -109,6 +113,34 @@ def test_hopper_kernel_compiles_and_fits_without_a_gpu() -> None:
     assert products == 72
 
 
+COMPILE_DECODE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ringcompile.ops.kernels import decode_kernel as decode
+
+def shared(kernel, fixed, pointers, **others):
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(fixed, "constexpr")
+    source = ASTSource(kernel, types | pointers | others, fixed)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return made.metadata.shared
+
+blocks = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_D": 512, "BLOCK_E": 512}
+flags = {"MASKED": True, "BOOLEAN": True, "CAPPED": True, "CAUSAL": True}
+halves = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "mask": "*i8", "out": "*fp32", "lse": "*fp32"}
+parts = {"parts": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
+print(json.dumps([
+    shared(decode._attend, blocks | flags, halves, scale="fp32", cap="fp32"),
+    shared(decode._merge_parts, {"BLOCK_E": 512}, parts),
+]))
+"""
+
+
+@needs_triton
+def test_the_kernel_for_decoding_compiles_and_fits_without_a_gpu() -> None:
+    assert max(json.loads(run_triton("-c", COMPILE_DECODE))) <= 227 * 1024
+
+
 REFUSED = {
     "head-dim": (Case((1, 1), (4, 4), (256, 256)), {}, "head_dim of q and k is 256, of v 256, it"),
     "value-dim": (Case((1, 1), (4, 4), (512, 64)), {}, "head_dim of q and k is 512, of v 64, it"),
@@ -131,6 +163,16 @@ def test_what_our_kernels_refuse(case: Case, change: dict[str, object], reason: 
         assert str(provider.refuses(call)).startswith(reason)
 
 
+def test_what_the_kernel_for_decoding_refuses() -> None:
+    for case, dtype, reason in (
+        (Case((2, 2), (9, 40), (64, 64)), FP16, "there are 9 queries, it takes up to 8"),
+        (Case((2, 2), (1, 40), (520, 520)), FP16, "a head_dim is above 512"),
+        (Case((2, 2), (1, 40), (64, 64)), FP64, "dtype is torch.float64, it takes float16"),
+    ):
+        call = contract.BlockCall(*case.tensors(dtype, "cpu"), 1.0, False, None, None)
+        assert str(custom.DECODE.refuses(call)).startswith(reason)
+
+
 def test_expanded_tensors_are_refused() -> None:
     q, k, v = Case((2, 2), (4, 4), (512, 512)).tensors(FP16, "cpu")
     call = contract.BlockCall(q, k[:, :1].expand(-1, 2, -1, -1), v, 1.0, False, None, None)
@@ -145,6 +187,6 @@ def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_providers_for_gpus_say_so_on_the_cpu() -> None:
     q, k, v = Case((1, 1), (4, 4), (512, 512)).tensors(FP16, "cpu")
-    for provider in ("hopper", "triton", "ffpa"):
+    for provider in ("hopper", "triton", "decode", "ffpa"):
         with pytest.raises(RingCompileError, match="tensors are on cpu, it runs on cuda"):
             attend(q, k, v, scale=1.0, provider=provider)

@@ -1,13 +1,7 @@
-"""What kernels for head dims above 256 are held to, on a GPU or in Triton's interpreter.
-
-Run as `python -m tests.ops.wide_heads PROVIDER DEVICE`: a line for each check, the fault behind it.
-Triton's interpreter needs a process of its own: TRITON_INTERPRET=1 counts when triton is imported.
-"""
+"""What kernels for head dims above 256 are held to, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Callable
 
 import torch
@@ -151,18 +145,3 @@ CHECKS: dict[str, Check] = {
     "one-nan": one_nan,
     "unseen-rows": unseen,
 }
-
-
-def fault(name: str, provider: str, device: str) -> str:
-    """What is wrong, in one line; nothing if all is well."""
-    torch.manual_seed(0)
-    try:
-        CHECKS[name](provider, device)
-    except Exception:
-        return " | ".join(traceback.format_exc().splitlines()[-3:])
-    return ""
-
-
-if __name__ == "__main__":
-    for check_name in CHECKS:
-        print(check_name, fault(check_name, *sys.argv[1:]), sep="\t", flush=True)

@@ -1,4 +1,4 @@
-"""Our own kernels, in Triton: head dims above 256, and blocks folded into an accumulator.
+"""Our own kernels, in Triton: head dims above 256, blocks folded into an accumulator, decoding.
 
 Triton is optional. Its modules are imported when the first tensors come that it is for; without
 it, or with one that lacks what a kernel is written in, the providers say so and refuse.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ops.kernels.contract import (
+    HALVES,
     BlockCall,
     Provider,
     masked,
@@ -29,6 +30,8 @@ from ringcompile.ops.kernels.contract import (
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICE = "cpu" if _INTERPRETED else "cuda"
 _HEAD_DIMS = range(257, 513)
+_FEW_QUERIES = 8
+_DECODE_FLOATS = (*HALVES, torch.float32)
 
 
 @lru_cache
@@ -77,13 +80,30 @@ def _hopper_refuses(call: BlockCall) -> str | None:
     return _missing("hopper_kernel")
 
 
+def _decode_refuses(call: BlockCall) -> str | None:
+    if call.q.shape[2] > _FEW_QUERIES:
+        return f"there are {call.q.shape[2]} queries, it takes up to {_FEW_QUERIES}"
+    if max(call.q.shape[3], call.v.shape[3]) >= _HEAD_DIMS.stop:
+        return f"a head_dim is above {_HEAD_DIMS.stop - 1}"
+    if call.q.dtype not in _DECODE_FLOATS:
+        return f"dtype is {call.q.dtype}, it takes float16, bfloat16 and float32"
+    reason = None if _INTERPRETED else older_gpu(call, (8, 0))
+    return reason or strided_last_dim(call) or _missing("decode_kernel")
+
+
 def _missing(module: str) -> str | None:
     found = _load(module)
     return found if isinstance(found, str) else None
 
 
 def _provider(
-    name: str, device: str, module: str, refuses: Callable[[BlockCall], str | None]
+    name: str,
+    device: str,
+    module: str,
+    refuses: Callable[[BlockCall], str | None],
+    *,
+    folds: bool = True,
+    softcap: bool = False,
 ) -> Provider:
     def run(call: BlockCall) -> tuple[Tensor, Tensor]:
         out = _like_query(call)
@@ -94,7 +114,7 @@ def _provider(
     def fold(call: BlockCall, out: Tensor, lse: Tensor) -> None:
         _launch(module, call, out, lse, fold=True)
 
-    return Provider(name, device, refuses, run, fold=fold)
+    return Provider(name, device, refuses, run, softcap, fold if folds else None)
 
 
 def _launch(module: str, call: BlockCall, out: Tensor, lse: Tensor, *, fold: bool) -> None:
@@ -118,3 +138,4 @@ def _like_query(call: BlockCall) -> Tensor:
 
 HOPPER = _provider("hopper", "cuda", "hopper_kernel", _hopper_refuses)
 TRITON = _provider("triton", _DEVICE, "triton_kernel", _triton_refuses)
+DECODE = _provider("decode", _DEVICE, "decode_kernel", _decode_refuses, folds=False, softcap=True)

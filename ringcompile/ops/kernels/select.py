@@ -10,14 +10,17 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ops.kernels.contract import BlockCall, Provider, check_call
 from ringcompile.ops.kernels.cpu import CPU_FLASH
 from ringcompile.ops.kernels.cuda import CUDA_CUDNN, CUDA_EFFICIENT, CUDA_FLASH
-from ringcompile.ops.kernels.custom import HOPPER, TRITON
+from ringcompile.ops.kernels.custom import DECODE, HOPPER, TRITON
 from ringcompile.ops.kernels.ffpa import FFPA
 from ringcompile.ops.kernels.merging import check_accumulator, merge
 from ringcompile.ops.kernels.plain import MATH
 
 # The first that fits is taken, so faster ones stand first; `math` fits whatever attend admits.
-# cuDNN stands behind the kernel that takes all it takes: it has to be asked for.
-_PROVIDERS = [CUDA_FLASH, HOPPER, TRITON, FFPA, CUDA_CUDNN, CUDA_EFFICIENT, CPU_FLASH, MATH]
+# cuDNN stands behind the kernel that takes all it takes: it has to be asked for. For few queries
+# `decode` reads each key once, which the kernels behind it do not.
+_PROVIDERS = [
+    CUDA_FLASH, DECODE, HOPPER, TRITON, FFPA, CUDA_CUDNN, CUDA_EFFICIENT, CPU_FLASH, MATH,
+]
 
 
 def attend(
