@@ -34,13 +34,18 @@ class Strengthened:
     def __call__(self, name: str) -> torch.Tensor:
         """The whole weight, changed the same way every time."""
         weight = self.source(name)
-        if name not in self.names or not weight.is_floating_point() or not weight.numel():
+        if name not in self.names or not _has_arithmetic(weight) or not weight.numel():
             return weight
         if weight.dim() > 1:
             if name not in self._factors:
                 self._factors[name] = _factor(weight)
             return weight * self._factors[name]
         return _moved(weight, name)
+
+
+def _has_arithmetic(weight: torch.Tensor) -> bool:
+    """Floats, but for those of a byte, which stand for packed weights and have scales beside."""
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def _factor(weight: torch.Tensor) -> float:
@@ -70,7 +75,7 @@ class Jolted:
     def __call__(self, name: str) -> torch.Tensor:
         """The whole weight, a rounding error away."""
         weight = self.source(name)
-        if not weight.is_floating_point():
+        if not _has_arithmetic(weight):
             return weight
         generator = torch.Generator().manual_seed(self.seed + crc32(name.encode()))
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)

@@ -16,9 +16,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ringcompile.ir.calls import append, map_values
+from ringcompile.ir.calls import Call, append, map_values
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
-from ringcompile.ir.types import ValueType
+from ringcompile.ir.types import TensorType, ValueType
+
+aten = torch.ops.aten
 
 WIDE = {
     torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
@@ -36,6 +39,8 @@ def widened(program: Program) -> Program:
             args, kwargs = map_values((list(args), dict(kwargs)), _wide)
         if node.op == "output":
             env[node] = graph.output(args[0])
+        elif node.target is aten.view.dtype:
+            env[node] = _bits(graph, node, args[0])
         else:
             env[node] = append(graph, node.op, node.target, tuple(args), kwargs, node.name)
         env[node].meta.update(node.meta)
@@ -43,6 +48,23 @@ def widened(program: Program) -> Program:
             env[node].meta["type"] = _wide_type(node.meta["type"])
     inputs = tuple(replace(spec, type=_wide_type(spec.type)) for spec in program.inputs)
     return program.with_graph(graph, inputs=inputs)
+
+
+def _bits(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:
+    """Bytes as another dtype are those of the program's own dtypes; only then they are widened."""
+    call = Call(node)
+    have, made = type_of(call.operands[0]), type_of(node)
+    if have.dtype in WIDE:
+        x = _cast(graph, x, have)
+    x = append(graph, "call_function", node.target, (x, made.dtype), {}, node.name)
+    x.meta.update(type=made, loc=node.meta.get("loc"))
+    return _cast(graph, x, _wide_type(made)) if made.dtype in WIDE else x
+
+
+def _cast(graph: fx.Graph, x: fx.Node, type_: TensorType) -> fx.Node:
+    cast = append(graph, "call_function", aten.to.dtype, (x, type_.dtype))
+    cast.meta.update(type=type_)
+    return cast
 
 
 def _wide(value: Any) -> Any:

@@ -43,8 +43,17 @@ def cumsum_along_memory(x: torch.Tensor, dim: int, dtype: torch.dtype | None) ->
     return x.movedim(dim, -1).contiguous().cumsum(-1, dtype=dtype).movedim(-1, dim).contiguous()
 
 
+def _bits(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same bytes as another dtype; elements of another length have to lie side by side."""
+    alike = x.dtype.itemsize == dtype.itemsize
+    return torch.ops.aten.view.dtype(x if alike else x.contiguous(), dtype)
+
+
 # Of torch's operators, what is run in another way.
-_FOR_TORCH: dict[str, Callable[..., Any]] = {"aten.cumsum.default": _cumsum}
+_FOR_TORCH: dict[str, Callable[..., Any]] = {
+    "aten.cumsum.default": _cumsum,
+    "aten.view.dtype": _bits,
+}
 
 BODIES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,

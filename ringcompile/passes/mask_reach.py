@@ -67,6 +67,8 @@ def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Magnitud
         return _of_placeholder(program, node)
     if node.target is operator.getitem:  # one of several results
         return known[node.args[0]]  # type: ignore[index]
+    if node.target is torch.ops.aten.view.dtype:
+        return _ANYTHING
     name = str(node.target).split(".")[1] if node.op == "call_function" else ""
     is_flag = getattr(node.meta["type"], "dtype", None) == torch.bool
     if is_flag or read(node) is not None or name in _COUNTS:

@@ -20,14 +20,14 @@ from ringcompile.ir.rules import FactorRule, ViewRule, find_rule
 from ringcompile.ir.rules.table import pointwise
 from ringcompile.passes.requests import REDISTRIBUTE, origin_of
 
-# The result jumps where an operand crosses a bound, or another operand.
+# The result jumps where an operand crosses a bound, or another operand. (`view` is of bits.)
 _DECIDING = frozenset({
     "eq", "ne", "lt", "le", "gt", "ge", "isclose", "sign", "signbit", "heaviside", "floor", "ceil",
     "round", "trunc", "frac", "fmod", "remainder", "floor_divide", "threshold", "hardshrink",
     "argmax", "argmin", "topk", "sort", "argsort", "kthvalue", "median", "mode", "max", "min",
     "cummax", "cummin", "isin", "bucketize", "searchsorted", "nonzero", "nonzero_numpy",
     "masked_select", "unique_consecutive", "_unique2", "logical_not", "logical_and", "logical_or",
-    "logical_xor", "count_nonzero", "any", "all", "histc",
+    "logical_xor", "count_nonzero", "any", "all", "histc", "view",
 })
 # Entries are moved, picked or ordered, never mixed; pointwise ops and views too, by their rules.
 _PICKING = frozenset({

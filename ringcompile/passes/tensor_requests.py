@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from torch import fx
 
@@ -60,6 +61,7 @@ class TensorRequests(Requests):
         self.why = ""  # what asked for the shares of weights that are read now
         self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
         self.products: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.unpacked: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
     def summed(self, node: fx.Node) -> fx.Node:
         """A value that is no partial sum: summed over the ranks, and with tp_sequence split."""
@@ -191,13 +193,26 @@ class TensorRequests(Requests):
         return dims == [self.allowed[name]]
 
     def is_weight(self, node: fx.Node) -> bool:
-        """Whether a value is a weight, seen through views of it."""
+        """Whether a value is a weight: read as it is, seen through views, or unpacked.
+
+        Unpacked is what cheap ops make of weights alone: packed bytes, scales, zero points.
+        """
+        return bool(self.weights_in(node))
+
+    def weights_in(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The weights that cheap ops make a value of; () if something else is in it too."""
+        if node not in self.unpacked:
+            self.unpacked[node] = self._weights_in(node)
+        return self.unpacked[node]
+
+    def _weights_in(self, node: fx.Node) -> tuple[fx.Node, ...]:
         if node.op == "placeholder":
-            return node.name in self.weights
+            return (node,) if node.name in self.weights else ()
         rule = find_rule(node.target)
-        return rule is not None and rule.cheap and len(operands_of(node)) == 1 and self.is_weight(
-            operands_of(node)[0]
-        )
+        if rule is None or not rule.cheap:
+            return ()
+        found = [self.weights_in(n) for n in operands_of(node) if not _is_constant(n)]
+        return tuple(dict.fromkeys(chain(*found))) if all(found) else ()
 
     def input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
         """A weight by its share; each rank reads nothing else of it."""
@@ -244,6 +259,11 @@ class TensorRequests(Requests):
     def divides(self, dim: DimLayout) -> bool:
         """Whether every rank gets an equal part of each atom of a dim."""
         return all(local_size(atom, self.mesh, self.sequence) is not None for atom in dim)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a value is made of nothing: numbers, positions."""
+    return node.op == "call_function" and all(map(_is_constant, node.all_input_nodes))
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

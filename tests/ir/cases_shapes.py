@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ringcompile.ir.calls import Call
+from ringcompile.ir.nodes import type_of
 from tests.ir.case import (
     Arguments,
     Case,
@@ -123,7 +124,23 @@ def _diagonal_free(call: Call) -> Free:
     return all_but("dim1")(call) & all_but("dim2")(call)
 
 
+def _bits(draws: Draws) -> Arguments:
+    """Whole numbers as others: as long, shorter, or longer (several of them in the last dim)."""
+    have, made = draws.pick([(torch.int64, torch.float64), (torch.int64, torch.int32),
+                             (torch.int32, torch.uint8), (torch.uint8, torch.int32),
+                             (torch.int16, torch.int32)])
+    joined = max(made.itemsize // have.itemsize, 1)
+    x = draws.integers((*draws.shape(0, 3), draws.size() * joined), 0, 99).to(have)
+    return called(x, made)
+
+
+def _bits_free(call: Call) -> Free:
+    alike = type_of(call.operands[0]).dtype.itemsize == type_of(call.node).dtype.itemsize
+    return aligned(call) if alike else aligned(call) - {(0, len(shape_of(call, 0)) - 1)}
+
+
 _VIEWS: dict[str, Case] = {
+    "view.dtype": Case(_bits, _bits_free, exact=True),
     "diagonal.default": Case(_diagonal, _diagonal_free, exact=True),
     "reshape.default": Case(_reshape, _kept_by_view, exact=True),
     "expand.default": Case(_expand, aligned, exact=True),

@@ -16,6 +16,7 @@ from ringcompile.ir.expr import Size, product
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import contraction, indexing, spatial
 from ringcompile.ir.rules.base import FactorRule, Factors, Names, Rule, ViewRule, rank_of, shapes
+from ringcompile.ir.rules.bits import BitsRule
 from ringcompile.ir.rules.linear import EACH, FIRST, TOGETHER, Linear
 from ringcompile.ir.rules.windows import WindowRule
 
@@ -302,6 +303,7 @@ RULES: dict[str, Rule] = {
     **_rows(["flip.default"], _flip),
     **_rows(["glu.default"], _glu, cost="special"),
     "aten.reshape.default": ViewRule(),
+    "aten.view.dtype": BitsRule(),
     **_rows(["expand.default"], expand, cost="view", linear=FIRST, shape_argument="size"),
     **_rows(["permute.default"], permute, cost="view", linear=FIRST),
     **_rows(["diagonal.default"], diagonal, cost="view", linear=FIRST),

@@ -24,6 +24,15 @@ def _reshape(builder: Builder, node: fx.Node) -> fx.Node:
     return as_shape(builder, operand(builder, node), type_of(node), node.name)
 
 
+def _view(builder: Builder, node: fx.Node) -> fx.Node:
+    """Another shape; or the same bytes as another dtype, which is no matter of shapes."""
+    dtype = Call(node).get("dtype")
+    if dtype is None:
+        return _reshape(builder, node)
+    x = operand(builder, node)
+    return x if dtype == type_of(x).dtype else builder.copy(node)
+
+
 def _permute(builder: Builder, node: fx.Node) -> fx.Node:
     call, rank = Call(node), len(type_of(node).shape)
     dims = list(range(rank))
@@ -178,8 +187,9 @@ def _getitem(builder: Builder, node: fx.Node) -> Any:
 
 
 VIEWS: dict[str, Rewrite] = {
+    "view": _view,
     **dict.fromkeys(
-        ["view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
+        ["_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
          "view_as", "reshape_as"],
         _reshape,
     ),
