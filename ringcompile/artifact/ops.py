@@ -56,7 +56,11 @@ def resolve(name: str) -> Callable[..., Any]:
 
 
 def check_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise RingCompileError where the arguments do not fit an op's schema by number and name."""
+    """Raise RingCompileError where arguments do not fit an op's schema.
+
+    Their number and names have to; None may stand only where an argument is optional, and text or
+    lists nowhere in place of a tensor, which a number may be.
+    """
     if target is operator.getitem:
         if kwargs or [type(arg) for arg in args] != [fx.Node, int]:
             raise RingCompileError("the arguments do not fit: one of several results, by its index")
@@ -70,3 +74,17 @@ def check_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     fits = len(args) <= len(positional) and len(set(given)) == len(given)
     if not fits or not needed <= set(given) <= {a.name for a in arguments}:
         raise RingCompileError(f"the arguments do not fit {target._schema}")
+    types = {a.name: a.type for a in arguments}
+    for name, value in zip(given, [*args, *kwargs.values()], strict=True):
+        if not _fits(types[name], value):
+            raise RingCompileError(f"the argument '{name}' does not fit {target._schema}")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether an argument may be a tensor where one is wanted, and is given where it has to be."""
+    if isinstance(kind, torch.OptionalType):
+        return value is None or _fits(kind.getElementType(), value)
+    if isinstance(value, list | tuple):
+        lists = isinstance(kind, torch.ListType)
+        return lists and all(_fits(kind.getElementType(), entry) for entry in value)
+    return value is not None and not (isinstance(value, str) and isinstance(kind, torch.TensorType))
