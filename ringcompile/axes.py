@@ -56,14 +56,15 @@ HALVES = "halves"
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("pp", "splits layers", divides_weights=True),
+        Axis("pp", "splits layers into pipeline stages", divides_weights=True),
         Axis("dp", "splits the batch"),
-        Axis(HALVES, "splits the batch; ranks compute one half beside the other", has_ranks=False),
-        Axis(TIME, "splits the sequence; ranks compute one piece after another",
+        Axis(HALVES, "splits the batch in two; one half computes while the other sends",
+             has_ranks=False),
+        Axis(TIME, "splits the sequence; each rank computes piece after piece",
              divides_sequence=True, only_sequence=True, rotates=True, has_ranks=False),
         Axis("ring", "splits the sequence; keys and values rotate", divides_sequence=True,
              only_sequence=True, rotates=True, balances=True, own_tokens=True, keeps_tokens=True),
-        Axis("tile", "splits the sequence; queries are gathered, keys stay",
+        Axis("tile", "splits the sequence; queries are gathered",
              divides_sequence=True, only_sequence=True, gathers_queries=True, balances=True,
              own_tokens=True, keeps_tokens=True),
         Axis("ep", "splits experts", divides_sequence=True, balances=True, own_tokens=True,

@@ -36,9 +36,12 @@ from ringcompile.errors import RingCompileError
 def cli() -> None:
     """Compile a single-device PyTorch transformer into one program per GPU.
 
-    MODEL is a zoo name (see `ringcompile models`), a folder with a Hugging Face checkpoint, or
-    package.module:function returning a module and example inputs. Every option can also be set
-    by a variable: RINGCOMPILE_TRANSFORM_PARALLEL=ring=4.
+    MODEL is a folder with a Hugging Face checkpoint, package.module:function for a function that
+    returns a module and example inputs, or one of the small models that `ringcompile models` lists.
+    OUT is an artifact: the folder that `ringcompile transform` writes.
+
+    Every option can also be set by an environment variable, for example
+    RINGCOMPILE_TRANSFORM_PARALLEL=ring=4.
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
     """

@@ -73,36 +73,48 @@ class Options:
     """
 
     order: str = _option(
-        "auto", "Which positions a rank holds; auto is zigzag where all attention is causal.",
+        "auto", "Which positions of the sequence each rank holds. auto: zigzag if all attention is "
+        "causal, otherwise contiguous.",
         choices=("auto", *ORDERS),
     )
     capacity: str = _option(
-        "exact", "Whose tokens count where experts have a capacity: all of them, or each rank's "
-        "own.", choices=("exact", "local"),
+        "exact", "How experts with a limited capacity count tokens. exact: over all ranks, so that "
+        "the same tokens are dropped as on one device. local: each rank counts its own tokens.",
+        choices=("exact", "local"),
     )
     ring: str = _option(
-        "rotate", "Keys and values rotate, or are gathered at once (short sequences).",
+        "rotate", "How keys and values move along the axis ring. rotate: from rank to rank, step "
+        "by step. gather: in one all-gather, which is faster for short sequences.",
         choices=("rotate", "gather"),
     )
     tp_sequence: bool = _option(
-        False, "Divide the sequence over tp between the layers it splits."
+        False, "Also split the sequence over tp between tensor-parallel layers: reduce-scatter "
+        "and all-gather instead of all-reduce."
     )
     stages: tuple[str, ...] = _option(
-        (), "Where pipeline stages but the first begin, for example model.layers.16.",
+        (), "The layers with which the second and later pipeline stages begin, for example "
+        "model.layers.16. By default stages are balanced by cost.",
         metavar="LAYERS",
     )
     microbatches: int | None = _option(
-        None, "In how many parts a pipeline runs a replica's sequences; else one for each, up to "
-        "four a stage.",
+        None, "Number of microbatches of a pipeline. By default one for each sequence of a "
+        "replica's batch, at most four for each stage.", metavar="N",
     )
-    length: int | None = _option(None, "Fix the sequence length (else any).", flag="seq")
-    gather_unknown: bool = _option(False, "Compute ops without a rule whole.")
+    length: int | None = _option(
+        None, "Compile for sequences of N tokens only. By default the programs take any length.",
+        flag="seq", metavar="N",
+    )
+    gather_unknown: bool = _option(
+        False, "Run ops that have no sharding rule whole on every rank instead of refusing them."
+    )
     cache: int | None = _option(
-        None, "Also write the programs that generate tokens, for sequences of up to so many."
+        None, "Also compile the programs that generate tokens, with a KV cache for sequences of "
+        "up to N tokens, prompt included.", metavar="N",
     )
     decode: str = _option(
-        "auto", "With a cache over ring or ulysses: new tokens are computed whole on each of its "
-        "ranks, or shared out behind attention (Helix); auto asks the cost model.",
+        "auto", "What the ranks of ring and ulysses do with a new token (with --cache). simple: "
+        "each computes the whole layer. helix: they divide everything after attention. auto: the "
+        "faster one by the cost model.",
         choices=("auto", *DECODES),
     )
 

@@ -16,6 +16,7 @@ import click
 import pytest
 
 import ringcompile
+from ringcompile.axes import AXES
 from ringcompile.cli import cli
 from ringcompile.commands.examples import EXAMPLES
 from ringcompile.later import Later, package_with
@@ -107,6 +108,9 @@ USAGE: dict[str, tuple[dict[str, str], str]] = {  # what is set, what stands in 
             "COMP_WORDS": "ringcompile transform --parallel ring=2,u"}, "plain,ring=2,ulysses="),
     "   ": ({"_RINGCOMPILE_COMPLETE": COMPLETION, "COMP_CWORD": "3",
              "COMP_WORDS": "ringcompile plan --cluster h2"}, "plain,h200x16"),
+    "    ": ({"_RINGCOMPILE_COMPLETE": COMPLETION, "COMP_CWORD": "2",
+              "COMP_WORDS": "ringcompile check mixt"}, "plain,mixtral-tiny"),
+    "models": ({}, "llama-tiny"),
 }
 
 
@@ -120,8 +124,30 @@ def test_every_command_has_examples_that_it_takes() -> None:
             assert first == name
             cli.commands[name].make_context(name, words)
     help_ = cli.commands["run"].get_help(click.Context(cli.commands["run"], info_name="run"))
-    assert "Every option can be set by a variable, such as RINGCOMPILE_RUN_SEQ." in help_
+    assert "by an environment variable, such as\n  RINGCOMPILE_RUN_SEQ." in help_
     assert "  torchrun --nproc-per-node 8 -m ringcompile run out" in help_
+
+
+def test_the_list_of_commands_says_whole_sentences() -> None:
+    text = cli.get_help(click.Context(cli, info_name="ringcompile"))
+    listed = text.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(cli.commands)
+    assert all(line.endswith(".") and "..." not in line for line in listed), listed
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_every_option_is_explained_in_a_sentence(command: str) -> None:
+    options = [x for x in cli.commands[command].params if isinstance(x, click.Option)]
+    for option in options:
+        assert option.help, option.name
+        assert option.help.endswith("."), option.help
+
+
+def test_a_parallel_specs_axes_are_explained_where_one_is_asked_for() -> None:
+    for name in ("transform", "check"):
+        text = cli.commands[name].get_help(click.Context(cli.commands[name], info_name=name))
+        for axis in AXES.values():
+            assert f"  {axis.name:8} {axis.splits}\n" in text
 
 
 @pytest.mark.parametrize("words", USAGE)

@@ -41,7 +41,7 @@ def hidden_states(model: str, shape: tuple[int, int], device: torch.device) -> t
     config = DrawnWeights(model, device).config
     generator = torch.Generator().manual_seed(_SEED)
     drawn = torch.randn(*shape, config.hidden_size, generator=generator)
-    return drawn.to(device, config.torch_dtype)
+    return drawn.to(device, getattr(torch, config.dtype))
 
 
 def with_weights(made: ParallelProgram, model: str, device: torch.device) -> ParallelProgram:

@@ -57,7 +57,7 @@ class DrawnWeights:
         """As `Transformer.reset_parameters` scales it."""
         shape = self._shapes[name]
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.empty(shape, device=self.device, dtype=self.config.torch_dtype)
+        drawn = torch.empty(shape, device=self.device, dtype=getattr(torch, self.config.dtype))
         if len(shape) == 1:
             return drawn.normal_(0.0 if name.endswith("bias") else 1.0, 0.1, generator=generator)
         last = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))

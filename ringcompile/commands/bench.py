@@ -17,6 +17,7 @@ from ringcompile.commands.options import (
     NEW_TOKENS,
     Out,
     artifact_argument,
+    complete_clusters,
     milliseconds,
     print_table,
     working,
@@ -56,20 +57,24 @@ _PERCENTILES = (10, 50, 90, 99)
 
 @click.command()
 @artifact_argument
-@click.option("--seq", type=click.IntRange(1), default=1024, show_default=True,
-              help="Tokens of a sequence, if the artifact serves any length.")
-@click.option("--batch", type=click.IntRange(1),
-              help="Sequences of a step; by default one for each replica.")
-@click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--warm-up", type=click.IntRange(0), default=2, show_default=True,
-              help="Steps that are not counted.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of each rank.")
+@click.option("--seq", type=click.IntRange(1), default=1024, show_default=True, metavar="N",
+              help="Sequence length in tokens, if the artifact takes any length.")
+@click.option("--batch", type=click.IntRange(1), metavar="N",
+              help="Number of sequences in a step. By default one for each replica.")
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, metavar="N",
+              help="Number of measured steps.")
+@click.option("--warm-up", type=click.IntRange(0), default=2, show_default=True, metavar="N",
+              help="Number of steps before them that are not measured.")
+@click.option("--threads", type=click.IntRange(1), metavar="N",
+              help="Threads of each rank. By default the CPU cores are divided over the ranks.")
 @click.option("--backend", type=click.Choice(["auto", "gloo", "nccl"]), default="auto",
-              show_default=True)
-@click.option("--cluster", metavar="NAME|FILE",
-              help="Tables for what was predicted; a file that `calibrate` wrote here is best. By "
-              "default those of a CPU, where they go far enough.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds.")
+              show_default=True,
+              help="auto: nccl if there are as many GPUs as ranks, otherwise gloo.")
+@click.option("--cluster", metavar="NAME|FILE", shell_complete=complete_clusters,
+              help="The hardware for the predicted column; best is a file that `ringcompile "
+              "calibrate` wrote on this machine. The default is cpu.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS",
+              help="Give up if a step takes longer.")
 @NEW_TOKENS
 @CONTEXT
 @JSON
@@ -87,11 +92,11 @@ def bench(
     context: int | None,
     as_json: bool,
 ) -> None:
-    """Run the artifact OUT step after step on local processes, and say what the tables predicted.
+    """Measure the step time of the artifact OUT on local processes.
 
-    A step takes the token batch from the ranks' shares of the inputs to their outputs: tokens a
-    second are those of the batch over its median step time. With --new-tokens a step is a request:
-    TTFT is the time to its first token, TPOT that of each later one, ITL what lies between two.
+    The time that the cost model predicts is printed beside it. A step is one forward pass of the
+    whole batch. With --new-tokens a step is one generation request: TTFT is the time to its
+    first token, TPOT the time per output token after it, ITL the time between two tokens.
     """
     made = out.load()
     if new_tokens is not None:

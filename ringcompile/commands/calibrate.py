@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ringcompile.commands.options import complete_clusters
 from ringcompile.errors import RingCompileError
 from ringcompile.held import whole_file
 from ringcompile.later import Later
@@ -21,20 +22,24 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 @click.command()
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write (else print).")
-@click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES),
-              help="Of what is measured; by default float16 on a GPU, float32 on a CPU.")
-@click.option("--base", metavar="CLUSTER",
-              help="A cluster or file to take over what is not measured from.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True,
-              help="Threads of a rank, on a CPU.")
-@click.option("--ranks", type=click.IntRange(1),
-              help="Ranks to measure links between: by default 2, or the number of GPUs.")
-@click.option("--passes", type=click.IntRange(1),
-              help="How often all is measured; the median counts. By default 3 times on a CPU, "
-              "which others may use as well, and once on a GPU.")
-@click.option("--quick", is_flag=True, help="A dry run on small sizes; the numbers are no good.")
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="The file to write. By default the table is printed.")
+@click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True,
+              help="The device to measure. auto: cuda if there is a GPU, otherwise cpu.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="The dtype of the measured ops. By "
+              "default float16 on a GPU and float32 on a CPU.")
+@click.option("--base", metavar="NAME|FILE", shell_complete=complete_clusters,
+              help="A cluster whose figures are used for everything that is not measured.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Number of threads of a rank on a CPU.")
+@click.option("--ranks", type=click.IntRange(1), metavar="N",
+              help="Number of ranks between which links are measured. By default 2, or the number "
+              "of GPUs.")
+@click.option("--passes", type=click.IntRange(1), metavar="N",
+              help="Number of repetitions, of which the median is taken. By default 3 on a CPU, "
+              "which other programs may be using, and 1 on a GPU.")
+@click.option("--quick", is_flag=True,
+              help="A trial run with small sizes. Do not use its numbers.")
 def calibrate(
     out: Path | None,
     device: str,
@@ -45,10 +50,11 @@ def calibrate(
     passes: int | None,
     quick: bool,
 ) -> None:
-    """Measure kernels, copies, launches and links of this machine; write a hardware table.
+    """Measure this machine and write a hardware table.
 
-    The file is a cluster for `plan` and `simulate`: --cluster FILE. With --base, what was measured
-    replaces the base's figures, field by field, and all others stay as they are marked there.
+    Kernels, copies, launches and links are measured. Pass the file to other commands as
+    --cluster FILE. With --base, measured figures replace those of the base, and all others are
+    copied from it.
     """
     found = calibration.measure(device, dtype, base, threads, ranks, passes, quick)
     text = calibration.to_text(found.table)

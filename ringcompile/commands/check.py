@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ringcompile.commands.options import (
     JSON,
+    MODEL,
     PARALLEL,
     ModelArgument,
     compile_options,
@@ -32,7 +33,7 @@ else:
 
 
 @click.command()
-@click.argument("model")
+@MODEL
 @PARALLEL
 @compile_options
 @model_options
@@ -44,7 +45,10 @@ def check(
     as_json: bool,
     options: Options,
 ) -> None:
-    """Say layer by layer what would become of MODEL; reads no weights. Exit 1 if refused."""
+    """Report how MODEL would be parallelized, layer by layer.
+
+    Weights are not read. The exit code is 1 if the model cannot be compiled.
+    """
     mesh = Mesh.parse(parallel)
     with working(f"checking {model.name}"):
         loaded = model.load(options.length, weights=":" in model.name)

@@ -25,14 +25,18 @@ else:
 
 @click.command()
 @artifact_argument
-@click.option("--rank", type=int, help="One rank's program (else what all have in common).")
+@click.option("--rank", type=int, metavar="N",
+              help="Print the program of rank N. By default: the program that all ranks share.")
 @click.option("--format", "format_", type=click.Choice([*FORMATS, "html", "plan"]),
-              default="text",
-              show_default=True)
-@click.option("--after", metavar="PASS", help="As it was behind this pass.")
-@click.option("--cached", is_flag=True, help="The program for the next tokens, with a cache.")
-@click.option("--diff", metavar="PASS", help="What this pass changed.")
-@click.option("--layer", help="The lines of this layer only, for example model.layers.3.")
+              default="text", show_default=True,
+              help="text, python: to read. json, dot, graphml: for other tools. html: the page of "
+              "`ringcompile view`. plan: the axes that split each weight, for `transform --plan`.")
+@click.option("--after", metavar="PASS", help="Print the program as it was after this pass.")
+@click.option("--cached", is_flag=True,
+              help="Print the program that computes new tokens from a KV cache.")
+@click.option("--diff", metavar="PASS", help="Print only what this pass changed.")
+@click.option("--layer", metavar="NAME",
+              help="Print only the lines of this layer, for example model.layers.3.")
 def dump(
     out: Out,
     rank: int | None,
@@ -42,7 +46,7 @@ def dump(
     diff: str | None,
     layer: str | None,
 ) -> None:
-    """Print a program of the artifact OUT; the formats html and plan are of all its ranks."""
+    """Print a program of the artifact OUT. The formats html and plan cover all ranks."""
     if cached and after is not None:
         raise click.UsageError("--cached and --after cannot be combined")
     if format_ != "text" and (diff is not None or layer is not None):

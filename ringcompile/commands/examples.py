@@ -1,6 +1,8 @@
-"""What stands below the options in every command's `--help`: examples, and variables."""
+"""The end of every command's `--help`: examples, mesh axes, and environment variables."""
 
 from __future__ import annotations
+
+from ringcompile.axes import AXES
 
 # By command; each is parsed by the command itself in the tests.
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -27,7 +29,7 @@ _UNDER_TORCHRUN = "torchrun --nproc-per-node 8 -m ringcompile {}"
 
 
 def epilog(command: str, options: tuple[str, ...]) -> str:
-    """Examples, and how variables stand for options.
+    """Examples, the axes of a parallel spec, and how environment variables set options.
 
     Args:
         command: its name.
@@ -38,8 +40,11 @@ def epilog(command: str, options: tuple[str, ...]) -> str:
         lines.append(_UNDER_TORCHRUN.format(EXAMPLES[command][0]))
     parts = ["\b\nExamples:", *(f"  {line}" for line in lines)]
     text = "\n".join(parts)
+    if "parallel" in options:
+        rows = "\n".join(f"  {axis.name:8} {axis.splits}" for axis in AXES.values())
+        text = f"{text}\n\n\b\nAxes of SPEC:\n{rows}"
     if not options:
         return text
     one = "seq" if "seq" in options else min(options)
     variable = f"RINGCOMPILE_{command}_{one}".upper()
-    return f"{text}\n\n\b\nEvery option can be set by a variable, such as {variable}."
+    return f"{text}\n\n\b\nEvery option can be set by an environment variable, such as\n{variable}."

@@ -27,17 +27,23 @@ else:
 @PROMPT[1]
 @PROMPT[2]
 @click.option("--input-ids", type=click.Path(path_type=Path),
-              help="A file of token ids: numbers, or JSON of one list or of several.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--chunk", type=click.IntRange(1),
-              help="Take a long prompt in this many tokens at a time.")
-@click.option("--temperature", type=float, help="Sample at this temperature (else greedily).")
-@click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--eos", type=int, multiple=True, help="A token that ends the text (else the "
-              "tokenizer's).")
+              help="A file with the token ids of the prompt: numbers separated by spaces, or JSON "
+              "with one list, or with a list for each sequence.")
+@click.option("--chat", is_flag=True, help="Apply the model's chat template to the prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True,
+              metavar="N", help="Stop after N new tokens.")
+@click.option("--chunk", type=click.IntRange(1), metavar="N",
+              help="Process a long prompt N tokens at a time.")
+@click.option("--temperature", type=float, metavar="T",
+              help="Sample with this temperature. By default the most probable token is taken.")
+@click.option("--top-k", type=int, metavar="K",
+              help="Sample from the K most probable tokens only.")
+@click.option("--top-p", type=float, metavar="P", help="Sample from the smallest set of tokens "
+              "with a total probability of at least P.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Seed of the random numbers for sampling.")
+@click.option("--eos", type=int, multiple=True, metavar="ID",
+              help="Id of a token that ends the text. By default that of the tokenizer.")
 @BACKEND
 @JSON
 def generate(
@@ -51,7 +57,10 @@ def generate(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Continue a prompt with the artifact OUT, token by token; under torchrun, in its job."""
+    """Generate tokens with the artifact OUT.
+
+    OUT must have been compiled with --cache. Under torchrun the command is one rank of its job.
+    """
     given = [x for x in (prompt, prompt_file, input_ids) if x is not None]
     if len(given) != 1:
         raise click.UsageError("give one of --prompt, --prompt-file and --input-ids")

@@ -26,7 +26,11 @@ else:
 @artifact_argument
 @JSON
 def info(out: Out, as_json: bool) -> None:
-    """Say what the artifact OUT takes and gives, what each rank holds, and how to run it."""
+    """Print what the artifact OUT takes and returns.
+
+    Also printed are the lengths and batches that it takes, the memory for weights, and the commands
+    that run it.
+    """
     facts = _facts(out, out.load())
     if as_json:
         click.echo(json.dumps(facts, indent=2))

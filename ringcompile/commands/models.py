@@ -1,4 +1,4 @@
-"""`ringcompile models`: the zoo."""
+"""`ringcompile models`: the small models that come with ringcompile."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ringcompile.commands.options import JSON
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
-    from ringcompile.models import zoo
+    from ringcompile.models import table
 else:
-    zoo = Later("ringcompile.models.zoo")
+    table = Later("ringcompile.models.table")
 
 
 @click.command()
 @JSON
 def models(as_json: bool) -> None:
-    """List the zoo."""
-    rows = {name: zoo.describe(name) for name in zoo.names()}
+    """List the small models that come with ringcompile."""
+    rows = {name: table.describe(name) for name in table.names()}
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from ringcompile import progress
 from ringcompile.axes import AXES
 from ringcompile.cost.hardware import cluster_names
 from ringcompile.later import Later
+from ringcompile.models import table
 from ringcompile.options import BACKENDS, DTYPES, Options, option_fields
 
 if TYPE_CHECKING:
@@ -31,17 +33,19 @@ else:
     loaders = Later("ringcompile.capture.loaders")
 
 CONSOLE = Console(stderr=True)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 BACKEND = click.option(
     "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
-    help="lockstep: all ranks in this process; gloo, nccl: a process for each; auto: nccl where "
-    "there are as many GPUs as ranks, else gloo.",
+    help="lockstep: all ranks in this process, in turn. gloo, nccl: one process for each rank. "
+    "auto: nccl if there are as many GPUs as ranks, otherwise gloo.",
 )
 PROMPT = (
-    click.option("--prompt", metavar="TEXT", help="Text for the checkpoint's tokenizer."),
-    click.option("--prompt-file", type=click.Path(path_type=Path), help="A file with the prompt."),
-    click.option("--tokenizer", metavar="FOLDER", help="A checkpoint with the tokenizer, if the "
-                 "model's own is not where it was."),
+    click.option("--prompt", metavar="TEXT",
+                 help="The prompt as text. It is encoded with the checkpoint's tokenizer."),
+    click.option("--prompt-file", type=click.Path(path_type=Path),
+                 help="A text file with the prompt."),
+    click.option("--tokenizer", metavar="FOLDER", help="A checkpoint folder with the tokenizer, if "
+                 "the one that the artifact was made from has moved."),
 )
 
 
@@ -72,45 +76,58 @@ def _complete_axes(_context: click.Context, _option: click.Parameter, text: str)
             and axis not in used]
 
 
-def _complete_clusters(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
+def complete_clusters(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
+    """The clusters whose names begin with `text`."""
     return [name for name in cluster_names() if name.startswith(text)]
 
 
+def _complete_models(
+    _context: click.Context, _argument: click.Parameter, text: str
+) -> list[CompletionItem]:
+    """The models whose names begin with `text`, and the shell's folders, as a checkpoint is one."""
+    known = [CompletionItem(name, help=table.describe(name)) for name in table.names()]
+    return [*(item for item in known if item.value.startswith(text)),
+            CompletionItem(text, type="dir")]
+
+
+MODEL = click.argument("model", shell_complete=_complete_models)
 PARALLEL = click.option(
     "--parallel", required=True, metavar="SPEC", shell_complete=_complete_axes,
-    help="The parallel spec: axes and sizes, such as ring=4 or pp=2,ring=4,tp=2; outermost first."
+    help="Mesh axes and their sizes, outermost first, such as ring=4 or pp=2,ring=4,tp=2."
 )
-DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model first.")
-_BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model to this dtype.")
+_BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+                      help="Number of sequences in the example inputs.")
 _EXTRA_INPUTS = click.option(
     "--extra-inputs", metavar="NAMES", default="", callback=lambda _context, _option, text: tuple(
         filter(None, (name.strip() for name in text.split(",")))
-    ), help="What a Hugging Face model takes besides token ids: attention_mask, position_ids, "
-    "token_type_ids.",
+    ), help="Inputs of a Hugging Face model besides token ids, separated by commas: "
+    "attention_mask, position_ids, token_type_ids.",
 )
 _DIMS = click.option(
     "--dims", multiple=True, metavar="INPUT=DIM,..", callback=lambda _context, _option, texts:
     dict(map(_read_dims, texts)),
-    help="What the dims of an input are, for example query=batch,sequence,_,_ where _ is a dim "
-    "that does not vary; for several inputs, several times. By default they are read off the "
-    "example and the code.",
+    help="Which dims of an input are the batch and the sequence, for example "
+    "query=batch,sequence,_,_ where _ is any other dim. Give the option once for each input. By "
+    "default the dims are derived from the example inputs and the model's code.",
 )
 NEW_TOKENS = click.option(
     "--new-tokens", type=click.IntRange(1), metavar="N",
-    help="For generating so many tokens: TTFT, the time to the first one, and TPOT, that of each "
-    "later one.",
+    help="Consider the generation of N tokens. Reported are TTFT (time to first token) and TPOT "
+    "(time per output token after the first).",
 )
 CONTEXT = click.option(
     "--context", type=click.IntRange(1), metavar="C",
-    help="With --new-tokens: tokens of the prompt, before the new ones.",
+    help="With --new-tokens: number of tokens in the prompt.",
 )
 CLUSTER = click.option(
-    "--cluster", required=True, metavar="NAME|FILE", shell_complete=_complete_clusters,
-    help=f"The hardware: {', '.join(cluster_names())}, or a file that `calibrate` wrote.",
+    "--cluster", required=True, metavar="NAME|FILE", shell_complete=complete_clusters,
+    help=f"The hardware: {', '.join(cluster_names())}, or a file from `ringcompile calibrate`.",
 )
 EAGER = click.option(
     "--eager", is_flag=True,
-    help="Count the host's time for each node (else, as with CUDA graphs, it is not waited for).",
+    help="Add the time that the host takes to launch each op. By default it is left out, as with "
+    "CUDA graphs.",
 )
 
 
@@ -149,7 +166,8 @@ def artifact_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     argument = click.argument("out", type=path)
     return argument(click.option(
         "--verify-key", type=path, metavar="KEY",
-        help="Refuse an artifact that is not signed by the ed25519 public key in this PEM file.",
+        help="Refuse the artifact unless its signature fits the ed25519 public key in this PEM "
+        "file.",
     )(call))
 
 
@@ -225,14 +243,14 @@ def compile_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _settings(option: Field[Any]) -> dict[str, Any]:
     """What click is told of a field: from its default, what kind of value it takes."""
-    about = {"help": option.metadata["help"]}
+    about = {"help": option.metadata["help"], "metavar": option.metadata["metavar"] or None}
     if option.metadata["choices"]:
         kind = click.Choice(option.metadata["choices"])
         return {**about, "type": kind, "default": option.default, "show_default": True}
     if isinstance(option.default, bool):
         return {**about, "is_flag": True}
     if isinstance(option.default, tuple):
-        return {**about, "callback": _names, "metavar": option.metadata["metavar"] or None}
+        return {**about, "callback": _names}
     return {**about, "type": click.IntRange(1)}
 
 

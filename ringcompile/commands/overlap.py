@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ringcompile.commands.options import complete_clusters
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.later import Later
 from ringcompile.mesh import Mesh
@@ -59,12 +60,14 @@ def overlap_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     kind = click.option(
         "--overlap", type=click.Choice(OVERLAPS), default=NONE, show_default=True,
-        help="schedule: start transfers as early as can be; halves: also compute two halves of "
-        "the batch apart, one beside the other's transfers (the axis halves=2).",
+        help="How communication overlaps with compute. none: ops keep the order of the model. "
+        "schedule: transfers start as early as possible. halves: also split the batch into two "
+        "halves, so that one computes while the other communicates (the axis halves=2).",
     )
     where = click.option(
-        "--overlap-on", default="h100x16", show_default=True, metavar="CLUSTER|FILE",
-        help="Whose times the schedule is made for.",
+        "--overlap-on", default="h100x16", show_default=True, metavar="NAME|FILE",
+        shell_complete=complete_clusters,
+        help="With --overlap: the hardware that the order is optimized for.",
     )
     return kind(where(call))
 

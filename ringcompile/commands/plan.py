@@ -16,6 +16,7 @@ from ringcompile.commands.options import (
     CONTEXT,
     DTYPE,
     JSON,
+    MODEL,
     NEW_TOKENS,
     milliseconds,
     print_table,
@@ -41,18 +42,19 @@ _SHOWN = 2  # specs of each kind of reason
 
 
 @click.command()
-@click.argument("model")
-@click.option("--gpus", type=click.IntRange(1), required=True, help="How many devices.")
+@MODEL
+@click.option("--gpus", type=click.IntRange(1), required=True, metavar="N",
+              help="Number of devices.")
 @CLUSTER
-@click.option("--seq", type=click.IntRange(1), default=16384, show_default=True,
-              help="Tokens of a sequence.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
-              help="Sequences of a step.")
+@click.option("--seq", type=click.IntRange(1), default=16384, show_default=True, metavar="N",
+              help="Sequence length in tokens.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Number of sequences in a step.")
 @NEW_TOKENS
 @CONTEXT
 @DTYPE
 @click.option("--top", type=click.IntRange(1), default=12, show_default=True,
-              help="Plans to print; --json has all.")
+              metavar="N", help="Number of plans to print. --json prints all.")
 @JSON
 def plan(
     model: str,
@@ -66,10 +68,11 @@ def plan(
     top: int,
     as_json: bool,
 ) -> None:
-    """Rank all parallel specs of MODEL on so many devices by tokens a second; reads no weights.
+    """Rank all parallel specs for MODEL on a cluster.
 
-    With --new-tokens they are ranked for generating: TTFT is the time from the request to the first
-    token, TPOT that of each later one.
+    They are ranked by estimated tokens per second. Weights are not read. With --new-tokens they are
+    ranked for generation: TTFT is the time from the request to the first token, TPOT the time per
+    output token after it.
     """
     if new_tokens is not None:
         request = generation_plans.GenerationRequest(context or seq, new_tokens, batch)

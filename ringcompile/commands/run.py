@@ -81,11 +81,12 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     path = click.Path(path_type=Path)
     for option in reversed([
-        click.option("--inputs", type=path, help="Whole inputs by name: .safetensors or .pt; or "
-                     ".npy, for a model with one."),
+        click.option("--inputs", type=path, help="A file with the model's inputs by name "
+                     "(.safetensors or .pt), or a .npy file if there is only one input."),
         *PROMPT,
         click.option("--seq", type=click.IntRange(1), default=128, show_default=True,
-                     help="Length of random inputs, where none are given."),
+                     metavar="N", help="Length of the random inputs that are used if neither "
+                     "--inputs nor a prompt is given."),
     ]):
         call = option(call)
     return call
@@ -95,23 +96,27 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @artifact_argument
 @_input_options
 @click.option("--outputs", type=click.Path(path_type=Path),
-              help="Where to write whole outputs: .safetensors, .pt, or .npy for one.")
+              help="Gather the outputs and write them to this file: .safetensors, .pt, or .npy "
+              "if there is only one output.")
 @click.option("--last", type=click.IntRange(1), metavar="N",
-              help="Compute outputs for the last N positions only; hidden states of others do not "
-              "go through the head.")
-@click.option("--nproc", type=click.IntRange(1), help="Number of local processes (world size).")
+              help="Compute outputs for the last N positions only; the head is not applied to "
+              "other positions.")
+@click.option("--nproc", type=click.IntRange(1), metavar="N",
+              help="Number of local processes. It must be the number of ranks, which is the "
+              "default.")
 @BACKEND
-@click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds.")
-@click.option("--join-timeout", type=float, default=120.0, show_default=True,
-              help="Seconds to wait for all ranks, on all hosts, to be there.")
+@click.option("--timeout", type=float, default=300.0, show_default=True, metavar="SECONDS",
+              help="Give up if the run takes longer.")
+@click.option("--join-timeout", type=float, default=120.0, show_default=True, metavar="SECONDS",
+              help="Give up if not all ranks, on all hosts, have connected by then.")
 @click.option("--compile", "compiled", is_flag=True,
-              help="torch.compile what is computed between communications.")
+              help="Apply torch.compile to the code between communications.")
 @click.option("--check", "check_finite", is_flag=True,
-              help="Find the first op, layer, line and rank where NaN or infinity appears, and "
-              "have ranks compare what they are about to exchange.")
+              help="Stop at the first NaN or infinity and name its op, layer, line and rank. "
+              "Ranks also compare op, shape and dtype before each exchange.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
-              help="Measure when each rank does what, and write a trace for ui.perfetto.dev or "
-              "`ringcompile view --trace`. The program is run once before.")
+              help="Run twice, measure the second run on every rank, and write a trace for "
+              "ui.perfetto.dev or `ringcompile view --trace`.")
 @JSON
 def run(
     out: Out,
@@ -127,9 +132,12 @@ def run(
     trace: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the artifact OUT on local processes; under torchrun, join the job that is there.
+    """Run the artifact OUT, locally or under torchrun.
 
-    Without --outputs and --last no rank ever holds whole outputs: each adds up its own share.
+    Without torchrun, one local process is started for each rank.
+
+    Outputs are gathered on rank 0 only with --outputs, --last or a prompt. Otherwise each rank
+    keeps its share, and only means and maxima are printed.
     """
     given.check()
     _check_kind(check_finite, trace, compiled, backend)

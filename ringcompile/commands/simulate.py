@@ -58,23 +58,24 @@ else:
 @click.command()
 @artifact_argument
 @CLUSTER
-@click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, if the artifact serves "
-              "any length; by default 16384.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
-              help="Sequences that each replica runs at a time.")
-@click.option("--microbatches", type=click.IntRange(1), default=1, show_default=True,
-              help="How often every rank repeats its program, one behind the other.")
+@click.option("--seq", type=click.IntRange(1), metavar="N", help="Sequence length in tokens, if "
+              "the artifact takes any length. The default is 16384.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Number of sequences in one run of each replica.")
+@click.option("--microbatches", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Number of runs of the program, one after another, as in a pipeline.")
 @NEW_TOKENS
 @CONTEXT
 @EAGER
 @click.option("--deferred", is_flag=True,
-              help="As if the compute waited for a collective only where its result is read.")
+              help="Assume that compute waits for a collective only where its result is used.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a trace for ui.perfetto.dev or chrome://tracing.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
-              help="Draw the timeline: .png, .svg or .pdf (needs matplotlib).")
+              help="Draw the timeline into a .png, .svg or .pdf file. This needs matplotlib.")
 @click.option("--measured", type=click.Path(path_type=Path), metavar="TRACE",
-              help="With --plot: draw what `run OUT --trace TRACE` measured beside it.")
+              help="With --plot: also draw the timeline that `ringcompile run OUT --trace TRACE` "
+              "measured.")
 @JSON
 def simulate(
     out: Out,
@@ -91,9 +92,11 @@ def simulate(
     measured: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the timeline of every rank of the artifact OUT on a cluster that need not be there.
+    """Estimate time and memory of OUT on a cluster.
 
-    With --new-tokens it is that of the step which makes the token in the middle of the new ones.
+    Compute, communication and memory are estimated for each rank. No GPU is needed. With
+    --new-tokens one decode step is simulated: the one that makes the token in the middle of the
+    new ones.
     """
     if context is not None and new_tokens is None:
         raise click.UsageError("--context goes with --new-tokens")

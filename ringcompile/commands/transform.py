@@ -12,6 +12,7 @@ import click
 
 from ringcompile.commands.options import (
     JSON,
+    MODEL,
     PARALLEL,
     ModelArgument,
     compile_options,
@@ -45,22 +46,28 @@ else:
 
 
 @click.command()
-@click.argument("model")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
+@MODEL
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write.")
 @PARALLEL
 @compile_options
 @click.option("--plan", type=click.Path(path_type=Path),
-              help="What splits each weight: an edited `dump OUT --format plan`.")
+              help="A file that says along which axes each weight is split: the edited output of "
+              "`ringcompile dump OUT --format plan`.")
 @overlap_options
 @model_options
-@click.option("--no-weights", is_flag=True, help="Write graphs only; needs no memory for weights.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--no-weights", is_flag=True,
+              help="Write the programs without weights, for `simulate` and `view`. Weights are not "
+              "loaded.")
+@click.option("--overwrite", is_flag=True, help="Replace the artifact in the folder, if any.")
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY",
               help="Sign the artifact with the ed25519 key in this PEM file.")
-@click.option("--passes", metavar="LIST", help="Run only these passes and print the result.")
-@click.option("--print-ir-after-all", is_flag=True, help="Print the program behind every pass.")
-@click.option("--time-passes", is_flag=True, help="Print the seconds each pass took.")
-@click.option("--verify-each", is_flag=True, help="Check the ranks against each other as well.")
+@click.option("--passes", metavar="LIST",
+              help="Run only these passes, separated by commas, and print the result instead of "
+              "writing a folder.")
+@click.option("--print-ir-after-all", is_flag=True, help="Print the program after every pass.")
+@click.option("--time-passes", is_flag=True, help="Print how many seconds each pass took.")
+@click.option("--verify-each", is_flag=True,
+              help="Check the programs of all ranks against each other before writing.")
 @JSON
 @few_collections()
 def transform(
@@ -79,7 +86,10 @@ def transform(
     as_json: bool,
     options: Options,
 ) -> None:
-    """Compile MODEL and write one program per rank to OUT."""
+    """Compile MODEL into OUT, a folder with one program per rank.
+
+    Such a folder is called an artifact. All other commands that take OUT read it.
+    """
     mesh = overlap.mesh(parallel)
     _check_target(out, overwrite, passes)
     program = _captured(model, options.length, weights=not no_weights and out is not None)

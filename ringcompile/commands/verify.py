@@ -22,16 +22,19 @@ else:
 
 @click.command()
 @artifact_argument
-@click.option("--numerics", is_flag=True, help="Compare numbers with the single-device model.")
-@click.option("--model", help="The model to compare with (else the one it was made from, or the "
-              "program for one device that the artifact keeps).")
-@click.option("--seq", type=click.IntRange(1), help="Compare numbers at this length only.")
+@click.option("--numerics", is_flag=True,
+              help="Also compare outputs with those of the model on one device.")
+@click.option("--model", metavar="MODEL",
+              help="The model to compare with. By default the one that the artifact was made from, "
+              "or the single-device program that the artifact contains.")
+@click.option("--seq", type=click.IntRange(1), metavar="N",
+              help="Compare outputs for this sequence length only.")
 @click.option("--inputs", type=click.Path(path_type=Path),
-              help="Compare numbers on these whole inputs only (.safetensors, .pt or .npy).")
-@click.option("--tries", type=click.IntRange(1), default=TRIES, show_default=True,
-              help="Random inputs for each length.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
-              help="Of the first random inputs; a difference is reported with its seed.")
+              help="Compare outputs for the inputs in this file only (.safetensors, .pt or .npy).")
+@click.option("--tries", type=click.IntRange(1), default=TRIES, show_default=True, metavar="N",
+              help="Number of random inputs for each length.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+              help="Seed of the first random inputs. Each reported difference names its seed.")
 @JSON
 def verify(
     out: Out,
@@ -43,10 +46,11 @@ def verify(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Check the ranks of the artifact OUT against each other; exit 1 if they do not fit.
+    """Check that the programs of all ranks fit together.
 
-    With --numerics, --seq or --inputs also compare numbers with the model, on inputs that cover the
-    vocabulary, masks, and lengths up to the thresholds in the model's code.
+    With --numerics, --seq or --inputs, outputs are also compared with the model's. By default this
+    takes random inputs, which cover the vocabulary, masks, and lengths around the thresholds in the
+    model's code. The exit code is 1 if a check fails.
     """
     made = out.load()
     with working("verifying"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringcompile.commands.options import Out, artifact_argument, working
+from ringcompile.commands.options import Out, artifact_argument, complete_clusters, working
 from ringcompile.errors import RingCompileError
 from ringcompile.held import whole_file
 from ringcompile.later import Later
@@ -24,19 +24,22 @@ else:
 @click.command()
 @artifact_argument
 @click.option("-o", "--html", "file", type=click.Path(path_type=Path),
-              help="The file to write; by default named as OUT, with .html.")
+              help="The file to write. The default is OUT.html.")
 @click.option("--cluster", default="h100x16", show_default=True, metavar="NAME|FILE",
-              help="Whose tables the timeline is simulated with.")
-@click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, for bytes and times.")
+              shell_complete=complete_clusters,
+              help="The hardware that the timeline is simulated for.")
+@click.option("--seq", type=click.IntRange(1), metavar="N",
+              help="Sequence length for the bytes and times that are shown.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
-              help="Show what `run OUT --trace FILE` measured above the simulated timeline.")
-@click.option("--open", "opens", is_flag=True, help="Open it in a browser.")
+              help="Also show the timeline that `ringcompile run OUT --trace FILE` measured.")
+@click.option("--open", "opens", is_flag=True, help="Open the file in a browser.")
 def view(
     out: Out, file: Path | None, cluster: str, seq: int | None, trace: Path | None, opens: bool
 ) -> None:
-    """Write an HTML file with the programs of all ranks of OUT: blocks, graphs, messages, times.
+    """Write an HTML page that shows the programs of all ranks.
 
-    It needs no network and no server: open it in any browser.
+    It shows the model's blocks, the graph of each, the messages between ranks and a simulated
+    timeline. Any browser opens it, without a network connection or a server.
     """
     made = out.load()
     file = file or out.path.with_name(f"{out.path.name}.html")

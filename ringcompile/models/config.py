@@ -6,20 +6,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-import torch
-
-_DTYPES: Final = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 _CHOICES: Final = {
     "positions": ("rotary", "learned"),
     "norm": ("rms", "layer"),
     "mlp": ("gated", "plain"),
     "inputs": ("tokens", "hidden"),
-    "dtype": tuple(_DTYPES),
+    "dtype": _DTYPES,
 }
 _COUNTS: Final = (
     "num_layers",
@@ -145,11 +138,6 @@ class TransformerConfig:
     def has_head(self) -> bool:
         """Whether the model ends in logits: a decoder over tokens."""
         return self.inputs == "tokens" and self.causal
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return _DTYPES[self.dtype]
 
 
 def _is_count(value: object) -> bool:

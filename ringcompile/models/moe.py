@@ -30,7 +30,7 @@ class Experts(nn.Module):
         super().__init__()
         into = (config.num_experts, config.hidden_size, config.mlp_hidden)
         back = (config.num_experts, config.mlp_hidden, config.hidden_size)
-        dtype = config.torch_dtype
+        dtype = getattr(torch, config.dtype)
         self.gated = config.mlp == "gated"
         if self.gated:
             self.gate_proj = nn.Parameter(torch.empty(into, dtype=dtype))
@@ -58,7 +58,7 @@ class MoE(nn.Module):
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.capacity_factor = config.capacity_factor
         self.router = nn.Linear(
-            config.hidden_size, config.num_experts, bias=False, dtype=config.torch_dtype
+            config.hidden_size, config.num_experts, bias=False, dtype=getattr(torch, config.dtype)
         )
         self.experts = Experts(config)
 

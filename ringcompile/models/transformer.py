@@ -112,11 +112,11 @@ class GatedMLP(nn.Module):
 
 
 def _linear(config: TransformerConfig, inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=config.bias, dtype=config.torch_dtype)
+    return nn.Linear(inputs, outputs, bias=config.bias, dtype=getattr(torch, config.dtype))
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
-    size, eps, dtype = config.hidden_size, config.norm_eps, config.torch_dtype
+    size, eps, dtype = config.hidden_size, config.norm_eps, getattr(torch, config.dtype)
     if config.norm == "rms":
         return nn.RMSNorm(size, eps=eps, dtype=dtype)
     return nn.LayerNorm(size, eps=eps, bias=config.bias, dtype=dtype)
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         """Build under the active mode and default device; weights are drawn from ``seed``."""
         super().__init__()
         self.config = config
-        size, dtype = config.hidden_size, config.torch_dtype
+        size, dtype = config.hidden_size, getattr(torch, config.dtype)
         if config.inputs == "tokens":
             self.token_embedding = nn.Embedding(config.vocab_size, size, dtype=dtype)
         if config.positions == "learned":

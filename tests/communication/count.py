@@ -101,7 +101,7 @@ def sizes(model: str) -> dict[str, Any]:
     config = zoo.entry(model).config
     return {
         "B": 1, "L": config.num_layers, "D": config.hidden_size, "H": config.num_heads,
-        "G": config.num_kv_heads, "d": config.head_dim, "b": config.torch_dtype.itemsize,
+        "G": config.num_kv_heads, "d": config.head_dim, "b": getattr(torch, config.dtype).itemsize,
         "E": config.num_experts or 1, "k": config.top_k,
         "f": sympy.Rational(config.capacity_factor or 0),
     }

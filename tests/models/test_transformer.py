@@ -59,10 +59,10 @@ def test_other_dtypes_hold_the_same_weights(dtype: str) -> None:
     for (name, want), (_, got) in zip(
         reference.named_parameters(), model.named_parameters(), strict=True
     ):
-        assert torch.equal(got, want.to(config.torch_dtype)), name
+        assert torch.equal(got, want.to(getattr(torch, config.dtype))), name
     out = model(tokens(1, 9))
-    assert out.dtype == config.torch_dtype
-    tolerance = 16 * max(torch.finfo(config.torch_dtype).eps, torch.finfo(torch.float32).eps)
+    assert out.dtype == getattr(torch, config.dtype)
+    tolerance = 16 * max(torch.finfo(out.dtype).eps, torch.finfo(torch.float32).eps)
     assert (out - reference(tokens(1, 9))).abs().max() < tolerance * out.abs().max()
     assert model.rotary.inv_freq.dtype == torch.float32
 

@@ -89,5 +89,6 @@ def test_frozen() -> None:
         VALID.num_layers = 3  # type: ignore[misc]
 
 
-def test_dtype_is_a_name() -> None:
-    assert dataclasses.replace(VALID, dtype="bfloat16").torch_dtype is torch.bfloat16
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
+def test_dtype_is_the_name_of_one_of_torchs(name: str) -> None:
+    assert isinstance(getattr(torch, dataclasses.replace(VALID, dtype=name).dtype), torch.dtype)
