@@ -33,7 +33,12 @@ from ringcompile.capture.same_as_eager import NOT_COMPARED, compare, has_data
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
 from ringcompile.capture.source_lines import all_frames
 from ringcompile.capture.specialised import Lines, specialised
-from ringcompile.capture.surroundings import unchanged, without_casts_of_modules, without_logs
+from ringcompile.capture.surroundings import (
+    only_what_is_read,
+    unchanged,
+    without_casts_of_modules,
+    without_logs,
+)
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.program import Program
 
@@ -278,8 +283,8 @@ def _export(call: FlatCall, example: Example) -> ExportedProgram:
     tensors = tuple(leaf.tensor for leaf in example.leaves)
     shapes = {leaf.name: leaf.dynamic for leaf in example.leaves}
     with (
-        _tracing(), unchanged(call.model), without_casts_of_modules(), all_frames(),
-        read_as_attention(),
+        _tracing(), unchanged(call.model), without_casts_of_modules(), only_what_is_read(),
+        all_frames(), read_as_attention(),
     ):
         return export(call, tensors, dynamic_shapes=shapes, strict=False)
 

@@ -1,7 +1,7 @@
 """Regions of a captured graph that torch keeps as graphs of their own, written into the graph.
 
-`torch.autocast` and grad modes inside a forward, `torch.vmap` and checkpoints are not ops: their
-meaning is what they make of the ops inside. The graph is traced once more with that meaning: the
+`torch.autocast` inside a forward, `torch.vmap` and checkpoints are not ops: their meaning is what
+they make of the ops inside. The graph is traced once more with that meaning: the
 casts of an autocast region become casts in the graph, at the ops that autocast casts for. Control
 flow that depends on data is refused.
 """
@@ -21,11 +21,9 @@ from ringcompile.capture.source_lines import location_of
 from ringcompile.errors import RingCompileError
 
 _AUTOCAST = "wrap_with_autocast"
-_GRAD_MODE = "wrap_with_set_grad_enabled"
 # Regions that compute what their ops compute, once, where they stand.
 _INLINED = (
-    _AUTOCAST, _GRAD_MODE, "tag_activation_checkpoint",
-    "wrap_activation_checkpoint", "wrap",
+    _AUTOCAST, "tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap",
 )  # fmt: skip
 # What else there is in torch, by name: as the user writes it, and what to write instead.
 REFUSED = {
@@ -62,8 +60,6 @@ def written_out(exported: ExportedProgram) -> ExportedProgram:
     calls = list(_calls(exported.graph_module))
     for node, _ in calls:
         _check(node)
-        if _name(node) == _GRAD_MODE:  # ops compute the same, and no one asks for gradients
-            node.update_arg(0, False)
     if not any(_needs_another_trace(node) for node, _ in calls):
         return exported
     for node, autocast in calls:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
-from torch.fx.proxy import TracerBase
+from torch.fx import proxy
 
 from ringcompile.capture import flat_call
 from ringcompile.errors import SourceLocation
@@ -27,8 +28,7 @@ NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 _PACKAGES = re.compile(r"[/\\](?:site|dist)-packages[/\\]([^/\\]+)")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-_FILTER = "_filter_traceback_frames"
-
+_STACKS, _FILTER = "CapturedTraceback", "_filter_traceback_frames"
 
 class Frame(NamedTuple):
     """One entry of a stack."""
@@ -41,19 +41,42 @@ class Frame(NamedTuple):
 @contextlib.contextmanager
 def all_frames() -> Iterator[None]:
     """While inside, nodes that torch traces keep all frames of the model's own code."""
-    original = getattr(TracerBase, _FILTER, None)
-    if original is None:  # another torch, which shows the line of the innermost `forward`
+    stacks, choose = getattr(proxy, _STACKS, None), getattr(proxy.TracerBase, _FILTER, None)
+    if stacks is None or choose is None:  # another torch: the line of the innermost `forward`
         yield
         return
 
-    def keep(_: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
-        return traceback.StackSummary.from_list(_inside_the_model(summary))
-
-    setattr(TracerBase, _FILTER, keep)
+    setattr(proxy, _STACKS, _Stack)
+    setattr(proxy.TracerBase, _FILTER, lambda _, summary: summary)
     try:
         yield
     finally:
-        setattr(TracerBase, _FILTER, original)
+        setattr(proxy, _STACKS, stacks)
+        setattr(proxy.TracerBase, _FILTER, choose)
+
+
+class _Stack:
+    """In place of torch's stacks, of which nearly all frames would be read to be left out."""
+
+    def __init__(self, summary: traceback.StackSummary) -> None:
+        self._summary = summary
+
+    @classmethod
+    def extract(cls) -> _Stack:
+        """The user's frames between the model's call and the caller, outermost first."""
+        found, frame = [], sys._getframe(1)
+        while frame.f_code.co_filename != flat_call.__file__:
+            code, line = frame.f_code, frame.f_lineno
+            if not code.co_filename.startswith((*NOT_THE_USERS, "<")):
+                found.append(traceback.FrameSummary(code.co_filename, line, code.co_name))
+            if frame.f_back is None:
+                return cls(traceback.StackSummary())
+            frame = frame.f_back
+        return cls(traceback.StackSummary.from_list(found[::-1]))
+
+    def summary(self) -> traceback.StackSummary:
+        """The frames, as torch asks for them."""
+        return self._summary
 
 
 def _inside_the_model(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:

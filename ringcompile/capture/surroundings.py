@@ -10,9 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.fx.experimental import proxy_tensor
+from torch.fx.passes import shape_prop
 
 from ringcompile.capture.snapshot import Snapshot
 
@@ -78,6 +81,30 @@ def without_casts_of_modules() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def only_what_is_read() -> Iterator[None]:
+    """While inside, torch records of a model what is read of its graph, and neither of these.
+
+    Grad modes: they are set where a forward says so, but no op computes anything else for them, and
+    torch would split the graph at each and join it again. Memory formats: for each value torch
+    would prove from its sizes whether it is contiguous.
+    """
+    regions = [
+        function for function in getattr(proxy_tensor, _REGIONS, ())
+        if function is not torch._C._set_grad_enabled
+    ]
+    metadata = partial(shape_prop._extract_tensor_metadata, include_contiguity=False)
+    with (
+        mock.patch.object(proxy_tensor, _REGIONS, regions, create=True),
+        mock.patch.object(proxy_tensor, _METADATA, metadata, create=True),
+    ):
+        yield
+
+
+_REGIONS = "_side_effectful_need_to_be_preserved_pre_dispatch"
+_METADATA = "_extract_tensor_metadata"
 
 
 @contextlib.contextmanager
