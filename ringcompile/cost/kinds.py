@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops.schemas import NAMESPACE
@@ -33,7 +34,7 @@ def kind_of(target: Any) -> str:
     Raises:
         RingCompileError: the op has no rule, so that nothing is known of it.
     """
-    name, rule = str(target), find_rule(target)
+    name, rule = target_name(target), find_rule(target)
     kind = _OURS.get(name) if rule is None else rule.cost
     if kind is None and is_pure(target):
         return "stream"  # read and written once, which is the least that it can cost
@@ -44,7 +45,7 @@ def kind_of(target: Any) -> str:
 
 def looks_at(target: Any) -> str:
     """Whether an op's result is another "view" of its operand, the "same", or new memory ("")."""
-    name, rule = str(target), find_rule(target)
+    name, rule = target_name(target), find_rule(target)
     kind = _OURS.get(name) if rule is None else rule.cost
     return kind if kind in ("view", "same") else ""
 

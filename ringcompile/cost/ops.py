@@ -16,7 +16,7 @@ from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.kinds import kind_of
 from ringcompile.cost.values import Value, Values, distinct_bytes
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.communication import (
     ALL_REDUCE,
     ALL_TO_ALL,
@@ -78,7 +78,7 @@ def kernels_of(values: Values, node: fx.Node) -> list[Kernel]:
     """
     if node.op != "call_function" or node.target is operator.getitem:
         return []
-    if str(node.target) in COMMUNICATION and str(node.target) != WAIT:
+    if target_name(node.target) in COMMUNICATION and target_name(node.target) != WAIT:
         return _around_communication(Work(values, node))
     return ROWS[kind_of(node.target)](Work(values, node))
 
@@ -120,7 +120,7 @@ def _contiguous(tensor: torch.Tensor) -> list[Kernel]:
 
 def _around_communication(work: Work) -> list[Kernel]:
     """What is sent is contiguous, parts of peers side by side; what arrives is put in order."""
-    target, arrived = str(work.node.target), list(work.results)
+    target, arrived = target_name(work.node.target), list(work.results)
     if target == SHIFT:
         return _contiguous(work.operands[0]) if work.call["to"] is not None else []
     sent = work.operands[0]
@@ -146,7 +146,7 @@ def _product(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype
 
 def _matmul(work: Work) -> list[Kernel]:
     """From left to right, as torch does: each pair as one batched matmul; a bias costs nothing."""
-    factors = TERMS[str(work.node.target)](work.call)
+    factors = TERMS[target_name(work.node.target)](work.call)
     rule = find_rule(work.node.target)
     assert isinstance(rule, FactorRule)
     given = rule.given_bias(work.call)
@@ -357,7 +357,7 @@ def _sorted(work: Work) -> list[Kernel]:
 
 def has_cost(target: object) -> bool:
     """Whether it is known what an op costs; by name or as an operator."""
-    if str(target) in COMMUNICATION:
+    if target_name(target) in COMMUNICATION:
         return True
     try:
         return kind_of(target) in ROWS

@@ -16,6 +16,7 @@ from torch import fx
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.ops import kernels_of
 from ringcompile.cost.values import Values, bind_lengths, storages
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import (
     COLLECTIVES,
     COMBINE,
@@ -192,7 +193,7 @@ def cost_of(
 def _step(
     values: Values, mesh: Mesh, rank: int, node: fx.Node, reads: tuple[str, ...]
 ) -> TimedStep:
-    name = str(node.target)
+    name = target_name(node.target)
     op = name.split(".")[1] if "." in name else name
     return TimedStep(
         node.name, op, location_of(node).layer, tuple(kernels_of(values, node)),
@@ -203,7 +204,7 @@ def _step(
 def _exchanged(
     values: Values, mesh: Mesh, rank: int, node: fx.Node
 ) -> Exchange:
-    target, operand = str(node.target), node.args[0]
+    target, operand = target_name(node.target), node.args[0]
     if target == WAIT:
         assert isinstance(operand, fx.Node)
         return TimedWait(operand.name)
@@ -244,7 +245,7 @@ def _first_reads(nodes: list[fx.Node]) -> Mapping[fx.Node, tuple[str, ...]]:
         if read:
             found[node] = tuple(read)
             pending = {n: name for n, name in pending.items() if name not in read}
-        target = str(node.target)
+        target = target_name(node.target)
         if target in COLLECTIVES:
             pending[node] = node.name
     return found
@@ -279,7 +280,7 @@ def _frees(values: Values) -> dict[int, list[int]]:
     last: dict[int, int] = {}
     for i, node in enumerate(values.of):
         read = [node, *node.all_input_nodes]
-        if str(node.target) == WAIT:
+        if target_name(node.target) == WAIT:
             started = node.args[0]
             assert isinstance(started, fx.Node)
             read += started.all_input_nodes

@@ -88,7 +88,7 @@ def simulate(costs: Sequence[RankCost], cluster: Cluster, how: How | None = None
         found.seconds,
         _period(found, how.microbatches),
         _path(found),
-        tuple(_report(cost, found) for cost in costs),
+        _reports(costs, found),
         found,
     )
 
@@ -114,11 +114,18 @@ def _path(found: Timeline) -> dict[str, float]:
     return dict(sorted(spent.items(), key=lambda entry: -entry[1]))
 
 
-def _report(cost: RankCost, found: Timeline) -> RankReport:
-    compute = exposed = bubble = now = 0.0
+def _reports(costs: Sequence[RankCost], found: Timeline) -> tuple[RankReport, ...]:
+    computed: dict[int, list[int]] = {cost.rank: [] for cost in costs}
     for number, event in enumerate(found.events):
-        if event.rank != cost.rank or event.stream != COMPUTE:
-            continue
+        if event.stream == COMPUTE:
+            computed[event.rank].append(number)
+    return tuple(_report(cost, computed[cost.rank], found) for cost in costs)
+
+
+def _report(cost: RankCost, computed: Sequence[int], found: Timeline) -> RankReport:
+    compute = exposed = bubble = now = 0.0
+    for number in computed:
+        event = found.events[number]
         if event.kind == "wait":
             idle = found.ends[number] - now
             if _awaited(found, number) == PIPELINE:

@@ -10,10 +10,8 @@ waits, compute continues until a result is read, which is the most that any runt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-
-import networkx as nx
 
 from ringcompile.cost.collectives import collective_seconds, held_up, message_seconds
 from ringcompile.cost.hardware import Cluster
@@ -101,14 +99,14 @@ class Timeline:
     """All events, with their start and end times and the event that each waited for.
 
     Attributes:
-        graph: a networkx graph of event numbers; an edge leads from an event to one after it.
+        before: for each event the numbers of those that end before it begins.
         events: the events by number.
         ends: the end of each event in seconds from the start of the step.
         last: for each event the one that delayed its start; None if it started at once.
         transfers: of each rank, in order.
     """
 
-    graph: nx.DiGraph
+    before: list[list[int]]
     events: list[Event]
     ends: list[float]
     last: list[int | None]
@@ -175,7 +173,7 @@ class _Streams:
 class _Builder:
     def __init__(self, ranks: set[int], cluster: Cluster, how: How) -> None:
         self.ranks, self.cluster, self.how = ranks, cluster, how
-        self.graph, self.events = nx.DiGraph(), list[Event]()
+        self.before, self.events = list[list[int]](), list[Event]()
         self.sent: dict[tuple[str, int, int], list[_InFlight]] = {}
         self.taken: dict[tuple[str, int, int], list[_InFlight]] = {}
         self.shared: dict[tuple[str, tuple[int, ...], int], int] = {}
@@ -195,8 +193,7 @@ class _Builder:
     def _add(self, event: Event, after: Iterable[int | None]) -> int:
         number = len(self.events)
         self.events.append(event)
-        self.graph.add_node(number)
-        self.graph.add_edges_from((other, number) for other in after if other is not None)
+        self.before.append([other for other in after if other is not None])
         return number
 
     def _step(self, cost: RankCost, rank: _Streams, step: TimedStep, microbatch: int) -> None:
@@ -311,7 +308,7 @@ class _Builder:
                           step.layer, mb)
             self.shared[key] = self._add(event, ())
         done = self.shared[key]
-        self.graph.add_edge(begin, done)
+        self.before[done].append(begin)
         rank.channels[exchange.channel] = done
         self.transfers.append(
             Transfer(cost.rank, exchange.channel, step.name, begin, done, True, mb)
@@ -340,16 +337,33 @@ class _Builder:
         event = Event(source if source in self.ranks else to, channel, first.name,
                       "communication", seconds, first.layer, first.microbatch)
         number = self._add(event, (begun.begin, expected.begin))
-        self.graph.add_edge(number, begun.done)
-        self.graph.add_edge(number, expected.done)
+        self.before[begun.done].append(number)
+        self.before[expected.done].append(number)
 
     def _timed(self) -> Timeline:
         ends = [0.0] * len(self.events)
         last: list[int | None] = [None] * len(self.events)
-        for number in nx.topological_sort(self.graph):
+        for number in _in_order(self.before):
             start = 0.0
-            for before in self.graph.predecessors(number):
+            for before in self.before[number]:
                 if last[number] is None or ends[before] > start:
                     start, last[number] = ends[before], before
             ends[number] = start + self.events[number].seconds
-        return Timeline(self.graph, self.events, ends, last, self.transfers)
+        return Timeline(self.before, self.events, ends, last, self.transfers)
+
+
+def _in_order(before: Sequence[Sequence[int]]) -> Iterator[int]:
+    """All events, each behind those before it."""
+    after: list[list[int]] = [[] for _ in before]
+    for number, others in enumerate(before):
+        for other in others:
+            after[other].append(number)
+    missing = list(map(len, before))
+    ready = [number for number, count in enumerate(missing) if not count]
+    for number in ready:
+        yield number
+        for other in after[number]:
+            missing[other] -= 1
+            if not missing[other]:
+                ready.append(other)
+    assert len(ready) == len(before), "events wait for each other"

@@ -18,7 +18,7 @@ from torch import fx
 from ringcompile.axes import KEEP_TOKENS
 from ringcompile.cost.kinds import is_elementwise, looks_at
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import map_values
+from ringcompile.ir.calls import map_values, target_name
 from ringcompile.ir.communication import DISPATCH
 from ringcompile.ir.expr import BATCH, FIRST, OWN, PART, SEQUENCE, Size, bind, is_symbolic
 from ringcompile.ir.nodes import results_of, type_of
@@ -130,7 +130,7 @@ class Values:
         return self._shapes[type_]
 
     def _value(self, node: fx.Node) -> Value:
-        target = str(node.target)
+        target = target_name(node.target)
         if node.op == "call_function":
             if node.target is operator.getitem:
                 return self.of[node.args[0]][node.args[1]]  # type: ignore[index]

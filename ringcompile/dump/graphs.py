@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from torch import fx
@@ -15,6 +15,12 @@ from ringcompile.ir.communication import COMMUNICATION
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.printer import block_of, type_text, value_names
 from ringcompile.ir.program import Program
+from ringcompile.later import Later
+
+if TYPE_CHECKING:
+    import networkx as nx
+else:
+    nx = Later("networkx")
 
 
 def graph_of(program: Program) -> nx.DiGraph:

@@ -26,6 +26,12 @@ def target_name(target: Any) -> str:
     return str(target)
 
 
+@lru_cache(maxsize=4096)
+def aten_name(target: Any) -> str:
+    """`linear` of the target `aten.linear.default`: no overload, and no library if it is aten's."""
+    return str(target).removeprefix("aten.").split(".")[0]
+
+
 class Call:
     """A call node seen through its operator's schema; arguments at their default are filled in."""
 

@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.messages import End, Event, Meeting, Start, WaitEvent
+from ringcompile.later import Later
 from ringcompile.mesh import Mesh
+
+if TYPE_CHECKING:
+    import networkx as nx
+else:
+    nx = Later("networkx")
 
 _OTHER_END = {"to": "source", "source": "to"}
 

@@ -121,9 +121,9 @@ class Builder:
         node.meta["type"] = type_
         return node
 
-    def copy(self, node: fx.Node) -> fx.Node:
-        """Append a node as it was, over mapped operands."""
-        args, kwargs = self.mapped((node.args, node.kwargs))
+    def copy(self, node: fx.Node, arguments: tuple[Any, Any] | None = None) -> fx.Node:
+        """Append a node as it was, over mapped operands, or with other args and kwargs."""
+        args, kwargs = arguments or self.mapped((node.args, node.kwargs))
         new = append(self.graph, node.op, node.target, args, kwargs, node.name)
         new.meta.update({k: node.meta[k] for k in _CARRIED if k in node.meta})
         return new

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, aten_name, target_name
 from ringcompile.ir.expr import BATCH, PART_AXIS, Size, divide, equal, is_symbolic, symbol
 from ringcompile.ir.layout import WHOLE, Atom, Layout
 from ringcompile.ir.nodes import error_at, layout_of, results_of, type_of
@@ -124,7 +124,7 @@ class BatchLayouts(Requests):
     def _of_tokens(self, node: fx.Node, operands: list[fx.Node]) -> fx.Node:
         """An op on tokens, for those of a part alone: every size of it is that of a part."""
         of_batch = any(is_symbolic(arg) and _B in arg.free_symbols for arg in node.args)
-        if of_batch and str(node.target).removeprefix("aten.").split(".")[0] in _ARITHMETIC:
+        if of_batch and aten_name(node.target) in _ARITHMETIC:
             raise error_at(
                 node, "a number that depends on the batch is used where tokens go to experts"
             )
@@ -138,18 +138,19 @@ class BatchLayouts(Requests):
     def _number(self, node: fx.Node, call: Call) -> None:
         """Note what numbers the sequences: a range, seen through views."""
         operands = call.operands
-        if str(node.target) == _RANGE:
+        if target_name(node.target) == _RANGE:
             ends = (call["start"], call["end"], call["step"])
             if ends == (0, _B, 1):
                 self.numbers[node] = Layout(((Atom(_B, _AXES),),))
-        elif len(operands) == 1 and operands[0] in self.numbers and str(node.target) in _VIEWS:
+        elif (target_name(node.target) in _VIEWS and len(operands) == 1
+                and operands[0] in self.numbers):
             placed = self._forward(node, call, [self.numbers[operands[0]]])
             if placed is not None and placed.operands[0] == self.numbers[operands[0]]:
                 self.numbers[node] = placed.output
 
     def _by_number(self, node: fx.Node, call: Call) -> fx.Node | None:
         """Of a part's sequences the entries of these very sequences; None for other indices."""
-        if str(node.target) not in _INDEXED:
+        if target_name(node.target) not in _INDEXED:
             return None
         source, indices = self.builder.env[call["self"]], list(call["indices"])
         number = self._number_among(indices, layout_of(source))
@@ -168,7 +169,7 @@ class BatchLayouts(Requests):
         width = max(len(type_of(index).shape) for index in given)
         dim = (positions[0] if adjacent else 0) + width + place
         rank = len(type_of(node).shape)
-        if str(node.target) == "aten.index.Tensor":
+        if target_name(node.target) == "aten.index.Tensor":
             return self.emit(node, [source, *new], _split(rank, dim))
         from_end = dim - (rank - len(given) + width)
         values = self.request(self.builder.env[call["values"]], _along(call["values"], from_end))
@@ -188,7 +189,7 @@ class BatchLayouts(Requests):
         """The numbers of a part's sequences among themselves, 0 to k - 1."""
         call, layout = Call(node), self.numbers[node]
         made = self.emit(node, [self._own_number(n) for n in call.operands], layout)
-        if str(node.target) == _RANGE:
+        if target_name(node.target) == _RANGE:
             made.meta["of_part"] = True
         return made
 
@@ -199,7 +200,7 @@ def mixing(node: fx.Node) -> RingCompileError:
         return error_at(
             node, f"{node.target} has no rule, so that it may mix the sequences of a batch"
         )
-    if str(node.target) in _INDEXED:
+    if target_name(node.target) in _INDEXED:
         return error_at(
             node, "sequences of a batch are looked up by number here, which may be any of them"
         )

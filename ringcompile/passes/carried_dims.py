@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from ringcompile.ir.calls import Call, map_values, operands
+from ringcompile.ir.calls import Call, map_values, operands, target_name
 from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, symbol
 from ringcompile.ir.nodes import error_at, layout_of, results_of, type_of
 from ringcompile.ir.rules import FactorRule, Rule, find_rule
@@ -69,7 +69,7 @@ def _long_dims(node: fx.Node) -> Iterator[tuple[int, int]]:
 
 def _may_mix(node: fx.Node, operand: int, dim: int) -> bool:
     """Whether an op that works along such a dim goes along it from the front, or picks."""
-    call, name = Call(node), str(node.target)
+    call, name = Call(node), target_name(node.target)
     if not equal(type_of(operands(node)[operand]).shape[dim], _S):
         return False
     if name in _PREFIX:
@@ -86,9 +86,9 @@ def _may_mix(node: fx.Node, operand: int, dim: int) -> bool:
 
 def is_positions(node: fx.Node) -> bool:
     """Whether a value is the positions 0, 1, 2, ..., in whatever shape."""
-    while str(node.target) in _SAME:
+    while target_name(node.target) in _SAME:
         node = node.all_input_nodes[0]
-    if str(node.target) != "aten.arange.start_step":
+    if target_name(node.target) != "aten.arange.start_step":
         return False
     call = Call(node)
     return bool(equal(call["start"], 0) and call["step"] == 1)
@@ -96,7 +96,7 @@ def is_positions(node: fx.Node) -> bool:
 
 def is_last(node: fx.Node, length: Size) -> bool:
     """Whether an op picks the last token, or the last few, of a whole sequence."""
-    if str(node.target) != "aten.select.int":
+    if target_name(node.target) != "aten.select.int":
         return False
     call = Call(node)
     return bool(call["index"] == -1 or equal(call["index"], length - 1)) and not layout_of(
@@ -113,7 +113,7 @@ def _check_numbers(node: fx.Node, rule: Rule) -> None:
         return value
 
     for name, value in call.arguments.items():
-        if name not in (rule.shape_argument, _ENDS.get(str(node.target))):
+        if name not in (rule.shape_argument, _ENDS.get(target_name(node.target))):
             map_values(value, note)
     if found:
         raise error_at(

@@ -32,7 +32,7 @@ from torch import fx
 
 from ringcompile.axes import HALVES, KEEP_TOKENS, TIME
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, map_values, operands, with_argument
+from ringcompile.ir.calls import Call, map_values, operands, target_name, with_argument
 from ringcompile.ir.expr import SEQUENCE, equal, is_symbolic, product, spelled, symbol
 from ringcompile.ir.layout import WHOLE, Atom
 from ringcompile.ir.nodes import error_at, layout_of, type_of
@@ -126,7 +126,7 @@ class _Carrier:
         elif self.shifts.handles(node):
             self.builder.env[node] = self.shifts.write(node)
         elif node.op == "call_function":
-            step = _STEPS.get(str(node.target), _Carrier._call)
+            step = _STEPS.get(target_name(node.target), _Carrier._call)
             self.builder.env[node] = step(self, node)
         else:
             self.builder.output(tuple(map(self._output, self.program.outputs)))
@@ -264,7 +264,7 @@ class _Carrier:
         )
         return self.builder.call(
             op("running_sum"), (self.builder.env[call["self"]], sums, self.into.positions), new,
-            name=node.name, dim=dim, dtype=new.dtype, by=SCANS[str(node.target)].name,
+            name=node.name, dim=dim, dtype=new.dtype, by=SCANS[target_name(node.target)].name,
         )
 
     def _attention(self, node: fx.Node) -> fx.Node:

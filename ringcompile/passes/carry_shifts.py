@@ -19,7 +19,14 @@ import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, map_values, operands, replace_operands, with_argument
+from ringcompile.ir.calls import (
+    Call,
+    map_values,
+    operands,
+    replace_operands,
+    target_name,
+    with_argument,
+)
 from ringcompile.ir.expr import is_symbolic, simplify, spelled
 from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.rules import Rule, find_rule
@@ -63,7 +70,7 @@ class ShiftWriter(ShiftRegion):
             self._check(user, node)
         if gathers_time(node):
             return self._window(node)
-        return _WRITERS.get(str(node.target), ShiftWriter._same)(self, node)
+        return _WRITERS.get(target_name(node.target), ShiftWriter._same)(self, node)
 
     def check(self, node: fx.Node) -> Rule | None:
         """The rule of an op that is done for every position that there may be.
@@ -149,7 +156,7 @@ class ShiftWriter(ShiftRegion):
         """
         if (node, before) not in self.windows:
             passes = any(n in self.forms for n in node.all_input_nodes) and not (
-                str(node.target) in MOVES or joined_along(node, self.forms)
+                target_name(node.target) in MOVES or joined_along(node, self.forms)
             )
             made = self._again(node, before) if passes else self._picked(node, before)
             self.windows[node, before] = made

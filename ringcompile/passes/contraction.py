@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import Size, equal
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules.base import Names
@@ -64,7 +64,7 @@ class Contraction:
 
 def read(node: fx.Node) -> Contraction | None:
     """The contraction that a node computes, or None."""
-    target = str(node.target)
+    target = target_name(node.target)
     if target not in _PRODUCTS or len(Call(node).operands) != 2:
         return None
     call = Call(node)

@@ -18,7 +18,7 @@ from torch import fx
 
 from ringcompile.axes import HALVES
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, map_values, with_argument
+from ringcompile.ir.calls import Call, map_values, target_name, with_argument
 from ringcompile.ir.expr import (
     BATCH,
     FIRST,
@@ -194,7 +194,7 @@ class _Dealer:
             return self.builder.copy(node)
         if node.target is REDISTRIBUTE:
             return self._part(node)
-        if str(node.target) == "aten.arange.start_step" and not layout_of(node).is_whole:
+        if target_name(node.target) == "aten.arange.start_step" and not layout_of(node).is_whole:
             return self._numbers(node)
         new = self.builder.copy(node)
         value = node.meta["type"]

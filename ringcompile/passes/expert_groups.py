@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import OWN, Size, equal, is_symbolic, symbol
 from ringcompile.ir.nodes import location_of, reached, results_of, type_of
 from ringcompile.ir.program import Program
@@ -99,7 +99,7 @@ def groups_of_buffers(program: Program) -> list[Group]:
 
 def _is_expert_product(program: Program, node: fx.Node) -> bool:
     """A product in which the first dim of a weight of three is a batch dim of slots."""
-    if str(node.target) not in _BATCHED or not isinstance(node.meta["type"], TensorType):
+    if target_name(node.target) not in _BATCHED or not isinstance(node.meta["type"], TensorType):
         return False
     operands = Call(node).operands
     weights = [n for n in operands if n.name in program.weights]

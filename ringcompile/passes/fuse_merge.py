@@ -32,6 +32,8 @@ class FuseMerge(Pass):
 
     def run(self, program: Program) -> Program:
         """Rewrite merges of blocks that nothing else reads; other nodes are copied."""
+        if not any(map(_changes, program.graph.nodes)):
+            return program
         builder = Builder()
         for node in program.graph.nodes:
             builder.at(node)
@@ -44,6 +46,10 @@ class FuseMerge(Pass):
             else:
                 builder.env[node] = builder.copy(node)
         return program.with_graph(builder.graph)
+
+
+def _changes(node: fx.Node) -> bool:
+    return _is_folded(node) or _starts_accumulator(node)
 
 
 def _is_folded(node: Any) -> bool:

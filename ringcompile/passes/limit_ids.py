@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.nodes import location_of, type_of
 from ringcompile.ir.program import IdLimit, Program
 from ringcompile.ops.schemas import op
@@ -68,7 +68,7 @@ def ids_of(node: fx.Node, program: Program) -> tuple[str, int] | None:
             other, alpha = call["other"], call["alpha"]
             if not isinstance(other, int) or alpha != 1:
                 return None
-            added += -other if "sub" in str(node.target) else other
+            added += -other if "sub" in target_name(node.target) else other
         elif node.target is aten.to.dtype:
             if type_of(node).dtype not in (torch.int32, torch.int64):
                 return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.program import Program
 from ringcompile.passes import mask_arithmetic, mask_dims, mask_logic
 from ringcompile.passes.mask_constants import buffer_value
@@ -68,7 +68,7 @@ class Analysis:
             return buffer_value(self.program, node.name)
         if node.op != "call_function":
             return None
-        name = str(node.target).removeprefix("aten.")
+        name = target_name(node.target).removeprefix("aten.")
         step = _STEPS.get(name) or _STEPS.get(name.split(".")[0])
         return step(self, Call(node)) if step else None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ringcompile.ir.calls import Call, map_values
+from ringcompile.ir.calls import Call, aten_name, map_values, target_name
 from ringcompile.ir.expr import equal
 from ringcompile.ir.nodes import reached, type_of
 
@@ -43,7 +43,7 @@ def same_by_row_and_column(a: fx.Node, b: fx.Node) -> bool:
     mirrored = (*shapes[1][:-2], *shapes[1][:-3:-1])
     if not all(map(equal, shapes[0], mirrored)) or 1 not in shapes[0][-2:]:
         return False
-    if {str(a.target), str(b.target)} == {"aten.index.Tensor"}:
+    if {target_name(a.target), target_name(b.target)} == {"aten.index.Tensor"}:
         return _same_lookup(a, b)
     sources = [x.args[0] if _short(x) == "reshape" else x for x in (a, b)]
     return expression(sources[0]) == expression(sources[1])
@@ -104,4 +104,4 @@ def _reads_inputs(node: fx.Node, weights: Collection[str]) -> bool:
 
 
 def _short(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    return aten_name(node.target)

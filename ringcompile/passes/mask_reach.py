@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.nodes import reached
 from ringcompile.ir.program import Program
 from ringcompile.passes.contraction import read
@@ -69,7 +69,7 @@ def _reach(program: Program | None, node: fx.Node, known: dict[fx.Node, Magnitud
         return known[node.args[0]]  # type: ignore[index]
     if node.target is torch.ops.aten.view.dtype:
         return _ANYTHING
-    name = str(node.target).split(".")[1] if node.op == "call_function" else ""
+    name = target_name(node.target).split(".")[1] if node.op == "call_function" else ""
     is_flag = getattr(node.meta["type"], "dtype", None) == torch.bool
     if is_flag or read(node) is not None or name in _COUNTS:
         return Magnitude()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
+from ringcompile.ir.calls import aten_name
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import layout_of, location_of, results_of
 from ringcompile.ir.program import Program
@@ -117,4 +118,4 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _short(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    return aten_name(node.target)

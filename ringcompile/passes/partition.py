@@ -15,7 +15,7 @@ from torch import fx
 
 from ringcompile.axes import AXES
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, with_argument
+from ringcompile.ir.calls import Call, target_name, with_argument
 from ringcompile.ir.expr import coordinate_on, simplify, spelled
 from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.nodes import type_of
@@ -67,7 +67,7 @@ class _Partitioner:
             if node.target is op("redistribute") and self.exchange.takes(node):
                 self.exchange.waiting.add(node)  # written beside its attention, with its neighbours
                 continue
-            step = _STEPS.get(str(node.target), _Partitioner._local)
+            step = _STEPS.get(target_name(node.target), _Partitioner._local)
             self.builder.env[node] = (
                 step(self, node) if node.op == "call_function" else self.builder.copy(node)
             )
@@ -80,12 +80,13 @@ class _Partitioner:
     def _local(self, node: fx.Node) -> fx.Node:
         """The same op on shares; the argument that spells out a shape is written anew."""
         rule = find_rule(node.target)
-        new = self.builder.copy(node)
-        if rule is not None and rule.shape_argument is not None:
-            new.args, new.kwargs = with_argument(
-                node, new.args, dict(new.kwargs), rule.shape_argument, self._shape(type_of(node))
-            )
-        return new
+        if rule is None or rule.shape_argument is None:
+            return self.builder.copy(node)
+        args, kwargs = self.builder.mapped((node.args, node.kwargs))
+        shape = self._shape(type_of(node))
+        return self.builder.copy(
+            node, with_argument(node, args, kwargs, rule.shape_argument, shape)
+        )
 
     def _arange(self, node: fx.Node) -> fx.Node:
         type_, call = type_of(node), Call(node)
@@ -106,7 +107,8 @@ class _Partitioner:
         if not type_.layout.dims[dim]:
             return self.builder.copy(node)
         assert any(atom.sequence for atom in type_.layout.dims[dim]), f"%{node.name} sums features"
-        return Scan(SCANS[str(node.target)], self.builder, self.sequence, self._shape).write(
+        scan = SCANS[target_name(node.target)]
+        return Scan(scan, self.builder, self.sequence, self._shape).write(
             self.builder.env[call["self"]], dim, type_
         )
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.expr import equal, is_symbolic
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
@@ -46,7 +47,7 @@ class RecognizeAttention(Pass):
         reader, reasons = Reader(program), dict[fx.Node, str]()
         found: dict[fx.Node, HandWritten] = {}
         for node in program.graph.nodes:
-            if str(node.target) not in _SOFTMAX or node not in reader.live:
+            if target_name(node.target) not in _SOFTMAX or node not in reader.live:
                 continue
             try:
                 attention = reader.read(node)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import equal
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
@@ -136,7 +136,7 @@ def _parts(mask: fx.Node, analysis: Analysis) -> Parts:
 
 def _of_hidden(mask: fx.Node, analysis: Analysis) -> Parts | None:
     """A number that hides where a condition does not hold, another additive mask where it does."""
-    name = str(mask.target).split(".")[1] if mask.op == "call_function" else ""
+    name = target_name(mask.target).split(".")[1] if mask.op == "call_function" else ""
     if name not in ("where", "masked_fill"):
         return None
     call = Call(mask)

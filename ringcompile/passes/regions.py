@@ -22,7 +22,7 @@ import sympy
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, aten_name
 from ringcompile.ir.expr import OWN, SEQUENCE, Size, is_symbolic, product, simplify, symbol
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout
 from ringcompile.ir.nodes import error_at, location_of, reached, results_of, type_of
@@ -364,7 +364,7 @@ def is_mark(node: fx.Node) -> bool:
 
 
 def _short(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    return aten_name(node.target)
 
 
 def _below(nodes: Iterable[fx.Node], group: set[fx.Node]) -> set[fx.Node]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT
 from ringcompile.ir.program import Program
 from ringcompile.passes.base import Builder, Pass
@@ -67,7 +68,7 @@ class _Order:
         self.place = {node: i for i, node in enumerate(calls)}
         self.times = times
         # What ranks must do in one order: starts of transfers, and collectives.
-        self.exchanges = deque(n for n in calls if str(n.target) in COLLECTIVES | {SHIFT})
+        self.exchanges = deque(n for n in calls if target_name(n.target) in COLLECTIVES | {SHIFT})
         self.missing = {
             node: sum(operand in self.place for operand in node.all_input_nodes) for node in calls
         }
@@ -99,8 +100,8 @@ class _Order:
 
     def _has_its_turn(self, node: fx.Node) -> bool:
         """Exchanges come one after the other, and so do messages from one rank."""
-        if str(node.target) != WAIT:
-            return str(node.target) not in COLLECTIVES | {SHIFT}
+        if target_name(node.target) != WAIT:
+            return target_name(node.target) not in COLLECTIVES | {SHIFT}
         started = node.args[0]
         queue = self.coming.get(_sender(started))
         return not queue or queue[0] is started
@@ -132,7 +133,7 @@ class _Order:
         begins = max(self.now, self.free.get(axis, 0.0)) if self.times else inf
         self.arrives[node] = begins + seconds
         self.free[axis] = self.arrives[node]
-        if str(node.target) == SHIFT and node.kwargs["source"] is not None:
+        if target_name(node.target) == SHIFT and node.kwargs["source"] is not None:
             self.coming.setdefault(_sender(node), deque()).append(node)
         self.exchanges.popleft()
         self._look_ahead()

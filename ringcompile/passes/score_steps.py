@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from ringcompile.ir.calls import aten_name
 from ringcompile.ir.expr import Size
 from ringcompile.passes.contraction import Contraction
 
@@ -130,4 +131,4 @@ class Scores:
 
 def short(node: fx.Node) -> str:
     """The name of an op without namespace and overload."""
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    return aten_name(node.target)

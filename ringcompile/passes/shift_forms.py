@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from ringcompile.ir.calls import Call, operands
+from ringcompile.ir.calls import Call, operands, target_name
 from ringcompile.ir.expr import Size, equal, product, simplify
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import FactorRule, find_rule
@@ -95,7 +95,7 @@ def form_of(node: fx.Node, forms: Mapping[fx.Node, Form], length: Size) -> Form:
     Raises:
         UnknownError: nothing is known of the op, or of these arguments.
     """
-    name = str(node.target)
+    name = target_name(node.target)
     if name == "aten.cat.default" and (around := joined(node, forms)) is not None:
         x, left, right = around
         return replace(forms[x], reach=0).padded(left, right)
@@ -111,7 +111,7 @@ def _passed(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form:
     found = [forms[n] for n in given if n in forms]
     if isinstance(rule, ViewRule):
         return replace(found[0], dim=_viewed(node, found[0].dim), reach=0)
-    if str(node.target) in _ALONG:
+    if target_name(node.target) in _ALONG:
         raise UnknownError(NEEDS_ALL)
     if not isinstance(rule, FactorRule) or len({form.extra for form in found}) > 1:
         raise UnknownError

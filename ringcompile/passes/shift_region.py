@@ -13,7 +13,7 @@ from torch import fx
 
 from ringcompile.axes import TIME
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import operands
+from ringcompile.ir.calls import operands, target_name
 from ringcompile.ir.expr import equal
 from ringcompile.ir.nodes import layout_of, type_of
 from ringcompile.ir.program import Program
@@ -125,13 +125,13 @@ class ShiftRegion:
 
     def late(self, user: fx.Node, node: fx.Node) -> int:
         """By how many tokens an op's result is ahead of this operand, entry by entry."""
-        own = str(user.target) in MOVES or joined_along(user, self.forms) is not None
+        own = target_name(user.target) in MOVES or joined_along(user, self.forms) is not None
         return 0 if own else self.forms[node].offset - self.forms[user].offset
 
 
 def joined_along(node: fx.Node, forms: dict[fx.Node, Form]) -> fx.Node | None:
     """What a `cat` along the tokens puts entries around; None of any other op."""
-    if str(node.target) != "aten.cat.default" or node not in forms:
+    if target_name(node.target) != "aten.cat.default" or node not in forms:
         return None
     around = joined(node, forms)
     return None if around is None else around[0]

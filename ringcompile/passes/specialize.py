@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import fx
 from torch.fx.node import map_aggregate
 
 from ringcompile.ir.expr import bind, is_symbolic
@@ -26,14 +27,14 @@ class Specialize(Pass):
         """Bind coordinates wherever an argument holds them; symbols of lengths stay."""
         assert program.mesh is not None
         coordinates = program.mesh.coordinates(self.rank)
+        builder = Builder()
 
-        def number(value: Any) -> Any:
+        def here(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return builder.env[value]
             return bind(value, coordinates) if is_symbolic(value) else value
 
-        builder = Builder()
         for node in program.graph.nodes:
-            new = builder.copy(node)
-            if node.op == "call_function":
-                new.args, new.kwargs = map_aggregate((new.args, new.kwargs), number)
-            builder.env[node] = new
+            arguments = map_aggregate((node.args, node.kwargs), here)
+            builder.env[node] = builder.copy(node, arguments)
         return program.with_graph(builder.graph, coordinates=coordinates)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.communication import COMMUNICATION
 from ringcompile.ir.expr import BATCH, PART, SEQUENCE, Size, bind, depends_on_data, product
 from ringcompile.ir.nodes import error_at, location_of, reached, results_of, type_of
@@ -189,7 +189,7 @@ def work(node: fx.Node) -> float:
     """
     if "type" not in node.meta:
         return 0.0
-    rule = find_rule(_WITHOUT_RANKS.get(str(node.target), node.target))
+    rule = find_rule(_WITHOUT_RANKS.get(target_name(node.target), node.target))
     if rule is None:
         return _number(product(results_of(node)[0].shape))
     return _number(rule.multiplications(Call(node)))
@@ -339,9 +339,9 @@ def _free(program: Program) -> set[fx.Node]:
             small = node.name in program.placeholders or len(type_of(node).shape) < 2
             if small:
                 free.add(node)
-        elif node.op == "call_function" and str(node.target) not in COMMUNICATION:
+        elif node.op == "call_function" and target_name(node.target) not in COMMUNICATION:
             rule = find_rule(node.target)
-            cheap = str(node.target) in _MADE_ANYWHERE or (rule is not None and rule.cheap)
+            cheap = target_name(node.target) in _MADE_ANYWHERE or (rule is not None and rule.cheap)
             if cheap and all(n in free for n in node.all_input_nodes):
                 free.add(node)
     return {node for node in free if node.op == "call_function"}

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from ringcompile.axes import base_axis
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import simplify
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
@@ -199,7 +199,7 @@ class _Splitter(VocabularySplits):
 
     def _is_product(self, call: Call, rule: FactorRule, factors: Sequence[int]) -> bool:
         """Whether terms of the sum add up: of all that is not summed over only a bias is added."""
-        if str(call.target) in ("aten.addmm.default", "aten.baddbmm.default") and (
+        if target_name(call.target) in ("aten.addmm.default", "aten.baddbmm.default") and (
             call["alpha"] != 1 or call["beta"] != 1
         ):
             return False

@@ -14,7 +14,7 @@ from itertools import chain
 from torch import fx
 
 from ringcompile.axes import base_axis
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import equal
 from ringcompile.ir.layout import Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, location_of, type_of
@@ -129,7 +129,7 @@ class TensorRequests(Requests):
 
         Split there, the residual stream would be split everywhere, and every product would sum.
         """
-        if str(node.target) != "aten.add.Tensor":
+        if target_name(node.target) != "aten.add.Tensor":
             return False
         terms = [n for n in node.all_input_nodes if not self.is_weight(n)]
         return len(terms) == 2 and any(len(n.users) > 1 for n in terms) and (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, aten_name
 from ringcompile.ir.expr import is_symbolic
 from ringcompile.ir.nodes import results_of
 from ringcompile.ir.rules import FactorRule, find_rule
@@ -277,4 +277,4 @@ def _is_whole_numbers(value: Any) -> bool:
 
 
 def _short(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    return aten_name(node.target)

@@ -18,7 +18,7 @@ from torch import fx
 
 from ringcompile.axes import TIME
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, symbols_in
+from ringcompile.ir.calls import Call, symbols_in, target_name
 from ringcompile.ir.communication import COLLECTIVES, GATHER, short_name
 from ringcompile.ir.expr import (
     OWN,
@@ -78,7 +78,8 @@ class TimePieces:
 
     def joins(self, node: fx.Node) -> bool:
         """Whether a node makes one value of all pieces."""
-        return str(node.target) in COLLECTIVES and TIME in str(node.kwargs["axis"]).split(",")
+        collective = target_name(node.target) in COLLECTIVES
+        return collective and TIME in str(node.kwargs["axis"]).split(",")
 
     def others(self, node: fx.Node, piece: int) -> Iterator[tuple[fx.Node, int]]:
         """What a node of a piece reads of other pieces."""
@@ -246,7 +247,7 @@ class TimePieces:
 
     def _gather(self, node: fx.Node, value: Value) -> fx.Node:
         """What a collective along `time` brings: the pieces of its operand are all here."""
-        if str(node.target) != GATHER:
+        if target_name(node.target) != GATHER:
             raise RingCompileError(
                 f"{short_name(node)} along {TIME} is not known",
                 hint=f"split the sequence over ring instead of {TIME}",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ringcompile.ir.calls import map_values
+from ringcompile.ir.calls import map_values, target_name
 from ringcompile.ir.expr import BATCH, OWN, SEQUENCE, bind, is_symbolic
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import error_at, type_of
@@ -199,7 +199,7 @@ class _Run:
             return bind(own(value), lengths) if is_symbolic(value) else value
 
         args, kwargs = map_values((list(node.args), dict(node.kwargs)), filled)
-        thin = _THIN.get(str(node.target))
+        thin = _THIN.get(target_name(node.target))
         if thin is not None and len(args) > 1 and isinstance(args[-1], _RankOne):
             return thin(*args, **kwargs)
         args, kwargs = map_values((args, kwargs), _dense)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import map_values
+from ringcompile.ir.calls import map_values, target_name
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT
 from ringcompile.ir.expr import is_symbolic
 from ringcompile.ir.nodes import type_of
@@ -70,7 +70,7 @@ class _Unroller:
         self.shared: dict[fx.Node, fx.Node] = {}
         self.cut: dict[fx.Node, fx.Node] = {}  # inputs of which each piece takes a part
         self.unsent: dict[fx.Node, Callable[[], fx.Node]] = {}
-        starts = [node for node in self.calls if str(node.target) == SHIFT]
+        starts = [node for node in self.calls if target_name(node.target) == SHIFT]
         self.sends = [node for node in starts if node.kwargs["source"] is None]
         self.receives = [node for node in starts if node.kwargs["source"] is not None]
 
@@ -138,7 +138,7 @@ class _Unroller:
                 self._keep(node, piece, self.pieces.part(
                     self.cut[node], node, piece, self._name(node, piece)
                 ))
-            elif str(node.target) in (SHIFT, WAIT):
+            elif target_name(node.target) in (SHIFT, WAIT):
                 self._transfer(node, piece)
             else:
                 made = self.pieces.write(node, piece, self._value, self._name(node, piece))
@@ -223,4 +223,4 @@ class _Unroller:
 
 def _exchanges(node: fx.Node) -> bool:
     """Whether a rank waits for others in a node."""
-    return node.target is op("ring_attention") or str(node.target) in COLLECTIVES
+    return node.target is op("ring_attention") or target_name(node.target) in COLLECTIVES

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import Call, operands, replace_operands, with_argument
+from ringcompile.ir.calls import Call, operands, replace_operands, target_name, with_argument
 from ringcompile.ir.expr import spelled
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import type_of
@@ -30,7 +30,7 @@ def write(region: WindowRegion) -> fx.Node:
     """The region's last value, laid out as the sequence is."""
     for node in region.nodes:
         region.builder.at(node)
-        region.made[node] = _WRITERS.get(str(node.target), _same)(region, node)
+        region.made[node] = _WRITERS.get(target_name(node.target), _same)(region, node)
     region.builder.at(region.last)
     form, type_ = region.forms[region.last], type_of(region.last)
     layout = Layout.whole(len(type_.shape)).with_dim(form.dim, region.windows.rows)

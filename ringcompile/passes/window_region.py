@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ringcompile.ir.calls import Call, operands
+from ringcompile.ir.calls import Call, operands, target_name
 from ringcompile.ir.expr import simplify, spelled
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import reached, type_of
@@ -88,7 +88,7 @@ class WindowRegion:
     def _entered(self, node: fx.Node) -> fx.Node:
         """A value with an entry for each token, and of its neighbours' what is needed."""
         x, dim = self.windows.value(node), self.forms[node].dim
-        if str(node.target) == "aten.full.default":
+        if target_name(node.target) == "aten.full.default":
             return self.builder.call(
                 node.target, (list(self.type(node).shape), Call(node)["fill_value"]),
                 self.type(node), dtype=type_of(node).dtype,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from ringcompile.ir.calls import Call, operands
+from ringcompile.ir.calls import Call, operands, target_name
 from ringcompile.ir.expr import equal, is_symbolic, simplify
 from ringcompile.ir.layout import Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, type_of
@@ -83,7 +83,7 @@ class Windows:
 
     def _form(self, node: fx.Node) -> Form | None:
         """How a result stands to tokens; None of what ordinary rules are for."""
-        begins = str(node.target) in (*MOVES, "aten.cat.default")
+        begins = target_name(node.target) in (*MOVES, "aten.cat.default")
         continues = any(n in self.pending for n in operands(node))
         if not self.rows or not (begins or continues) or origin_of(node) in self.single:
             return None
@@ -124,13 +124,13 @@ class Windows:
     @staticmethod
     def source(node: fx.Node, forms: dict[fx.Node, Form]) -> fx.Node | None:
         """The operand whose entries an op moves; None where it keeps those of all operands."""
-        if str(node.target) in MOVES:
+        if target_name(node.target) in MOVES:
             return operands(node)[0]
         return joined_along(node, forms) if node in forms else _joined(node, forms)
 
 
 def _joined(node: fx.Node, forms: dict[fx.Node, Form]) -> fx.Node | None:
-    if str(node.target) != "aten.cat.default":
+    if target_name(node.target) != "aten.cat.default":
         return None
     around = joined(node, forms)
     return None if around is None else around[0]

@@ -28,7 +28,7 @@ def _computed(found: Timeline, critical: set[int]) -> Iterator[Slice]:
             continue
         start, end = found.start(number), found.ends[number]
         if event.kind == WAIT:  # it takes no time itself: it lasts since the last kernel
-            before = [found.ends[b] for b in found.graph.predecessors(number)
+            before = [found.ends[b] for b in found.before[number]
                       if found.events[b].stream == COMPUTE]
             start = min(before, default=start)
         if end > start:

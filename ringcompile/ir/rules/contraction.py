@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules.base import Factors, Names, rank_of, shapes
 
@@ -89,7 +89,7 @@ def matmul(call: Call) -> Factors:
     These are dims of size 1 that broadcast, and those whose name stands twice in one operand (a
     diagonal).
     """
-    terms = TERMS[str(call.target)](call)
+    terms = TERMS[target_name(call.target)](call)
     diagonal = {f for names in terms.operands for f in names if names.count(f) > 1}
     sizes: dict[object, set[object]] = {}
     for names, shape in zip(terms.operands, shapes(call), strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import Size, product
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import contraction, indexing, spatial
@@ -375,4 +375,4 @@ RULES: dict[str, Rule] = {
 
 def find_rule(target: object) -> Rule | None:
     """The row of an op, or None."""
-    return RULES.get(str(target))
+    return RULES.get(target_name(target))

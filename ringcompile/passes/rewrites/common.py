@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from ringcompile.ir.calls import aten_name, target_name
 from ringcompile.ir.expr import spelled
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import TensorType
@@ -34,7 +35,7 @@ def short_name(node: fx.Node) -> str:
     """The op's name without namespace and overload; getitem by its own name."""
     if node.target is operator.getitem:
         return "getitem"
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    return aten_name(node.target)
 
 
 def operand(builder: Builder, node: fx.Node) -> fx.Node:
@@ -54,6 +55,6 @@ def as_shape(builder: Builder, x: fx.Node, type_: TensorType, name: str) -> fx.N
 def renamed(builder: Builder, node: fx.Node) -> fx.Node:
     """The same call by the op's first name."""
     new = builder.copy(node)
-    _, short, overload = str(node.target).split(".")
+    _, short, overload = target_name(node.target).split(".")
     new.target = getattr(getattr(aten, ALIASES[short]), overload)
     return new

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call
+from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import depends_on_data, spelled, unbacked
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import TensorType
@@ -35,7 +35,7 @@ def _elementwise(target: Any) -> Callable[[Builder, fx.Node], fx.Node]:
 
     def rewrite(builder: Builder, node: fx.Node) -> fx.Node:
         new = builder.copy(node)
-        if str(node.target).endswith(".other"):
+        if target_name(node.target).endswith(".other"):
             new.target = target
         return new
 
