@@ -27,6 +27,7 @@ from ringcompile.ops.running import is_scan
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, origin_of
+from ringcompile.passes.unpacked import fitting_size, why_unpacked_whole
 
 TP = "tp"
 
@@ -230,6 +231,24 @@ class TensorRequests(Requests):
         self.weights[again.name] = self.weights[node.name]
         return again
 
+    def redistributed(self, node: fx.Node, wanted: Layout) -> fx.Node:
+        """As elsewhere; the user is told of a packed weight that could not be cut itself."""
+        cut = has_tp(wanted) and not has_tp(layout_of(node)) and not _has_tokens(wanted)
+        if cut and node.op != "placeholder" and self.is_weight(node):
+            self._note_unpacked_whole(node, wanted)
+        return super().redistributed(node, wanted)
+
+    def _note_unpacked_whole(self, node: fx.Node, wanted: Layout) -> None:
+        fits = fitting_size(node, wanted, TP, self.axis_sizes)
+        held = [self.weights[n.name] for n in self.weights_in(node)]
+        names = ", ".join(f"'{w.name.rpartition('.')[2]}' {list(w.shape)}" for w in held)
+        self.note(
+            node,
+            f"{self.ranks_text} does not divide the packed weight {names}: "
+            f"{why_unpacked_whole(node)}. Each rank unpacks all of it and keeps its part; "
+            + (f"{TP}={fits} would divide it" if fits > 1 else f"no size of {TP} would divide it"),
+        )
+
     def may_recompute(self, node: fx.Node, wanted: Layout) -> bool:
         """Only cheap ops: products are split by `obtain`, where that gains something."""
         rule = find_rule(node.target)
@@ -259,6 +278,10 @@ class TensorRequests(Requests):
     def divides(self, dim: DimLayout) -> bool:
         """Whether every rank gets an equal part of each atom of a dim."""
         return all(local_size(atom, self.mesh, self.sequence) is not None for atom in dim)
+
+
+def _has_tokens(layout: Layout) -> bool:
+    return any(atom.sequence for dim in layout.dims for atom in dim)
 
 
 def _is_constant(node: fx.Node) -> bool:

@@ -28,7 +28,7 @@ TABLES = {
 }
 WHOLE_OVER_OUTPUTS = {
     "GPTQ": {"g_idx"}, "GPTQ, groups in any order": {"g_idx"},
-    "AWQ": {"qweight", "qzeros"}, "ternary in planes": {"packed"},
+    "ternary in planes": {"packed"},
 }
 WHOLE_OVER_INPUTS = {
     "int8": {"scale"}, "int8, scaled behind": {"scale"}, "int8 with zero points": {"scale", "zero"},

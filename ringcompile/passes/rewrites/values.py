@@ -16,6 +16,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder
 from ringcompile.passes.rewrites.common import Rewrite, operand, short_name
+from ringcompile.passes.rewrites.moved import picked_by_positions
 
 aten = torch.ops.aten
 # Sizes that torch has no symbol for are named from here on.
@@ -103,6 +104,24 @@ def _dropout(builder: Builder, node: fx.Node) -> fx.Node:
     return operand(builder, node)
 
 
+def _picked(builder: Builder, node: fx.Node) -> fx.Node:
+    """Picking by moved positions is moving; by other indices it is what it is."""
+    call, entries = Call(node), Call(node)["indices"]
+    given = [dim for dim, entry in enumerate(entries) if entry is not None]
+    found = None
+    if len(given) == 1:
+        index = builder.env[entries[given[0]]]
+        found = picked_by_positions(builder, builder.env[call["self"]], given[0], index)
+    return found or _index(builder, node)
+
+
+def _index_select(builder: Builder, node: fx.Node) -> fx.Node:
+    call, x = Call(node), operand(builder, node)
+    dim, index = call["dim"] % max(len(type_of(x).shape), 1), builder.env[call["index"]]
+    alone = not type_of(x).shape or not type_of(index).shape
+    return (None if alone else picked_by_positions(builder, x, dim, index)) or builder.copy(node)
+
+
 def _index(builder: Builder, node: fx.Node) -> fx.Node:
     """A mask among the indices becomes the positions where it holds."""
     call = Call(node)
@@ -181,7 +200,8 @@ VALUES: dict[str, Rewrite] = {
     "min": _elementwise(aten.minimum.default),
     "max": _elementwise(aten.maximum.default),
     "baddbmm": _baddbmm,
-    "index": _index,
+    "index": _picked,
+    "index_select": _index_select,
     "index_put": _index_put,
     "dropout": _dropout,
     "feature_dropout": _dropout,
