@@ -87,6 +87,18 @@ def test_tokens_stay_where_they_are(name: str) -> None:
     assert any("own tokens" in note for note in parallel.program.notes)
 
 
+@pytest.mark.parametrize("name", ["loop, nonzero and index_add_", "loop, boolean indexing"])
+def test_tokens_of_a_part_of_the_batch_stay_where_they_are(name: str) -> None:
+    """A batch that is dealt out has `k` sequences: the same regions, and nothing is gathered."""
+    style, module = made(name)
+    parallel = transform(captured(name), "dp=2,ring=2")
+    assert counts(parallel, 1) == {}
+    assert any("own tokens" in note for note in parallel.program.notes)
+    x = torch.cat([tokens(style, 27, seed) for seed in range(2)])
+    with torch.no_grad():
+        assert difference(run(parallel, (x,)).outputs, module(x)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", BY_RULE)
 def test_what_needs_nothing(name: str) -> None:
     """Every expert over every token, or weights by token: rules alone keep it split."""

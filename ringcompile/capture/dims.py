@@ -103,10 +103,15 @@ class Example:
         )
         return replace(self, leaves=leaves).fixed(BATCH)
 
-    def with_roles_of(self, other: Example) -> Example:
-        """The same inputs, with what their dims are in another example."""
-        pairs = zip(self.leaves, other.leaves, strict=True)
-        return replace(self, leaves=tuple(replace(a, roles=b.roles) for a, b in pairs))
+    def with_roles(self, found: Mapping[str, str]) -> Example:
+        """The same, with what dims turned out to be: by what torch's guards call them, a role."""
+        return replace(self, leaves=tuple(
+            replace(leaf, roles=tuple(
+                role if (role := found.get(leaf.size_text(dim), FIXED)) in ROLES else FIXED
+                for dim in range(len(leaf.roles))
+            ))
+            for leaf in self.leaves
+        ))
 
     def dims_of(self, role: str) -> list[str]:
         """The dims of the inputs with that role, as torch's guards write them."""

@@ -38,6 +38,7 @@ from ringcompile.capture.surroundings import (
     unchanged,
     without_casts_of_modules,
     without_logs,
+    without_looks_at_masks,
 )
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.program import Program
@@ -199,7 +200,9 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
         fixed.append(BATCH)  # the example itself is computed in another way
     about_one = lines.about_one(sizes.names, BATCH)
     if not fixed and not sizes.loose:
-        return _Captured(exported, example.with_roles_of(tried), sizes, ranges, notes, about_one)
+        return _Captured(
+            exported, example.with_roles(sizes.names), sizes, ranges, notes, about_one
+        )
     for role in fixed:
         line = lines.first(tried.dims_of(role)) or lines.about_one(sizes.names, role)
         number = example.batch if role == BATCH else example.length
@@ -284,7 +287,7 @@ def _export(call: FlatCall, example: Example) -> ExportedProgram:
     shapes = {leaf.name: leaf.dynamic for leaf in example.leaves}
     with (
         _tracing(), unchanged(call.model), without_casts_of_modules(), only_what_is_read(),
-        all_frames(), read_as_attention(),
+        all_frames(), read_as_attention(), without_looks_at_masks(),
     ):
         return export(call, tensors, dynamic_shapes=shapes, strict=False)
 

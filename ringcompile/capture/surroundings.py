@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 from torch.fx.passes import shape_prop
+from torch.nn.modules import transformer
 
 from ringcompile.capture.snapshot import Snapshot
 
@@ -105,6 +106,21 @@ def only_what_is_read() -> Iterator[None]:
 
 _REGIONS = "_side_effectful_need_to_be_preserved_pre_dispatch"
 _METADATA = "_extract_tensor_metadata"
+
+
+@contextlib.contextmanager
+def without_looks_at_masks() -> Iterator[None]:
+    """torch.nn's transformers use the mask that they are given, and do not look what is in it.
+
+    They compare its values with a causal mask, to leave it to attention in that case. The result
+    is the same, but a graph cannot depend on values.
+    """
+
+    def said(mask: Any, is_causal: bool | None = None, size: Any = None) -> bool:
+        return is_causal is True
+
+    with mock.patch.object(transformer, "_detect_is_causal_mask", said, create=True):
+        yield
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ringcompile.ir.calls import map_values, target_name
-from ringcompile.ir.expr import BATCH, OWN, SEQUENCE, bind, is_symbolic
+from ringcompile.ir.expr import BATCH, FIRST, OWN, PART, SEQUENCE, bind, is_symbolic
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program, Weight
@@ -28,7 +28,9 @@ from ringcompile.ops.experts import expert_linear
 from ringcompile.passes.regions import Region, grows
 from ringcompile.passes.thresholds import Thresholds
 
-_LENGTH, _BATCH = 14, 2
+_LENGTH = 14
+# The sequences that a program is for: of a whole batch, or of a part that is dealt out of one.
+_BATCHES = {BATCH: 2, PART: 2, FIRST: 0}
 # Which tokens run alone: neighbours, and some from all over, as in a zigzag order.
 _PARTS = ([*range(6)], [*range(6, 14)], [0, 1, 2, 9, 10], [3, 4, 13], [7])
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -138,7 +140,7 @@ def _taken(x: Tensor, layout: Layout, tokens: list[int]) -> Tensor:
     dim = next(i for i, atoms in enumerate(layout.dims) if atoms)
     atoms = layout.dims[dim]
     where = next(i for i, atom in enumerate(atoms) if atom.axes)
-    sizes = [-1 if atom.axes else int(bind(atom.size, {BATCH: _BATCH})) for atom in atoms]
+    sizes = [-1 if atom.axes else int(bind(atom.size, _BATCHES)) for atom in atoms]
     opened = x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
     picked = opened.index_select(dim + where, torch.tensor(tokens))
     return picked.flatten(dim, dim + len(atoms) - 1)
@@ -151,7 +153,7 @@ class _Run:
         self.program, self.region = program, region
         self.generator = torch.Generator().manual_seed(0)
         self.outside: dict[fx.Node, Any] = {}
-        self.lengths = {SEQUENCE: _LENGTH - region.prefix, BATCH: _BATCH}
+        self.lengths = {SEQUENCE: _LENGTH - region.prefix, **_BATCHES}
         self.thresholds = Thresholds(grows, frozenset(region.counted))
 
     def whole(self, nodes: list[fx.Node]) -> dict[fx.Node, Any]:
