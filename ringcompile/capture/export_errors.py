@@ -37,8 +37,9 @@ _ROWS = (
     ),
     _Row(
         _pattern("unhashable type: .*SymInt"),
-        "a cache is asked for a size that may vary, such as a functools.lru_cache for the length",
-        "compute it in each call, or keep it for the largest length and slice it",
+        "a size that may vary is a key: of a cache such as functools.lru_cache, a dict or a set",
+        "compute it in each call, or keep it for the largest length and slice it; compare sizes "
+        "without a set",
     ),
     _Row(
         _pattern("is mutated in the forward method"),

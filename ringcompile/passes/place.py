@@ -243,7 +243,7 @@ class _Placer(Requests):
     def _value(self, node: fx.Node) -> fx.Node:
         """What stands for a node of the model in the new graph."""
         if node in self.windows.pending and node not in self.builder.env:
-            self.builder.env[node] = self._call(node)
+            self.builder.env[node] = self.windows.whole(node) or self._call(node)
         if node not in self.builder.env:
             (writer,) = self.writers[node]
             self.builder.env[node] = writer.leave(node)

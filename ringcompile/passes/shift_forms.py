@@ -63,6 +63,16 @@ class Form:
         """Whether, moved by the offset, there is an entry for each token, from earlier ones."""
         return self.extra == 0 and self.offset >= 0 and self.known >= 0
 
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many tokens in front of its first entry's and behind its last one's have none."""
+        return -self.offset, self.offset - self.extra
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it has an entry for a run of the tokens, and for no others."""
+        return self.extra < 0 and min(self.around) >= 0
+
 
 class UnknownError(Exception):
     """Nothing is known of an op that says which entry belongs to which token.
@@ -130,6 +140,30 @@ def _passed(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form:
     return Form(
         dims.pop(), min(f.offset for f in found), found[0].extra, min(f.known for f in found)
     )
+
+
+def beside(node: fx.Node, forms: Mapping[fx.Node, Form]) -> dict[fx.Node, Form]:
+    """The form of operands that an op pairs entry by entry with a value that has too few of them.
+
+    The image's tokens of a joint attention over text and image are fewer than the sequence; what
+    is added to them or multiplied with them (the residual, rotary angles) belongs to the same ones.
+    Empty where all operands are in `forms`, or where they do not agree on whose the entries are.
+    """
+    rule, given = find_rule(node.target), operands(node)
+    if not isinstance(rule, FactorRule) or target_name(node.target) in _ALONG:
+        return {}
+    names = rule.factors(Call(node)).operands
+    held = [(forms[n], dims[forms[n].dim]) for n, dims in zip(given, names, strict=True)
+            if n in forms]
+    if len({(replace(form, dim=0, reach=0), factor) for form, factor in held}) != 1:
+        return {}
+    form, factor = held[0]
+    if factor is None or not form.is_part:
+        return {}
+    return {
+        n: replace(form, dim=dims.index(factor), reach=0)
+        for n, dims in zip(given, names, strict=True) if n not in forms and factor in dims
+    }
 
 
 def _viewed(node: fx.Node, dim: int) -> int:

@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call, operands, replace_operands, target_name, with_argument
-from ringcompile.ir.expr import spelled
+from ringcompile.ir.expr import simplify, spelled
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import find_rule
+from ringcompile.ir.types import TensorType
 from ringcompile.passes.requests import origin_of
 from ringcompile.passes.shift_forms import front_of, joined, pads_of
 from ringcompile.passes.window_region import TRIM, WindowRegion
@@ -28,15 +29,34 @@ aten = torch.ops.aten
 
 def write(region: WindowRegion) -> fx.Node:
     """The region's last value, laid out as the sequence is."""
+    return _trimmed(region, type_of(region.last), name=region.last.name)
+
+
+def write_part(region: WindowRegion) -> fx.Node:
+    """The region's last value, which is of a run of the tokens, on every rank."""
+    type_, form = type_of(region.last), region.forms[region.last]
+    length = region.windows.sequence.length
+    wide = replace(type_, shape=(*type_.shape[: form.dim], length, *type_.shape[form.dim + 1 :]))
+    x = region.windows.request(_trimmed(region, wide), Layout.whole(len(type_.shape)))
+    first = form.around[0]
+    return region.builder.call(
+        aten.slice.Tensor, (x, form.dim, first, simplify(first + type_.shape[form.dim])), type_,
+        name=region.last.name,
+    )
+
+
+def _trimmed(region: WindowRegion, type_: TensorType, name: str | None = None) -> fx.Node:
+    """The windows of the region's last value without what they have of their neighbours."""
     for node in region.nodes:
-        region.builder.at(node)
-        region.made[node] = _WRITERS.get(target_name(node.target), _same)(region, node)
+        if node not in region.made:
+            region.builder.at(node)
+            region.made[node] = _WRITERS.get(target_name(node.target), _same)(region, node)
     region.builder.at(region.last)
-    form, type_ = region.forms[region.last], type_of(region.last)
-    layout = Layout.whole(len(type_.shape)).with_dim(form.dim, region.windows.rows)
+    dim = region.forms[region.last].dim
+    layout = Layout.whole(len(type_.shape)).with_dim(dim, region.windows.rows)
     out = region.builder.call(
-        TRIM, (region.made[region.last],), type_.with_layout(layout), name=region.last.name,
-        dim=form.dim, before=region.before - form.offset, after=region.after + form.offset,
+        TRIM, (region.made[region.last],), type_.with_layout(layout), name=name,
+        dim=dim, before=region.before - region.offset, after=region.after + region.offset,
         chunks=region.level.chunks_per_rank,
     )
     out.meta["origin"] = origin_of(region.last)

@@ -30,21 +30,27 @@ Reach = tuple[int, int]  # tokens before the chunk and behind it; negative: less
 
 
 class WindowRegion:
-    """Writes a value with an entry for each token, and all that lies between tokens and it."""
+    """Writes a value with an entry for each token, and all that lies between tokens and it.
 
-    def __init__(self, windows: Windows, last: fx.Node) -> None:
+    Args:
+        windows: of the program.
+        last: the value.
+        stays: whether its entries stay at their tokens; otherwise the first is the first token's.
+    """
+
+    def __init__(self, windows: Windows, last: fx.Node, stays: bool = False) -> None:
         self.windows, self.builder, self.last = windows, windows.builder, last
+        self.offset = 0 if stays else windows.forms[last].offset
         self.forms, self.level = windows.forms, windows.level
         self.nodes = _between(last, windows.pending)
         self.reach = self._reaches()
         self.before = max(0, *(before for before, _ in self.reach.values()))
         self.after = max(0, *(after for _, after in self.reach.values()))
-        self.made: dict[fx.Node, fx.Node] = {}
+        self.made = windows.written.setdefault((self.before, self.after), {})
 
     def _reaches(self) -> dict[fx.Node, Reach]:
         """Which tokens around its chunk a rank needs of each value between, and of the first."""
-        offset = self.forms[self.last].offset
-        reach: dict[fx.Node, Reach] = {self.last: (offset, -offset)}
+        reach: dict[fx.Node, Reach] = {self.last: (self.offset, -self.offset)}
         for node in reversed(self.nodes):
             before, after = reach[node]
             for operand in operands(node):
@@ -93,6 +99,9 @@ class WindowRegion:
                 node.target, (list(self.type(node).shape), Call(node)["fill_value"]),
                 self.type(node), dtype=type_of(node).dtype,
             )
+        if self.forms[node].is_part:  # nothing is read of the tokens around
+            x = self.windows.request(x, Layout.whole(len(type_of(x).shape)))
+            x = self.padded(x, dim, *self.forms[node].around)
         x = self.windows.request(x, Layout.whole(len(type_of(x).shape)).with_dim(
             dim, self.windows.rows
         ))

@@ -19,16 +19,17 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from ringcompile.ir.calls import Call, operands, target_name
-from ringcompile.ir.expr import equal, is_symbolic, simplify
+from ringcompile.ir.expr import Size, equal, is_symbolic, simplify
 from ringcompile.ir.layout import Atom, DimLayout, Layout
 from ringcompile.ir.nodes import layout_of, type_of
 from ringcompile.ir.program import Program
+from ringcompile.ir.rules import FactorRule, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.passes.base import Builder
 from ringcompile.passes.requests import origin_of
-from ringcompile.passes.shift_forms import Form, UnknownError, form_of, joined
+from ringcompile.passes.shift_forms import Form, UnknownError, beside, form_of, joined
 from ringcompile.passes.shift_region import MOVES, joined_along
-from ringcompile.passes.window_ops import write
+from ringcompile.passes.window_ops import write, write_part
 from ringcompile.passes.window_region import HALO, TRIM, Reach, WindowRegion
 
 
@@ -43,6 +44,8 @@ class Windows:
         request: a value of that graph in another layout.
         single: names of values that are computed in one layout only.
         pending: how entries of values that are not written yet stand to tokens.
+        forms: the same of all values that windows are made of.
+        written: the windows of values, by how far they reach.
     """
 
     builder: Builder
@@ -52,6 +55,7 @@ class Windows:
     single: frozenset[str]
     pending: dict[fx.Node, Form] = field(default_factory=dict)
     forms: dict[fx.Node, Form] = field(default_factory=dict)
+    written: dict[Reach, dict[fx.Node, fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = tuple(name for name in self.sequence.names if name != "tp")
@@ -74,6 +78,15 @@ class Windows:
         self.builder.env[node] = write(region)
         return True
 
+    def whole(self, node: fx.Node) -> fx.Node | None:
+        """A pending value of a run of the tokens, gathered; None where computing it is cheap."""
+        if not self.pending[node].is_part:
+            return None
+        region = WindowRegion(self, node, stays=True)
+        if region.before or region.after or not any(map(_is_product, region.nodes)):
+            return None
+        return write_part(region)
+
     def _fits(self, region: WindowRegion) -> bool:
         """Whether chunks of a length that is fixed are as long as what neighbours take of them."""
         if is_symbolic(self.sequence.length):
@@ -92,6 +105,8 @@ class Windows:
         entering = {n: self._entering(n) for n in operands(node) if n not in self.pending}
         forms = self.pending | {n: form for n, form in entering.items() if form is not None}
         others = [n for n, form in entering.items() if form is None]
+        entering |= self._beside(node, forms)
+        forms |= {n: form for n, form in entering.items() if form is not None}
         if not all(layout_of(self.value(n)).is_whole for n in others if _is_tensor(n)):
             return None
         if not any(n in forms and self._is_split(n) for n in operands(node)):
@@ -100,10 +115,19 @@ class Windows:
             form = form_of(node, forms, self.sequence.length)
         except UnknownError:
             return None
+        if _is_short(form, self.sequence.length):
+            return None
         self.forms |= {n: forms[n] for n in entering if n in forms}
         source = self.source(node, forms)
         moves = source is not None and (form != replace(forms[source], dim=form.dim))
         return form if continues or moves else None
+
+    def _beside(self, node: fx.Node, forms: dict[fx.Node, Form]) -> dict[fx.Node, Form | None]:
+        """Operands that every rank has whole, of which each takes the entries of its own tokens."""
+        return {
+            n: form for n, form in beside(node, forms).items()
+            if _is_tensor(n) and self.forms.get(n, form) == form
+        }
 
     def _is_split(self, node: fx.Node) -> bool:
         return node in self.pending or not layout_of(self.value(node)).is_whole
@@ -139,6 +163,16 @@ def _joined(node: fx.Node, forms: dict[fx.Node, Form]) -> fx.Node | None:
 def _has_features(node: fx.Node) -> bool:
     """Whether a value is no id, count or flag, which every rank has whole where inputs tell it."""
     return type_of(node).dtype.is_floating_point or type_of(node).dtype.is_complex
+
+
+def _is_product(node: fx.Node) -> bool:
+    rule = find_rule(node.target)
+    return isinstance(rule, FactorRule) and rule.sums
+
+
+def _is_short(form: Form, length: Size) -> bool:
+    """Whether a value has entries for so few of the tokens that others had better be left out."""
+    return isinstance(length, int) and 2 * form.extra < -length
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -143,7 +143,7 @@ def test_a_cache_by_length() -> None:
     with pytest.raises(RingCompileError) as caught:
         capture(Calls(lambda x: x * table(x.shape[1])).eval(), (EXAMPLE,))  # by length
     assert caught.value.message == (
-        "a cache is asked for a size that may vary, such as a functools.lru_cache for the length"
+        "a size that may vary is a key: of a cache such as functools.lru_cache, a dict or a set"
     )
     assert caught.value.location is not None
     assert caught.value.location.text.endswith("# by length")

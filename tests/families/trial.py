@@ -18,7 +18,7 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.expr import SEQUENCE, is_symbolic, symbols_in
+from ringcompile.ir.expr import LOCAL, SEQUENCE, is_symbolic, symbols_in
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
@@ -96,7 +96,7 @@ def try_family(family: Family, seconds: int = 240) -> Trial:
     if not found:
         return Trial(family.name, plain, padding)
     program = found[0].program
-    attention, products = report.attention_of(program), _products(program)
+    attention, products = report.attention_of(program), products_of(program)
     return Trial(
         family.name,
         plain,
@@ -110,12 +110,19 @@ def try_family(family: Family, seconds: int = 240) -> Trial:
     )
 
 
-def _products(program: Program) -> list[TensorType]:
+def products_of(program: Program) -> list[TensorType]:
+    """What matrix products and convolutions give."""
     return [
         type_of(node)
         for node in program.graph.nodes
         if node.op == "call_function" and _op_name(node) in _PRODUCTS
     ]
+
+
+def with_share(type_: TensorType) -> bool:
+    """Whether a rank computes only its share, of tokens in windows too."""
+    sizes = [size for size in type_.shape if is_symbolic(size)]
+    return bool(type_.layout.axes) or any(LOCAL in symbols_in(size) for size in sizes)
 
 
 def _op_name(node: fx.Node) -> str:

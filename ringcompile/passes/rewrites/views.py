@@ -132,6 +132,28 @@ def _from_end(index: Size, size: Size) -> Size:
     return simplify(size + index) if isinstance(index, int) and index < 0 else index
 
 
+def _slice_scatter(builder: Builder, node: fx.Node) -> fx.Node:
+    """A run of a dim replaced, as `x[:, 6:] = y` does: what is around it, and the run, joined."""
+    call, type_ = Call(node), type_of(node)
+    x, src = builder.env[call["self"]], builder.env[call["src"]]
+    dim = call["dim"] % len(type_.shape)
+    size, width = type_.shape[dim], type_of(src).shape[dim]
+    if call["step"] != 1:
+        return builder.copy(node)
+    if same_shape((width,), (size,)):
+        return src
+    start = _from_end(call["start"] or 0, size)
+    end = simplify(start + width)
+    parts = [src]
+    for first, last, at in ((0, start, 0), (end, size, len(parts) + 1)):
+        if not same_shape((first,), (last,)):
+            shape = (*type_.shape[:dim], simplify(last - first), *type_.shape[dim + 1 :])
+            parts.insert(at, builder.call(
+                aten.slice.Tensor, (x, dim, first, last), TensorType.whole(type_.dtype, shape)
+            ))
+    return builder.call(aten.cat.default, (parts, dim), type_, name=node.name)
+
+
 def _narrow(builder: Builder, node: fx.Node) -> fx.Node:
     call, x = Call(node), operand(builder, node)
     start = _from_end(call["start"], type_of(x).shape[call["dim"]])
@@ -203,6 +225,7 @@ VIEWS: dict[str, Rewrite] = {
     "repeat_interleave": _repeat_interleave,
     "slice": _slice,
     "narrow": _narrow,
+    "slice_scatter": _slice_scatter,
     **dict.fromkeys(["split", "split_with_sizes", "chunk", "unbind", "tensor_split"], _pieces),
     "cat": _cat,
     "getitem": _getitem,

@@ -1,0 +1,76 @@
+"""Joint attention over text and image tokens: a rank computes its image tokens and no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ringcompile.capture.export import capture
+from ringcompile.compiler import transform
+from ringcompile.dump import report
+from ringcompile.ir.program import Program
+from tests.families.trial import products_of, with_share
+from tests.joint import DIM, JointModel
+from tests.support import difference, run, some_fast
+
+CAPTURED, LENGTH, TEXT = 12, 17, 5
+SPECS = ("ring=4", "ulysses=2", "ring=2,ulysses=2", "tp=2", "ring=2,tp=2", "dp=2,ring=2",
+         "pp=2,ring=2", "ring=2,tile=2", "time=2")
+
+
+def inputs(image: int, rotary: str, masked: bool) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(image)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    made = {
+        "image": normal(2, image, 4), "text": normal(2, TEXT, DIM), "step": normal(2, DIM),
+        "angles": normal(image if rotary == "image" else image + TEXT, 2),
+    }
+    if masked:
+        made["mask"] = torch.ones(2, TEXT)
+        made["mask"][1, 3:] = 0
+    return made
+
+
+def program(model: nn.Module, fixed: bool, given: dict[str, torch.Tensor]) -> Program:
+    dims = {name: {0: "batch"} for name in given if name != "angles"}
+    if not fixed:
+        dims["image"][1] = "sequence"
+    dims["angles"] = {} if fixed else {0: "sequence"}
+    return capture(model, (), given, dims=dims)
+
+
+@torch.no_grad()
+def check(spec: str, fixed: bool, image_first: bool, masked: bool) -> None:
+    torch.manual_seed(0)
+    rotary = "joint" if fixed and masked else "image"
+    model = JointModel(image_first=image_first, rotary=rotary).double().eval()
+    there = inputs(LENGTH, rotary, masked)
+    here = there if fixed else inputs(CAPTURED, rotary, masked)
+    parallel = transform(program(model, fixed, here), spec)
+    assert difference(run(parallel, there).outputs, model(**there)) < 1e-12
+    if "ring" not in spec and "ulysses" not in spec:
+        return
+    # All that the second block and what is behind it compute for image tokens, and no text's.
+    own = [type_ for type_ in products_of(parallel.program) if with_share(type_)]
+    assert len(own) >= 9
+    # Attention's text rows of each block, and the result.
+    assert len(report.gathers_of(parallel.program)) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "fixed", "image_first", "masked"),
+    some_fast(
+        SPECS, (False, True), (False, True), (False, True),
+        fast=lambda spec, fixed, first, masked: (
+            spec == "ring=2,ulysses=2" and fixed == first == masked
+        ),
+    ),
+)
+def test_ranks_compute_their_image_tokens(
+    spec: str, fixed: bool, image_first: bool, masked: bool
+) -> None:
+    check(spec, fixed, image_first, masked)
