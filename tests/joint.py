@@ -64,7 +64,7 @@ class JointBlock(nn.Module):
 
 
 class JointModel(nn.Module):
-    """Blocks with two streams, then one over the tokens of both; the image's tokens are returned."""
+    """Blocks with two streams, then one over the tokens of both; gives the image's tokens."""
 
     def __init__(self, layers: int = 2, single: bool = True, **how) -> None:
         super().__init__()

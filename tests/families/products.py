@@ -151,8 +151,8 @@ def _cell(outcome: Outcome | None, notes: list[str]) -> str:
 
 
 def with_chapter(page: str, record: Record) -> str:
-    """The page with this chapter at its end."""
-    return page.partition(table.PRODUCTS)[0].rstrip("\n") + "\n\n" + chapter(record)
+    """The page with this chapter in its place, behind those of families."""
+    return table.with_chapter(page, table.PRODUCTS, chapter(record))
 
 
 @click.command()

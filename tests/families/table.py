@@ -22,7 +22,7 @@ from tests.families.trial import (
 )
 from tests.support import TOLERANCE
 
-# Where the chapter begins that products.py writes, which is the last one.
+# Where the chapter begins that products.py writes: this module's are all in front of it.
 PRODUCTS = "## Under products of axes\n"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _HEADER = ("family", "class", "attention", "positions", "masks found", "split", "gathers",
@@ -128,6 +128,13 @@ def updated(text: str, trials: Mapping[str, Trial]) -> str:
         worst[next(kinds, MATCHED)] += 1
     made = _SUMMARY.sub(summary_of(worst), "\n".join(lines), count=1) + "\n"
     return f"{made}\n{begin}{rest}" if begin else made
+
+
+def with_chapter(page: str, title: str, chapter: str) -> str:
+    """The page with a chapter of another module in its place, or at the end; others stay."""
+    before, _, own = page.partition(title)
+    _, behind, others = own.partition("\n## ")
+    return before.rstrip("\n") + "\n\n" + chapter + behind + others
 
 
 def summary(trials: Mapping[str, Trial]) -> str:

@@ -12,29 +12,23 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.expr import LOCAL, SEQUENCE, is_symbolic, symbols_in
-from ringcompile.ir.nodes import type_of
+from ringcompile.ir.expr import SEQUENCE, is_symbolic, symbols_in
 from ringcompile.ir.program import Program
-from ringcompile.ir.types import TensorType
 from ringcompile.parallel_program import ParallelProgram
 from tests.families.family import Family
+from tests.shares import products_of
 from tests.support import TOLERANCE, run
 
 SPEC = "ring=4"
 # Captured at one length and run at another, which does not divide over the ranks.
 CAPTURED, LENGTH = 24, 27
 PADDED = 5
-# Ops that multiply weights with activations, or activations with one another.
-_PRODUCTS = frozenset({
-    "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "einsum", "expert_linear",
-    "linear", "matmul", "mm",
-})
 MATCHED, REFUSED, WRONG, CRASHED = "matched", "refused", "wrong", "crashed"
 
 
@@ -108,26 +102,6 @@ def try_family(family: Family, seconds: int = 240) -> Trial:
         products=len(products),
         split=sum(bool(type_.layout.axes) for type_ in products),
     )
-
-
-def products_of(program: Program) -> list[TensorType]:
-    """What matrix products and convolutions give."""
-    return [
-        type_of(node)
-        for node in program.graph.nodes
-        if node.op == "call_function" and _op_name(node) in _PRODUCTS
-    ]
-
-
-def with_share(type_: TensorType) -> bool:
-    """Whether a rank computes only its share, of tokens in windows too."""
-    sizes = [size for size in type_.shape if is_symbolic(size)]
-    return bool(type_.layout.axes) or any(LOCAL in symbols_in(size) for size in sizes)
-
-
-def _op_name(node: fx.Node) -> str:
-    """`linear` for `aten.linear.default`."""
-    return str(node.target).partition(".")[2].partition(".")[0]
 
 
 def _counted(names: list[str]) -> tuple[tuple[str, int], ...]:

@@ -10,8 +10,8 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.dump import report
 from ringcompile.ir.program import Program
-from tests.families.trial import products_of, with_share
 from tests.joint import DIM, JointModel
+from tests.shares import products_of, with_share
 from tests.support import difference, run, some_fast
 
 CAPTURED, LENGTH, TEXT = 12, 17, 5
