@@ -29,7 +29,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.serialize import inputs_to_json
 from ringcompile.mesh import Mesh
 
-VERSION = 2
+VERSION = 3
 PROGRAM = "program.json"
 # What the names of the programs for the next tokens of a sequence begin with, and of those that
 # take in a prompt.

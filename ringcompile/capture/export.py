@@ -19,6 +19,7 @@ from torch.export import ExportedProgram, export
 
 from ringcompile.capture import huggingface
 from ringcompile.capture.alike import same_for_one_sequence
+from ringcompile.capture.associative_scan import read_as_scans
 from ringcompile.capture.decompose import known_ops_only
 from ringcompile.capture.dims import BATCH, SEQUENCE, Dims, Example, read_example, widened
 from ringcompile.capture.export_errors import explained
@@ -31,7 +32,7 @@ from ringcompile.capture.math_of_sizes import math_of_sizes
 from ringcompile.capture.regions import written_out
 from ringcompile.capture.same_as_eager import NOT_COMPARED, compare, has_data
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
-from ringcompile.capture.source_lines import all_frames
+from ringcompile.capture.source_lines import all_frames, location_of_error
 from ringcompile.capture.specialised import Lines, specialised
 from ringcompile.capture.surroundings import (
     only_what_is_read,
@@ -287,7 +288,7 @@ def _export(call: FlatCall, example: Example) -> ExportedProgram:
     shapes = {leaf.name: leaf.dynamic for leaf in example.leaves}
     with (
         _tracing(), unchanged(call.model), without_casts_of_modules(), only_what_is_read(),
-        all_frames(), read_as_attention(), without_looks_at_masks(),
+        all_frames(), read_as_attention(), read_as_scans(), without_looks_at_masks(),
     ):
         return export(call, tensors, dynamic_shapes=shapes, strict=False)
 
@@ -304,7 +305,8 @@ def _tracing() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"torch\.")  # of torch's own making
             warnings.simplefilter("ignore", FutureWarning)
             yield
-    except RingCompileError:
+    except RingCompileError as error:
+        error.location = error.location or location_of_error(error)
         raise
     except Exception as error:  # torch.export raises many kinds; each becomes one of ours
         raise explained(error) from error

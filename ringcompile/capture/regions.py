@@ -30,8 +30,7 @@ REFUSED = {
     "cond": ("torch.cond", "compute both branches and choose with torch.where"),
     "while_loop": ("while_loop", "write a Python loop with a fixed number of steps"),
     "map_impl": ("map", "apply the function to the whole tensor, or use torch.vmap"),
-    "scan": ("scan", "write a Python loop with a fixed number of steps, or use torch.cumsum"),
-    "associative_scan": ("associative_scan", "use torch.cumsum, or a Python loop"),
+    "scan": ("scan", "use torch.cumsum or associative_scan"),
 }  # fmt: skip
 _GENERIC_HINT = "write this part with ordinary tensor operations"
 

@@ -23,6 +23,7 @@ _OURS = {
         "cached_attention": "cached_attention", "attend_merge": "attend_merge", "merge": "merge",
         "finish": "finish", "pack": "join", "route": "sort", "store": "stream",
         "merge_states": "stream", "pack_state": "join", "running_sum": "scan",
+        "running_recurrence": "recurrence",
         "recent": "join",
     }.items()
 }

@@ -349,6 +349,14 @@ def _running_sum(work: Work) -> list[Kernel]:
             _kernel("strided", [out], [out])]
 
 
+def _recurrence(work: Work) -> list[Kernel]:
+    """Blocks of 32 entries in five doublings, each of which reads and writes both operands."""
+    factor, term = work.operands[:2]
+    return [_kernel("stream", [factor, term], [factor, term])] * 5 + [
+        _kernel("stream", [factor, term], [term])
+    ]
+
+
 def _sorted(work: Work) -> list[Kernel]:
     """Radix sort: about four passes over keys and indices."""
     source = work.operands[0]
@@ -377,6 +385,7 @@ ROWS: dict[str, Callable[[Work], list[Kernel]]] = {
     "index_put": _index_put,
     "join": _joined,
     "scan": _running_sum,
+    "recurrence": _recurrence,
     "sort": _sorted,
     "matmul": _matmul,
     "grouped_matmul": _grouped,

@@ -13,6 +13,7 @@ from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, cached, schemas
 from ringcompile.ops.experts import expert_linear, route
+from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import positions, trim, window_positions
 
 
@@ -74,7 +75,9 @@ BODIES: dict[str, Callable[..., Any]] = {
     "pack_state": cached.pack_state,
     "merge_states": cached.merge_states,
     "running_sum": cached.running_sum,
+    "running_recurrence": cached.running_recurrence,
     "recent": cached.recent,
+    "recurrence": recurrence,
 }
 
 # Ops that make tensors out of nothing and so must be told the device.

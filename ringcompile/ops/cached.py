@@ -12,7 +12,7 @@ import torch
 from ringcompile.ops import kernels
 from ringcompile.ops.attention import State, combine
 from ringcompile.ops.blocks import Band
-from ringcompile.ops.running import BY_NAME
+from ringcompile.ops.running import BY_NAME, recurrence
 
 
 def store(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -122,6 +122,30 @@ def running_sum(
     total = kind.combine(kind.scan(x, dim, **kind.dtype(dtype)), before)
     sums.index_copy_(dim, positions + 1, total)
     return total
+
+
+def running_recurrence(
+    factor: torch.Tensor, term: torch.Tensor, kept: torch.Tensor, positions: torch.Tensor, *,
+    dim: int,
+) -> torch.Tensor:
+    """The linear recurrence of the new tokens, begun from the state that the ones before left.
+
+    Args:
+        factor: [.., S, ..], of the new tokens.
+        term: likewise.
+        kept: [.., size, ..], the state behind position p at p modulo `size`; written in place.
+        positions: int64 [S], of the new tokens, rising by one.
+        dim: the dim with the tokens.
+    """
+    size, first = kept.shape[dim], positions[:1]
+    before = kept.index_select(dim, (first - 1) % size)
+    before = before.masked_fill(first.view(*[1] * term.dim()) == 0, 0.0)
+    states = recurrence(factor, term, dim=dim) + factor.cumprod(dim) * before
+    last = min(term.shape[dim], size)
+    kept.index_copy_(
+        dim, positions[-last:] % size, states.narrow(dim, term.shape[dim] - last, last)
+    )
+    return states
 
 
 def recent(

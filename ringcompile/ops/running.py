@@ -1,6 +1,7 @@
 """Scans along a dim: what each is over a whole chunk, and how what came before goes into it.
 
-A scan goes on from chunk to chunk by one number for each: what the chunk comes to in all. The
+A scan goes on from chunk to chunk by what the chunk comes to in all: one number for each of its
+columns, and for a linear recurrence two, the product of its factors and its last state. The
 operation is associative, so those of the chunks before it may be put together first.
 """
 
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 aten = torch.ops.aten
+# Entries of a recurrence that are computed side by side.
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,51 @@ SCANS = {str(kind.scan): kind for kind in _ALL}
 BY_NAME = {kind.name: kind for kind in _ALL}
 
 
+# Ops that go along a dim from its first entry, and may go on from chunk to chunk.
+ALONG = frozenset({*SCANS, "ringcompile.recurrence.default"})
+
+
 def is_scan(node: fx.Node) -> bool:
-    """Whether a call is one of these scans."""
-    return str(node.target) in SCANS
+    """Whether a call goes along a dim from its first entry."""
+    return str(node.target) in ALONG
+
+
+def recurrence(factor: torch.Tensor, term: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """y[t] = factor[t] * y[t - 1] + term[t] along a dim, with 0 before the first entry.
+
+    Blocks of entries are computed side by side from 0; what each comes to is a recurrence again,
+    over blocks, and gives what each starts from (Blelloch, "Prefix sums and their applications").
+
+    Args:
+        factor: [.., S, ..].
+        term: of the same shape and dtype.
+        dim: the dim with the entries.
+    """
+    size, dim = term.shape[dim], dim % term.dim()
+    if size <= _BLOCK:
+        return _side_by_side(factor, term, dim)[1]
+    missing = [0, 0] * (term.dim() - dim - 1) + [0, -size % _BLOCK]
+    factor, term = (
+        F.pad(x, missing, value=fill).unflatten(dim, (-1, _BLOCK))
+        for x, fill in ((factor, 1.0), (term, 0.0))
+    )
+    product, state = _side_by_side(factor, term, dim + 1)
+    last = [x.select(dim + 1, -1) for x in (product, state)]
+    after = recurrence(*last, dim=dim)
+    before = F.pad(after, [0, 0] * (after.dim() - dim - 1) + [1, -1])
+    return (state + product * before.unsqueeze(dim + 1)).flatten(dim, dim + 1).narrow(dim, 0, size)
+
+
+def _side_by_side(
+    factor: torch.Tensor, term: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The products of factors and the states up to each entry, by doubling what is looked back."""
+    size, step = term.shape[dim], 1
+    while step < size:
+        rest = size - step
+        head, tail = factor.narrow(dim, 0, rest), factor.narrow(dim, step, rest)
+        sums = term.narrow(dim, step, rest) + tail * term.narrow(dim, 0, rest)
+        term = torch.cat([term.narrow(dim, 0, step), sums], dim)
+        factor = torch.cat([factor.narrow(dim, 0, step), head * tail], dim)
+        step *= 2
+    return factor, term

@@ -70,6 +70,10 @@ SCHEMAS = {
         "(Tensor x, Tensor(a!) sums, Tensor positions, *, int dim, ScalarType? dtype=None, "
         'str by="sum") -> Tensor'
     ),
+    "recurrence": "(Tensor factor, Tensor term, *, int dim) -> Tensor",
+    "running_recurrence": (
+        "(Tensor factor, Tensor term, Tensor(a!) kept, Tensor positions, *, int dim) -> Tensor"
+    ),
     "recent": (
         "(Tensor x, Tensor(a!) kept, Tensor positions, *, int dim, int before) -> Tensor"
     ),
@@ -113,6 +117,9 @@ torch.library.register_fake(
     f"{NAMESPACE}::tokenwise", lambda x, *, region, leaves: torch.empty_like(x), lib=_library
 )
 torch.library.register_fake(f"{NAMESPACE}::attention", _attention_shape, lib=_library)
+torch.library.register_fake(
+    f"{NAMESPACE}::recurrence", lambda factor, term, *, dim: torch.empty_like(term), lib=_library
+)
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_shape, lib=_library)
 
 # The ops that move data between ranks; everything else is local.

@@ -23,7 +23,8 @@ _HINT = "leave the cache out (--cache), or compute it from the tokens before eac
 # Entry t of the result depends on entries up to t.
 _PREFIX = frozenset({
     "aten.cumsum.default", "aten.cumprod.default", "aten.cummax.default", "aten.cummin.default",
-    "aten.logcumsumexp.default", "aten.tril.default", "aten.triu.default",
+    "aten.logcumsumexp.default", "ringcompile.recurrence.default", "aten.tril.default",
+    "aten.triu.default",
 })
 # Arguments that say where values end, not what they are.
 _ENDS = {"aten.arange.start_step": "end", "aten.slice.Tensor": "end"}

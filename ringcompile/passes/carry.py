@@ -9,6 +9,7 @@ the chunks before it is state that a rank keeps between calls:
     r = redistribute(t)        [s/time]   ->  r = index_select(t, 0, positions)
     o = attention(q, k, v)     k [s/time] ->  k, v = store(k), store(v);  o = cached_attention(q)
     y = cumsum(x, 1)           [s/time]   ->  y = running_sum(x, sums)
+    h = recurrence(a, b)       [s/time]   ->  h = running_recurrence(a, b, kept)
     y = conv1d(pad(x), w)      [s]        ->  y = conv1d(recent(x, kept), w)
     m = redistribute(x)        [s]            is refused: a token that comes later would change it
 
@@ -39,8 +40,9 @@ from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
-from ringcompile.ops.running import SCANS
+from ringcompile.ops.running import ALONG, SCANS
 from ringcompile.ops.schemas import op
+from ringcompile.ops.slots import BLOCK
 from ringcompile.passes.base import Pass, refuse
 from ringcompile.passes.carried_dims import check_call, is_last, is_positions
 from ringcompile.passes.carry_attention import AttentionWriter, check_fixed_keys, splits_of
@@ -118,6 +120,7 @@ class _Carrier:
             mesh=self.mesh,
             sequence=SequenceSplit((), "contiguous", NEW),
             length_range=(1, self.into.capacity),
+            microbatches=1,  # a cache holds all sequences of a replica
         )
 
     def _write(self, node: fx.Node) -> None:
@@ -257,13 +260,18 @@ class _Carrier:
         if len(type_.layout.dims[dim]) > 1:
             raise error_at(node, "a prefix sum runs over the tokens of several sequences",
                            hint="sum along the tokens of each sequence")
-        new = self.into.type(type_)
-        shape = (*new.shape[:dim], self.into.capacity + 1, *new.shape[dim + 1 :])
-        sums = self.into.keep(
-            f"cached_{node.name}", "sums", TensorType(new.dtype, shape, new.layout)
-        )
+        new, name = self.into.type(type_), f"cached_{node.name}"
+        entering = [self.builder.env[operand] for operand in call.operands]
+        if node.target is op("recurrence"):
+            # States may be large: of the last tokens only, so far as `rewind` may go back.
+            kept = self.into.keep(name, "recent", _grown(new, dim, BLOCK + 1))
+            return self.builder.call(
+                op("running_recurrence"), (*entering, kept, self.into.positions), new,
+                name=node.name, dim=dim,
+            )
+        sums = self.into.keep(name, "sums", _grown(new, dim, self.into.capacity + 1))
         return self.builder.call(
-            op("running_sum"), (self.builder.env[call["self"]], sums, self.into.positions), new,
+            op("running_sum"), (*entering, sums, self.into.positions), new,
             name=node.name, dim=dim, dtype=new.dtype, by=SCANS[target_name(node.target)].name,
         )
 
@@ -273,6 +281,12 @@ class _Carrier:
             return self.attention.write(node)
         check_fixed_keys(node, split)
         return self._call(node)
+
+
+def _grown(type_: TensorType, dim: int, size: int) -> TensorType:
+    """The type with another number of entries along a dim."""
+    shape = (*type_.shape[:dim], size, *type_.shape[dim + 1 :])
+    return TensorType(type_.dtype, shape, type_.layout)
 
 
 def _check_length(program: Program, capacity: int) -> None:
@@ -305,7 +319,7 @@ def _needs_all(node: fx.Node) -> RingCompileError:
 
 _STEPS = {
     "aten.arange.start_step": _Carrier._arange,
-    **dict.fromkeys(SCANS, _Carrier._scan),
+    **dict.fromkeys(ALONG, _Carrier._scan),
     "aten.select.int": _Carrier._select,
     "ringcompile.redistribute.default": _Carrier._redistribute,
     "ringcompile.attention.default": _Carrier._attention,

@@ -79,6 +79,7 @@ class Keep(Pass):
         return program.with_graph(
             placeholders_first(builder.graph), state=state,
             output_structure=Structure("tuple"),
+            microbatches=1,
         )
 
 

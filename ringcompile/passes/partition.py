@@ -22,14 +22,14 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, local_size, state_type
-from ringcompile.ops.running import SCANS
+from ringcompile.ops.running import ALONG, SCANS
 from ringcompile.ops.schemas import op
 from ringcompile.passes.attention_rows import ATTENTION_OPERANDS
 from ringcompile.passes.base import Builder, Pass, refuse
 from ringcompile.passes.head_exchange import HeadExchange
 from ringcompile.passes.ranges import range_at
 from ringcompile.passes.redistribute import Mover
-from ringcompile.passes.scan import Scan
+from ringcompile.passes.scan import Chunks, write_recurrence, write_scan
 
 aten = torch.ops.aten
 
@@ -106,11 +106,13 @@ class _Partitioner:
         dim = call["dim"] % len(type_.shape)
         if not type_.layout.dims[dim]:
             return self.builder.copy(node)
-        assert any(atom.sequence for atom in type_.layout.dims[dim]), f"%{node.name} sums features"
-        scan = SCANS[target_name(node.target)]
-        return Scan(scan, self.builder, self.sequence, self._shape).write(
-            self.builder.env[call["self"]], dim, type_
-        )
+        atoms = type_.layout.dims[dim]
+        assert any(atom.sequence for atom in atoms), f"%{node.name} sums features"
+        chunks = Chunks(self.builder, self.sequence, self._shape, dim, atoms)
+        first, *others = (self.builder.env[operand] for operand in call.operands)
+        if node.target is op("recurrence"):
+            return write_recurrence(chunks, first, others[0], type_)
+        return write_scan(chunks, SCANS[target_name(node.target)], first, type_)
 
     def _redistribute(self, node: fx.Node) -> fx.Node:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -208,7 +210,7 @@ def _with_mask_kind(new: fx.Node, node: fx.Node) -> fx.Node:
 
 _STEPS = {
     "aten.embedding.default": _Partitioner._embedding,
-    **dict.fromkeys(SCANS, _Partitioner._scan),
+    **dict.fromkeys(ALONG, _Partitioner._scan),
     "aten.arange.start_step": _Partitioner._arange,
     "ringcompile.redistribute.default": _Partitioner._redistribute,
     "ringcompile.attention.default": _Partitioner._attention,

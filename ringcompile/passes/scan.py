@@ -6,15 +6,16 @@ total of all chunks before it in the sequence (Blelloch, "Prefix sums and their 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from ringcompile.ir.expr import product
-from ringcompile.ir.layout import WHOLE, Atom, Layout
+from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.ops.running import Running
@@ -25,80 +26,54 @@ aten = torch.ops.aten
 
 
 @dataclass
-class Scan:
-    """Writes the nodes of one scan: of sums, products, or logarithms of sums.
+class Chunks:
+    """What every scan does with its operands: takes chunks apart, hides padding, exchanges totals.
 
     Attributes:
-        kind: what is computed.
         builder: the graph that is written.
         sequence: how the dim is divided.
         shape: the argument that spells out a type's local shape.
+        dim: the dim scanned along.
+        atoms: its layout, (before, s/ring, behind), of which the outer ones may be missing.
     """
 
-    kind: Running
     builder: Builder
     sequence: SequenceSplit
     shape: Callable[[TensorType], list[Any]]
+    dim: int
+    atoms: DimLayout
 
-    def write(self, x: fx.Node, dim: int, type_: TensorType) -> fx.Node:
-        """The scan of x along `dim`, whose split atom may stand between whole ones.
+    def __post_init__(self) -> None:
+        where = next(i for i, atom in enumerate(self.atoms) if atom.axes)
+        axes = self.atoms[where].axes
+        if axes != self.sequence.names:
+            self.sequence = self.sequence.level(axes)
+        self.before = product(atom.size for atom in self.atoms[:where])
+        self.behind = product(atom.size for atom in self.atoms[where + 1 :])
 
-        Args:
-            x: one rank's share, [.., before * n * behind, ..].
-            dim: the dim scanned along.
-            type_: of the result; `dim` is laid out as (before, s/ring, behind).
-        """
-        atoms = type_.layout.dims[dim]
-        if any(atom.sequence and atom.axes != self.sequence.names for atom in atoms):
-            split = next(atom for atom in atoms if atom.sequence)
-            level = replace(self, sequence=self.sequence.level(split.axes))
-            return level.write(x, dim, type_)
-        where = next(i for i, atom in enumerate(atoms) if atom.axes)
-        before = product(atom.size for atom in atoms[:where])
-        behind = product(atom.size for atom in atoms[where + 1 :])
-        run = product([self.sequence.chunk, behind])  # a run of entries that lie side by side
+    def opened(self, x: fx.Node) -> fx.Node:
+        """A share with `dim` taken apart into (before, chunks/ring, run of a chunk's entries)."""
+        run = product([self.sequence.chunk, self.behind])
+        return self.reshape(x, self._opened(type_of(x), run))
 
-        source = type_of(x)
-        rows = self._reshape(x, self._opened(source, dim, before, (run,)))
-        dtype = type_.dtype
-        scanned = self._scanned(rows, dim + 2, dtype)
-        total = self._totals(rows, dim, dtype, behind)
-        start = self._starts(total, dim, before)
-        made = self._call(self.kind.combine, (scanned, start), dtype, scanned)
-        return self._reshape(made, type_)
-
-    def _scanned(self, x: fx.Node, dim: int, dtype: torch.dtype) -> fx.Node:
-        return self._call(self.kind.scan, (x, dim), dtype, x, **self.kind.dtype(dtype))
-
-    def _opened(
-        self, type_: TensorType, dim: int, before: Any, inner: tuple[Any, ...]
-    ) -> TensorType:
-        """The type with `dim` taken apart into (before, chunks/ring, *inner)."""
-        chunks = self.sequence.num_chunks
+    def _opened(self, type_: TensorType, *inner: Any) -> TensorType:
+        dim, chunks = self.dim, self.sequence.num_chunks
         split = (Atom(chunks, self.sequence.names, sequence=True),)
-        shape = (*type_.shape[:dim], before, chunks, *inner, *type_.shape[dim + 1 :])
+        shape = (*type_.shape[:dim], self.before, chunks, *inner, *type_.shape[dim + 1 :])
         dims = (
             *type_.layout.dims[:dim], WHOLE, split, *(WHOLE,) * len(inner),
             *type_.layout.dims[dim + 1 :],
         )
         return TensorType(type_.dtype, shape, Layout(dims))
 
-    def _totals(self, rows: fx.Node, dim: int, dtype: torch.dtype, behind: Any) -> fx.Node:
-        """What every chunk of this rank comes to without padding, with a size-1 dim for it."""
-        padding = self._padding(len(type_of(rows).shape) - dim - 3, behind)
-        kept = self._call(
-            aten.masked_fill.Scalar, (rows, padding, self.kind.identity), type_of(rows).dtype, rows,
-            why="without padding",
-        )
-        summed = type_of(rows)
-        shape = (*summed.shape[: dim + 2], 1, *summed.shape[dim + 3 :])
-        return self.builder.call(
-            self.kind.total, (kept, *self.kind.over(dim + 2)),
-            TensorType(dtype, shape, summed.layout), why="total of each chunk",
-            **self.kind.dtype(dtype),
+    def without_padding(self, rows: fx.Node, fill: float) -> fx.Node:
+        """Rows that `opened` gave, with this number where an entry is no token."""
+        padding = self._padding(len(type_of(rows).shape) - self.dim - 3)
+        return self.call(
+            aten.masked_fill.Scalar, (rows, padding, fill), rows, why="without padding"
         )
 
-    def _padding(self, trailing: int, behind: Any) -> fx.Node:
+    def _padding(self, trailing: int) -> fx.Node:
         """Bool [chunks/ring, run, 1, ...]: whether an entry is padding, not a token."""
         sequence = self.sequence
         chunk = sequence.chunk
@@ -112,53 +87,129 @@ class Scan:
         layout = Layout.split(2, 0, sequence.num_chunks, sequence.names, sequence=True)
         places = TensorType(torch.int64, (sequence.num_chunks, chunk), layout)
         place = self.builder.call(aten.stack.default, (runs,), places)
-        here = self._call(aten.ge.Scalar, (place, sequence.length), torch.bool, place)
+        here = self.call(aten.ge.Scalar, (place, sequence.length), place, torch.bool)
         open_ = TensorType(
             torch.bool, (*places.shape, 1), Layout((*layout.dims, WHOLE))
         )
-        grown = TensorType(torch.bool, (*places.shape, behind), open_.layout)
+        grown = TensorType(torch.bool, (*places.shape, self.behind), open_.layout)
         wide = self.builder.call(
-            aten.expand.default, (self._reshape(here, open_), self.shape(grown)), grown
+            aten.expand.default, (self.reshape(here, open_), self.shape(grown)), grown
         )
-        shape = (sequence.num_chunks, product([chunk, behind]), *(1,) * trailing)
+        shape = (sequence.num_chunks, product([chunk, self.behind]), *(1,) * trailing)
         dims = (layout.dims[0], *(WHOLE,) * (1 + trailing))
-        return self._reshape(wide, TensorType(torch.bool, shape, Layout(dims)))
+        return self.reshape(wide, TensorType(torch.bool, shape, Layout(dims)))
 
-    def _starts(self, total: fx.Node, dim: int, before: Any) -> fx.Node:
-        """For each chunk of this rank, the total of all chunks before it, rows before included."""
-        sequence, own = self.sequence, type_of(total)
-        chunks = sequence.num_chunks
-        everywhere = Layout(
-            (*own.layout.dims[: dim + 1], WHOLE, *own.layout.dims[dim + 2 :])
-        )
+    def everywhere(self, total: fx.Node) -> fx.Node:
+        """Totals [.., before, chunks/ring, 1, ..] of all ranks, in order.
+
+        They are [.., before * chunks, 1, ..] then.
+        """
+        dim, chunks, own = self.dim, self.sequence.num_chunks, type_of(total)
         whole = self.builder.call(
-            op("gather"), (total,), own.with_layout(everywhere), dim=dim + 1,
-            axis=sequence.axis, limit=chunks, why="totals of all ranks",
+            op("gather"), (total,), own.with_layout(self._whole(own)), dim=dim + 1,
+            axis=self.sequence.axis, limit=chunks, why="totals of all ranks",
         )
-        flat_shape = (*own.shape[:dim], product([before, chunks]), *own.shape[dim + 2 :])
-        flat_dims = (*everywhere.dims[:dim], WHOLE, *everywhere.dims[dim + 2 :])
-        flat = self._reshape(whole, TensorType(own.dtype, flat_shape, Layout(flat_dims)))
-        up_to = self._scanned(flat, dim, own.dtype)
+        shape = (*own.shape[:dim], product([self.before, chunks]), *own.shape[dim + 2 :])
+        dims = (*own.layout.dims[:dim], WHOLE, *own.layout.dims[dim + 2 :])
+        return self.reshape(whole, TensorType(own.dtype, shape, Layout(dims)))
+
+    def starts(self, up_to: fx.Node, total: fx.Node, identity: float) -> fx.Node:
+        """For each chunk of this rank, what all chunks before it come to, rows before included.
+
+        Args:
+            up_to: what all totals up to each chunk come to, in the order of `everywhere`.
+            total: of this rank's chunks; of the same type as the result.
+            identity: where nothing is before.
+        """
+        own, chunks = type_of(total), self.sequence.num_chunks
         # Moved on by one, not less its own total: that would leave nothing of inf, little of 1e9.
-        by_one = [0, 0] * (len(flat_shape) - dim - 1) + [1, -1]
-        before_it = self._call(
-            aten.constant_pad_nd.default, (up_to, by_one, self.kind.identity), own.dtype, flat
-        )
-        opened = self._reshape(before_it, own.with_layout(everywhere))
-        layout = Layout.split(1, 0, chunks, sequence.names, sequence=True)
+        by_one = [0, 0] * (len(type_of(up_to).shape) - self.dim - 1) + [1, -1]
+        before_it = self.call(aten.constant_pad_nd.default, (up_to, by_one, identity), up_to)
+        opened = self.reshape(before_it, own.with_layout(self._whole(own)))
+        layout = Layout.split(1, 0, chunks, self.sequence.names, sequence=True)
         held = self.builder.call(
-            op("positions"), (list(sequence.own_chunks()),),
+            op("positions"), (list(self.sequence.own_chunks()),),
             TensorType(torch.int64, (chunks,), layout),
             chunk=1, limit=chunks, why="this rank's chunks",
         )
-        return self.builder.call(aten.index_select.default, (opened, dim + 1, held), own)
+        return self.builder.call(aten.index_select.default, (opened, self.dim + 1, held), own)
 
-    def _reshape(self, x: fx.Node, type_: TensorType) -> fx.Node:
+    def _whole(self, own: TensorType) -> Layout:
+        return own.layout.with_dim(self.dim + 1, WHOLE)
+
+    def reshape(self, x: fx.Node, type_: TensorType) -> fx.Node:
+        """A share in another shape."""
         return self.builder.call(aten.reshape.default, (x, self.shape(type_)), type_)
 
-    def _call(
-        self, target: Any, args: tuple[Any, ...], result: torch.dtype, like: fx.Node, **kwargs: Any
+    def call(
+        self, target: Any, args: tuple[Any, ...], like: fx.Node, result: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> fx.Node:
-        """An op whose result has the shape and layout of `like`."""
-        type_ = TensorType(result, type_of(like).shape, type_of(like).layout)
-        return self.builder.call(target, args, type_, **kwargs)
+        """An op whose result has the shape and layout of `like`, and its dtype unless told."""
+        type_ = type_of(like)
+        made = TensorType(result or type_.dtype, type_.shape, type_.layout)
+        return self.builder.call(target, args, made, **kwargs)
+
+
+def write_scan(chunks: Chunks, kind: Running, x: fx.Node, type_: TensorType) -> fx.Node:
+    """The scan of one rank's share x along a split dim: of sums, products, logarithms of sums.
+
+    Args:
+        chunks: how the dim is divided.
+        kind: what is computed.
+        x: [.., before * n * behind, ..].
+        type_: of the result.
+    """
+    dim, dtype = chunks.dim, type_.dtype
+    typed = kind.dtype(dtype)
+    rows = chunks.opened(x)
+    scanned = chunks.call(kind.scan, (rows, dim + 2), rows, dtype, **typed)
+    kept = chunks.without_padding(rows, kind.identity)
+    one = _one_a_chunk(chunks, kept, dtype)
+    total = chunks.builder.call(
+        kind.total, (kept, *kind.over(dim + 2)), one, why="total of each chunk", **typed
+    )
+    flat = chunks.everywhere(total)
+    up_to = chunks.call(kind.scan, (flat, dim), flat, **typed)
+    start = chunks.starts(up_to, total, kind.identity)
+    return chunks.reshape(chunks.call(kind.combine, (scanned, start), scanned), type_)
+
+
+def write_recurrence(
+    chunks: Chunks, factor: fx.Node, term: fx.Node, type_: TensorType
+) -> fx.Node:
+    """y[t] = factor[t] * y[t - 1] + term[t] along a split dim, of which each rank has a share.
+
+    A chunk that starts from y is y times the product of its factors, and what it comes to from 0.
+
+    Args:
+        chunks: how the dim is divided.
+        factor: [.., before * n * behind, ..].
+        term: likewise.
+        type_: of the result.
+    """
+    dim, dtype, builder = chunks.dim, type_.dtype, chunks.builder
+    factors, terms = (
+        chunks.without_padding(chunks.opened(x), fill) for x, fill in ((factor, 1), (term, 0))
+    )
+    states = chunks.call(op("recurrence"), (factors, terms), terms, dim=dim + 2)
+    products = chunks.call(aten.cumprod.default, (factors, dim + 2), factors)
+    one = _one_a_chunk(chunks, states, dtype)
+    totals = [
+        builder.call(
+            aten.slice.Tensor, (x, dim + 2, -1, sys.maxsize), one, why="total of each chunk"
+        )
+        for x in (products, states)
+    ]
+    flat = [chunks.everywhere(total) for total in totals]
+    up_to = chunks.call(op("recurrence"), tuple(flat), flat[1], dim=dim)
+    start = chunks.starts(up_to, totals[1], 0)
+    carried = chunks.call(aten.mul.Tensor, (products, start), states)
+    return chunks.reshape(chunks.call(aten.add.Tensor, (states, carried), states), type_)
+
+
+def _one_a_chunk(chunks: Chunks, rows: fx.Node, dtype: torch.dtype) -> TensorType:
+    """The type of one entry for each chunk, with a size-1 dim for its run."""
+    type_, place = type_of(rows), chunks.dim + 2
+    shape = (*type_.shape[:place], 1, *type_.shape[place + 1 :])
+    return TensorType(dtype, shape, type_.layout)

@@ -22,7 +22,7 @@ from ringcompile.ir.expr import Size, equal, product, simplify
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import FactorRule, find_rule
 from ringcompile.ir.rules.base import ViewRule
-from ringcompile.ops.running import SCANS
+from ringcompile.ops.running import ALONG
 from ringcompile.passes.carry_context import of_tokens
 
 
@@ -87,7 +87,7 @@ class UnknownError(Exception):
 
 
 # Ops whose rules let the dim through, and which go along it.
-_ALONG = frozenset({*SCANS, "ringcompile.attention.default"})
+_ALONG = frozenset({*ALONG, "ringcompile.attention.default"})
 NEEDS_ALL = (
     "needs all tokens of the sequence at once, so that a later token would change what earlier "
     "ones gave"

@@ -110,8 +110,6 @@ def num_microbatches(program: Program, batch: int) -> int:
     """
     mesh = program.mesh
     assert mesh is not None
-    if program.state:  # a cache holds all sequences of a replica
-        return 1
     stages = mesh.size("pp")
     wanted = program.microbatches or (_PER_STAGE * stages if stages > 1 else 1)
     return max(1, min(batch // (mesh.size("dp") * program.batch_multiple), wanted))

@@ -228,7 +228,10 @@ ENCODER_DECODERS = [
 ]
 STATES = [
     Family("mamba", "MambaForCausalLM",
-           {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}, "none: state space",
+           {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "none: state space",
+           "recurrence", padding=None),
+    Family("falcon_mamba", "FalconMambaForCausalLM",
+           {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "none: state space",
            "recurrence", padding=None),
     Family("mamba2", "Mamba2ForCausalLM",
            {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "num_heads": 4,
@@ -248,6 +251,10 @@ STATES = [
                  use_mamba_kernels=False),
            "grouped-query, causal every other layer, state space elsewhere; experts 2 of 4",
            "recurrence", padding=None),
+    Family("zamba", "ZambaForCausalLM",
+           sizes(num_hidden_layers=5, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8,
+                 mamba_dt_rank=8, n_mamba_heads=2),
+           "causal every other layer, shared; state space", "recurrence", padding=None),
     Family("bamba", "BambaForCausalLM",
            sizes(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8,
                  mamba_chunk_size=8),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 import ringcompile as rc
@@ -14,6 +15,7 @@ from tests.generate.models import Rotary, cached, checked_session, difference, i
 from tests.support import some_fast
 
 WIDTH, HEAD, EXACT = 8, 4, 1e-10
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Recurrent(nn.Module):
@@ -88,10 +90,39 @@ class Weighted(Recurrent):
         return torch.sigmoid(q) * torch.exp(value - total)
 
 
+class ByScan(Recurrent):
+    """h = a h + v as an associative scan, with decays down to nothing that products cannot undo."""
+
+    def mixed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        decay = gate * (k > 0)
+        return q * associative_scan(_then, (decay, v), 1, combine_mode="generic")[1]
+
+
+class StateSpace(Recurrent):
+    """Mamba's selective state space: HEAD states for each feature."""
+
+    def mixed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        step, rates = F.softplus(k)[..., None], -torch.arange(1.0, HEAD + 1, dtype=k.dtype)
+        entering = step * v[..., None] * q[..., None, :HEAD]
+        scanned = associative_scan(
+            _then, (torch.exp(step * rates), entering), 1, combine_mode="generic"
+        )
+        return (scanned[1] * gate[..., None, :HEAD]).sum(-1)
+
+
+def _then(left: Pair, right: Pair) -> Pair:
+    return left[0] * right[0], right[0] * left[1] + right[1]
+
+
 # The numbers that one chunk's state has for each sequence.
 CASES = {
     ByProducts: 2 * WIDTH, ByLogarithms: 2 * WIDTH, LinearAttention: WIDTH * WIDTH + WIDTH,
-    Retention: 2 * HEAD * HEAD, Weighted: 2 * WIDTH,
+    Retention: 2 * HEAD * HEAD, Weighted: 2 * WIDTH, ByScan: 2 * WIDTH,
+    StateSpace: 2 * WIDTH * HEAD,
 }
 
 
@@ -112,6 +143,7 @@ def check(kind: type[Recurrent], spec: str, lengths: tuple[int, ...], order: str
     ("kind", "order"),
     some_fast(CASES, ("contiguous", "zigzag"), fast=lambda kind, order: (kind, order) in (
         (ByProducts, "zigzag"), (LinearAttention, "contiguous"), (Weighted, "zigzag"),
+        (ByScan, "zigzag"), (StateSpace, "contiguous"),
     )),
 )
 def test_only_a_state_of_each_chunk_travels(kind: type[Recurrent], order: str) -> None:
@@ -124,6 +156,7 @@ def test_only_a_state_of_each_chunk_travels(kind: type[Recurrent], order: str) -
     some_fast(CASES, ("time=2", "ring=2,time=2", "ring=2,tp=2", "ring=2,ulysses=2"),
               fast=lambda kind, spec: (kind, spec) in (
                   (ByProducts, "ring=2,time=2"), (Weighted, "ring=2,tp=2"),
+                  (StateSpace, "ring=2,time=2"), (ByScan, "ring=2,tp=2"),
     )),
 )
 def test_beside_other_axes(kind: type[Recurrent], spec: str) -> None:
@@ -151,5 +184,47 @@ def test_a_cache_keeps_products_and_logarithms(spec: str) -> None:
             assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
         session.rewind(5)
         assert difference(session.extend(tokens[:, 5:9]), expected[:, 5:9]) < EXACT
+        session.reset()
+        assert difference(session.extend(tokens[:, :3]), expected[:, :3]) < EXACT
+
+
+class Recurring(Rotary):
+    """A recurrence of the embeddings with gates down to 0, and attention behind it."""
+
+    def entered(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        gates = torch.sigmoid(2 * x) * (x < 1)
+        return x + associative_scan(_then, (gates, x), 1, combine_mode="generic")[1]
+
+
+class Alone(Recurring):
+    """The same without any attention, so that a stage of a pipeline may keep nothing."""
+
+    def run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer.mlp(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    some_fast((Recurring, Alone), ("ring=2,tp=2", "pp=2", "ulysses=2"),
+              fast=lambda kind, spec: (kind, spec) in (
+                  (Recurring, "ring=2,tp=2"), (Alone, "pp=2"),
+    )),
+)
+@torch.no_grad()
+def test_a_cache_keeps_the_last_states(kind: type[Rotary], spec: str) -> None:
+    module, parallel = cached(kind, spec, batch=2)
+    tokens = ids(80, batch=2)
+    expected = module(tokens)
+    with checked_session(parallel) as session:
+        for new in (1, 6, 1, 40, 2):
+            now = slice(session.length, session.length + new)
+            assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
+        session.rewind(18)
+        assert difference(session.extend(tokens[:, 18:25]), expected[:, 18:25]) < EXACT
+        with pytest.raises(rc.RingCompileError, match="the last 32 tokens' is kept"):
+            session.rewind(17)
         session.reset()
         assert difference(session.extend(tokens[:, :3]), expected[:, :3]) < EXACT

@@ -61,7 +61,7 @@ def along_dim(call: Call) -> Factors:
 def scan(call: Call) -> Factors:
     """A scan goes on from rank to rank: `partition` writes that out."""
     names: Names = tuple(range(rank_of(call)))
-    return Factors((names,), names)
+    return Factors((names,) * len(call.operands), names)
 
 
 def reduction(call: Call) -> Factors:
@@ -295,6 +295,7 @@ RULES: dict[str, Rule] = {
     **_rows(["sort.default", "sort.stable", "argsort.default", "argsort.stable"], along_dim,
             cost="sort"),
     **_rows(["cumsum.default", "cumprod.default", "logcumsumexp.default"], scan, cost="scan"),
+    "ringcompile.recurrence.default": FactorRule(scan, cost="recurrence"),
     **_rows(_REDUCTIONS, reduction, cost="reduction"),
     **_rows(["mean.dim", "sum.dim_IntList"], reduction, cost="reduction", linear=FIRST),
     **_rows(["mean.default", "sum.default", "max.default", "min.default", "any.default",
