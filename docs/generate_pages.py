@@ -15,7 +15,10 @@ DOCS = Path(__file__).parent
 
 def api() -> str:
     """Every public name with its signature and docstring, and the options of `transform`."""
-    head = "`import ringcompile as rc`. Written from docstrings by `python docs/generate_pages.py`."
+    head = (
+        "All names are in the package: `import ringcompile as rc`. `python docs/generate_pages.py` "
+        "writes this page from docstrings."
+    )
     parts = ["# The Python API", "", head, ""]
     for name in sorted(rc.__all__):
         value = getattr(rc, name)
@@ -36,9 +39,10 @@ def passes() -> str:
     mesh = Mesh.parse("dp=2,pp=2,ring=2,ep=2,tp=2")
     steps = [*front_passes(mesh, Options()), *rank_passes(0, mesh)]
     head = (
-        "What each pass of the compiler does, in the order in which they run; `clean-up` runs in "
-        "between. Written from docstrings by `python docs/generate_pages.py`; "
-        "[architecture.md](architecture.md) has the whole."
+        "A pass is one step of the compiler: it rewrites a program. This page lists all passes in "
+        "the order in which they run; `clean-up` runs between them. `python "
+        "docs/generate_pages.py` writes it from docstrings. [architecture.md](architecture.md) "
+        "explains how they work together."
     )
     parts = ["# Passes", "", head, ""]
     for kind in dict.fromkeys(map(type, steps)):

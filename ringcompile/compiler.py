@@ -165,15 +165,16 @@ def _lengths(program: Program, length: int) -> dict[str, int]:
 
 
 def load(folder: str | Path, *, verify_key: str | Path | None = None) -> ParallelProgram:
-    """Read an artifact; each rank's graph and weights are read when they are asked for.
+    """Read an artifact. The graph and the weights of a rank are read at their first use.
 
     Args:
-        folder: where it lies.
-        verify_key: a PEM file with the ed25519 public key of who has to have signed it.
+        folder: the artifact's folder.
+        verify_key: a PEM file with an ed25519 public key; the artifact must be signed with its
+            private key.
 
     Raises:
-        RingCompileError: the folder is not an artifact of this version, is damaged, or is not
-            signed by that key.
+        RingCompileError: the folder is not an artifact of this version, is damaged, or has no
+            signature that fits the key.
     """
     return _loaded(artifact.load(folder, verify_key=verify_key))
 
@@ -196,7 +197,7 @@ def check(
     dims: Dims | None = None,
     **options: Unpack[Given],
 ) -> report.Report:
-    """Say, layer by layer, what would become of a model; never raises for what is refused.
+    """Report how a model would be parallelized, layer by layer, and why if it would be refused.
 
     Args:
         model: a captured program, or a module with example inputs in `args` and `kwargs`.

@@ -62,13 +62,13 @@ def one_error(what: str, strange: bool = True) -> Iterator[None]:
 
 
 class RingCompileError(Exception):
-    """Something the user can mend: one message, the source line it is about, and a hint.
+    """An error that the user can fix: a message, the source line that it is about, and a hint.
 
     Args:
         message: what is wrong, with the values involved.
         hint: what to do next.
-        location: the user's own source line.
-        node: name of the graph node.
+        location: the line in the user's code.
+        node: the name of the graph node.
     """
 
     def __init__(

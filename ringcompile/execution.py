@@ -57,11 +57,11 @@ def run(
     last: int | None = None,
     outputs: str = "whole",
 ) -> Any:
-    """Run once on whole inputs; a `Session` runs many times and loads weights once.
+    """Run a compiled model once. To run it many times, use a `Session`, which loads weights once.
 
     Args:
         parallel: what `transform` or `load` returned.
-        inputs: by name, or in order.
+        inputs: the model's inputs: a mapping by name, a sequence in order, or one tensor.
         backend: as for `Session`.
         last: as for `Session.run`.
         outputs: likewise.
@@ -87,13 +87,14 @@ def verify(
     tries: int = TRIES,
     seed: int = 0,
 ) -> Verification:
-    """Check all ranks against each other and, on request, their numbers against the model's.
+    """Check that the programs of all ranks fit together and, on request, compare outputs.
 
-    Of an artifact all files are read and compared with their digests first, weights too. Numbers
-    are compared on random inputs: ids from the whole vocabulary, masks with padding and holes,
-    lengths that divide over the ranks and that do not, and that reach the thresholds in the model's
-    code. The model is `module`, or the one that is named, or the program for one device that was
-    kept; the last is run under its own weights and under larger ones, which show more.
+    If `parallel` was loaded from an artifact, all its files, weights included, are first compared
+    with their digests. Outputs are compared on random inputs: ids from the whole vocabulary, masks
+    with padding and holes, lengths that divide over the ranks and lengths that do not, and lengths
+    around the thresholds in the model's code. They are compared with `module`, with the model that
+    `model` names, or with the single-device program in the artifact. The last runs with its own
+    weights and with larger ones, which make differences visible that small weights hide.
 
     Args:
         parallel: what `transform` or `load` returned.

@@ -84,11 +84,11 @@ def register_op(
     whole: str = "",
     cost: str = "stream",
 ) -> Any:
-    """Teach the compiler an operator: what it computes, how its dims are tied, what it costs.
+    """Register an operator of your own: what it computes, how its dims correspond, what it costs.
 
-    The operator then passes splits along the dims that its operands and its result share, may be
-    saved in artifacts, and is costed by `plan` and `simulate`. What `dims` says is checked on the
-    example: the operator is run on all of it and on its parts, and has to give the same.
+    A dim that an operand and the result share can then be split over ranks, the operator may be
+    saved in artifacts, and `plan` and `simulate` know its cost. `dims` is verified: the operator is
+    run on the whole example and on parts of it, and must give the same results.
 
     Args:
         op: the name of a new operator, such as "mylib::scale", or one that is registered with torch
@@ -100,7 +100,7 @@ def register_op(
         whole: of these names, those along which entries depend on one another, such as "d" of a
             normalisation over the last dim. No rank gets a part of such a dim only.
         cost: what one element costs: "stream" (loading and storing it), "special" (such as an
-            exponential) or "reduction" (several passes over the operands).
+            exponential), or "reduction" (several passes over the operands).
 
     Returns:
         the operator, to be called in a model's forward.

@@ -16,16 +16,16 @@ from ringcompile.session import Session
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from logits; the likeliest one where nothing is given.
+    """How the next token is chosen from logits. By default it is the most probable one.
 
     Attributes:
-        temperature: what logits are divided by; 0 is greedy.
-        top_k: only this many of the likeliest tokens may be chosen.
-        top_p: only the fewest of the likeliest tokens whose probabilities sum to this or more.
-        seed: of the random numbers.
+        temperature: sample, with logits divided by this; 0 takes the most probable token.
+        top_k: sample from this many of the most probable tokens.
+        top_p: sample from the smallest set of tokens whose probabilities sum to this or more.
+        seed: the seed of the random numbers.
 
     Raises:
-        RingCompileError: a number that makes no sense.
+        RingCompileError: a value out of range.
     """
 
     temperature: float | None = None
@@ -78,26 +78,27 @@ def generate(
     chunk: int | None = None,
     backend: str = "lockstep",
 ) -> torch.Tensor:
-    """Continue prompts: greedily, or by chance where a temperature, top_k or top_p is given.
+    """Generate tokens after prompts.
 
-    Tokens are chosen once, in the calling process, so that all ranks go on with the same ones.
+    The most probable token is taken, or one is sampled if `temperature`, `top_k` or `top_p` is
+    given. Tokens are chosen in the calling process, so that all ranks continue with the same ones.
 
     Args:
         parallel: from `transform` with `cache`, or `load`.
         input_ids: int64 [batch, tokens], the prompts; shorter ones are padded on the left.
-        max_new_tokens: how many tokens to add at most.
-        temperature: see `Sampling`.
-        top_k: see `Sampling`.
-        top_p: see `Sampling`.
-        seed: see `Sampling`.
+        max_new_tokens: the largest number of tokens to add.
+        temperature: sample, with logits divided by this; 0 takes the most probable token.
+        top_k: sample from this many of the most probable tokens.
+        top_p: sample from the smallest set of tokens whose probabilities sum to this or more.
+        seed: the seed of the random numbers.
         eos_token_id: a sequence ends with this token, or any of these.
         pad_token_id: what follows in a sequence that has ended; by default the first end token.
         attention_mask: [batch, tokens], 0 at padding; the model has to take it as an input.
-        chunk: how many tokens of the prompts are taken in at a time; all by default.
+        chunk: process this many tokens of the prompts at a time; by default all.
         backend: as for `Session`.
 
     Returns:
-        int64 [batch, tokens + new tokens]: the prompts, and what follows.
+        int64 [batch, tokens + new tokens]: the prompts and the new tokens.
 
     Raises:
         RingCompileError: as `Session` and its `extend`; prompts and new tokens that do not fit the

@@ -24,11 +24,11 @@ def register_kernel(
     device: str = "cpu",
     softcap: bool = False,
 ) -> None:
-    """Give the compiler a kernel for attention over one block of keys.
+    """Register a kernel of your own for attention over one block of keys.
 
-    It is tried before all others, for every call that it does not refuse. First it is compared with
-    plain arithmetic on small calls: causal or not, with masks that hide whole rows, with grouped
-    heads, in each dtype; those that it refuses are left out.
+    It is used before all other kernels, for every call that it does not refuse. First its results
+    on small calls are compared with plain PyTorch ops: causal or not, with masks that hide whole
+    rows, with grouped heads, in each dtype, except for calls that it refuses.
 
     Args:
         name: what error messages and `ops.kernels.select.attend(provider=...)` call it.
@@ -41,7 +41,7 @@ def register_kernel(
 
     Raises:
         RingCompileError: the name is taken, the device is not there to try the kernel on, it
-            refuses every call that is tried, or it gives another result than plain arithmetic.
+            refuses every call that is tried, or its result differs from that of plain PyTorch ops.
     """
     if device not in _DEVICES:
         raise RingCompileError(f"unknown device '{device}'", hint=f"one of: {', '.join(_DEVICES)}")

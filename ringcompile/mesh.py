@@ -13,7 +13,9 @@ from ringcompile.errors import RingCompileError
 
 @dataclass(frozen=True, init=False)
 class Mesh:
-    """Named axes in order, outermost first; ranks are numbered row-major over those with ranks.
+    """A device mesh: named axes in order, outermost first.
+
+    Ranks are numbered row-major over the axes. `time` and `halves` have no ranks.
 
     Args:
         axes: a parallel spec such as `ring=4,tp=2`, or pairs of axis name and size.

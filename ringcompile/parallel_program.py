@@ -36,7 +36,10 @@ Observer = Callable[[Pass, Program, float], None]
 
 @dataclass(repr=False)
 class ParallelProgram:
-    """One program for all ranks, and each rank's own, made (or read) when asked for.
+    """A compiled model: the program that all ranks share, and the program of each rank.
+
+    `rank(index)` returns a rank's program, which is made (or read from the artifact) at its first
+    use. `save(folder)` writes an artifact.
 
     Attributes:
         program: what all ranks have in common; mesh coordinates are symbols in it.

@@ -38,12 +38,11 @@ def parallelize(
     timeout: float = EXCHANGE_TIMEOUT,
     **options: Unpack[Given],
 ) -> Parallelized:
-    """Compile a module for the ranks of this job; what returns is called as the module itself.
+    """Compile a module for the ranks of this job. Call the result like the module itself.
 
-    Every process of a job that torchrun started calls it with the same module and example, or every
-    process of a process group that is initialised already, which is then used as it is. The model
-    is captured in each process. Its weights have to be the same everywhere (by a seed, or from a
-    checkpoint), which is checked.
+    Every process of the job must call this with the same module and example: in a job that torchrun
+    started, or in one whose process group is initialized already, which is then used. Each process
+    captures the model. The weights must be the same in all processes, which is checked.
 
     Args:
         module: the model in eval mode, with its weights.
@@ -52,8 +51,8 @@ def parallelize(
             code allows.
         parallel: a spec such as "ring=4", or a torch `DeviceMesh` of all ranks whose dims are named
             by axes; its process groups are used.
-        outputs: "whole" returns whole outputs on every rank; "local" a `Share`, what this rank has
-            of them, and nothing is gathered.
+        outputs: "whole" gathers the outputs on every rank; "local" returns a `Share`, which holds
+            this rank's part of them.
         dims: as for `capture`.
         backend: "gloo", "nccl" or "auto", where no process group is initialised.
         timeout: seconds that a rank waits for another in one exchange.

@@ -38,15 +38,15 @@ def plan(
     batch: int = 1,
     dtype: str | None = None,
 ) -> list[Plan]:
-    """All parallel specs for a model on so many devices: those that fit, fastest first.
+    """Rank all parallel specs for a model on a cluster: those that fit in memory, fastest first.
 
     Args:
-        model: a captured program, or a name as on the command line.
-        gpus: how many devices.
+        model: a captured program, or a MODEL as on the command line.
+        gpus: the number of devices.
         cluster: the hardware: a name, or a file that `ringcompile calibrate` wrote.
-        seq: tokens of a sequence.
-        batch: sequences of a step.
-        dtype: to cast a model that is named to.
+        seq: the sequence length in tokens.
+        batch: the number of sequences in a step.
+        dtype: cast the model to this dtype, if it is given by name.
 
     Raises:
         RingCompileError: an unknown cluster, a model that cannot be captured, or nothing fits.
@@ -62,13 +62,13 @@ def simulate(
     seq: int | None = None,
     microbatches: int = 1,
 ) -> Simulation:
-    """The timeline of all ranks on a cluster's tables.
+    """Estimate compute, communication and memory of each rank on a cluster.
 
     Args:
         parallel: what `transform` or `load` returned.
         cluster: the hardware: a name, or a file that `ringcompile calibrate` wrote.
         seq: tokens of a sequence; by default what the program is fixed to, or 16,384.
-        microbatches: how often every rank repeats its program, one behind the other.
+        microbatches: the number of runs of the program, one after another, as in a pipeline.
 
     Raises:
         RingCompileError: an unknown cluster, one that is too small, or a length that the program

@@ -57,26 +57,27 @@ class ProcessOptions(TypedDict, total=False):
 
 
 class Session:
-    """The ranks of a program: they load weights once, and do one task after another.
+    """Running ranks of a compiled model, which load their weights once and serve many calls.
 
-    `run` runs the program of the whole sequence, any number of times. With a cache, `extend` takes
-    in the next tokens of one batch of sequences that grow.
+    `run` computes whole sequences, any number of times. If the model was compiled with a cache,
+    `extend` computes the next tokens of a batch of sequences and keeps their keys and values.
 
     Args:
         parallel: from `transform`, or `load`.
-        backend: "lockstep" (all ranks in this process), "gloo" or "nccl" (a process for each), or
-            "auto", the latter of them where there are enough GPUs. In a job of torchrun's, or where
-            a process group is initialised, this process is one of its ranks: all of them make the
-            same calls, and rank 0 has the outputs.
-        check_types: hold every value against the type that its node declares.
-        compiler: a backend of torch.compile, such as "inductor", for what is computed between
+        backend: "lockstep" (all ranks in this process, in turn), "gloo" or "nccl" (one process for
+            each rank), or "auto" ("nccl" if there are enough GPUs, otherwise "gloo"). In a torchrun
+            job, or if a process group is initialized, this process is one of the ranks: all ranks
+            must make the same calls, and rank 0 returns the outputs.
+        check_types: check the shape and dtype of every value against its node.
+        compiler: a backend of torch.compile, such as "inductor", for the code between
             communications.
         check_finite: find the first op, layer and line where NaN or infinity appears.
-        trace: write down what each rank does when, for ranks that are processes; `run` then runs
-            the program once before.
-        processes: for ranks that are processes: `nproc`, the number asked for, which has to be the
-            mesh's; `threads` of each (by default this process' own are shared out); `timeout`, the
-            seconds that a call may take; `join_timeout`, those to find one another.
+        trace: record what each rank does at what time, if ranks are processes; `run` then runs the
+            program twice and records the second run.
+        processes: for ranks that are processes: `nproc`, the number of ranks, which must be that of
+            the mesh; `threads` of each (by default this process' threads are divided over them);
+            `timeout`, the seconds that a call may take; `join_timeout`, the seconds until all ranks
+            have connected.
 
     Raises:
         RingCompileError: an unknown backend, ranks that do not fit together, or that do not join.
@@ -136,18 +137,18 @@ class Session:
         )
 
     def run(self, inputs: Any, *, last: int | None = None, outputs: str = "whole") -> Any:
-        """Run the program of the whole sequence once; what `extend` took in does not matter to it.
+        """Compute a whole sequence. Tokens that `extend` has computed have no influence on it.
 
         Args:
-            inputs: whole inputs: a mapping by name, a sequence in order, or one tensor.
-            last: compute outputs for so many last positions of the sequence only; hidden states of
-                other positions do not go through the head.
-            outputs: "whole" puts outputs together; "local" leaves each rank its share.
+            inputs: the model's inputs: a mapping by name, a sequence in order, or one tensor.
+            last: compute outputs for this many last positions only; the head is not applied to
+                other positions.
+            outputs: "whole" gathers the outputs; "local" leaves each rank its share.
 
         Returns:
-            whole outputs, nested as the model returns them; with "local" a list with a `Share` for
-            each rank. In a job rank 0 has whole outputs and other ranks None; with "local" each
-            rank has a list with its own `Share`.
+            the outputs, nested as the model returns them, or with "local" a list with a `Share`
+            for each rank. In a job, rank 0 returns the outputs and other ranks return None; with
+            "local" each rank returns a list with its own `Share`.
 
         Raises:
             RingCompileError: inputs that do not fit, or ranks that fail.
@@ -190,15 +191,16 @@ class Session:
         return capacity
 
     def extend(self, inputs: Any, last: bool = False) -> Any:
-        """Take in new tokens: a prompt, a part of a long one, the next turn, the next token.
+        """Compute new tokens after those in the cache: a prompt or a part of it, a turn, a token.
 
         Args:
-            inputs: for the new tokens only; a mapping by name, a sequence in order, or one tensor.
-            last: return what belongs to the last of the new tokens only.
+            inputs: those of the new tokens only: a mapping by name, a sequence in order, or one
+                tensor.
+            last: return the output for the last new token only.
 
         Returns:
-            the model's output for the new tokens, such as logits [batch, new tokens, vocabulary];
-            nested as the model returns them where there are several.
+            the model's output for the new tokens, such as logits [batch, new tokens, vocabulary],
+            or all its outputs, nested as the model returns them.
 
         Raises:
             RingCompileError: inputs that do not fit, another batch than the session's, more tokens
@@ -249,11 +251,11 @@ class Session:
         return self._open().agreed(choose, self.batch or 1)
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens but the first `length`.
+        """Remove all tokens after the first `length` from the cache.
 
         Raises:
-            RingCompileError: there are not so many, or a convolution's last inputs were written
-                over since: they are kept for the last 32 tokens.
+            RingCompileError: the cache holds fewer tokens, or the model has convolutions and more
+                than 32 tokens would be removed.
         """
         if not 0 <= length <= self.length:
             raise RingCompileError(
@@ -270,11 +272,11 @@ class Session:
         self.reach.rewind(length)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens from the cache."""
         self.rewind(0)
 
     def close(self) -> None:
-        """End the ranks; the session cannot be used any more."""
+        """Stop the ranks. The session cannot be used afterwards."""
         self._end("close")
 
     def _end(self, how: str) -> None:

@@ -20,10 +20,10 @@ _regions = itertools.count()
 def tokenwise(what: T) -> T:
     """Declare that a function or a module computes each token's result from that token alone.
 
-    Each rank then runs the code as it stands on its own tokens, whatever ops it is written in: a
-    user's own routing to experts, a custom kernel. The tensors that go in and come out have one dim
-    that is the tokens; outside of capture nothing changes. The compiler does not take the word for
-    it: it runs the code on random data, whole and in parts, and refuses it where they differ.
+    Each rank then runs the code unchanged on its own tokens, whatever ops it contains, for example
+    your own routing to experts, or a custom kernel. Each tensor that goes in or comes out must have
+    one dim of tokens. Outside of capture nothing changes. The declaration is verified: the compiler
+    runs the code on random data, whole and in parts, and refuses it if the results differ.
 
         mixture = ringcompile.tokenwise(model.layers[0].mlp)    # a module, changed in place
 

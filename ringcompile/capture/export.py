@@ -54,10 +54,10 @@ def capture(
     dims: Dims | None = None,
     compare_with_eager: bool = True,
 ) -> Program:
-    """Capture a model for any batch and any sequence length.
+    """Capture a model as a graph, for any batch and any sequence length.
 
     Args:
-        model: an ordinary module, in eval mode; its parameters may be fake tensors.
+        model: a module in eval mode; its parameters may be fake tensors.
         args: example inputs by position; one sequence is enough. Without `dims`, the first tensor
             is taken to be [batch, sequence, ...] (one of four dims for images, whose length is the
             model's own), and dims of other inputs to be the batch or the sequence where their sizes

@@ -21,7 +21,7 @@ _APART = _EFFECTS | CONSUMING
 
 @dataclass(frozen=True)
 class CleanUp(Pass):
-    """Dead code and common subexpressions.
+    """Remove dead code and common subexpressions.
 
     Transfers are never removed or merged here: a peer waits for them.
     """

@@ -49,7 +49,9 @@ _B, _K, _FIRST = symbol(BATCH), symbol(PART), symbol(FIRST)
 
 @dataclass(frozen=True)
 class DealBatch(Pass):
-    """Deal the batch out; a pipeline takes it whole where its sequences are mixed.
+    """Make the program that of a part of the batch: of a replica, a microbatch or a half.
+
+    If the model mixes the sequences of a batch, a pipeline takes the batch as one microbatch.
 
     With `halves` the program becomes that of one half, of a part or of the whole batch; which one
     is the coordinate `halves`, and `unroll` writes both.

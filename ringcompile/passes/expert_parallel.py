@@ -52,7 +52,7 @@ _EP = "ep"
 
 @dataclass(frozen=True)
 class ExpertParallel(Pass):
-    """Split experts over `ep` in a placed program.
+    """Split experts over `ep`, in a program whose layouts along the sequence are chosen.
 
     Attributes:
         mesh: the parallel plan.

@@ -20,7 +20,7 @@ from ringcompile.passes.base import Builder, Pass
 
 @dataclass(frozen=True)
 class FuseMerge(Pass):
-    """Join each block attention with the merge of its result.
+    """Fuse each block attention with the merge of its result.
 
         state = block_attention(q, [k, v], ...)              # out in the model's dtype
         block = block_attention(q, [kv], ...); state = merge(state, block, start=0)

@@ -29,7 +29,7 @@ _VIEWS = frozenset({
 
 @dataclass(frozen=True)
 class LimitIds(Pass):
-    """Write down, for each input of ids, which ids the tables that they index have.
+    """Record for each input of ids which ids are valid for the tables that they index.
 
     y = embedding(table [V, D], ids)          ->  ids lie in 0 .. V - 1
     p = embedding(places [N, D], ids + 2)     ->  ids lie in -2 .. N - 3

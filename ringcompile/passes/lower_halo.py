@@ -32,7 +32,7 @@ _HALO = op("halo")
 
 @dataclass(frozen=True)
 class LowerHalo(Pass):
-    """Expand `halo` of a specialized program.
+    """Expand `halo` (tokens of neighbouring ranks) into transfers between ranks.
 
         w = halo(x, before=3, axis=ring)
     ->  t = shift_start(x[n - 3 : n], to=r + 1, source=r - 1)

@@ -41,7 +41,7 @@ _Slots = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LowerRing(Pass):
-    """Expand `ring_attention` of a specialized program.
+    """Expand `ring_attention` into transfers, attention over blocks of keys, and merges.
 
         o = ring_attention(q, k, v, axis=ring)
     ->  t = shift_start(pack(k, v), to=r + 1, source=r - 1)  # before the attention that hides it

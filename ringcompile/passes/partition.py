@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """Make every node local.
+    """Turn the program of the whole model into that of one rank's shares, with communication.
 
     y = reshape(x, [1, s, 4, 16])          ->  y = reshape(x, [1, n, 4, 16])
     p = arange(0, s)         i64[s/ring]   ->  p = positions([ring], chunk=n, limit=s)

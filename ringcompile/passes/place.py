@@ -49,11 +49,11 @@ _ATTENTION = op("attention")
 
 @dataclass(frozen=True)
 class Place(Pass):
-    """Layouts along the sequence, for a mesh.
+    """Choose for every value how it is split along the sequence, over `ring` and the other axes.
 
     Attributes:
         mesh: the parallel plan.
-        order: which positions a rank holds; `auto` is zigzag where all attention is causal.
+        order: which positions a rank holds; `auto` is zigzag if all attention is causal.
         gather_unknown: compute what has no rule on whole operands, on every rank, instead of
             refusing it.
         capacity: whose tokens count where experts have a capacity, "exact" or "local"; see

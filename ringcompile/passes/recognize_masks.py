@@ -60,7 +60,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class RecognizeMasks(Pass):
-    """Split the mask operand of attention into band, key mask and the rest.
+    """Split the mask of attention into a band (causal, window), a key mask and the rest.
 
         o = attention(q, k, v, None, and(le(key, query), padding))
     ->  o = attention(q, k, v, padding, None, lower=0)

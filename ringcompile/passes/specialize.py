@@ -15,7 +15,7 @@ from ringcompile.passes.base import Builder, Pass
 
 @dataclass(frozen=True)
 class Specialize(Pass):
-    """Replace coordinate symbols by numbers.
+    """Replace the symbols for mesh coordinates by the numbers of one rank.
 
     p = positions([ring, 7 - ring], ...)   ->   p = positions([1, 6], ...)      (rank 1 of 4)
     """

@@ -35,7 +35,7 @@ _MADE_ANYWHERE = frozenset({"ringcompile.positions.default"})
 
 @dataclass(frozen=True)
 class SplitPipeline(Pass):
-    """Say of every call which stage it belongs to.
+    """Assign every op to a pipeline stage.
 
     Attributes:
         mesh: the parallel plan.
@@ -211,7 +211,7 @@ def _number(size: Size) -> float:
 
 @dataclass(frozen=True)
 class TakeStage(Pass):
-    """Keep what one rank's stage computes, and receive and send what crosses.
+    """Keep the ops of one rank's stage, and send and receive what passes between stages.
 
     h = add(x, mlp)              |   h = add(x, mlp)
     y = linear(h, w)             |   t = shift_start(h, axis=pp, to=1)

@@ -53,7 +53,7 @@ _ATTENTION, _EXPERTS = op("attention"), op("expert_linear")
 
 @dataclass(frozen=True)
 class TensorParallel(Pass):
-    """Split heads and features of a placed program.
+    """Split heads and features over `tp`, in a program whose other layouts are chosen.
 
     h = linear(x, up)              ->  h = linear(x, up[F/tp, D])        [.., F/tp]
     y = linear(act(h), down, b)        p = linear(act(h), down[D, F/tp]) [.., D] partial(tp)

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Unfuse(Pass):
-    """Cut fused weights where what they make is cut.
+    """Split a matmul with a fused weight, such as QKV, into one for each part of its result.
 
     y = linear(x, w)                    q = linear(x, w[0:a])
     q = slice(y, -1, 0, a)         ->   k = linear(x, w[a:b])
