@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
@@ -72,7 +73,26 @@ class Recurrence(nn.Module):
         return decay * (x / decay).cumsum(1)
 
 
-OWN = {"window": Window, "convolution": Convolution, "recurrence": Recurrence}
+class StateSpace(nn.Module):
+    """h = a h + b x for `width` states of each of 12 channels, with `a` and `b` from tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decay, self.enter = nn.Linear(12, width), nn.Linear(12, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        terms = self.enter(x)[..., None, :] * x[..., None]
+        factors = self.decay(x).sigmoid()[..., None, :].expand_as(terms)
+        scanned = associative_scan(_then, (factors, terms), 1, combine_mode="generic")
+        return scanned[1].sum(-1)
+
+
+def _then(left: Any, right: Any) -> Any:
+    return left[0] * right[0], right[0] * left[1] + right[1]
+
+
+OWN = {"window": Window, "convolution": Convolution, "recurrence": Recurrence,
+       "state-space": StateSpace}
 
 
 def width_of(model: str) -> int | None:
@@ -127,7 +147,7 @@ def expected(row: Row, rank: int) -> Any:
     }
     width = width_of(row.model)
     if width is not None:
-        known["w"] = width
+        known["w"] = known["z"] = width
     if width is not None and "length" in row.options:
         known["h"] = -(-(width - 1) // sequence.local_length(row.options["length"]))
     values = {SYMBOLS[name]: value for name, value in known.items()}
