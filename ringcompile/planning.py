@@ -138,6 +138,8 @@ def plans_of(whole: Program, ask: Ask) -> list[Plan]:
             **variant.choices(length, starts),
         )
 
-    total = sum(weight.num_bytes for weight in whole.weights.values())
+    # One that nothing reads is another name of a tied weight.
+    read = [n for n in whole.graph.nodes if n.users and n.name in whole.weights]
+    total = sum(whole.weights[node.name].num_bytes for node in read)
     known = Model(stack, total, whole.length_range, order_of(ready(1)))
     return Planner(known, ask, compile_).run()

@@ -76,6 +76,13 @@ def test_every_spec_is_there_with_a_reason() -> None:
     assert len(fitting) > 10
 
 
+def test_a_tied_head_is_no_second_weight() -> None:
+    """Else ranks seem to hold less than the model, and `ep` to divide something."""
+    plans = plans_for("gpt-tiny", Ask(2, small_cluster(2), 64, 1))
+    assert plans
+    assert not [plan for plan in plans if "ep" in plan.variant.mesh.names]
+
+
 def test_half_a_sequence_at_a_time_is_a_plan_and_costs_what_its_program_does() -> None:
     (plan,) = [plan for plan in dense() if TIME in plan.variant.mesh.names]
     assert str(plan.variant) == "time=2,ring=4 --order zigzag"
