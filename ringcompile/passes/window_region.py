@@ -123,15 +123,7 @@ class WindowRegion:
 
     def places(self) -> fx.Node:
         """The position of each entry of the windows; negative in front of token 0."""
-        key = self.before, self.after
-        known = self.windows.positions
-        if key not in known:
-            known[key] = self.builder.call(
-                op("window_positions"), (list(self.level.own_chunks()),),
-                TensorType.whole(torch.int64, (self.size,)), chunk=self.level.chunk,
-                before=self.before, after=self.after, why="positions of this rank's windows",
-            )
-        return known[key]
+        return self.windows.places((self.before, self.after), self.size)
 
     def outside(self, node: fx.Node, name: str, bound: Any) -> fx.Node:
         """Bool [window, 1, ...]: whether a token lies before a bound (lt), or not (ge)."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call, operands, target_name
@@ -25,7 +26,9 @@ from ringcompile.ir.nodes import layout_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import FactorRule, find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType
+from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
+from ringcompile.passes.few_tokens import few_tokens
 from ringcompile.passes.requests import origin_of
 from ringcompile.passes.shift_forms import Form, UnknownError, beside, form_of, joined
 from ringcompile.passes.shift_region import MOVES, joined_along
@@ -66,6 +69,9 @@ class Windows:
     def takes(self, node: fx.Node) -> bool:
         """Whether a call is one of those written here; it is written, or kept for later."""
         form = self._form(node)
+        if form is None and (few := self._few(node)) is not None:
+            self.builder.env[node] = few
+            return True
         if form is None or (form.extra == 0 and not _has_features(node)):
             return False
         self.forms[node] = form
@@ -77,6 +83,21 @@ class Windows:
             return False
         self.builder.env[node] = write(region)
         return True
+
+    def _few(self, node: fx.Node) -> fx.Node | None:
+        """A few tokens that an op cuts out, on every rank; None of what is something else."""
+        alone = self.rows and origin_of(node) not in self.single
+        return few_tokens(self, node) if alone else None
+
+    def places(self, reach: Reach, size: Size) -> fx.Node:
+        """The position of each entry of windows of so many tokens; negative in front of token 0."""
+        if reach not in self.positions:
+            self.positions[reach] = self.builder.call(
+                op("window_positions"), (list(self.level.own_chunks()),),
+                TensorType.whole(torch.int64, (size,)), chunk=self.level.chunk,
+                before=reach[0], after=reach[1], why="positions of this rank's windows",
+            )
+        return self.positions[reach]
 
     def whole(self, node: fx.Node) -> fx.Node | None:
         """A pending value of a run of the tokens, gathered; None where computing it is cheap."""

@@ -209,10 +209,10 @@ second sequence's text is padded and hidden by a mask. Image tokens are split; t
 where both are one sequence (the blocks with a single stream), and are replicated where they have
 weights of their own. *Split* counts the products of the program for `{first}` of which each rank
 computes its share, windows included: text, modulation by the time step and what comes before the
-first attention over both are computed on every rank. *Gathers* are those of that program: the text
-rows of each joint attention with two streams, and the result. Programs for any number of image
-tokens run at another one than that of the example ({any_length}); elsewhere the model's code fixes
-it. Reasons stand below the table.
+first attention over both are computed on every rank. *Gathers* are those of that program, such as
+the result; a joint attention's rows of text are summed over ranks that each add their own. Programs
+for any number of image tokens run at another one than that of the example ({any_length}); elsewhere
+the model's code fixes it. Reasons stand below the table.
 """.replace("{first}", SPECS[0])
 
 if __name__ == "__main__":

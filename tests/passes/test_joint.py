@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.dump import report
+from ringcompile.ir.communication import ALL_REDUCE
+from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from tests.joint import DIM, JointModel
 from tests.shares import products_of, with_share
@@ -17,6 +19,10 @@ from tests.support import difference, run, some_fast
 CAPTURED, LENGTH, TEXT = 12, 17, 5
 SPECS = ("ring=4", "ulysses=2", "ring=2,ulysses=2", "tp=2", "ring=2,tp=2", "dp=2,ring=2",
          "pp=2,ring=2", "ring=2,tile=2", "time=2")
+
+
+def uses_tp(node: fx.Node) -> bool:
+    return "tp" in str(node.kwargs["axis"])
 
 
 def inputs(image: int, rotary: str, masked: bool) -> dict[str, torch.Tensor]:
@@ -57,8 +63,10 @@ def check(spec: str, fixed: bool, image_first: bool, masked: bool) -> None:
     # All that the second block and what is behind it compute for image tokens, and no text's.
     own = [type_ for type_ in products_of(parallel.program) if with_share(type_)]
     assert len(own) >= 9
-    # Attention's text rows of each block, and the result.
-    assert len(report.gathers_of(parallel.program)) == 3
+    assert len(report.gathers_of(parallel.program)) == 1  # the result
+    text = [type_of(node) for node in parallel.program.graph.nodes
+            if str(node.target) == ALL_REDUCE and not uses_tp(node)]
+    assert [type_.shape[1] for type_ in text] == [TEXT, TEXT]  # of each block's attention
 
 
 @pytest.mark.parametrize(
