@@ -54,7 +54,7 @@ from ringcompile.artifact.shards import SHARD_BYTES, write_weights
 from ringcompile.artifact.signature import check_signature, read_private_key, sign
 from ringcompile.artifact.weights import Weights, open_weight_files
 from ringcompile.errors import RingCompileError, one_error
-from ringcompile.ir.nodes import error_at
+from ringcompile.ir.nodes import error_at, kinds_of_nodes
 from ringcompile.ir.program import Program, Weight, WeightSource
 from ringcompile.ir.serialize import op_name, program_to_json
 from ringcompile.mesh import Mesh
@@ -158,9 +158,9 @@ def _named(
 
 
 def _unknown_ops(program: Program) -> list[fx.Node]:
-    """The calls of ops that an artifact may not hold."""
+    """Calls of ops that an artifact may not hold, one of each kind of block at least."""
     allowed = AllowedOps()
-    calls = (node for node in program.graph.nodes if node.op == "call_function")
+    calls = (node for node in kinds_of_nodes(program.graph) if node.op == "call_function")
     return [node for node in calls if op_name(node.target) not in allowed]
 
 

@@ -13,6 +13,7 @@ import keyword
 import operator
 import re
 import textwrap
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,17 +23,19 @@ from sympy.core.function import Application
 from torch import fx
 
 from ringcompile.ir import expr
-from ringcompile.ir.call_text import elided, given_arguments, is_ours, op_name, symbols_of
+from ringcompile.ir.call_text import elided, given_arguments, python_name, symbols_of
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.legend import legend, rank_text, title
 from ringcompile.ir.nodes import kinds_of_nodes, location_of
 from ringcompile.ir.printer import block_of, blocks, type_text
 from ringcompile.ir.program import Program
+from ringcompile.ir.types import ValueType
 from ringcompile.ops import schemas
 
 _RESERVED = {"inputs", "state", "weights", "comm", "torch", "aten", "ours", "operator", "step"}
 _AFFIX = re.compile(r"_(default|tensor|scalar|dtype|int)(?=_\d+$|$)", re.IGNORECASE)
-_MATH = re.compile(r"(?<![.\w])(ceil|floor|log|log2|sqrt)\(")
+_MATH_NAMES = ("ceil", "floor", "log", "log2", "sqrt")
+_MATH = re.compile(rf"(?<![.\w])({'|'.join(_MATH_NAMES)})\(")
 _INDENT = " " * 4
 _WIDTH, _MAX_CODE = 100, 84
 _NOTICE = "A view for reading: ringcompile never imports or executes this file."
@@ -44,7 +47,7 @@ def python_view(program: Program) -> str:
     """The readable Python of a program, usually that of one rank; ends with a newline."""
     head = [*title(program, "constructed by"), "", _NOTICE, "", *legend(program, _NOT_HERE)]
     body = _View(program).body()
-    functions = sorted({name for line in body for name in _MATH.findall(line)})
+    functions = _functions(body)
     return "\n".join([
         *(f"# {line}".rstrip() for line in head),
         "",
@@ -69,6 +72,14 @@ def python_view(program: Program) -> str:
     ])
 
 
+def _functions(lines: Sequence[str]) -> list[str]:
+    """The functions of Python's math that statements call."""
+    text = "\n".join(lines)
+    named = [f"{name}(" for name in _MATH_NAMES if f"{name}(" in text]
+    where = [line for line in lines if any(name in line for name in named)]
+    return sorted({name for line in where for name in _MATH.findall(line)})
+
+
 class _View:
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -79,6 +90,7 @@ class _View:
             used.add(expr.SEQUENCE)  # a rank's share follows from the length
         self.symbols = sorted(used, key=lambda name: (name == expr.LOCAL, name))
         self.names = self._names()
+        self.types: dict[ValueType | None, str] = {}  # their texts
 
     def _names(self) -> dict[fx.Node, str]:
         """Identifiers: the graph's names without overloads, distinct from all else."""
@@ -143,11 +155,13 @@ class _View:
             named = named or argument.is_named
             text = self._value(argument.value)
             arguments.append(f"{argument.name}={text}" if named else text)
-        return f"{self.names[node]} = {_function(node)}({', '.join(arguments)})"
+        return f"{self.names[node]} = {_function(node.target)}({', '.join(arguments)})"
 
     def _note(self, node: fx.Node) -> str:
-        type_ = type_text(self.program, node.meta.get("type"))
-        return "; ".join(filter(None, (type_, node.meta.get("why"))))
+        type_ = node.meta.get("type")
+        if type_ not in self.types:
+            self.types[type_] = type_text(self.program, type_)
+        return "; ".join(filter(None, (self.types[type_], node.meta.get("why"))))
 
     def _heading(self, block: str, run: list[fx.Node]) -> str:
         """The layer, and from where to where the model's own lines reach."""
@@ -172,6 +186,8 @@ class _View:
         match value:
             case fx.Node():
                 return self.names[value]
+            case int() | None:
+                return str(value)
             case list() | tuple():
                 return f"[{', '.join(elided([self._value(item) for item in value]))}]"
             case sympy.Expr():
@@ -196,22 +212,37 @@ class _View:
                 lines.append(f"{_INDENT}{code:<{width}}{comment}".rstrip())
                 continue
             head, rest = code.split("(", 1)
-            inner = textwrap.wrap(
-                rest[:-1], _WIDTH, initial_indent=_INDENT * 2, subsequent_indent=_INDENT * 2,
-                break_long_words=False, break_on_hyphens=False,
-            )
-            lines += [f"{_INDENT}{head}(", *inner, f"{_INDENT}){comment}"]
+            lines += [f"{_INDENT}{head}(", *_wrapped(rest[:-1]), f"{_INDENT}){comment}"]
         return lines
 
 
-def _function(node: fx.Node) -> str:
+def _wrapped(text: str) -> list[str]:
+    """The arguments of a call on lines of their own; what holds other white space goes slowly."""
+    indent = _INDENT * 2
+    words = text.split(" ")
+    if "" in words or words != text.split():
+        return textwrap.wrap(
+            text, _WIDTH, initial_indent=indent, subsequent_indent=indent,
+            break_long_words=False, break_on_hyphens=False,
+        )
+    lines = [indent + words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + 1 + len(word) <= _WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(indent + word)
+    return lines
+
+
+@lru_cache(maxsize=4096)
+def _function(target: Any) -> str:
     """`aten.linear`, `ours.pack`, `comm.wait`."""
-    if schemas.name_of(node.target) in schemas.COMMUNICATION:
-        return f"comm.{schemas.name_of(node.target)}"
-    if not hasattr(node.target, "_schema"):
-        return op_name(node)
-    namespace, name = target_name(node.target).split(".")[:2]
-    if is_ours(node):
+    if schemas.name_of(target) in schemas.COMMUNICATION:
+        return f"comm.{schemas.name_of(target)}"
+    if not hasattr(target, "_schema"):
+        return python_name(target)
+    namespace, name = target_name(target).split(".")[:2]
+    if namespace == schemas.NAMESPACE:
         return f"ours.{name}"
     return f"{namespace}.{name}" if namespace == "aten" else f"torch.ops.{namespace}.{name}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
@@ -40,8 +40,7 @@ def op_name(node: fx.Node) -> str:
     """
     target: Any = node.target
     if not hasattr(target, "_schema"):
-        module = getattr(target, "__module__", "").removeprefix("_")
-        return f"{module}.{getattr(target, '__name__', target)}"
+        return python_name(target)
     namespace, name = target_name(target).split(".")[:2]
     if is_ours(node):
         axis = Call(node).get("axis")
@@ -49,8 +48,13 @@ def op_name(node: fx.Node) -> str:
     return name if namespace == "aten" else f"{namespace}.{name}"
 
 
-@dataclass(frozen=True)
-class Argument:
+def python_name(function: Any) -> str:
+    """`operator.getitem`: a function that is no operator of torch's."""
+    module = getattr(function, "__module__", "").removeprefix("_")
+    return f"{module}.{getattr(function, '__name__', function)}"
+
+
+class Argument(NamedTuple):
     """An argument that a call gives.
 
     Attributes:
@@ -72,9 +76,9 @@ def given_arguments(node: fx.Node) -> list[Argument]:
             *(Argument("", value, True, False) for value in node.args),
             *(Argument(name, value, False, True) for name, value in node.kwargs.items()),
         ]
-    values, given, gap, ours = Call(node).arguments, [], False, is_ours(node)
-    for known in _parameters(target):
-        value = values[known.name]
+    args, kwargs, given, gap, ours = node.args, node.kwargs, [], False, is_ours(node)
+    for i, known in enumerate(_parameters(target)):
+        value = args[i] if i < len(args) else kwargs.get(known.name, known.default)
         if known.optional and _equals(value, known.default):
             gap = True
             continue
@@ -103,6 +107,16 @@ def _parameters(target: Any) -> tuple[_Parameter, ...]:
         default = schema.default_value if optional else None
         found.append(_Parameter(schema.name, optional, default, schema.kwarg_only, operand))
     return tuple(found)
+
+
+def parameters(node: fx.Node) -> frozenset[str]:
+    """The names of the arguments that a call of an op with a schema may have."""
+    return _names(node.target)
+
+
+@lru_cache(maxsize=4096)
+def _names(target: Any) -> frozenset[str]:
+    return frozenset(known.name for known in _parameters(target))
 
 
 def _equals(value: Any, default: Any) -> bool:
@@ -149,7 +163,7 @@ def elided(items: list[str]) -> list[str]:
 
 def has_band(node: fx.Node) -> bool:
     """Whether an op is an attention with a band of visible positions."""
-    return is_ours(node) and {"lower", "upper"} <= set(Call(node).arguments)
+    return is_ours(node) and {"lower", "upper"} <= parameters(node)
 
 
 def band_text(node: fx.Node) -> str:

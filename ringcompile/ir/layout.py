@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
+from typing import Any
 
 from ringcompile.axes import ONLY_SEQUENCE, AxisRef, base_axis, refs, size_of
 from ringcompile.ir.expr import Size, divide, equal, product, to_text
@@ -78,6 +79,18 @@ class Layout:
 
     dims: tuple[DimLayout, ...]
     partial: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        """Computed once: layouts are keys of many tables."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dims, self.partial))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a hash of texts is another one in another process."""
+        return {"dims": self.dims, "partial": self.partial}
 
     @classmethod
     def whole(cls, rank: int) -> Layout:

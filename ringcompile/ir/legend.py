@@ -23,9 +23,10 @@ from ringcompile.ir.call_text import (
     has_band,
     is_ours,
     op_name,
+    parameters,
     symbols_of,
 )
-from ringcompile.ir.calls import Call, target_name
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
 from ringcompile.ir.layout import format_dim
 from ringcompile.ir.nodes import kinds_of_nodes
@@ -119,7 +120,7 @@ class _Uses:
 
     def takes(self, names: set[str]) -> bool:
         """Whether one of our ops has an argument of these names."""
-        return any(names & set(Call(node).arguments) for node in self.ours)
+        return any(names & parameters(node) for node in self.ours)
 
 
 def _lengths(uses: _Uses) -> _Entries:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -180,7 +181,12 @@ def blocks(nodes: list[fx.Node], below: int = 0) -> list[tuple[str, list[fx.Node
 
 def block_of(node: fx.Node, below: int = 0) -> str:
     """`model.layers.3` of `model.layers.3.self_attn.q_proj`, or empty outside the blocks."""
-    parts = location_of(node).layer.split(".")
+    return _block(location_of(node).layer, below)
+
+
+@lru_cache(maxsize=4096)
+def _block(layer: str, below: int) -> str:
+    parts = layer.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0] + 1 + below]) if numbers else ""
 

@@ -65,6 +65,7 @@ def portable(file: str) -> str:
     return file
 
 
+@lru_cache(maxsize=4096)
 def op_name(target: Any) -> str:
     """The name by which a program's file calls an op, `aten.linear.default`."""
     named = (name for name, function in PYTHON_OPS.items() if function is target)
@@ -171,12 +172,12 @@ def _node_to_json(node: fx.Node, types: _Table, locations: _Table) -> dict[str, 
 
 def _argument_to_json(value: Any) -> Any:
     match value:
+        case fx.Node():
+            return {"node": value.name}
         case None | bool() | int() | str():
             return value
         case float():
             return value if math.isfinite(value) else {"float": str(value)}
-        case fx.Node():
-            return {"node": value.name}
         case list():
             return [_argument_to_json(v) for v in value]
         case tuple():

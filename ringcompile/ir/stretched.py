@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from ringcompile.errors import SourceLocation
-from ringcompile.ir.calls import append, map_values
+from ringcompile.ir.calls import append
 from ringcompile.ir.program import Program
 from ringcompile.ir.repeats import Repeats
 
@@ -189,7 +190,7 @@ class _Writer:
             return behind[found] if found in behind else self.env[found]
 
         for node in self.calls[part.start : part.end]:
-            args, kwargs = map_values((node.args, dict(node.kwargs)), value)
+            args, kwargs = map_aggregate((node.args, node.kwargs), value)
             name = images.name(node.name, ahead) or self._name(node, steps)
             new = self.env[node] = self._append(node, args, kwargs, name)
             new.meta.update(node.meta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, takewhile
 from math import prod
 from typing import Any
@@ -51,6 +51,18 @@ class TensorType:
     dtype: torch.dtype
     shape: tuple[Size, ...]
     layout: Layout
+
+    def __hash__(self) -> int:
+        """Computed once: types are keys of many tables."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dtype, self.shape, self.layout))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a hash of texts is another one in another process."""
+        return {"dtype": self.dtype, "shape": self.shape, "layout": self.layout}
 
     @classmethod
     def whole(cls, dtype: torch.dtype, shape: tuple[Size, ...]) -> TensorType:
