@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -62,7 +63,12 @@ class Mesh:
         """The axes, outermost first: neighbouring ranks differ in the last one."""
         return [name for name, _ in self.axes]
 
-    @property
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The size of each axis by its name, outermost first."""
+        return dict(self.axes)
+
+    @cached_property
     def across(self) -> tuple[tuple[str, int], ...]:
         """The axes that ranks lie along: all but `time` and `halves`."""
         return tuple((name, size) for name, size in self.axes if AXES[name].has_ranks)
@@ -83,13 +89,13 @@ class Mesh:
 
         An axis that the mesh does not have has size 1.
         """
-        return size_of(dict(self.axes), axis)
+        return size_of(self._sizes, axis)
 
     def index(self, coordinates: Mapping[str, int], axis: str) -> int:
         """The place on an axis, on several together (row-major), or on a part, see `size`."""
         index = 0
         for ref in refs(axis):
-            index = index * ref.size(dict(self.axes)) + ref.place(coordinates.get(ref.name, 0))
+            index = index * ref.size(self._sizes) + ref.place(coordinates.get(ref.name, 0))
         return index
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -128,13 +134,15 @@ class Mesh:
         Raises:
             RingCompileError: there is no such place.
         """
-        group = self.group_of(rank, axis)
-        if not 0 <= place < len(group):
+        if not 0 <= place < self.size(axis):
             raise RingCompileError(
                 f"rank {rank} has no peer {place} along {axis}, whose places are 0 to "
-                f"{len(group) - 1}"
+                f"{self.size(axis) - 1}"
             )
-        return group[place]
+        coordinates = self.coordinates(rank)
+        for name in reversed(axis.split(",")):
+            place, coordinates[name] = divmod(place, self.size(name))
+        return self.rank(coordinates)
 
     def _group(self, base: dict[str, int], along: list[str]) -> list[int]:
         places = product(*(range(self.size(name)) for name in along))
