@@ -21,6 +21,10 @@ import numpy as np
 import pytest
 import torch
 
+from ringcompile import compiler, planning
+from ringcompile.capture import export
+from tests.support import captured_once
+
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
 
@@ -62,6 +66,13 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def zoo_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process capture a model of the zoo only where no test before has."""
+    for module in (export, planning, compiler):
+        monkeypatch.setattr(module, "capture", captured_once)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import torch
 
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
@@ -26,7 +25,7 @@ from ringcompile.models.transformer import Transformer
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.lockstep import LockStep
 from ringcompile.runtime.queued import Queued
-from tests.support import TOLERANCE, difference, furthest
+from tests.support import TOLERANCE, difference, furthest, zoo_program
 
 Engine = Callable[[Mesh], LockStep | Queued]
 MODELS: Final = (
@@ -55,7 +54,7 @@ class Plan:
 
 @cache
 def captured(model: str) -> Program:
-    return capture(*zoo.build(model, sequence=24))
+    return zoo_program(model, sequence=24)
 
 
 def _sizes(rng: random.Random, in_time: bool) -> dict[str, int]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
+from ringcompile.models import zoo
+from ringcompile.models.transformer import Transformer
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import Result, run_lockstep
 
@@ -61,10 +65,35 @@ def captured(
     return known[key]
 
 
+@cache
+def zoo_program(name: str, **sizes: Any) -> Program:
+    """What a model of the zoo is captured as, once for all tests that ask for it alike."""
+    return capture(*zoo.build(name, **sizes))
+
+
+def captured_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Any = None, **options: Any
+) -> Program:
+    """In place of `capture` in a command: a model of the zoo is captured once for all tests."""
+    if not isinstance(model, Transformer):
+        return capture(model, args, kwargs, **options)
+    weight = next(model.parameters())
+    loaded = None if isinstance(weight, FakeTensor) else weight.flatten()[:9].tolist()
+    key = repr((model.config, weight.dtype, loaded, [_value(leaf) for leaf in args], options))
+    if key not in _ZOO:
+        _ZOO[key] = capture(model, args, kwargs, **options)
+    return _ZOO[key]
+
+
+_ZOO: dict[str, Program] = {}
+
+
 def _value(leaf: Any) -> Any:
     """An input as a part of a key."""
     if not torch.is_tensor(leaf):
         return leaf
+    if isinstance(leaf, FakeTensor):
+        return (leaf.dtype, tuple(leaf.shape))
     return (leaf.dtype, tuple(leaf.shape), leaf.stride(), str(leaf.flatten().tolist()))
 
 

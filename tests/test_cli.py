@@ -24,6 +24,7 @@ from ringcompile.models import zoo
 from tests.support import TOLERANCE, difference
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("zoo_captured_once")
 USER_CODE = '''
 import torch
 from torch import nn

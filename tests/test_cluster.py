@@ -32,7 +32,7 @@ def rehearse(out: Path, processes: int, *options: str) -> subprocess.CompletedPr
     ("processes", "options", "links", "models"),
     [
         pytest.param(2, ("--model", "dense-4l-tiny", "--length", "16", "--rounds", "1"),
-                     {"node"}, ["dense-4l-tiny"], id="two-ranks"),
+                     {"node"}, ["dense-4l-tiny"], id="two-ranks", marks=pytest.mark.slow),
         pytest.param(4, (), {"node"}, ["dense-4l-tiny", "moe-4l-tiny"],
                      id="four-ranks", marks=pytest.mark.slow),
         pytest.param(4, ("--per-node", "2", "--model", "moe-4l-tiny"), {"node", "between"},

@@ -20,8 +20,10 @@ from ringcompile.cli import cli
 from ringcompile.cost.hardware import load_cluster
 from ringcompile.errors import RingCompileError
 from tests.cost.clusters import figure, table
+from tests.test_cli import ringcompile
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("zoo_captured_once")
 
 
 def invoke(*args: str) -> Result:
@@ -253,10 +255,10 @@ def test_of_passes_the_median_counts() -> None:
 
 
 def test_bench_and_calibrate_refuse(ring: str, tmp_path: Path) -> None:
-    done = run("bench", str(tmp_path / "nothing"))
+    done = ringcompile("bench", str(tmp_path / "nothing"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     if not os.path.exists("/dev/nvidia0"):
-        done = run("calibrate", "--device", "cuda")
+        done = ringcompile("calibrate", "--device", "cuda")
         assert done.returncode == 1
         assert "there is no CUDA device" in done.stderr

@@ -36,7 +36,7 @@ def used() -> tuple[int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("loads", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loads", [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_artifacts_that_are_loaded_and_dropped_leave_nothing_open(loads: int) -> None:
     clean = pristine("small")
     execution.run(compiler.load(clean.folder), clean.inputs)

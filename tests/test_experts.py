@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -115,6 +115,9 @@ def test_looking_at_the_data_is_refused_with_the_line(name: str) -> None:
     assert "moe_styles.py" in str(error.value)
 
 
+_moe = cache(partial(load_model, "moe-4l-tiny", batch=2))
+
+
 @pytest.mark.parametrize(
     ("ring", "order"),
     some_fast(
@@ -123,7 +126,7 @@ def test_looking_at_the_data_is_refused_with_the_line(name: str) -> None:
 )
 def test_exact_capacity_drops_what_one_device_drops(ring: int, order: str) -> None:
     """moe-4l-tiny at several lengths, some shorter than the ring."""
-    loaded = load_model("moe-4l-tiny", batch=2)
+    loaded = _moe()
     parallel = compiled(loaded.module, loaded.args, f"ring={ring}", order=order)
     for length in (37, 16, 5):
         x = alike(torch.randn(2, length, loaded.args[0].shape[2]))
@@ -350,7 +353,7 @@ def test_unknown_capacity() -> None:
 
 def test_experts_have_slots_for_one_ranks_tokens_only() -> None:
     """Exact capacity: buffers are as long as a rank's own tokens need, not as the whole's."""
-    loaded = load_model("moe-4l-tiny")
+    loaded = _moe()
     parallel = compiled(loaded.module, loaded.args, "ring=16", length=256)
     lengths = {**parallel.program.sequence.bindings(256), "m": 16, "b": 1}
     buffers = [n for n in parallel.rank(3).graph.nodes if str(n.target) == "aten.bmm.default"]

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.held import remove_unfinished, scratch, whole_file
-from ringcompile.models import zoo
+from tests.support import zoo_program
 
 ROOT = Path(__file__).parents[1]
 ABORTED = (1, "aborted\n", [])
@@ -24,7 +23,7 @@ ABORTED = (1, "aborted\n", [])
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupt") / "out"
-    transform(capture(*zoo.build("llama-tiny")), "ring=2").save(folder)
+    transform(zoo_program("llama-tiny"), "ring=2").save(folder)
     return folder
 
 

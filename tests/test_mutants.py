@@ -28,6 +28,7 @@ from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import prepare
 from tests.artifact.test_damage import resign
 from tests.mutants import Mutant, kinds_of, mutant
+from tests.support import zoo_program
 from tests.test_ops_across_the_sequence import H, Lambda
 
 WINDOW, LENGTH = 5, 32
@@ -127,7 +128,7 @@ def test_what_is_read_back_follows_from_its_origin(name: str, tmp_path: Path) ->
 
 def test_an_order_for_some_hardware_follows_as_well(tmp_path: Path) -> None:
     """It is not made again, for it depends on times; what is in it must still be right."""
-    program = prepare(capture(*zoo.build("llama-tiny")))
+    program = prepare(zoo_program("llama-tiny"))
     plain = transform(program, "ring=4")
     schedule = schedule_for("schedule", "h100x16", program, plain.mesh, None)
     parallel = transform(program, "ring=4", schedule=schedule)

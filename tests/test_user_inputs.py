@@ -77,7 +77,8 @@ def matches(model: nn.Module, example: dict[str, Any], given: dict[str, Any], sp
     ("kind", "spec"),
     some_fast(
         ["in order", "from ten on", "documents", "out of order", "backwards"],
-        ["ring=4", "ring=3"], fast=lambda kind, spec: spec == "ring=3",
+        ["ring=4", "ring=3"],
+        fast=lambda kind, spec: spec == "ring=3" and kind not in ("from ten on", "backwards"),
     ),
 )
 def test_positions_that_the_user_passes(llama: nn.Module, kind: str, spec: str) -> None:
@@ -107,7 +108,10 @@ def test_a_cache_would_change_what_positions_mean() -> None:
     assert capture(model, (), {"input_ids": ids(CAPTURED)}).notes == ()
 
 
-@pytest.mark.parametrize("kind", ["all", "right", "left", "holes", "four dims"])
+@pytest.mark.parametrize("kind", some_fast(
+    ["all", "right", "left", "holes", "four dims"],
+    fast=lambda kind: kind in ("left", "holes", "four dims"),
+))
 def test_ragged_batches(llama: nn.Module, kind: str) -> None:
     example, given = (
         {"input_ids": ids(n), "attention_mask": masks(kind, n)} for n in (CAPTURED, LENGTH)
@@ -139,7 +143,7 @@ def test_one_program_for_all_lengths(llama: nn.Module, length: int) -> None:
     assert difference(run(parallel, (ids(length),)).outputs, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("window", [4, 9])
+@pytest.mark.parametrize("window", [9, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_window_on_sixteen_ranks_sends_what_is_in_reach(window: int) -> None:
     """A whole model at a known length: chunks of 8 tokens, keys and values of each layer."""
     ranks, chunk, layers = 16, 8, 2
@@ -199,7 +203,7 @@ def test_no_sequence_to_split() -> None:
     """A recurrence over a fixed number of steps."""
     model = nn.GRU(8, 8, batch_first=True).eval()
     with pytest.raises(rc.RingCompileError, match="there is no sequence to split"):
-        compiled(model, (torch.randn(2, CAPTURED, 8),), "ring=4")
+        compiled(model, (torch.randn(2, 5, 8),), "ring=4")
 
 
 def test_a_cache_is_refused(llama: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import ringcompile as rc
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.printer import print_program
+from tests.support import compiled
 
 D, HEADS = 16, 4
 
@@ -64,10 +66,15 @@ AFTER: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
+@cache
+def _scaled(scale: Callable[[int], float], after: Callable[[Tensor, int], Tensor]) -> nn.Module:
+    """A module is captured once for all specs."""
+    return Scaled(scale, after).double().eval()
+
+
 def _check(model: nn.Module, spec: str) -> None:
-    model = model.double().eval()
     example = torch.randn(2, 12, D, dtype=torch.float64)
-    parallel = rc.transform(rc.capture(model, (example,)), spec)
+    parallel = compiled(model, (example,), spec)
     for length in (1, 2, 17, 24):
         x = torch.randn(2, length, D, dtype=torch.float64)
         torch.testing.assert_close(rc.run(parallel, (x,)), model(x), rtol=0, atol=1e-11)
@@ -76,13 +83,13 @@ def _check(model: nn.Module, spec: str) -> None:
 @pytest.mark.parametrize("spec", ["ring=2", "tp=2"])
 @pytest.mark.parametrize("name", SCALES)
 def test_scales(name: str, spec: str) -> None:
-    _check(Scaled(SCALES[name], _same), spec)
+    _check(_scaled(SCALES[name], _same), spec)
 
 
 @pytest.mark.parametrize("spec", ["ring=3", "pp=2,ulysses=2"])
 @pytest.mark.parametrize("name", AFTER)
 def test_after_attention(name: str, spec: str) -> None:
-    _check(Scaled(_half, AFTER[name]), spec)
+    _check(_scaled(_half, AFTER[name]), spec)
 
 
 @pytest.mark.parametrize(

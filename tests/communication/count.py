@@ -21,6 +21,7 @@ from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.session import Session
 from tests.communication.rows import LEGEND, Row
+from tests.support import zoo_program
 
 LENGTH = 48  # divides over all ranks and chunks of the rows
 PLACES = {"R": "ring", "U": "ulysses", "T": "tp", "P": "pp", "N": "ep", "M": "time",
@@ -105,7 +106,7 @@ def captured(model: str) -> Program:
     width = width_of(model)
     if width is not None:
         return capture(OWN[model.split()[0]](width), (torch.randn(1, 24, 12),))
-    return capture(*zoo.build(model, sequence=24))
+    return zoo_program(model, sequence=24)
 
 
 def inputs(model: str, length: int) -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import pytest
 
-from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.compiler import transform
 from ringcompile.cost.hardware import load_cluster
@@ -18,6 +17,7 @@ from ringcompile.cost.limits import kernel_limit
 from ringcompile.cost.rank import RankCost, TimedCollective, TimedShift, cost_of
 from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
+from tests.support import captured_once
 
 HIDDEN, MLP, LAYERS, EXPERTS, TOP = 8192, 32768, 4, 8, 2
 LENGTH = 16384
@@ -26,10 +26,9 @@ EXPERT = 2 * HIDDEN * MLP
 NORMS = (2 * LAYERS + 1) * HIDDEN
 
 
-@lru_cache
 def captured(name: str) -> Program:
     loaded = load_model(name, weights=False)
-    return capture(loaded.module, loaded.args, loaded.kwargs, name=name)
+    return captured_once(loaded.module, loaded.args, loaded.kwargs, name=name)
 
 
 @lru_cache

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
 from ringcompile.compiler import transform
 from ringcompile.cost.hardware import load_cluster
@@ -21,6 +20,7 @@ from ringcompile.cost.kernels import time_of
 from ringcompile.cost.rank import cost_of
 from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
+from tests.support import captured_once
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200-step.json"
 
@@ -43,7 +43,7 @@ def steps() -> list[dict[str, Any]]:
 @lru_cache
 def captured(model: str) -> Program:
     loaded = load_model(model, weights=False)
-    return prepare(capture(loaded.module, loaded.args))
+    return prepare(captured_once(loaded.module, loaded.args, loaded.kwargs, name=model))
 
 
 @pytest.mark.parametrize("row", steps(), ids=lambda row: f"{row['model']}-{row['parallel']}")

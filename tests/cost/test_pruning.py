@@ -45,7 +45,12 @@ def plans(kinds: str, length: int, num_gpus: int) -> list[Plan]:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "length"), [("aaaa", 65536), ("aaaa", 256), ("bbbb", 65536), ("abab", 65536)]
+    ("kinds", "length"),
+    [
+        ("aaaa", 256), ("abab", 65536),
+        pytest.param("aaaa", 65536, marks=pytest.mark.slow),
+        pytest.param("bbbb", 65536, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_left_out_is_not_the_best(
     kinds: str, length: int, monkeypatch: pytest.MonkeyPatch

@@ -21,15 +21,14 @@ from ringcompile.ir.program import Program
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.executor import Executor, run_alone
 from tests.cost.patterns import layers_of
-from tests.support import compiled
+from tests.support import captured_once, compiled
 
 SPECS = ["ring=4", "tp=2", "ulysses=2", "ring=2,ulysses=2", "pp=2", "ring=2,tp=2", "pp=2,tp=2"]
 
 
-@lru_cache
 def captured(name: str) -> Program:
     loaded = load_model(name, weights=False)
-    return capture(loaded.module, loaded.args, loaded.kwargs, name=name)
+    return captured_once(loaded.module, loaded.args, loaded.kwargs, name=name)
 
 
 @lru_cache

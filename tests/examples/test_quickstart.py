@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,26 @@ def test_quickstart(
     )
 
 
+def test_the_module_itself_as_a_job_of_one_rank(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": port}
+    for name, value in job.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(
+        sys, "argv", ["parallelize.py", str(checkpoint), TEXT, "--parallel", "ring=1"])
+    try:
+        runpy.run_path(str(ROOT / "examples" / "parallelize.py"), run_name="__main__")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert capsys.readouterr().out == f"next token: {expected(checkpoint)[0]!r}\n"
+
+
+@pytest.mark.slow
 def test_the_module_itself_under_torchrun(checkpoint: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

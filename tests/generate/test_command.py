@@ -184,6 +184,7 @@ def in_session(leader: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow  # test_interrupt.py has a command with ranks among the fast ones
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 def test_ctrl_c_in_the_middle_leaves_no_process(tmp_path: Path) -> None:
     cached(Rotary, "ring=2", cache=20_000)[1].save(tmp_path / "long")

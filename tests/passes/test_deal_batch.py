@@ -17,7 +17,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
 from ringcompile.pass_list import prepare
 from ringcompile.passes.deal_batch import deal_out, routing
-from tests.support import TOLERANCE, difference, run
+from tests.support import TOLERANCE, difference, run, zoo_program
 
 
 class Layer(nn.Module):
@@ -68,7 +68,7 @@ def test_replicas_of_a_batch_that_is_mixed_are_refused() -> None:
 
 
 def test_any_number_of_sequences() -> None:
-    program = capture(*zoo.build("dense-4l-tiny", sequence=24, batch=3))
+    program = zoo_program("dense-4l-tiny", sequence=24, batch=3)
     transform(program, "dp=2,pp=2")
 
 
@@ -117,7 +117,7 @@ def test_one_sequence_is_enough_to_see_it() -> None:
 
 
 def test_a_capacity_that_each_part_counts_is_noted() -> None:
-    program = capture(*zoo.build("moe-4l-tiny", sequence=24, batch=2))
+    program = zoo_program("moe-4l-tiny", sequence=24, batch=2)
     notes = transform(program, "dp=2,pp=2", capacity="local").program.notes
     said = "with dp=2,pp=2, the capacity of experts is counted for each microbatch alone"
     assert any(said in note for note in notes)

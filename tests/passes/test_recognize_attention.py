@@ -148,7 +148,12 @@ def test_repeated_heads_are_not_sent(style: Style) -> None:
     assert type_of(Call(node)["k"]).shape[1] == type_of(Call(node)["v"]).shape[1] == 2
 
 
-@named([plain, nano_gpt, five_dims, gpt2, gpt_j, gpt_oss, bloom, t5, einsum_groups])
+@named([
+    nano_gpt, five_dims, gpt_oss, t5, *(
+        pytest.param(style, marks=pytest.mark.slow)
+        for style in (plain, gpt2, gpt_j, bloom, einsum_groups)
+    ),
+])
 def test_half_precision(style: Style) -> None:
     """Scores stay in float32 here, which no model's own code beats."""
     module, program = captured(style, torch.bfloat16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -23,17 +22,15 @@ from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, bytes_sent
 from ringcompile.ir.program import Program
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.passes.schedule import Schedule
-from tests.support import TOLERANCE, difference, run
+from tests.support import TOLERANCE, difference, run, zoo_program
 
 LENGTH = 48
 TIMED = Schedule(node_times(load_cluster("h100x16"), LENGTH))
 SPECS = ["ring=4", "ulysses=2", "tp=2", "pp=2", "ring=2,ulysses=2", "ring=2,tp=2", "pp=2,ring=2"]
 
 
-@lru_cache
 def captured(name: str, batch: int = 1) -> Program:
-    loaded = load_model(name, batch=batch)
-    return capture(loaded.module, loaded.args, loaded.kwargs)
+    return zoo_program(name, batch=batch, sequence=24)
 
 
 def compare(parallel: ParallelProgram, name: str, batch: int) -> None:

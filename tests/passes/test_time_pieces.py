@@ -23,12 +23,12 @@ from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.launcher import LocalRanks
 from tests.passes.test_unroll import Crossing, Masked, Rows
-from tests.support import TOLERANCE, difference, run
+from tests.support import TOLERANCE, difference, run, zoo_program
 
 
 @cache
 def captured(name: str) -> Program:
-    return capture(*zoo.build(name, sequence=24))
+    return zoo_program(name, sequence=24)
 
 
 def made(name: str, spec: str, **options: object) -> ParallelProgram:

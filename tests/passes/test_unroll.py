@@ -21,14 +21,14 @@ from ringcompile.mesh import Mesh
 from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.launcher import LocalRanks
-from tests.support import TOLERANCE, difference, run
+from tests.support import TOLERANCE, difference, run, zoo_program
 
 LENGTH = 37
 
 
 @cache
 def captured(name: str) -> Program:
-    return capture(*zoo.build(name, sequence=24))
+    return zoo_program(name, sequence=24)
 
 
 def made(name: str, spec: str, **options: object) -> ParallelProgram:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from ringcompile import compiler
-from ringcompile.capture.export import capture
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
 from ringcompile.runtime.launcher import launch
@@ -23,6 +22,7 @@ from ringcompile.runtime.reports import slow_rank
 from ringcompile.runtime.tasks import Stats
 from ringcompile.session import Session
 from tests.runtime import rank_functions
+from tests.support import zoo_program
 
 
 def test_a_stopped_rank_is_named_alone(within) -> None:
@@ -84,7 +84,7 @@ def test_records_are_not_written_through_what_others_put_there(
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cached") / "out"
-    compiler.transform(capture(*zoo.build("llama-tiny")), "ring=2", cache=4096).save(folder)
+    compiler.transform(zoo_program("llama-tiny"), "ring=2", cache=4096).save(folder)
     return folder
 
 

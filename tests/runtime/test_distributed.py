@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ringcompile import artifact
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
@@ -27,7 +26,7 @@ from ringcompile.runtime.join import join_torchrun, under_torchrun
 from ringcompile.runtime.launcher import LocalRanks, launch
 from ringcompile.runtime.runner import Settings
 from tests.runtime import rank_functions
-from tests.support import TOLERANCE, difference
+from tests.support import TOLERANCE, difference, zoo_program
 
 ROOT = Path(__file__).parents[2]
 Saved = Callable[..., tuple[ParallelProgram, str]]
@@ -35,7 +34,7 @@ Saved = Callable[..., tuple[ParallelProgram, str]]
 
 @cache
 def captured(name: str) -> Program:
-    return capture(*zoo.build(name))
+    return zoo_program(name)
 
 
 @pytest.fixture(scope="module")

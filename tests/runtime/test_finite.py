@@ -20,6 +20,7 @@ from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.launcher import LocalRanks
 from ringcompile.runtime.runner import Settings
+from tests.support import zoo_program
 
 HINT = "\n  hint: run the model itself in float32, or look at the layers before it"
 
@@ -59,7 +60,7 @@ def test_finite_numbers_go_through(fragile: ParallelProgram) -> None:
 
 @pytest.mark.parametrize("name", ["llama-tiny", "mixtral-tiny", "gpt-tiny", "bert-tiny"])
 def test_infinities_of_masks_are_no_fault(name: str) -> None:
-    parallel = transform(capture(*zoo.build(name)), "ring=2")
+    parallel = transform(zoo_program(name), "ring=2")
     run_lockstep(
         parallel.ranks(), parallel.mesh, parallel.source, zoo.build(name, sequence=13)[1],
         check_finite=True,

@@ -18,7 +18,7 @@ from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from tests.runtime.hosts import PORT, ROOT, Host, two_hosts, why_not
-from tests.support import TOLERANCE, difference
+from tests.support import TOLERANCE, difference, zoo_program
 
 _REASON = why_not()
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=_REASON or "")
@@ -35,7 +35,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[ParallelProgram, Path]:
     folder = tmp_path_factory.mktemp("hosts")
-    parallel = transform(capture(*zoo.build(NAME)), SPEC)
+    parallel = transform(zoo_program(NAME), SPEC)
     parallel.save(folder / "program")
     _, (tokens,) = zoo.build(NAME, sequence=LENGTH)
     save_file({parallel.program.inputs[0].name: tokens}, folder / "inputs.safetensors")
@@ -78,6 +78,7 @@ def test_two_hosts(hosts: tuple[Host, Host], saved: tuple[ParallelProgram, Path]
     assert torch.equal(found, alone.outputs)
 
 
+@pytest.mark.slow  # what is said is tested in one place by test_distributed.py
 def test_a_host_that_never_joins(
     hosts: tuple[Host, Host], saved: tuple[ParallelProgram, Path], within
 ) -> None:

@@ -19,10 +19,9 @@ from pathlib import Path
 import pytest
 
 from ringcompile import compiler
-from ringcompile.capture.export import capture
-from ringcompile.models import zoo
 from tests.runtime.hosts import PORT, Host, two_hosts, why_not
 from tests.runtime.struck import FAULTS, MOMENTS, STARTS, Plan
+from tests.support import zoo_program
 
 ROOT = Path(__file__).parents[2]
 VICTIM = 1
@@ -106,7 +105,7 @@ def _kill(pid: int) -> None:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a small decoder on a ring of three, with a cache."""
     folder = tmp_path_factory.mktemp("kills") / "out"
-    compiler.transform(capture(*zoo.build("llama-tiny")), "ring=3", cache=4096).save(folder)
+    compiler.transform(zoo_program("llama-tiny"), "ring=3", cache=4096).save(folder)
     return str(folder)
 
 
@@ -114,7 +113,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of one on two axes, for two ranks on each of two hosts."""
     folder = tmp_path_factory.mktemp("kills") / "out"
-    compiler.transform(capture(*zoo.build("llama-tiny")), "ring=2,tp=2", cache=4096).save(folder)
+    compiler.transform(zoo_program("llama-tiny"), "ring=2,tp=2", cache=4096).save(folder)
     return str(folder)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ringcompile import artifact
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.models import zoo
@@ -18,6 +17,7 @@ from ringcompile.runtime.runner import Settings
 from ringcompile.runtime.stamps import Stamp
 from tests.runtime import checked_ranks
 from tests.runtime.checked_ranks import CASES
+from tests.support import zoo_program
 
 PART = r"error: rank \d and rank \d part in exchange {} between them along 'ring': "
 HINT = (
@@ -103,7 +103,7 @@ def test_a_stamp_is_always_as_long(stamp: Stamp) -> None:
 def test_programs_that_fit_give_the_same_numbers(
     name: str, spec: str, sequence: int, tmp_path: Path
 ) -> None:
-    parallel = transform(capture(*zoo.build(name)), spec)
+    parallel = transform(zoo_program(name), spec)
     parallel.save(tmp_path / "out")
     batch = parallel.mesh.size("dp") * parallel.mesh.size("pp")
     _, inputs = zoo.build(name, sequence=sequence, seed=3, batch=batch)
@@ -121,7 +121,7 @@ def test_programs_that_fit_give_the_same_numbers(
 
 def test_a_collective_that_one_rank_leaves_out(tmp_path: Path) -> None:
     """The types still fit; without the check rank 0 would wait, or take the next sum for it."""
-    transform(capture(*zoo.build("llama-tiny")), "tp=2").save(tmp_path / "out")
+    transform(zoo_program("llama-tiny"), "tp=2").save(tmp_path / "out")
     _, inputs = zoo.build("llama-tiny", sequence=8)
     arguments = (str(tmp_path / "out"), inputs)
     with pytest.raises(RingCompileError) as caught:

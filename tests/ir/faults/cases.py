@@ -24,7 +24,7 @@ from ringcompile.models import zoo
 from ringcompile.ops.schemas import op
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
-from tests.support import tensors
+from tests.support import tensors, zoo_program
 from tests.test_ops_across_the_sequence import H, Lambda
 
 aten = torch.ops.aten
@@ -93,7 +93,7 @@ PLANS: dict[str, tuple[str, tuple[Plan, ...]]] = {
 def captured(name: str) -> tuple[Program, tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
     if name.endswith("-tiny"):
-        return capture(*zoo.build(name, sequence=24)), zoo.build(name, sequence=LENGTH)[1]
+        return zoo_program(name, sequence=24), zoo.build(name, sequence=LENGTH)[1]
     module = TwoPaths() if name == "two paths" else Lambda(FUNCTIONS[name])
     return capture(module.eval(), (torch.randn(2, 17, H),)), (torch.randn(2, LENGTH, H),)
 
