@@ -208,4 +208,6 @@ FAMILIES = [
     Family("imagegpt", "ImageGPTModel",
            {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, "causal", LEARNED,
            padding=None),
+    Family("hrm_text", "HrmTextForCausalLM", sizes(head_dim=16),
+           "causal, in layers that are used several times", ROTARY),
 ]

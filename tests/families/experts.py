@@ -14,6 +14,7 @@ def latent(**changes: Any) -> dict[str, Any]:
                  qk_rope_head_dim=8, v_head_dim=16, moe_intermediate_size=32, **changes)
 
 
+TWO_OF_FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = [
     Family("mixtral", "MixtralForCausalLM",
            sizes(num_hidden_layers=4, sliding_window=8, num_local_experts=4),
@@ -143,4 +144,37 @@ FAMILIES = [
                   index_head_dim=16, index_n_heads=2),
            "multi-head latent, each query's best 8 keys, causal; experts 2 of 4, one shared",
            "rotary on a part of each head, interleaved"),
+    Family("aria-text", "AriaTextForCausalLM",
+           sizes(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+           "grouped-query, causal; experts 2 of 4, one shared", ROTARY),
+    Family("hy_v3", "HYV3ForCausalLM", sizes(head_dim=16, **TWO_OF_FOUR),
+           "grouped-query with query/key norm, causal; experts 2 of 4, one shared", ROTARY),
+    Family("laguna", "LagunaForCausalLM",
+           sizes(**layers("sf"), sliding_window=8, head_dim=16, **TWO_OF_FOUR,
+                 shared_expert_intermediate_size=32),
+           "grouped-query, causal + window 8 every other layer; experts 2 of 4, one shared",
+           ROTARY, matters={"sliding_window": 64}),
+    Family("beam", "BeamForCausalLM",
+           sizes(**layers("sf"), sliding_window=8, head_dim=16, **TWO_OF_FOUR),
+           "grouped-query, causal + window 8 every other layer; experts 2 of 4", ROTARY,
+           matters={"sliding_window": 64}),
+    Family("flint", "FlintForCausalLM",
+           sizes(**layers("sf"), sliding_window=9, head_dim=16, **TWO_OF_FOUR,
+                 shared_expert_intermediate_size=32),
+           "grouped-query with sinks, causal + window 9 every other layer; experts 2 of 4, one "
+           "shared", ROTARY, matters={"sliding_window": 64}),
+    Family("kolibri1", "Kolibri1ForCausalLM",
+           sizes(**layers("sf"), sliding_window=9, head_dim=16, **TWO_OF_FOUR,
+                 shared_expert_intermediate_size=32),
+           "grouped-query, causal + window 9 every other layer; experts 2 of 4, one shared",
+           ROTARY, matters={"sliding_window": 64}),
+    Family("inkling", "InklingForCausalLM",
+           sizes(head_dim=16, swa_num_attention_heads=4, swa_num_key_value_heads=2,
+                 swa_head_dim=16, sliding_window_size=8, rel_extent=32, n_routed_experts=4,
+                 num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=32),
+           "grouped-query, causal + window 8; convolutions; experts 2 of 4, one shared",
+           "relative bias", matters={"sliding_window_size": 64}),
+    Family("axk1", "AXK1ForCausalLM",
+           latent(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1),
+           "multi-head latent, causal; experts 2 of 4", "rotary on a part of each head"),
 ]

@@ -99,35 +99,41 @@ def counts(trials: Mapping[str, Trial]) -> Counter[str]:
 
 def page(trials: Mapping[str, Trial]) -> str:
     """docs/families.md, as far as this module writes it."""
-    text = [_INTRODUCTION.format(
+    introduction = _INTRODUCTION.format(
         torch=torch.__version__.partition("+")[0], transformers=transformers.__version__,
         spec=SPEC, captured=CAPTURED, length=LENGTH, padded=PADDED, tolerance=TOLERANCE,
         summary=summary(trials),
-    )]
-    for title, families in CHAPTERS.items():
-        rows = [cells(trials[family.name]) for family in families]
-        text += [f"## {title}\n", line(_HEADER), line(["---"] * len(_HEADER)),
-                 *(line(list(row.values())) for row in rows), ""]
-    return "\n".join(text).rstrip("\n") + "\n"
+    )
+    return _with_chapters(introduction, _rows(trials))
 
 
 def updated(text: str, trials: Mapping[str, Trial]) -> str:
     """docs/families.md with the rows of these families as they are now."""
     text, begin, rest = text.partition(PRODUCTS)
-    lines = text.rstrip("\n").splitlines()
+    introduction, _, tables = text.partition(f"## {next(iter(CHAPTERS))}\n")
+    known = (row for row in tables.splitlines() if len(row.split(" | ")) >= len(_HEADER))
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in known} | _rows(trials)
     worst: Counter[str] = Counter()
-    for i, row in enumerate(lines):
-        entries = row.split(" | ")
-        name = entries[0].removeprefix("| ")
-        if len(entries) < len(_HEADER) or name not in FAMILIES:
-            continue
-        if name in trials:
-            lines[i] = line(list(cells(trials[name]).values()))
-        outcomes = " | ".join(lines[i].split(" | ")[len(_HEADER) - 2 :])
+    for name in FAMILIES.keys() & rows.keys():
+        outcomes = " | ".join(rows[name].split(" | ")[len(_HEADER) - 2 :])
         kinds = (kind for kind in _WORST_FIRST[:-1] if f"**{kind}**" in outcomes)
         worst[next(kinds, MATCHED)] += 1
-    made = _SUMMARY.sub(summary_of(worst), "\n".join(lines), count=1) + "\n"
+    introduction = _SUMMARY.sub(summary_of(worst), introduction, count=1)
+    made = _with_chapters(introduction, rows)
     return f"{made}\n{begin}{rest}" if begin else made
+
+
+def _rows(trials: Mapping[str, Trial]) -> dict[str, str]:
+    return {name: line(list(cells(trial).values())) for name, trial in trials.items()}
+
+
+def _with_chapters(introduction: str, rows: Mapping[str, str]) -> str:
+    """The text with a table for each chapter, of the families that there is a row for."""
+    text = [introduction.rstrip("\n") + "\n"]
+    for title, families in CHAPTERS.items():
+        text += [f"## {title}\n", line(_HEADER), line(["---"] * len(_HEADER)),
+                 *(rows[family.name] for family in families if family.name in rows), ""]
+    return "\n".join(text).rstrip("\n") + "\n"
 
 
 def with_chapter(page: str, title: str, chapter: str) -> str:
