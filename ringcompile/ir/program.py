@@ -8,6 +8,7 @@ nodes that a pass made hold `why`, one phrase that dumps print.
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -167,12 +168,19 @@ class Program:
 
     @property
     def batch(self) -> Size:
-        """The sequences of a batch: `b`, or where that is fixed, the first dim of the inputs."""
+        """The sequences of a batch: `b`, or where that is fixed, the first dim of most inputs.
+
+        Inputs whose first dim is 1 are the same for all sequences; of two sizes as frequent it is
+        the larger one.
+        """
         shapes = [spec.type.shape for spec in self.inputs]
         if any(size == symbol(BATCH) for shape in shapes for size in shape):
             return symbol(BATCH)
-        sizes = [shape[0] for shape in shapes if len(shape) > 1 and isinstance(shape[0], int)]
-        return max(sizes, default=1)
+        sizes = Counter(
+            shape[0] for shape in shapes
+            if len(shape) > 1 and isinstance(shape[0], int) and shape[0] > 1
+        )
+        return max(sizes, key=lambda size: (sizes[size], size), default=1)
 
     @property
     def batch_multiple(self) -> int:

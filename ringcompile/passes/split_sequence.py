@@ -27,19 +27,24 @@ def order_of(program: Program) -> str:
 def sequence_length(program: Program) -> Size | None:
     """The length that is split: the one that most self-attentions have, of those that may vary.
 
-    It is not a length of the inputs where the model adds prefix tokens, or cuts patches. None where
+    It is not a length of the inputs where the model adds prefix tokens, or cuts patches. Where all
+    attention is over another sequence, and no length varies, it is that of the queries. None where
     there is no attention, and the length is fixed.
     """
     lengths: Counter[Size] = Counter()
+    of_queries: Counter[Size] = Counter()
     for node in program.graph.nodes:
         if node.target is _ATTENTION:
             queries, keys = (type_of(n).shape[2] for n in Call(node).operands[:2])
-            if equal(queries, keys):
-                lengths[queries] += 1
+            (lengths if equal(queries, keys) else of_queries)[queries] += 1
     if not lengths:
         varies = any(
             is_symbolic(size) and symbol(SEQUENCE) in size.free_symbols
             for spec in program.inputs for size in spec.type.shape
         )
-        return symbol(SEQUENCE) if varies else None
-    return max(lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)))
+        if varies:
+            return symbol(SEQUENCE)
+        lengths = of_queries
+    return max(
+        lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)), default=None
+    )

@@ -77,6 +77,8 @@ class Denoiser:
         positions: how positions enter, in words.
         masks: the input that hides text tokens; empty where the family takes none.
         dims: what a user says of the inputs; tokens vary where the sequence is named.
+        tolerance: the largest difference that counts as none, of the largest value; more where
+            the model's code computes in float32.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Denoiser:
     positions: str = "3-D rotary"
     masks: str = ""
     dims: Dims | None = None
+    tolerance: float = 1e-11
 
     @torch.no_grad()
     def build(self) -> nn.Module:
@@ -286,7 +289,7 @@ DENOISERS = (
               "cross_attention_head_dim": 16, "cross_attention_dim": 64, "caption_channels": 32,
               "sample_size": 8},
              _masked_image, "linear attention, then attention over text", "none",
-             "encoder_attention_mask"),
+             "encoder_attention_mask", tolerance=2e-5),
     Denoiser("hunyuan_video", "HunyuanVideoTransformer3DModel",
              {**_HEADS, **_FOUR, **_SINGLE, "num_refiner_layers": 1, "text_embed_dim": 32,
               "pooled_projection_dim": POOLED, "rope_axes_dim": _AXES},
