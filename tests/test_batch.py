@@ -254,6 +254,17 @@ def test_what_the_code_fixes(name: str) -> None:
         assert "fixes the batch" in str(caught.value.hint)
 
 
+def test_a_fixed_batch_is_the_first_dim_of_most_inputs() -> None:
+    class Placed(nn.Module):
+        def forward(
+            self, x: torch.Tensor, step: torch.Tensor, places: torch.Tensor
+        ) -> torch.Tensor:
+            return pairs(x) + step.sum() + places.sum()
+
+    given = (normal(2, CAPTURED), normal(2, 4), normal(20, 3))
+    assert capture(Placed(), given, dims={"places": {}}).batch == 2
+
+
 def test_the_line_that_fixes_the_batch() -> None:
     (note,) = capture(Code(one_is_special), (normal(1, CAPTURED),)).notes
     assert note.startswith("test_batch.py:")

@@ -143,7 +143,7 @@ def shortened(text: str) -> str:
     """Paths relative to the package they are in."""
     words = []
     for word in text.split(" "):
-        for package in ("transformers", "torch", "sympy", "ringcompile", "tests"):
+        for package in ("diffusers", "transformers", "torch", "sympy", "ringcompile", "tests"):
             if word.startswith("/") and f"/{package}/" in word:
                 word = f"{package}/{word.rpartition(f'/{package}/')[2]}"
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ringcompile.capture.export import capture
@@ -82,3 +83,29 @@ def test_ranks_compute_their_image_tokens(
     spec: str, fixed: bool, image_first: bool, masked: bool
 ) -> None:
     check(spec, fixed, image_first, masked)
+
+
+class OverText(nn.Module):
+    """Image tokens of a fixed number that attend over text alone; no token sees another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(DIM, DIM), nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, 4)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        k, v = self.kv(text)[:, None].chunk(2, -1)
+        x = x + F.scaled_dot_product_attention(self.q(x)[:, None], k, v)[:, 0]
+        return self.out(x)
+
+
+@torch.no_grad()
+def test_what_attends_over_text_alone_is_split() -> None:
+    torch.manual_seed(0)
+    model = OverText().double().eval()
+    given = {"x": torch.randn(2, LENGTH, DIM).double(), "text": torch.randn(2, TEXT, DIM).double()}
+    captured = capture(model, (), given, dims={name: {0: "batch"} for name in given})
+    parallel = transform(captured, "ring=4")
+    assert parallel.program.sequence is not None
+    assert parallel.program.sequence.length == LENGTH
+    assert difference(run(parallel, given).outputs, model(**given)) < 1e-12
+    assert sum(map(with_share, products_of(parallel.program))) == 2  # queries, and the last one

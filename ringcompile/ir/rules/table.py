@@ -356,6 +356,8 @@ RULES: dict[str, Rule] = {
              "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec",
              "max_pool2d_with_indices.default", "adaptive_max_pool2d.default"],
             partial(spatial.pooling, 2), cost="reduction"),
+    **_rows(["avg_pool3d.default", "max_pool3d_with_indices.default"],
+            partial(spatial.pooling, 3), cost="reduction"),
     **_rows(["pad.default"], spatial.pad),
     **_rows(["constant_pad_nd.default"], spatial.pad, linear=Linear(0, when=_fills_zero("value"))),
     **_rows(["unfold.default"], spatial.unfold, cost="view"),
