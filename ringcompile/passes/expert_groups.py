@@ -14,6 +14,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.rules import FactorRule, find_rule
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.schemas import op
+from ringcompile.passes.unpacked import Unpacked
 
 _EXPERT_LINEAR = op("expert_linear")
 _BATCHED = ("aten.bmm.default", "aten.matmul.default", "aten.baddbmm.default",
@@ -82,7 +83,8 @@ def _leaving(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
 
 def groups_of_buffers(program: Program) -> list[Group]:
     """Chains of batched products whose batch is the experts: [E, C, D] x weight [E, D, F]."""
-    products = [n for n in program.graph.nodes if _is_expert_product(program, n)]
+    unpacked = Unpacked(lambda node: node.name in program.weights)
+    products = [n for n in program.graph.nodes if _is_expert_product(n, unpacked)]
     groups: list[Group] = []
     seen: set[fx.Node] = set()
     for node in products:
@@ -91,18 +93,18 @@ def groups_of_buffers(program: Program) -> list[Group]:
         layer = location_of(node).layer
         alike = [n for n in products if location_of(n).layer == layer and n not in seen]
         seen.update(alike)
-        group = _buffer_group(program, alike)
+        group = _buffer_group(program, alike, unpacked)
         if group is not None:
             groups.append(group)
     return groups
 
 
-def _is_expert_product(program: Program, node: fx.Node) -> bool:
+def _is_expert_product(node: fx.Node, unpacked: Unpacked) -> bool:
     """A product in which the first dim of a weight of three is a batch dim of slots."""
     if target_name(node.target) not in _BATCHED or not isinstance(node.meta["type"], TensorType):
         return False
     operands = Call(node).operands
-    weights = [n for n in operands if n.name in program.weights]
+    weights = list(filter(unpacked.weights, operands))
     if len(weights) != 1 or len(type_of(weights[0]).shape) != 3:
         return False
     rule = find_rule(node.target)
@@ -114,7 +116,9 @@ def _is_expert_product(program: Program, node: fx.Node) -> bool:
     return factor is not None and names.output[:1] == (factor,) and counted
 
 
-def _buffer_group(program: Program, products: Sequence[fx.Node]) -> Group | None:
+def _buffer_group(
+    program: Program, products: Sequence[fx.Node], unpacked: Unpacked
+) -> Group | None:
     nodes = _between(program, products)
     num_experts, slots = type_of(products[0]).shape[:2]
     if not all(_keeps_slots(node, num_experts, slots) for node in nodes):
@@ -122,7 +126,7 @@ def _buffer_group(program: Program, products: Sequence[fx.Node]) -> Group | None
     operands = dict.fromkeys(x for n in nodes for x in Call(n).operands if x not in nodes)
     weights = tuple(
         x for x in operands
-        if x.name in program.weights and type_of(x).shape[:1] == (num_experts,)
+        if unpacked.weights(x) and type_of(x).shape[:1] == (num_experts,)
         and len(type_of(x).shape) == 3
     )
     entering = tuple(

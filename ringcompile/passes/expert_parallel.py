@@ -37,14 +37,14 @@ from ringcompile.ir.expr import (
 )
 from ringcompile.ir.layout import Atom, Layout
 from ringcompile.ir.nodes import error_at, layout_of, results_of, type_of
-from ringcompile.ir.program import Program
+from ringcompile.ir.program import Program, Weight
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.expert_groups import Group, groups_of_buffers, groups_of_rows
-from ringcompile.passes.requests import placeholders_first
+from ringcompile.passes.requests import Requests, placeholders_first
 
 aten = torch.ops.aten
 _EP = "ep"
@@ -84,6 +84,7 @@ class _ExpertWriter:
         assert self.program.sequence is not None
         self.sequence, self.ways = self.program.sequence, self.mesh.size(_EP)
         self.weights = dict(self.program.weights)
+        self.shares = _Shares(self.builder, self.mesh, self.weights)
         groups = [*groups_of_rows(self.program), *groups_of_buffers(self.program)]
         last = {group.nodes[-1]: group for group in groups}
         inside = {node for group in groups for node in group.nodes}
@@ -117,12 +118,9 @@ class _ExpertWriter:
             _Buffers(self, group).write()
 
     def share(self, weight: fx.Node) -> fx.Node:
-        """A weight's entries for this rank's experts."""
-        type_ = type_of(weight)
-        layout = layout_of(weight).with_dim(0, (Atom(type_.shape[0], (_EP,)),))
-        new = self.builder.placeholder(f"{weight.name}_ep", type_.with_layout(layout))
-        self.weights[new.name] = self.program.weights[weight.name]
-        return new
+        """A weight's entries for this rank's experts; of a packed one, what they are made of."""
+        layout = layout_of(weight).with_dim(0, (Atom(type_of(weight).shape[0], (_EP,)),))
+        return self.shares.request(self.builder.env[weight], layout)
 
     def local(self, type_: TensorType) -> tuple[Size, ...]:
         """The shape of one rank's share."""
@@ -133,6 +131,22 @@ class _ExpertWriter:
     ) -> fx.Node:
         """Append a call; see `Builder.call`."""
         return self.builder.call(target, args, type_, why=why, **how)
+
+
+class _Shares(Requests):
+    """Weights of some experts only, read or unpacked."""
+
+    def __init__(self, builder: Builder, mesh: Mesh, weights: dict[str, Weight]) -> None:
+        super().__init__(builder, dict(mesh.axes))
+        self.weights = weights
+
+    def input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        """A weight by its share; each rank reads nothing else of it."""
+        if node.name not in self.weights:
+            return None
+        again = self.builder.placeholder(f"{node.name}_ep", type_of(node).with_layout(wanted))
+        self.weights[again.name] = self.weights[node.name]
+        return again
 
 
 # -- rows -----------------------------------------------------------------------------------------

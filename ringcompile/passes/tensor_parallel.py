@@ -50,6 +50,8 @@ from ringcompile.passes.tensor_vocabulary import VocabularySplits
 
 aten = torch.ops.aten
 _ATTENTION, _EXPERTS = op("attention"), op("expert_linear")
+# So many times fewer features than a matmul makes are not worth a sum of what it makes.
+_THIN = 4
 
 @dataclass(frozen=True)
 class TensorParallel(Pass):
@@ -226,11 +228,24 @@ class _Splitter(VocabularySplits):
             return None
         if any(self._told(call.operands[i]) == dim for i, dim in where):
             return split
+        if self._is_thin(call, where):
+            return None
         for i, dim in where:
             old = layout_of(call.operands[i])
             if not old.dims[dim] and self.gains(operands[i], old.with_dim(dim, split)):
                 return split
         return None
+
+    @staticmethod
+    def _is_thin(call: Call, where: Sequence[tuple[int, int]]) -> bool:
+        """Whether far fewer features are summed over than come of it, as of a low-rank adapter.
+
+        Splitting them would cost a sum over the ranks of all that come of it.
+        """
+        i, dim = where[0]
+        summed, made = type_of(call.operands[i]).shape[dim], type_of(call.node).shape[-1:]
+        sizes = (summed, *made)
+        return all(isinstance(size, int) for size in sizes) and prod([_THIN, summed]) <= prod(made)
 
     def _with_bias(
         self, node: fx.Node, call: Call, operands: list[fx.Node], wanted: list[Layout], bias: str

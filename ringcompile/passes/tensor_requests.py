@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 
 from torch import fx
 
@@ -27,7 +26,7 @@ from ringcompile.ops.running import is_scan
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, origin_of
-from ringcompile.passes.unpacked import fitting_size, why_unpacked_whole
+from ringcompile.passes.unpacked import Unpacked, fitting_size, why_unpacked_whole
 
 TP = "tp"
 
@@ -62,7 +61,7 @@ class TensorRequests(Requests):
         self.why = ""  # what asked for the shares of weights that are read now
         self.gaining: dict[tuple[fx.Node, Layout], bool] = {}
         self.products: dict[fx.Node, frozenset[fx.Node]] = {}
-        self.unpacked: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.unpacked = Unpacked(lambda node: node.name in self.weights)
 
     def summed(self, node: fx.Node) -> fx.Node:
         """A value that is no partial sum: summed over the ranks, and with tp_sequence split."""
@@ -133,7 +132,7 @@ class TensorRequests(Requests):
         if target_name(node.target) != "aten.add.Tensor":
             return False
         terms = [n for n in node.all_input_nodes if not self.is_weight(n)]
-        return len(terms) == 2 and any(len(n.users) > 1 for n in terms) and (
+        return len(terms) == 2 and any(_is_read_elsewhere(n, node) for n in terms) and (
             self._products(terms[0]) != self._products(terms[1])
         )
 
@@ -194,26 +193,8 @@ class TensorRequests(Requests):
         return dims == [self.allowed[name]]
 
     def is_weight(self, node: fx.Node) -> bool:
-        """Whether a value is a weight: read as it is, seen through views, or unpacked.
-
-        Unpacked is what cheap ops make of weights alone: packed bytes, scales, zero points.
-        """
-        return bool(self.weights_in(node))
-
-    def weights_in(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The weights that cheap ops make a value of; () if something else is in it too."""
-        if node not in self.unpacked:
-            self.unpacked[node] = self._weights_in(node)
-        return self.unpacked[node]
-
-    def _weights_in(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        if node.op == "placeholder":
-            return (node,) if node.name in self.weights else ()
-        rule = find_rule(node.target)
-        if rule is None or not rule.cheap:
-            return ()
-        found = [self.weights_in(n) for n in operands_of(node) if not _is_constant(n)]
-        return tuple(dict.fromkeys(chain(*found))) if all(found) else ()
+        """Whether a value is a weight: read as it is, seen through views, or unpacked."""
+        return bool(self.unpacked.weights(node))
 
     def input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
         """A weight by its share; each rank reads nothing else of it."""
@@ -240,11 +221,11 @@ class TensorRequests(Requests):
 
     def _note_unpacked_whole(self, node: fx.Node, wanted: Layout) -> None:
         fits = fitting_size(node, wanted, TP, self.axis_sizes)
-        held = [self.weights[n.name] for n in self.weights_in(node)]
+        held = [self.weights[n.name] for n in self.unpacked.weights(node)]
         names = ", ".join(f"'{w.name.rpartition('.')[2]}' {list(w.shape)}" for w in held)
         self.note(
             node,
-            f"{self.ranks_text} does not divide the packed weight {names}: "
+            f"{self.ranks_text} does not divide what a weight is unpacked from, {names}: "
             f"{why_unpacked_whole(node)}. Each rank unpacks all of it and keeps its part; "
             + (f"{TP}={fits} would divide it" if fits > 1 else f"no size of {TP} would divide it"),
         )
@@ -284,9 +265,14 @@ def _has_tokens(layout: Layout) -> bool:
     return any(atom.sequence for dim in layout.dims for atom in dim)
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether a value is made of nothing: numbers, positions."""
-    return node.op == "call_function" and all(map(_is_constant, node.all_input_nodes))
+def _is_read_elsewhere(node: fx.Node, sum_: fx.Node) -> bool:
+    """Whether anything reads a term of a sum, but for cheap ops that only lead to the sum."""
+    for user in node.users:
+        rule = find_rule(user.target)
+        cheap = user.op == "call_function" and rule is not None and rule.cheap
+        if user is not sum_ and (not cheap or not user.users or _is_read_elsewhere(user, sum_)):
+            return True
+    return False
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

@@ -23,10 +23,12 @@ from ringcompile.ir.expr import BATCH, FIRST, OWN, PART, SEQUENCE, bind, is_symb
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program, Weight
+from ringcompile.ir.types import TensorType
 from ringcompile.ops.bodies import body_of
 from ringcompile.ops.experts import expert_linear
 from ringcompile.passes.regions import Region, grows
 from ringcompile.passes.thresholds import Thresholds
+from ringcompile.passes.unpacked import Unpacked
 
 _LENGTH = 14
 # The sequences that a program is for: of a whole batch, or of a part that is dealt out of one.
@@ -153,6 +155,7 @@ class _Run:
         self.program, self.region = program, region
         self.generator = torch.Generator().manual_seed(0)
         self.outside: dict[fx.Node, Any] = {}
+        self.unpacked = Unpacked(lambda node: node.name in program.weights)
         self.lengths = {SEQUENCE: _LENGTH - region.prefix, **_BATCHES}
         self.thresholds = Thresholds(grows, frozenset(region.counted))
 
@@ -217,6 +220,8 @@ class _Run:
         if node in self.region.entering:
             return self._random(node)
         if node.op == "call_function":
+            if self._is_large_weight(node):
+                return self._drawn(tuple(map(int, type_of(node).shape)), type_of(node).dtype)
             return self._call(node, {}, lambda size: size, self.lengths)
         if node.name in self.program.weights:
             return self._weight(self.program.weights[node.name])
@@ -236,15 +241,25 @@ class _Run:
             if self.program.source is None:
                 raise _UnknownError
             return self.program.source(weight.name)
-        scale = 1 / math.sqrt(weight.shape[-1]) if weight.shape else 1.0
-        if math.prod(weight.shape) <= _LARGE:
-            return self._normal(weight.shape, weight.dtype).mul_(scale)
-        *batch, rows, columns = weight.shape
-        left = self._normal((*batch, rows, 1), weight.dtype)
-        return _RankOne(left, self._normal((*batch, 1, columns), weight.dtype).mul_(scale))
+        return self._drawn(weight.shape, weight.dtype)
 
-    def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(dtype)
+    def _is_large_weight(self, node: fx.Node) -> bool:
+        """Whether a large matrix is unpacked from weights: it is drawn as such, not unpacked."""
+        made = node.meta["type"]
+        single = isinstance(made, TensorType) and made.dtype.is_floating_point
+        return single and bool(self.unpacked.weights(node)) and math.prod(made.shape) > _LARGE
+
+    def _drawn(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | _RankOne:
+        """A random matrix, a large one of rank one."""
+        scale = 1 / math.sqrt(shape[-1]) if shape else 1.0
+        if math.prod(shape) <= _LARGE:
+            return (self._normal(shape) * scale).to(dtype)
+        *batch, rows, columns = shape
+        left, right = self._normal((*batch, rows, 1)), self._normal((*batch, 1, columns)) * scale
+        return _RankOne(left.to(dtype), right.to(dtype))
+
+    def _normal(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
 
 
 def _dense(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Why a share of an unpacked weight is not unpacked from a share, and how many ranks could.
+"""Values that are unpacked from weights alone, and why a share of one may need all of them.
 
 A packed weight is cut where every op that unpacks it passes the cut on: between groups, between
 bytes. Where one does not, each rank unpacks all of the weight and keeps its part of the result.
@@ -6,7 +6,9 @@ bytes. Where one does not, each rank unpacks all of the weight and keeps its par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 
 import torch
@@ -19,6 +21,38 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.rules import find_rule
 
 aten = torch.ops.aten
+
+
+@dataclass
+class Unpacked:
+    """Which values cheap ops make of weights alone: views, bytes with scales and zero points.
+
+    Attributes:
+        is_weight: whether a placeholder is a weight.
+    """
+
+    is_weight: Callable[[fx.Node], bool]
+    _known: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+
+    def weights(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The weights that a value is made of; () if something else is in it too."""
+        if node not in self._known:
+            self._known[node] = self._weights(node)
+        return self._known[node]
+
+    def _weights(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        if node.op == "placeholder":
+            return (node,) if self.is_weight(node) else ()
+        rule = find_rule(node.target)
+        if rule is None or not rule.cheap:
+            return ()
+        found = [self.weights(n) for n in Call(node).operands if not _is_constant(n)]
+        return tuple(dict.fromkeys(chain(*found))) if all(found) else ()
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a value is made of nothing: numbers, positions."""
+    return node.op == "call_function" and all(map(_is_constant, node.all_input_nodes))
 
 
 def why_unpacked_whole(node: fx.Node) -> str:

@@ -124,6 +124,12 @@ _ALONG_DIM: dict[str, Case] = {
 
 # -- reductions ------------------------------------------------------------------------------------
 
+def _norm(draws: Draws) -> Arguments:
+    """Of vectors, or of matrices."""
+    shape = draws.shape(1)
+    return called(draws.real(shape), None, draws.dims(len(shape), 1)[:2], draws.flag())
+
+
 def reduced(part: Part = REAL, *before: Any, least: int = 0, empty: bool = True) -> Case:
     """Several dims, or none for all, with or without keepdim.
 
@@ -217,6 +223,7 @@ _REDUCTIONS: dict[str, Case] = {
         all_but("dim"),
     ),
     "linalg_vector_norm.default": reduced(REAL, 2),
+    "linalg_norm.default": Case(_norm, all_but("dim")),
     "max.dim": _of_one(_distinct),
     "min.dim": _of_one(_distinct),
     "median.dim": _of_one(_distinct),

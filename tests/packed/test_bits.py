@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support import compiled, run
+from tests.support import compiled, run, some_fast
 
 
 class Bits(nn.Module):
@@ -27,9 +27,13 @@ class Bits(nn.Module):
         return F.linear(y, self.bytes.view(self.made).to(x.dtype))
 
 
-@pytest.mark.parametrize("spec", ["ring=2", "tp=2"])
 @pytest.mark.parametrize(
-    "made", [torch.int8, torch.int16, torch.float16, torch.float32, torch.float8_e4m3fn], ids=str
+    ("made", "spec"),
+    some_fast(
+        (torch.int8, torch.int16, torch.float16, torch.float32, torch.float8_e4m3fn),
+        ("ring=2", "tp=2"),
+        fast=lambda made, spec: spec == "tp=2" and made in (torch.int8, torch.float16),
+    ),
 )
 def test_a_weight_read_from_bytes(made: torch.dtype, spec: str) -> None:
     torch.manual_seed(0)
@@ -53,8 +57,11 @@ class Mantissa(nn.Module):
         return x * (halves.view(torch.int64) >> 52 if self.joined else high)
 
 
-@pytest.mark.parametrize("spec", ["ring=2", "ring=2,tp=2", "pp=2"])
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("joined", "spec"),
+    some_fast((False, True), ("ring=2", "ring=2,tp=2", "pp=2"),
+              fast=lambda joined, spec: spec == "ring=2,tp=2"),
+)
 def test_bits_of_what_a_model_computes(joined: bool, spec: str) -> None:
     model, x = Mantissa(joined).eval(), torch.randn(2, 8, 16, dtype=torch.float64).abs()
     found = run(compiled(model, (x,), spec), (x,)).outputs

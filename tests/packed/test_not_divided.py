@@ -25,38 +25,42 @@ class Mlp(nn.Module):
         return self.down(F.silu(self.up(y)))
 
 
-_SAID = " Each rank unpacks all of it and keeps its part; "
+def said(ranks: str, weights: str, why: str, fits: str) -> str:
+    return (
+        f"{ranks} does not divide what a weight is unpacked from, {weights}: {why}. Each rank "
+        f"unpacks all of it and keeps its part; {fits} would divide it"
+    )
+
+
+def cut(have: str, made: str) -> str:
+    return f"{have} seen as {made} would be cut inside a group or a byte"
+
+
 CASES = {  # layout of the outputs' layer, of the inputs' layer, group, plan, what is said
     "a group": (
         "int8", "int4 in bytes", 16, "tp=2",
-        ["tp=2 does not divide the packed weight 'packed' [16, 24], 'scales' [16, 3]: "
-         "[16, 3, 16] seen as [16, 48] would be cut inside a group or a byte." + _SAID
-         + "tp=3 would divide it"],
+        [said("tp=2", "'packed' [16, 24], 'scales' [16, 3]", cut("[16, 3, 16]", "[16, 48]"),
+              "tp=3")],
     ),
     "an int32": (
         "AWQ, order in the shifts", "int8", 8, "tp=4",
-        ["tp=4 does not divide the packed weight 'qweight' [16, 6], 'lifted_tensor_1' [8]: "
-         "[16, 6, 8] seen as [16, 48] would be cut inside a group or a byte." + _SAID
-         + "tp=3 would divide it",
-         "tp=4 does not divide the packed weight 'qzeros' [2, 6], 'lifted_tensor_0' [8]: "
-         "[2, 6, 8] seen as [2, 48] would be cut inside a group or a byte." + _SAID
-         + "tp=3 would divide it"],
+        [said("tp=4", "'qweight' [16, 6], 'lifted_tensor_1' [8]", cut("[16, 6, 8]", "[16, 48]"),
+              "tp=3"),
+         said("tp=4", "'qzeros' [2, 6], 'lifted_tensor_0' [8]", cut("[2, 6, 8]", "[2, 48]"),
+              "tp=3")],
     ),
     "planes": (
         "ternary in planes", "int8", 8, "tp=2",
-        ["tp=2 does not divide the packed weight 'packed' [12, 16]: cat of [12, 16], [12, 16], "
-         "[12, 16], [12, 16] needs all of the dim that would be cut." + _SAID
-         + "no size of tp would divide it"],
+        [said("tp=2", "'packed' [12, 16]", "cat of [12, 16], [12, 16], [12, 16], [12, 16] needs "
+              "all of the dim that would be cut", "no size of tp")],
     ),
     "a scale of fp8": (
         "int8", "fp8, scales repeated", 16, "ring=2,tp=2",
-        ["tp=2 does not divide the packed weight 'weight_scale_inv' [1, 3]: [16, 3, 16] seen as "
-         "[16, 48] would be cut inside a group or a byte." + _SAID + "tp=3 would divide it"],
+        [said("tp=2", "'weight_scale_inv' [1, 3]", cut("[16, 3, 16]", "[16, 48]"), "tp=3")],
     ),
     "a block of a file": (
         "int8", "GGUF Q8_0", 16, "tp=4",
-        ["tp=4 does not divide the packed weight 'weight' [16, 54]: [48, 16] seen as [16, 48] "
-         "would be cut inside a group or a byte." + _SAID + "tp=3 would divide it"],
+        [said("tp=4", "'weight' [16, 54]", cut("[48, 16]", "[16, 48]"), "tp=3")],
     ),
     "nothing": ("int4 in bytes", "NF4", 8, "tp=2", []),
 }
@@ -64,10 +68,10 @@ CASES = {  # layout of the outputs' layer, of the inputs' layer, group, plan, wh
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_plan_cannot_cut_is_unpacked_whole(case: str) -> None:
-    up, down, group, spec, said = CASES[case]
+    up, down, group, spec, notes = CASES[case]
     torch.manual_seed(0)
     model = Mlp(LAYOUTS[up], LAYOUTS[down], group).eval()
     x = torch.randn(2, 12, 16, dtype=torch.float64)
     parallel = compiled(model, (x,), spec)
     assert difference(run(parallel, (x,)).outputs, model(x)) < 1e-12
-    assert sorted(note.partition(": ")[2] for note in parallel.notes) == sorted(said)
+    assert sorted(note.partition(": ")[2] for note in parallel.notes) == sorted(notes)

@@ -246,6 +246,7 @@ _ALL_WHOLE = [
 _REDUCTIONS = [
     "amax.default", "amin.default", "any.dim", "all.dim",
     "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
+    "linalg_norm.default",
     "std.correction", "logsumexp.default", "linalg_vector_norm.default", "max.dim", "min.dim",
     "median.dim", "mode.default", "kthvalue.default", "count_nonzero.dim_IntList",
     "var_mean.correction", "nansum.default",
