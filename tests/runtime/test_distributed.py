@@ -243,6 +243,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow  # test_parallelize.py has a job of torchrun among the fast ones
 def test_torchrun(saved: Saved, tmp_path: Path) -> None:
     _, folder = saved("llama-tiny", "ring=2", "zigzag")
     script, result = tmp_path / "script.py", tmp_path / "outputs.pt"
