@@ -21,6 +21,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.runtime.data import assembled, by_replica
+from ringcompile.runtime.pieces import Share
 
 Inputs = dict[str, torch.Tensor]
 # So many microbatches for each stage, if there are as many sequences: stages idle for a fifth.
@@ -152,7 +153,7 @@ def part_of(program: Program, inputs: Mapping[str, torch.Tensor], part: Part) ->
 
 def whole_outputs(
     program: Program,
-    everyones: Sequence[Sequence[Sequence[torch.Tensor]]],
+    everyones: Sequence[Sequence[Sequence[Share]]],
     dealt: Deal,
     last: int | None = None,
 ) -> Any:

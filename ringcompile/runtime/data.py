@@ -16,6 +16,7 @@ from ringcompile.ir.program import Input, Program
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.sequence import positions
+from ringcompile.runtime.pieces import Pieces, Share
 from ringcompile.runtime.tail import sequence_dim, windows
 
 # Where a share lies in the whole: from which index to which of every dim.
@@ -184,7 +185,7 @@ def _piece(
 
 def assembled(
     program: Program,
-    shares: Sequence[Sequence[torch.Tensor]],
+    shares: Sequence[Sequence[Share]],
     lengths: dict[str, int],
     last: int | None = None,
 ) -> list[torch.Tensor]:
@@ -193,7 +194,7 @@ def assembled(
     Args:
         program: of a rank of the last stage.
         shares: for each rank of a replica that returns outputs, its share of every output; ranks
-            in order, as `by_replica` gives them.
+            in order, as `by_replica` gives them. Pieces are taken, and freed one by one.
         lengths: from `program.bindings`.
         last: of the sequence, the last positions that the shares hold; None where they hold all.
     """
@@ -206,13 +207,13 @@ def assembled(
 def _assemble(
     program: Program,
     type_: TensorType,
-    shares: list[torch.Tensor],
+    shares: list[Share],
     lengths: dict[str, int],
     last: int | None,
 ) -> torch.Tensor:
     """Every rank's share put in its place; padding is left out at the end."""
     if type_.layout.is_whole:
-        return shares[0]
+        return _in_one(shares[0])
     mesh = program.mesh
     assert mesh is not None
     dims = [dim or (Atom(size),) for size, dim in zip(type_.shape, type_.layout.dims, strict=True)]
@@ -224,14 +225,41 @@ def _assemble(
         window, at = windows(program, lengths, last), sum(map(len, dims[:dim]))
         ranges[at] = {place: _within(rows, window) for place, rows in ranges[at].items()}
         sizes[at] = shape[dim] = len(window)
-    whole = shares[0].new_empty([max(r.stop for rows in each.values() for r in rows)
-                                 for each in ranges])
+    like = shares[0].parts[0] if isinstance(shares[0], Pieces) else shares[0]
+    whole = like.new_empty([max(r.stop for rows in each.values() for r in rows)
+                            for each in ranges])
     for coordinates, share in zip(_returning(mesh), shares, strict=True):
         held = [each[mesh.index(coordinates, ",".join(atom.axes)) if atom.axes else 0]
                 for atom, each in zip(atoms, ranges, strict=True)]
-        opened = share.reshape([sum(map(len, rows)) for rows in held])
-        _put(whole, opened, held)
+        if isinstance(share, Pieces) and len(dims[share.dim]) == 1:
+            at = sum(map(len, dims[:share.dim]))
+            for start, part in share.taken():
+                place = _part(held[at], start, part.shape[share.dim])
+                _put_opened(whole, part, [*held[:at], place, *held[at + 1 :]])
+        else:
+            _put_opened(whole, _in_one(share), held)
     return whole[tuple(slice(0, size) for size in sizes)].reshape(shape)
+
+
+def _in_one(share: Share) -> torch.Tensor:
+    if isinstance(share, torch.Tensor):
+        return share
+    return torch.cat([part for _, part in share.taken()], share.dim)
+
+
+def _part(rows: list[range], start: int, count: int) -> list[range]:
+    """Where `count` rows of a share lie, from its row `start` on."""
+    found, passed = [], 0
+    for run in rows:
+        part = run[max(0, start - passed) : max(0, start + count - passed)]
+        found += [part] if part else []
+        passed += len(run)
+    return found
+
+
+def _put_opened(whole: torch.Tensor, share: torch.Tensor, held: list[list[range]]) -> None:
+    """Copy a share to its place, with a dim for each atom."""
+    _put(whole, share.reshape([sum(map(len, rows)) for rows in held]), held)
 
 
 def _within(rows: list[range], window: range) -> list[range]:

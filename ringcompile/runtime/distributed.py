@@ -26,6 +26,7 @@ from ringcompile.runtime.handshake import agree, facts_of
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory, peak_bytes
 from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary, from_numbers, to_numbers
+from ringcompile.runtime.pieces import in_pieces
 from ringcompile.runtime.runner import (
     Computed,
     OpenWeights,
@@ -310,9 +311,13 @@ def open_peer(
 
 
 def answer_task(rank: Rank, task: Task) -> RankRun:
-    """A task on a rank that has a `Peer`."""
+    """A task on a rank that has a `Peer`; outputs that are wanted whole are handed in pieces."""
     peer: Peer = rank.state
-    return peer.answer(task)
+    run = peer.answer(task)
+    if not (task.keep.outputs and task.whole):
+        return run
+    handed = tuple(in_pieces(shares, rank.world_size) for shares in run.microbatches)
+    return replace(run, microbatches=(), handed=handed)
 
 
 def rewind(rank: Rank, length: int) -> None:

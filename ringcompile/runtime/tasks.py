@@ -18,6 +18,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.runtime.batches import Deal, whole_outputs
 from ringcompile.runtime.data import name_inputs
 from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
+from ringcompile.runtime.pieces import Share
 from ringcompile.traces.measured import RankTrace
 
 Inputs: TypeAlias = dict[str, torch.Tensor]
@@ -174,6 +175,8 @@ class RankRun:
         stats: what it cost.
         summaries: of each microbatch, of its share of every output, if they are kept.
         trace: what it did when, if that was written down.
+        handed: in place of `microbatches`, the same in pieces, for another process that puts whole
+            outputs together. They are gone once it has.
     """
 
     microbatches: tuple[tuple[torch.Tensor, ...], ...]
@@ -181,6 +184,7 @@ class RankRun:
     stats: Stats
     summaries: tuple[tuple[Summary, ...], ...] = ()
     trace: RankTrace | None = None
+    handed: tuple[tuple[Share, ...], ...] = ()
 
     @property
     def outputs(self) -> tuple[torch.Tensor, ...]:
@@ -238,7 +242,7 @@ def together(last: Program, task: Task, runs: list[RankRun]) -> Result:
     """
     outputs = None
     if task.keep.outputs and task.whole:
-        everyones = [run.microbatches for run in runs]
+        everyones = [run.handed or run.microbatches for run in runs]
         outputs = whole_outputs(last, everyones, runs[0].dealt, task.keep.last)
     traces = [run.trace for run in runs if run.trace is not None]
     return Result(
