@@ -13,6 +13,7 @@ weights.safetensors     weights, each once; weights-0001.safetensors and on if t
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -332,9 +333,12 @@ def _open(folder: Path, verify_key: Path | None) -> Artifact:
             f"there is no folder '{folder}'", hint="`ringcompile transform MODEL -o OUT` writes one"
         )
     if not os.path.lexists(folder / MANIFEST):
+        checkpoint = os.path.lexists(folder / "config.json")
         raise RingCompileError(
             f"'{folder}' is not an artifact: it has no {MANIFEST}",
-            hint="name the folder that `ringcompile transform -o` wrote",
+            hint="this looks like a checkpoint; compile it first: `ringcompile transform "
+            f"{shlex.quote(str(folder))} -o out --parallel ring=2`" if checkpoint else
+            "name the folder that `ringcompile transform -o` wrote",
         )
     opened = OpenFolder(folder)
     manifest, mesh, places = read_manifest(opened)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
     from ringcompile.dump.report import Report
 else:
     compiler = Later("ringcompile.compiler")
+
+
+# The symbols that amounts of bytes may have.
+_MEANINGS = {
+    "b": "sequences of the batch",
+    "k": "sequences of a microbatch",
+    "n": "tokens on one rank, padding included",
+    "s": "tokens of a sequence",
+}
 
 
 @click.command()
@@ -82,6 +91,8 @@ def _print_report(found: Report) -> None:
         click.echo(f"gathered whole on every rank: {line}: {names}: {type_}")
     for line in _sent(found.bytes_sent):
         click.echo(line)
+    if symbols := _symbols(found.bytes_sent.values()):
+        click.echo(f"where {symbols}")
     for text in found.refusals:
         click.echo(f"refused: {text}")
     click.echo("supported" if found.supported else "not supported")
@@ -122,9 +133,21 @@ def _sent(bytes_sent: dict[int, str]) -> Iterator[str]:
             yield f"ranks {', '.join(which)} send {text} a run each"
 
 
+def _symbols(amounts: Iterable[str]) -> str:
+    """What the symbols in amounts of bytes stand for, where one is printed as it is."""
+    shown = [text for text in amounts if _plain(text) is None]
+    used = {name for text in shown for name in re.findall(r"[a-z]\w*", text)}
+    return "; ".join(f"{name}: {text}" for name, text in _MEANINGS.items() if name in used)
+
+
+def _plain(text: str) -> re.Match[str] | None:
+    """Bytes that are a number, or one for each sequence."""
+    return re.fullmatch(r"(\d+)(\*b)?", text)
+
+
 def _amount(text: str) -> str:
     """`2.1 MB`, `2.1 MB for each sequence`; bytes where a length is not known."""
-    found = re.fullmatch(r"(\d+)(\*b)?", text)
+    found = _plain(text)
     if found is None:
         return f"{text} bytes"
     return f"{int(found[1]) / 1e6:.4g} MB{' for each sequence' if found[2] else ''}"

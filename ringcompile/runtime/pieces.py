@@ -64,5 +64,4 @@ def _cut(share: torch.Tensor, most: int) -> Share:
 
 def _shared(part: torch.Tensor) -> torch.Tensor:
     """A copy in shared memory: a view would hand over all of the share, a clone be copied again."""
-    storage = torch.UntypedStorage._new_shared(part.nbytes)
-    return torch.empty(0, dtype=part.dtype).set_(storage, 0, part.shape).copy_(part)
+    return torch.empty_like(part, memory_format=torch.contiguous_format).share_memory_().copy_(part)
