@@ -125,6 +125,8 @@ def refs(text: str) -> tuple[AxisRef, ...]:
 
 def size_of(sizes: Mapping[str, int], text: str) -> int:
     """The number of places on one or several axes, or on a part, from the sizes of the axes."""
+    if text in sizes:
+        return sizes[text]
     return prod(ref.size(sizes) for ref in refs(text))
 
 

@@ -13,6 +13,9 @@ def few_collections() -> Iterator[None]:
 
     Each collection visits every node of every graph that is alive, which is a fifth or more of a
     compilation. This is for whole processes: two threads would undo each other's settings.
+
+    What was made meanwhile is then old: it is looked at in the next full collection, not at once,
+    which would take as long as what was saved, mostly in a process that is about to end.
     """
     before = gc.get_threshold()
     gc.freeze()
@@ -20,5 +23,6 @@ def few_collections() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
         gc.set_threshold(*before)
         gc.unfreeze()

@@ -218,8 +218,10 @@ def _renamed(step: TimedStep, copy: int) -> TimedStep:
     communicates = step.communicates
     if isinstance(communicates, TimedWait):
         communicates = TimedWait(f"{communicates.of}#{copy}")
-    return replace(step, name=f"{step.name}#{copy}", communicates=communicates,
-                   reads=tuple(f"{name}#{copy}" for name in step.reads))
+    reads = tuple(f"{name}#{copy}" for name in step.reads)
+    return TimedStep(
+        f"{step.name}#{copy}", step.op, step.layer, step.kernels, communicates, reads
+    )
 
 
 def _groups(program: Program, stack: Stack) -> dict[int, list[fx.Node]]:

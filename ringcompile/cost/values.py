@@ -162,6 +162,8 @@ class Values:
         for operand in node.all_input_nodes if is_elementwise(node.target) else ():
             value = self.of[operand]
             if isinstance(value, torch.Tensor) and value.shape == shape:
+                if value.is_contiguous():  # `empty_like` is written in Python, and takes long
+                    break
                 return torch.empty_like(value, dtype=type_.dtype)
         return torch.empty(shape, dtype=type_.dtype, device="meta")
 

@@ -108,7 +108,7 @@ class Layout:
     def with_dim(self, dim: int, layout: DimLayout) -> Layout:
         """The same placement with one dim placed otherwise."""
         dim %= len(self.dims)
-        return replace(self, dims=(*self.dims[:dim], layout, *self.dims[dim + 1 :]))
+        return Layout((*self.dims[:dim], layout, *self.dims[dim + 1 :]), self.partial)
 
     def without(self, axis: str) -> Layout:
         """The same placement with nothing split, or summed, over this axis or parts of it."""

@@ -71,7 +71,7 @@ class TensorType:
 
     def with_layout(self, layout: Layout) -> TensorType:
         """The same tensor placed otherwise; `layout` has as many dims."""
-        return replace(self, layout=layout)
+        return TensorType(self.dtype, self.shape, layout)
 
     def __str__(self) -> str:
         return _text(self)
