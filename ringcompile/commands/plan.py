@@ -24,6 +24,7 @@ from ringcompile.commands.options import (
     working,
 )
 from ringcompile.cost.hardware import Cluster, load_cluster
+from ringcompile.garbage import few_collections
 from ringcompile.later import Later
 from ringcompile.options import NONE
 
@@ -56,6 +57,7 @@ _SHOWN = 2  # specs of each kind of reason
 @click.option("--top", type=click.IntRange(1), default=12, show_default=True,
               metavar="N", help="Number of plans to print. --json prints all.")
 @JSON
+@few_collections()
 def plan(
     model: str,
     gpus: int,
