@@ -52,7 +52,8 @@ def check_call(node: fx.Node) -> Rule | None:
         if not passes and not _may_mix(node, operand, dim):
             raise error_at(
                 node, "with a cache, this takes in the whole sequence, of which later tokens are "
-                "not known yet: they would change what earlier ones gave", hint=_HINT,
+                "not known yet: they would change what earlier ones gave, or are not known to "
+                "leave that as it was", hint=_HINT,
             )
     return rule
 

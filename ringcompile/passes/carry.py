@@ -50,6 +50,7 @@ from ringcompile.passes.carry_context import NEW, Carrying, of_tokens
 from ringcompile.passes.carry_shifts import ShiftWriter
 from ringcompile.passes.ranges import range_at
 from ringcompile.passes.requests import REDISTRIBUTE, placeholders_first
+from ringcompile.passes.shift_forms import NEEDS_ALL
 
 aten = torch.ops.aten
 
@@ -311,8 +312,7 @@ def _needs_all(node: fx.Node) -> RingCompileError:
     """Why a value of all tokens cannot be had, at the op that wants it."""
     at = next((user for user in node.users if "loc" in user.meta), node)
     return error_at(
-        at, "with a cache, this needs all tokens of the sequence at once, so that a later token "
-        "would change what earlier ones gave",
+        at, f"with a cache, this {NEEDS_ALL}",
         hint="leave the cache out (--cache), or compute it from the tokens before each",
     )
 

@@ -89,8 +89,8 @@ class UnknownError(Exception):
 # Ops whose rules let the dim through, and which go along it.
 _ALONG = frozenset({*ALONG, "ringcompile.attention.default"})
 NEEDS_ALL = (
-    "needs all tokens of the sequence at once, so that a later token would change what earlier "
-    "ones gave"
+    "needs all tokens of the sequence at once: a later token would change what earlier ones gave, "
+    "or is not known to leave that as it was"
 )
 
 

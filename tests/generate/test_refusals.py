@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
@@ -22,9 +23,23 @@ BOTH_WAYS = (
 CAUSAL = "  hint: pass is_causal=True, or a mask that hides later keys"
 ALL = (
     "error: with a cache, this takes in the whole sequence, of which later tokens are not known "
-    "yet: they would change what earlier ones gave"
+    "yet: they would change what earlier ones gave, or are not known to leave that as it was"
+)
+AT_ONCE = (
+    "error: with a cache, this needs all tokens of the sequence at once: a later token would "
+    "change what earlier ones gave, or is not known to leave that as it was"
 )
 BEFORE = "  hint: leave the cache out (--cache), or compute it from the tokens before each"
+
+
+class Earlier(Rotary):
+    """Each token reads the one before it, by a number that is computed: no later one matters."""
+
+    def run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        x = super().run(x, mask)
+        return x + x[:, (torch.arange(x.shape[1]) - 1).clamp(min=0)]
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "an encoder": (Encoder, "test_session.py", (
         BOTH_WAYS, "    x = x + F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)",
@@ -41,6 +56,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "a scale by the last position": (Furthest, "test_session.py", (
         ALL, "    return self.embed(ids) + self.positions(at) * (at.max() + 1)", "  node: %max_1",
         BEFORE,
+    )),
+    "earlier tokens by number": (Earlier, "test_refusals.py", (
+        AT_ONCE, "    return x + x[:, (torch.arange(x.shape[1]) - 1).clamp(min=0)]",
+        "  node: %index_1", BEFORE,
     )),
     "a capacity": (partial(Routed, HalfOfAll), "test_mixtures.py", (
         ("error: with a cache, the length of the sequence (floor(s/2)) is used as a number: it "
