@@ -42,6 +42,7 @@ from ringcompile.passes.batch_layouts import BatchLayouts
 from ringcompile.passes.place import Place
 from ringcompile.passes.regions import Region
 from ringcompile.passes.requests import REDISTRIBUTE
+from ringcompile.passes.token_wise import TokenWise
 
 aten = torch.ops.aten
 _B, _K, _FIRST = symbol(BATCH), symbol(PART), symbol(FIRST)
@@ -88,7 +89,8 @@ class DealBatch(Pass):
                 f"{self.mesh}: the batch is fixed at {program.batch}, and cannot be dealt out",
                 hint="; ".join(program.notes) or None,
             )
-        regions = routing(program, self.checked)
+        by_rows = TokenWise(program, self.checked).holds_by_rows
+        regions = list(filter(by_rows, routing(program, self.checked)))
         counted = [region for region in regions if region.has_capacity]
         apart = [region for region in regions if region not in counted]
         local = self.capacity == "local"

@@ -26,6 +26,7 @@ from ringcompile.ir.program import Program, Weight
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.bodies import body_of
 from ringcompile.ops.experts import expert_linear
+from ringcompile.passes.batch_layouts import rows_of
 from ringcompile.passes.regions import Region, grows
 from ringcompile.passes.thresholds import Thresholds
 from ringcompile.passes.unpacked import Unpacked
@@ -85,6 +86,31 @@ class TokenWise:
             )
         return not reason
 
+    def holds_by_rows(self, region: Region) -> bool:
+        """Whether each sequence of a batch gives the same alone; numbers of sequences would not.
+
+        Only of a region that `holds`: what is counted by each part alone needs no check.
+        """
+        if region.local:
+            return True
+        nodes = [node for node in self.program.graph.nodes if node in region.nodes]
+        key = ("rows", self._structure(nodes, region))
+        if key not in self.known:
+            self.known[key] = self._same_by_rows(nodes, region)
+        return bool(self.known[key])
+
+    def _same_by_rows(self, nodes: list[fx.Node], region: Region) -> bool:
+        run = _Run(self.program, region)
+        try:
+            whole = run.whole(nodes)
+            parts = [run.row(nodes, row) for row in range(_BATCHES[BATCH])]
+            return all(
+                _alike(part[node], _row(whole[node], node, row), whole[node])
+                for row, part in enumerate(parts) for node in region.leaving
+            )
+        except (_UnknownError, RuntimeError, IndexError, ValueError, TypeError):
+            return False
+
     def _structure(self, nodes: list[fx.Node], region: Region) -> Any:
         """Equal for regions that compute the same of their operands."""
         index: dict[fx.Node, int] = {}
@@ -127,14 +153,27 @@ def _close(
     tokens: list[int],
 ) -> bool:
     for node, layout in leaving.items():
-        found, expected = part[node], _taken(whole[node], layout, tokens)
-        if found.shape != expected.shape:
-            return False
-        scale = float(whole[node].abs().max()) or 1.0
-        limit = _TOLERANCE.get(found.dtype, _LOW_PRECISION) * scale
-        if not float((found - expected).abs().max()) <= limit:
+        if not _alike(part[node], _taken(whole[node], layout, tokens), whole[node]):
             return False
     return True
+
+
+def _alike(found: Tensor, expected: Tensor, whole: Tensor) -> bool:
+    """Whether a part has the values expected of it, as far as the size of the whole tells."""
+    if found.shape != expected.shape:
+        return False
+    scale = float(whole.abs().max()) or 1.0
+    limit = _TOLERANCE.get(found.dtype, _LOW_PRECISION) * scale
+    return float((found - expected).abs().max()) <= limit
+
+
+def _row(x: Tensor, node: fx.Node, row: int) -> Tensor:
+    """A sequence's piece of a value, as a batch is dealt out; all of what no sequence has."""
+    dims = [dim for dim, atoms in enumerate(rows_of(node).dims) if atoms]
+    if not dims:
+        return x
+    each = x.shape[dims[0]] // _BATCHES[BATCH]
+    return x.narrow(dims[0], row * each, each)
 
 
 def _taken(x: Tensor, layout: Layout, tokens: list[int]) -> Tensor:
@@ -185,6 +224,19 @@ class _Run:
             made = self._call(node, values, self.region.own, lengths)
             values[node] = counted.get(node, made)
             self._note(node, values)
+        return values
+
+    def row(self, nodes: list[fx.Node], row: int) -> dict[fx.Node, Any]:
+        """All values for one sequence of the batch alone."""
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            for operand in node.all_input_nodes:
+                if operand not in values:
+                    x = self._outer(operand)
+                    values[operand] = _row(x, operand, row) if torch.is_tensor(x) else x
+            values[node] = self._call(
+                node, values, lambda size: size, {**self.lengths, BATCH: 1, PART: 1}
+            )
         return values
 
     def _note(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
