@@ -80,6 +80,7 @@ _STEPS: dict[str, Step] = {
     "permute": mask_dims.permute,
     "expand": mask_dims.expand,
     "slice": mask_dims.sliced,
+    "select": mask_dims.selected,
     "index": mask_dims.indexed,
     "cumsum": mask_arithmetic.cumsum,
     "diff": mask_arithmetic.diff,

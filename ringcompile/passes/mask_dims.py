@@ -128,6 +128,22 @@ def sliced(known: Known, call: Call) -> Value:
     return _map_tests(known.of(call["self"]), cut, call.node)
 
 
+def selected(known: Known, call: Call) -> Value:
+    """One index of a dim, which is gone then."""
+    rank, index, value = len(type_of(call["self"]).shape), call["index"], known.of(call["self"])
+    dim = call["dim"] % rank - rank
+    if dim in _dims_of(value) and (is_symbolic(index) or index < 0):
+        return None  # counted from an end that is not known here
+    dims = {d: d + 1 if d < dim else d for d in range(-rank, 0) if d != dim}
+
+    def cut(value: Affine) -> Affine:
+        coefficients = dict(value.coefficients)
+        constant = value.constant + coefficients.pop(dim, 0) * index
+        return Affine.of({dims[d]: c for d, c in coefficients.items()}, constant)
+
+    return _map_tests(value, cut, call.node)
+
+
 def indexed(known: Known, call: Call) -> Value:
     """x[i, j, ...] of an affine x with every dim indexed by an affine index."""
     source, entries = known.of(call["self"]), list(call["indices"])

@@ -35,6 +35,11 @@ def causal(x: torch.Tensor) -> torch.Tensor:
     return query(x) >= key(x)
 
 
+def apart_in(positions: torch.Tensor) -> torch.Tensor:
+    """Causal by the positions of each sequence, [B, S]."""
+    return (positions[:, :, None] >= positions[:, None, :])[:, None]
+
+
 def ones(x: torch.Tensor) -> torch.Tensor:
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
 
@@ -73,6 +78,14 @@ BANDS: dict[str, tuple[Mask, str]] = {
     "of one more dim": (lambda x: causal(x)[None, None], "causal"),
     "expanded": (lambda x: causal(x)[None, None].expand(x.shape[0], 3, -1, -1), "causal"),
     "permuted": (lambda x: causal(x)[:, None, :, None].permute(1, 3, 0, 2), "causal"),
+    "one of three equal positions": (
+        lambda x: apart_in(index(x).expand(3, x.shape[0], -1)[0]), "causal"),
+    "the second of two counts": (
+        # Of [count, position] + 2 * count the rows are moved on by 2; their differences are not.
+        lambda x: apart_in((index(x)[None, :] + 2 * torch.arange(2)[:, None])[1][None]), "causal"),
+    "counts behind the second": (
+        lambda x: (index(x)[:, None, None] + torch.arange(2)[:, None])[:, 1] >= key(x) - 3,
+        "band -4..None"),
     "expanded positions": (
         lambda x: query(x).expand(-1, x.shape[1]) >= key(x).expand(x.shape[1], -1), "causal"),
     "looked up positions": (lambda x: index(x)[index(x)][:, None] >= key(x), "causal"),
