@@ -350,11 +350,8 @@ def _running_sum(work: Work) -> list[Kernel]:
 
 
 def _recurrence(work: Work) -> list[Kernel]:
-    """Blocks of 32 entries in five doublings, each of which reads and writes both operands."""
-    factor, term = work.operands[:2]
-    return [_kernel("stream", [factor, term], [factor, term])] * 5 + [
-        _kernel("stream", [factor, term], [term])
-    ]
+    """Five doublings in blocks of 32 and what each block starts from: six passes over both."""
+    return [_kernel("stream", work.operands[:2], work.operands[:2])] * 6
 
 
 def _sorted(work: Work) -> list[Kernel]:
