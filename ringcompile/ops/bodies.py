@@ -14,7 +14,13 @@ from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, cached, schemas
 from ringcompile.ops.experts import expert_linear, route
 from ringcompile.ops.running import recurrence
-from ringcompile.ops.sequence import positions, trim, window_positions
+from ringcompile.ops.sequence import (
+    own_tokens,
+    padded_tokens,
+    positions,
+    trim,
+    window_positions,
+)
 
 
 def _redistribute(x: torch.Tensor, *, layout: str) -> torch.Tensor:
@@ -64,6 +70,8 @@ BODIES: dict[str, Callable[..., Any]] = {
     "tokenwise": _tokenwise,
     "positions": positions,
     "window_positions": window_positions,
+    "own_tokens": own_tokens,
+    "padded_tokens": padded_tokens,
     "trim": trim,
     "pack": attention.pack,
     "block_attention": attention.block_attention,

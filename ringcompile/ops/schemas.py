@@ -30,6 +30,8 @@ SCHEMAS = {
         "(Tensor x, Tensor? past=None, Tensor? later=None, *, int dim, int before, int after, "
         "str axis, SymInt? piece=None) -> Tensor"
     ),
+    "own_tokens": "(Tensor x, *, int dim, SymInt size) -> Tensor",
+    "padded_tokens": "(Tensor x, *, int dim, SymInt size) -> Tensor",
     "trim": "(Tensor x, *, int dim, int before, int after, int chunks) -> Tensor",
     "window_positions": (
         "(SymInt[] chunks, *, SymInt chunk, int before, int after) -> Tensor"

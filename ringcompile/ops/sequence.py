@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 
 def positions(
@@ -61,6 +62,16 @@ def trim(x: torch.Tensor, *, dim: int, before: int, after: int, chunks: int) -> 
     apart = x.unflatten(dim, (chunks, -1))
     size = apart.shape[dim + 1] - before - after
     return apart.narrow(dim + 1, before, size).flatten(dim, dim + 1)
+
+
+def own_tokens(x: torch.Tensor, *, dim: int, size: int) -> torch.Tensor:
+    """A rank's share [.., n, ..] of a split dim without its padding: the first `size` entries."""
+    return x.narrow(dim, 0, size)
+
+
+def padded_tokens(x: torch.Tensor, *, dim: int, size: int) -> torch.Tensor:
+    """A rank's own tokens [.., m, ..] as its share of a split dim: zeros behind them."""
+    return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, size - x.shape[dim]])
 
 
 def join(

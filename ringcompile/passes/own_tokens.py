@@ -13,10 +13,11 @@ from torch import fx
 
 from ringcompile.ir.calls import map_values, replace_operands
 from ringcompile.ir.calls import operands as operands_of
-from ringcompile.ir.expr import OWN, Size, product, simplify, symbol
+from ringcompile.ir.expr import OWN, Size, product, symbol
 from ringcompile.ir.layout import WHOLE, DimLayout, Layout
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.types import TensorType
+from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
 from ringcompile.passes.regions import Region, is_mark
 
@@ -99,19 +100,20 @@ class OwnTokens:
             outer.dtype,
             (*outer.shape[:dim], *sizes[:where], _M, *sizes[where + 1 :], *outer.shape[dim + 1 :]),
         )
-        place, rank = dim + where, len(own.shape)
+        place = dim + where
         if entering:
             x = self._reshape(x, opened)
             x = self.builder.call(
-                aten.slice.Tensor, (x, place, 0, _M), own, why="this rank's own tokens"
+                op("own_tokens"), (x,), own, dim=place, size=_M, why="this rank's own tokens"
             )
             flat = product([*sizes[:where], _M, *sizes[where + 1 :]])
             return self._reshape(
                 x, TensorType.whole(outer.dtype, (*outer.shape[:dim], flat, *outer.shape[dim + 1:]))
             )
         x = self._reshape(x, own)
-        pads = [0] * (2 * (rank - 1 - place)) + [0, simplify(self.share - _M)]
-        x = self.builder.call(aten.constant_pad_nd.default, (x, pads, 0), opened, why="padding")
+        x = self.builder.call(
+            op("padded_tokens"), (x,), opened, dim=place, size=self.share, why="padding"
+        )
         return self._reshape(x, outer)
 
     def _reshape(self, x: fx.Node, type_: TensorType) -> fx.Node:

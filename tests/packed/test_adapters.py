@@ -24,8 +24,9 @@ _CONFIGS = {
 def adapted(name: str, merged: bool = False, layers: int = 1) -> nn.Module:
     """A Llama with an adapter of PEFT in every linear layer."""
     torch.manual_seed(0)
-    model = Llama(lambda i, o: nn.Linear(i, o, bias=False), layers)
     given = {"target_modules": _LAYERS, **_CONFIGS[name]}
+    bias = "lora_bias" in given
+    model = Llama(lambda i, o: nn.Linear(i, o, bias=bias), layers)
     config = peft.LoraConfig(r=_RANK, lora_alpha=8, init_lora_weights=False, **given)
     with_adapters = peft.get_peft_model(model, config)
     if merged:

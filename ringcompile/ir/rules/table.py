@@ -367,6 +367,8 @@ RULES: dict[str, Rule] = {
     **_rows(_ALL_WHOLE, all_whole, cost="reduction"),
     "ringcompile.halo.default": WindowRule(cost="join"),
     "ringcompile.trim.default": WindowRule(cost="stream"),
+    "ringcompile.own_tokens.default": WindowRule(cost="view", cheap=True),
+    "ringcompile.padded_tokens.default": WindowRule(cost="stream", cheap=True),
     "ringcompile.attention.default": FactorRule(
         attention, cheap=False, cost="attention", inner=_keys_twice
     ),

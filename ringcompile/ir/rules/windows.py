@@ -1,7 +1,8 @@
-"""The row of ops between a split sequence and windows of it, which each rank has by itself.
+"""The row of ops between a split sequence and what of it each rank has by itself.
 
-A window is a chunk of the sequence with some tokens before and behind it. A value of windows has
-another content on every rank, and no rule may take its dim of tokens apart: in types it is whole.
+That is a window, a chunk of the sequence with some tokens before and behind it, or a rank's own
+tokens without padding. Such a value has another content on every rank, and no rule may take its dim
+of tokens apart: in types it is whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ringcompile.ir.rules.linear import FIRST, Linear
 
 @dataclass(frozen=True)
 class WindowRule(Rule):
-    """Of `halo` and `trim`: the dim of tokens stays laid out as it was placed; others pass."""
+    """The dim of tokens stays laid out as it was placed; others pass."""
 
     cost: str
     shape_argument: str | None = None
