@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import product
@@ -129,10 +130,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def counts(parallel: ParallelProgram, rank: int) -> dict[str, int]:
-    """How often each of our ops stands in a rank's graph."""
-    found: dict[str, int] = {}
-    for node in parallel.rank(rank).graph.nodes:
-        name = str(node.target)
-        if name.startswith("ringcompile."):
-            found[name.split(".")[1]] = found.get(name.split(".")[1], 0) + 1
-    return found
+    """How often each of our ops stands in a rank's graph, but for those about padding."""
+    names = (str(node.target).split(".") for node in parallel.rank(rank).graph.nodes)
+    ours = Counter(name[1] for name in names if name[0] == "ringcompile")
+    return {name: n for name, n in ours.items() if name not in ("own_tokens", "padded_tokens")}

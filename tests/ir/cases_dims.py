@@ -77,6 +77,11 @@ def _argsort_stable(draws: Draws) -> Arguments:
     return called(draws.small(shape), stable=True, dim=draws.dim(len(shape)), descending=True)
 
 
+def _recurrence(draws: Draws) -> Arguments:
+    shape = draws.shape(1)
+    return called(draws.real(shape), draws.real(shape), dim=draws.dim(len(shape)))
+
+
 def _fourier(part: Part, *lengths: int | None) -> Case:
     def make(draws: Draws) -> Arguments:
         shape = draws.shape(1)
@@ -241,4 +246,8 @@ _REDUCTIONS: dict[str, Case] = {
 
 CASES: dict[str, Case] = {
     f"aten.{name}": case for table in (_ALONG_DIM, _REDUCTIONS) for name, case in table.items()
+} | {
+    "ringcompile.recurrence.default": Case(
+        _recurrence, leading(0), rewritten=_split_along("dim")
+    ),
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 from ringcompile.ir.rules import RULES
@@ -42,6 +43,14 @@ def seen(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1])[:, None] >= 2 * torch.arange(5)[None, :]
 
 
+def recur(factor: Tensor, term: Tensor, dim: int) -> Tensor:
+    """y[t] = factor[t] * y[t - 1] + term[t]."""
+    return associative_scan(
+        lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (factor, term), dim,
+        combine_mode="generic",
+    )[1]
+
+
 def places(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1])
 
@@ -72,6 +81,11 @@ LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {
         places(x)[:, None] < 7, float("-inf")).logcumsumexp(1).exp(),
     "everything": lambda x: x.reshape(-1).logcumsumexp(0),
 }
+RECURRENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda x: recur(x.sigmoid() * (x > -1), x, 1),
+    "tokens of all samples": lambda x: recur(*(y.reshape(-1, H) for y in (x.sigmoid(), x)), 0),
+    "features": lambda x: recur(x.sigmoid(), x, 2),
+}
 POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "one by one": lambda x: x + places(x)[:, None],
     "from three in twos": lambda x: x + torch.arange(3, 3 + 2 * x.shape[1], 2)[:, None],
@@ -98,6 +112,7 @@ CASES = {
     f"{kind}: {name}": function
     for kind, table in (
         ("cumsum", SUMS), ("cumprod", PRODUCTS), ("logcumsumexp", LOGARITHMS),
+        ("recurrence", RECURRENCES),
         ("arange", POSITIONS), ("attention", ATTENTION), ("redistribute", MOVED),
     )
     for name, function in table.items()
