@@ -33,7 +33,7 @@ from tests.ops.kernel_cases import (
 
 
 def test_every_provider_has_its_contract_tested() -> None:
-    elsewhere = {"hopper", "triton", "ffpa"}  # test_custom_kernels.py
+    elsewhere = {"hopper", "triton", "decode", "ffpa"}  # test_custom_kernels.py
     assert set(providers()) == {*KERNELS, *elsewhere}
 
 
