@@ -26,6 +26,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ir.verifier import CONSUMING
 from ringcompile.mesh import Mesh
+from ringcompile.ops.bodies import body_of
 
 Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
@@ -148,7 +149,7 @@ class Values:
 
     def _view(self, node: fx.Node) -> torch.Tensor:
         args, kwargs = map_values((list(node.args), dict(node.kwargs)), self.argument)
-        viewed: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        viewed: torch.Tensor = body_of(node.target)(*args, **kwargs)
         return viewed
 
     def _merged(self, node: fx.Node) -> Value:
