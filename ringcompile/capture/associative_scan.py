@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import permutations
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils import _pytree as pytree
@@ -54,20 +55,13 @@ _KINDS = {1: _OF_ONE, 2: _OF_TWO}
 @contextlib.contextmanager
 def read_as_scans() -> Iterator[None]:
     """While inside, calls of associative_scan become scans that every pass knows."""
-    module: Any = import_module(_MODULE)
-    ours: dict[str, Any] = {
-        "generic_associative_scan": _scan,
-        "associative_scan_op": _scan,
-        "_maybe_compile_and_run_fn": lambda function, *args: function(*args),
-    }
-    saved = {name: getattr(module, name) for name in ours}
-    for name, value in ours.items():
-        setattr(module, name, value)
-    try:
+    with mock.patch.multiple(
+        import_module(_MODULE),
+        generic_associative_scan=_scan,
+        associative_scan_op=_scan,
+        _maybe_compile_and_run_fn=lambda function, *args: function(*args),
+    ):
         yield
-    finally:
-        for name, value in saved.items():
-            setattr(module, name, value)
 
 
 def _scan(

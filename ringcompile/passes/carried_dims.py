@@ -17,14 +17,13 @@ from ringcompile.ir.calls import Call, map_values, operands, target_name
 from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, symbol
 from ringcompile.ir.nodes import error_at, layout_of, results_of, type_of
 from ringcompile.ir.rules import FactorRule, Rule, find_rule
+from ringcompile.ops.running import ALONG
 
 _S = symbol(SEQUENCE)
 _HINT = "leave the cache out (--cache), or compute it from the tokens before each"
 # Entry t of the result depends on entries up to t.
 _PREFIX = frozenset({
-    "aten.cumsum.default", "aten.cumprod.default", "aten.cummax.default", "aten.cummin.default",
-    "aten.logcumsumexp.default", "ringcompile.recurrence.default", "aten.tril.default",
-    "aten.triu.default",
+    *ALONG, "aten.cummax.default", "aten.cummin.default", "aten.tril.default", "aten.triu.default",
 })
 # Arguments that say where values end, not what they are.
 _ENDS = {"aten.arange.start_step": "end", "aten.slice.Tensor": "end"}
