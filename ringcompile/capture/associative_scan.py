@@ -56,7 +56,7 @@ _KINDS = {1: _OF_ONE, 2: _OF_TWO}
 def read_as_scans() -> Iterator[None]:
     """While inside, calls of associative_scan become scans that every pass knows."""
     with mock.patch.multiple(
-        import_module(_MODULE),
+        import_module(_MODULE), create=True,  # of another torch these may be other names
         generic_associative_scan=_scan,
         associative_scan_op=_scan,
         _maybe_compile_and_run_fn=lambda function, *args: function(*args),

@@ -12,6 +12,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional
@@ -37,14 +38,8 @@ def read_as_attention() -> Iterator[None]:
     if flex is None or not all(hasattr(flex, name) for name in ours):
         yield
         return
-    saved = {name: getattr(flex, name) for name in ours}
-    for name, value in ours.items():
-        setattr(flex, name, value)
-    try:
+    with mock.patch.multiple(flex, **ours):
         yield
-    finally:
-        for name, value in saved.items():
-            setattr(flex, name, value)
 
 
 def _no_mask(_: Any, batch: int | None, heads: int | None, *__: Any, **___: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -74,6 +75,13 @@ def test_it_is_the_scan_that_it_stands_for(name: str) -> None:
         for length in (1, 27):
             x = torch.randn(2, length, WIDTH, dtype=torch.float64)
             assert difference(run(parallel, (x,)).outputs, model(x)) < 1e-12
+
+
+def test_a_torch_with_other_names_captures_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("torch._higher_order_ops.associative_scan")
+    monkeypatch.delattr(module, "_maybe_compile_and_run_fn")
+    capture(nn.Linear(WIDTH, 2).eval(), (torch.randn(2, 13, WIDTH),))
+    assert not hasattr(module, "_maybe_compile_and_run_fn")
 
 
 UNKNOWN = {
