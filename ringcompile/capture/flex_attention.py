@@ -28,7 +28,7 @@ _Indices = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def read_as_attention() -> Iterator[None]:
     """While inside, calls of flex_attention become attention that every pass knows."""
     flex: Any = sys.modules.get(_MODULE)
-    ours = {
+    ours: dict[str, Any] = {
         "flex_attention_hop": _attention,
         "create_mask": _no_mask,
         "_convert_mask_to_block_mask": _no_blocks,
