@@ -31,7 +31,7 @@ from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How
 from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
-from ringcompile.passes.schedule import Schedule
+from ringcompile.passes.rank.schedule import Schedule
 from ringcompile.planning import plans_for
 
 ROOT = Path(__file__).parents[1]

@@ -27,11 +27,11 @@ from ringcompile.options import Given, Options
 from ringcompile.parallel_program import Observer, ParallelProgram
 from ringcompile.pass_list import NUM_COMMON, front_passes, rank_passes, with_origin
 from ringcompile.passes.base import Pass, Pipeline
-from ringcompile.passes.decode_features import kept_along
-from ringcompile.passes.keep import caches_of, may_prefill
-from ringcompile.passes.recognize_masks import RecognizeMasks
-from ringcompile.passes.schedule import Schedule
-from ringcompile.passes.split_pipeline import starts_of
+from ringcompile.passes.carry.decode_features import kept_along
+from ringcompile.passes.carry.keep import caches_of, may_prefill
+from ringcompile.passes.masks.recognize_masks import RecognizeMasks
+from ringcompile.passes.rank.schedule import Schedule
+from ringcompile.passes.stages.split_pipeline import starts_of
 from ringcompile.passes.user_pass import UserPass
 from ringcompile.runtime.device_mesh import mesh_of
 

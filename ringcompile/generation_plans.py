@@ -31,7 +31,7 @@ from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import prepare
-from ringcompile.passes.decode_features import kept_along
+from ringcompile.passes.carry.decode_features import kept_along
 from ringcompile.runtime.tail import last_positions, take_rows
 
 # A prompt that no ring divides is taken in by so many tokens at a time, as with `--chunk`.

@@ -25,10 +25,10 @@ from ringcompile.mesh import Mesh
 from ringcompile.ops.ownership import check_ownership
 from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pass, Pipeline
-from ringcompile.passes.canonicalize import Canonicalize
+from ringcompile.passes.canonicalize.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
-from ringcompile.passes.schedule import Schedule
-from ringcompile.passes.split_pipeline import starts_of
+from ringcompile.passes.rank.schedule import Schedule
+from ringcompile.passes.stages.split_pipeline import starts_of
 from ringcompile.progress import counted
 
 Observer = Callable[[Pass, Program, float], None]

@@ -10,28 +10,28 @@ from ringcompile.axes import HALVES, WITHOUT_RANKS
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
 from ringcompile.options import DEFAULT, Options
+from ringcompile.passes.attention.recognize_attention import RecognizeAttention
 from ringcompile.passes.base import Pass, Pipeline
-from ringcompile.passes.canonicalize import Canonicalize
-from ringcompile.passes.carry import Carry, carried_mesh
+from ringcompile.passes.canonicalize.canonicalize import Canonicalize
+from ringcompile.passes.canonicalize.limit_ids import LimitIds
+from ringcompile.passes.canonicalize.unfuse import Unfuse
+from ringcompile.passes.carry.carry import Carry, carried_mesh
+from ringcompile.passes.carry.decode_features import kept_along, widened
+from ringcompile.passes.carry.keep import Keep
 from ringcompile.passes.cleanup import CleanUp
-from ringcompile.passes.deal_batch import DealBatch
-from ringcompile.passes.decode_features import kept_along, widened
-from ringcompile.passes.expert_parallel import ExpertParallel
-from ringcompile.passes.fuse_merge import FuseMerge
-from ringcompile.passes.keep import Keep
-from ringcompile.passes.limit_ids import LimitIds
-from ringcompile.passes.lower_halo import LowerHalo
-from ringcompile.passes.lower_ring import LowerRing
-from ringcompile.passes.partition import Partition
-from ringcompile.passes.place import Place
-from ringcompile.passes.recognize_attention import RecognizeAttention
-from ringcompile.passes.recognize_masks import RecognizeMasks
-from ringcompile.passes.schedule import Schedule
-from ringcompile.passes.specialize import Specialize
-from ringcompile.passes.split_pipeline import SplitPipeline, TakeStage
-from ringcompile.passes.tensor_parallel import TensorParallel
-from ringcompile.passes.unfuse import Unfuse
-from ringcompile.passes.unroll import Unroll
+from ringcompile.passes.experts.expert_parallel import ExpertParallel
+from ringcompile.passes.masks.recognize_masks import RecognizeMasks
+from ringcompile.passes.rank.fuse_merge import FuseMerge
+from ringcompile.passes.rank.lower_halo import LowerHalo
+from ringcompile.passes.rank.lower_ring import LowerRing
+from ringcompile.passes.rank.schedule import Schedule
+from ringcompile.passes.rank.specialize import Specialize
+from ringcompile.passes.rank.unroll import Unroll
+from ringcompile.passes.sequence.place import Place
+from ringcompile.passes.shares.partition import Partition
+from ringcompile.passes.stages.deal_batch import DealBatch
+from ringcompile.passes.stages.split_pipeline import SplitPipeline, TakeStage
+from ringcompile.passes.tensor.tensor_parallel import TensorParallel
 
 
 def front_passes(

@@ -25,8 +25,8 @@ from ringcompile.ir.program import Program
 from ringcompile.options import HALVES, NONE
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import prepare
-from ringcompile.passes.schedule import Schedule
-from ringcompile.passes.split_sequence import order_of
+from ringcompile.passes.rank.schedule import Schedule
+from ringcompile.passes.sequence.split_sequence import order_of
 
 
 def plan(

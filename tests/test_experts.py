@@ -17,7 +17,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.moe import MoE
-from ringcompile.passes import regions, token_wise
+from ringcompile.passes.experts import regions, token_wise
 from tests.moe_table import STYLES, Style
 from tests.support import TOLERANCE, compiled, counts, difference, run, some_fast
 

@@ -36,6 +36,11 @@ FLOORS = [
     {"interrupt"},
     {"errors", "held", "later", "garbage", "progress"},
 ]
+# Folders of passes/, from the bottom up; modules beside them are below all.
+PASSES = (
+    "canonicalize", "masks", "attention", "windows", "experts", "sequence", "tensor", "stages",
+    "carry", "shares", "rank",
+)
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 MODELS_USERS = {"models", "compiler", "commands", "capture"}
 # May be imported where they are needed.
@@ -86,18 +91,37 @@ def test_imports_go_down_only(path: Path) -> None:
     assert list(violations(path, (ROOT / path).read_text(encoding="utf-8"))) == []
 
 
+def floor_in_passes(unit: str) -> int:
+    return PASSES.index(unit) + 1 if unit in PASSES else 0
+
+
+def test_folders_of_passes_import_those_below_only() -> None:
+    folder, wrong = ROOT / "ringcompile" / "passes", []
+    assert {path.name for path in folder.iterdir() if (path / "__init__.py").exists()} == {*PASSES}
+    for path in folder.rglob("*.py"):
+        inside = path.relative_to(folder)
+        unit = inside.with_suffix("").parts[0]
+        package = ("ringcompile", "passes", *inside.parts[:-1])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in names(node, package):
+                other = name[2] if name[:2] == ("ringcompile", "passes") and name[2:] else unit
+                if other != unit and floor_in_passes(other) >= max(floor_in_passes(unit), 1):
+                    wrong.append(f"{inside} imports {other}")
+    assert wrong == []
+
+
 @pytest.mark.parametrize(
     ("path", "source", "message"),
     [
         ("ir/rules.py", "from ringcompile.ops import ring", "'ir' imports 'ops'"),
         ("ir/rules.py", "from ringcompile import ops", "'ir' imports 'ops'"),
         ("ir/rules.py", "from ..ops import ring", "'ir' imports 'ops'"),
-        ("passes/place.py", "import ringcompile.capture.hf", "'passes' imports 'capture'"),
-        ("passes/place.py", "import ringcompile", "'passes' imports '__init__'"),
+        ("passes/sequence/place.py", "import ringcompile.capture.hf", "'passes' imports 'capture'"),
+        ("passes/sequence/place.py", "import ringcompile", "'passes' imports '__init__'"),
         ("cli.py", "from ringcompile import transform", "'cli' imports '__init__'"),
         ("errors.py", "from .mesh import Mesh", "'errors' imports 'mesh'"),
         ("models/zoo.py", "from ringcompile.errors import E", "'models' imports 'errors'"),
-        ("passes/place.py", "from ringcompile import models", "'passes' imports 'models'"),
+        ("passes/sequence/place.py", "from ringcompile import models", "'passes' imports 'models'"),
         ("helpers.py", "", "'helpers' has no floor"),
         ("mesh.py", "def f():\n    import math", "'math' is imported inside a function"),
     ],
@@ -111,7 +135,7 @@ def test_a_forbidden_import_is_rejected(path: str, source: str, message: str) ->
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("passes/place.py", "from ringcompile.ops import ring\nfrom .base import Pass"),
+        ("passes/sequence/place.py", "from ringcompile.ops import ring\nfrom ..base import Pass"),
         ("capture/loaders.py", "from ringcompile.models import zoo"),
         ("capture/hf.py", "def f():\n    from transformers import AutoModel"),
         ("__init__.py", "from ringcompile.compiler import transform"),

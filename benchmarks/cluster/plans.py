@@ -14,7 +14,7 @@ from ringcompile.cost.specs import Variant
 from ringcompile.mesh import Mesh
 from ringcompile.options import HALVES, NONE
 from ringcompile.parallel_program import ParallelProgram
-from ringcompile.passes.schedule import Schedule
+from ringcompile.passes.rank.schedule import Schedule
 from ringcompile.planning import plans_of
 from ringcompile.runtime.join import Rank
 

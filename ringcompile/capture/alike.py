@@ -17,7 +17,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.serialize import op_name
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.base import Builder, Pipeline
-from ringcompile.passes.canonicalize import Canonicalize
+from ringcompile.passes.canonicalize.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
 
 

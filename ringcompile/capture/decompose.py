@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram, default_decompositions
 
 from ringcompile.ir.rules import find_rule
-from ringcompile.passes.rewrites import REWRITES
-from ringcompile.passes.rewrites.common import short_name
+from ringcompile.passes.canonicalize.rewrites import REWRITES
+from ringcompile.passes.canonicalize.rewrites.common import short_name
 
 aten = torch.ops.aten
 

@@ -18,10 +18,10 @@ from ringcompile.options import HALVES, NONE, OVERLAPS
 if TYPE_CHECKING:
     from ringcompile.cost import node_times
     from ringcompile.ir.program import Program
-    from ringcompile.passes import schedule
+    from ringcompile.passes.rank import schedule
 else:
     node_times = Later("ringcompile.cost.node_times")
-    schedule = Later("ringcompile.passes.schedule")
+    schedule = Later("ringcompile.passes.rank.schedule")
 
 # Times are estimated for a sequence of this length where none is fixed.
 NOMINAL_LENGTH = 16384

@@ -33,7 +33,7 @@ class Variant:
         tp_sequence: whether `tp` divides the sequence between layers.
         capacity: "exact" or "local".
         microbatches: the number of parts that the batch is cut into.
-        overlap: "none", "schedule", or "halves", see `passes/schedule.py` and the
+        overlap: "none", "schedule", or "halves", see `passes/rank/schedule.py` and the
             axis `halves`.
     """
 

@@ -271,3 +271,10 @@ FIRST = "k0"
 PART_AXIS = "part"
 SIZE_NAMES = frozenset({SEQUENCE, LOCAL, OWN, BATCH, PART, FIRST})
 UNBACKED = re.compile(r"u\d{1,6}")
+
+
+def of_tokens(size: Size) -> bool:
+    """Whether a size grows with the sequence."""
+    return is_symbolic(size) and not {SEQUENCE, LOCAL, OWN}.isdisjoint(
+        str(name) for name in size.free_symbols
+    )

@@ -15,7 +15,7 @@ from ringcompile.cost.plans import Plan
 from ringcompile.cost.specs import Variant
 from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
-from ringcompile.passes.split_sequence import order_of
+from ringcompile.passes.sequence.split_sequence import order_of
 from tests.cost.clusters import cluster, figure, link
 from tests.cost.patterns import layers_of
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ringcompile.passes.keep import caches_of
+from ringcompile.passes.carry.keep import caches_of
 from tests.generate.models import (
     HEADS,
     VOCABULARY,

@@ -8,7 +8,7 @@ from torch import fx
 
 from ringcompile.ir.types import TensorType
 from ringcompile.ops.schemas import op
-from ringcompile.passes.split_pipeline import work
+from ringcompile.passes.stages.split_pipeline import work
 
 aten = torch.ops.aten
 SCALE = {"scale": 0.5}

@@ -11,7 +11,7 @@ from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 from ringcompile.ir.rules import RULES
-from ringcompile.passes.partition import _STEPS
+from ringcompile.passes.shares.partition import _STEPS
 from tests.support import compiled, difference, run
 
 H = 12

@@ -18,7 +18,7 @@ from ringcompile.numerics.draw import PADDING, Draw, draw_inputs
 from ringcompile.numerics.lengths import lengths_to_try, longer, thresholds
 from ringcompile.numerics.roles import Role, roles_of
 from ringcompile.passes.base import Pipeline
-from ringcompile.passes.canonicalize import Canonicalize
+from ringcompile.passes.canonicalize.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
 
 

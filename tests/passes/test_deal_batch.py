@@ -16,7 +16,7 @@ from ringcompile.compiler import load, transform
 from ringcompile.errors import RingCompileError
 from ringcompile.models import zoo
 from ringcompile.pass_list import prepare
-from ringcompile.passes.deal_batch import deal_out, routing
+from ringcompile.passes.stages.deal_batch import deal_out, routing
 from tests.support import TOLERANCE, difference, run, zoo_program
 
 

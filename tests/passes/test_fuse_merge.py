@@ -20,7 +20,7 @@ from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pipeline
-from ringcompile.passes.fuse_merge import FuseMerge
+from ringcompile.passes.rank.fuse_merge import FuseMerge
 from ringcompile.runtime.inprocess import run_lockstep
 from tests.support import difference
 

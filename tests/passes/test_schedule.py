@@ -21,7 +21,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, bytes_sent
 from ringcompile.ir.program import Program
 from ringcompile.parallel_program import ParallelProgram
-from ringcompile.passes.schedule import Schedule
+from ringcompile.passes.rank.schedule import Schedule
 from tests.support import TOLERANCE, difference, run, zoo_program
 
 LENGTH = 48

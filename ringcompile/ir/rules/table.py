@@ -149,7 +149,7 @@ def attention(call: Call) -> Factors:
     """B h q d, b g k d, b g k e -> b h q e.
 
     Keys and values may be split along their sequence on the axis that splits the queries: that
-    is ring attention, and `passes/place.py` keeps such a split. The key mask must know all keys.
+    is ring attention; `sequence.place` keeps such a split. The key mask must know all keys.
     A sink has one number a query head. Heads pass where each has keys of its own (g is h) or all
     have the same; in groups, a rank's heads would have to be those of its groups.
     """

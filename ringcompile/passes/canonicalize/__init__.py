@@ -1,0 +1,1 @@
+"""Few ops for many, before anything is split."""

@@ -1,0 +1,1 @@
+"""A program for the next tokens of a sequence, with a cache."""

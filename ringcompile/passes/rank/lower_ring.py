@@ -1,0 +1,393 @@
+"""Write ring attention out as block attention, transfers and merges, for one rank.
+
+In step t a rank works on what the ranks t places before it and t places behind it started with,
+while it passes that on to its neighbours. Every chunk of keys and values travels on its own: down
+the ring, up, or both ways, whichever reaches the ranks that see it in the fewest hops, and no
+further. A chunk that a rank does not see it does not compute.
+
+With causal attention and zigzag order, the early chunk of a rank is seen by all and goes once
+around; the late one is seen by the ranks before it only and goes the other way. Each rank receives
+exactly what it sees, three quarters of what passing whole blocks around would cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import Call
+from ringcompile.ir.expr import Size, bind, simplify
+from ringcompile.ir.nodes import type_of
+from ringcompile.ir.program import Program
+from ringcompile.ir.types import (
+    TensorType,
+    accumulator_type,
+    local_shape,
+    state_type,
+)
+from ringcompile.ops.blocks import Band
+from ringcompile.ops.schemas import op
+from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.rank.query_tiles import QueryTiles
+from ringcompile.passes.rank.ring_routes import Route, chunk_shares, route
+
+aten = torch.ops.aten
+_Slots = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LowerRing(Pass):
+    """Expand `ring_attention` into transfers, attention over blocks of keys, and merges.
+
+        o = ring_attention(q, k, v, axis=ring)
+    ->  t = shift_start(pack(k, v), to=r + 1, source=r - 1)  # before the attention that hides it
+        state = block_attention(q, [k, v], keys=[r])
+        kv = wait(t)                                         # and so on, with merge(state, block)
+        o = finish(state)
+
+    Keys and values of earlier pieces in time, `past_k` and `past_v`, go round beside those of the
+    queries' own piece, and are merged into the same state. Along `tile` queries are gathered before
+    and results reduced behind it: see `query_tiles`.
+    """
+
+    name: ClassVar[str] = "lower-ring"
+
+    def run(self, program: Program) -> Program:
+        """Expand each ring attention on its own; other nodes are copied."""
+        assert program.sequence is not None
+        assert program.coordinates is not None
+        if all(node.target is not op("ring_attention") for node in program.graph.nodes):
+            return program
+        builder = Builder()
+        for node in program.graph.nodes:
+            builder.at(node)
+            if node.target is op("ring_attention"):
+                builder.env[node] = _Ring(program, node, builder).write()
+            else:
+                builder.env[node] = builder.copy(node)
+        return program.with_graph(builder.graph)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Keys and values that a rank holds, two nodes or one packed, and which chunks they are."""
+
+    nodes: tuple[fx.Node, ...]
+    block: int
+    slots: _Slots
+
+
+class _Ring:
+    """Writes one attention: what goes round is some streams of keys and values."""
+
+    def __init__(self, program: Program, node: fx.Node, builder: Builder) -> None:
+        assert program.sequence is not None
+        assert program.coordinates is not None
+        assert program.mesh is not None
+        self.program, self.node, self.builder = program, node, builder
+        self.sequence, self.mesh, self.call = program.sequence, program.mesh, Call(node)
+        self.coordinates = program.coordinates
+        self.axis: str = self.call["axis"]
+        self.rank, self.ranks = self._place(self.axis), self.mesh.size(self.axis)
+        rows = type_of(self.call["q"]).layout.dims[2]
+        self.axes = rows[0].axes if rows else ()
+        self.level = self.sequence.level(self.axes)
+        self.tile: str | None = self.call["tile"]
+        self.unit = self.level.chunk
+        self.band = Band(self.call["lower"], self.call["upper"])
+        by_rank = self._queries()
+        self.queries = tuple(tuple(sorted(chunks)) for chunks in by_rank)
+        self.rows: _Slots = tuple(range(len(self.queries[self.rank])))
+        self.cut: dict[tuple[fx.Node, _Slots], fx.Node] = {}
+        self.q, self.key_mask, self.mask, self.sink = map(
+            self.given, ("q", "key_mask", "mask", "sink")
+        )
+        self.out = type_of(self.node)
+        self.tiles = QueryTiles(builder, self.mesh, self.tile, by_rank[self.rank], self.unit)
+        if self.tile is not None:
+            self._gather_queries()
+        self.streams = [_Stream(self, "k", "v", [self.call["piece"] or 0])]
+        if self.call["past_k"] is not None:
+            self.streams.append(_Stream(self, "past_k", "past_v", self.call["past"]))
+
+    def given(self, name: str) -> Any:
+        """What stands for an operand; None where the attention does not have it."""
+        return None if self.call[name] is None else self.builder.env[self.call[name]]
+
+    def _place(self, axis: str) -> int:
+        return self.mesh.index(self.coordinates, axis)
+
+    def _gather_queries(self) -> None:
+        """Those of all ranks along `tile`, by position, and the rows of their mask."""
+        self.q = self.tiles.gathered(self.q, self.local(type_of(self.q)))
+        if self.mask is not None and type_of(self.mask).shape[2] != 1:
+            self.mask = self.tiles.gathered(self.mask, self.local(type_of(self.mask)))
+        width = self.local(self.out)[3]
+        self.out = TensorType.whole(self.out.dtype, (*type_of(self.q).shape[:3], width))
+
+    @property
+    def _tiles(self) -> int:
+        return 1 if self.tile is None else self.mesh.size(self.tile)
+
+    @property
+    def _below(self) -> int:
+        """How many ranks along other axes have the same keys, and each some of the queries."""
+        return self.level.num_ranks // (self.ranks * self._tiles)
+
+    def _share(self, place: int, tile: int, below: int) -> int:
+        """Which share of the sequence a rank has, by its places on ring, tile and other axes."""
+        return (place * self._tiles + tile) * self._below + below
+
+    def _queries(self) -> tuple[_Slots, ...]:
+        """The chunks of queries at each place of the ring, by rank along `tile`."""
+        own = self._place(",".join(self.axes)) % self._below
+        piece = self.call["piece"] or 0
+        return tuple(
+            tuple(chain(*(
+                self._chunks(self._share(place, tile, own), piece) for tile in range(self._tiles)
+            )))
+            for place in range(self.ranks)
+        )
+
+    def keys(self, pieces: list[int]) -> tuple[_Slots, ...]:
+        """The chunks of keys at each place of the ring, piece by piece, as short as of queries."""
+        tile = 0 if self.tile is None else self._place(self.tile)
+        return tuple(
+            tuple(chain(*(
+                self._chunks(self._share(place, tile, i), piece)
+                for piece in pieces for i in range(self._below)
+            )))
+            for place in range(self.ranks)
+        )
+
+    def _chunks(self, share: int, piece: int) -> _Slots:
+        """The chunks of a share in one piece in time."""
+        each, held = self.level.chunks_per_piece, chunk_shares(self.level)[share]
+        return held[piece * each : (piece + 1) * each]
+
+    def write(self) -> fx.Node:
+        """All steps; returns the attention output."""
+        state: fx.Node | None = None
+        for step in range(self.ranks):
+            for stream in self.streams:
+                stream.start(step)
+            for stream in self.streams:
+                for block in stream.here(step):
+                    state = self._attend(stream, block, state)
+            for stream in self.streams:
+                stream.wait(step)
+        assert state is not None
+        if self.tile is not None:
+            state = self.tiles.reduced(state, self.out, type_of(self.node))
+        return self.builder.call(
+            op("finish"), (state, self.sink), self.node.meta["type"], name=self.node.name,
+            dtype=type_of(self.node).dtype,
+        )
+
+    # -- attention over what is here -----------------------------------------------------------
+
+    def _attend(self, stream: _Stream, held: _Held, state: fx.Node | None) -> fx.Node | None:
+        """Attention over what this rank sees of a block, merged into the state so far."""
+        if state is None:  # the rank's own block makes the state: all of its rows
+            return self._block(stream, held, self.rows, held.slots)
+        for columns in stream.seen(held):
+            first, *others = stream.route.rows(self.rank, held.block, columns)
+            rows = tuple(range(first, max((first, *others)) + 1))
+            made = self._block(stream, held, rows, columns)
+            state = self.builder.call(
+                op("merge"), (state, made), accumulator_type(self.out),
+                start=rows[0] * self.unit,
+            )
+        return state
+
+    def _block(self, stream: _Stream, held: _Held, rows: _Slots, columns: _Slots) -> fx.Node:
+        queries = [self.queries[self.rank][row] for row in rows]
+        keys = stream.indices(held.block, columns)
+        q, mask = self.slots(self.q, self.rows, rows), self.mask
+        if mask is not None and type_of(mask).shape[2] != 1:
+            mask = self.slots(mask, self.rows, rows)
+        kv = [self.slots(node, held.slots, columns) for node in held.nodes]
+        out, whose = type_of(q), f"rank {held.block}" if self.ranks > 1 else f"chunks {keys}"
+        return self.builder.call(
+            op("block_attention"),
+            (q, kv, self.key_mask, mask),
+            state_type(
+                TensorType(out.dtype, (*out.shape[:3], type_of(stream.v).shape[3]), out.layout)
+            ),
+            why=f"keys of {whose}: {stream.visible(queries, keys)}",
+            head_dim=type_of(stream.k).shape[3],
+            queries=queries,
+            keys=keys,
+            chunk=self.unit,
+            limit=self.sequence.length,
+            **{name: self.call[name] for name in ("scale", "softcap", "lower", "upper")},
+        )
+
+    # -- parts of tensors ----------------------------------------------------------------------
+
+    def slots(self, x: fx.Node, have: _Slots, kept: _Slots) -> fx.Node:
+        """Some of the chunks of a tensor [.., .., tokens, ..]."""
+        if kept == have:
+            return x
+        if (x, kept) not in self.cut:
+            parts = [self._slice(x, have, run) for run in _runs(have, kept)]
+            self.cut[x, kept] = parts[0] if len(parts) == 1 else self.builder.call(
+                aten.cat.default, (parts, 2), self._local_type(type_of(x), len(kept)),
+                name="chunks",
+            )
+        return self.cut[x, kept]
+
+    def _slice(self, x: fx.Node, have: _Slots, run: _Slots) -> fx.Node:
+        """Chunks that lie side by side in a tensor."""
+        first = have.index(run[0])
+        start, end = simplify(first * self.unit), simplify((first + len(run)) * self.unit)
+        return self.builder.call(
+            aten.slice.Tensor, (x, 2, start, end), self._local_type(type_of(x), len(run)),
+            name="chunks",
+        )
+
+    def local(self, type_: TensorType) -> tuple[Size, ...]:
+        """The shape of this rank's share."""
+        return local_shape(type_, self.mesh, self.sequence)
+
+    def _local_type(self, type_: TensorType, num_chunks: int) -> TensorType:
+        local = self.local(type_)
+        return TensorType.whole(type_.dtype, (*local[:2], num_chunks * self.unit, local[3]))
+
+
+@dataclass
+class _Stream:
+    """Keys and values that go round the ring together.
+
+    Args:
+        ring: the attention that they are for.
+        k_name, v_name: the operands that hold this rank's own.
+        pieces: which pieces in time they are.
+    """
+
+    ring: _Ring
+    k_name: str
+    v_name: str
+    pieces: list[int]
+    held: dict[int, _Held | None] = field(default_factory=dict)
+    transfers: dict[int, fx.Node | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ring, chunk = self.ring, bind(self.ring.unit, self.ring.program.lengths)
+        self.k, self.v = ring.given(self.k_name), ring.given(self.v_name)
+        keys = ring.keys(self.pieces)
+        known = chunk if isinstance(chunk, int) else None
+        self.route: Route = route(ring.queries, keys, ring.band, known)
+        self.own = _Held((self.k, self.v), ring.rank, tuple(range(len(keys[ring.rank]))))
+        self.held = {1: self.own, -1: self.own}
+
+    def start(self, step: int) -> None:
+        """Pass on what moves, in both directions, and take what comes."""
+        self.transfers = {way: self._start(self.held[way], way, step) for way in (1, -1)}
+
+    def here(self, step: int) -> list[_Held]:
+        """The blocks that this rank has since the last step."""
+        return [self.own] if step == 0 else [block for block in self.held.values() if block]
+
+    def wait(self, step: int) -> None:
+        """Wait for what comes."""
+        self.held = {way: self._wait(self.transfers[way], way, step) for way in (1, -1)}
+
+    def seen(self, held: _Held) -> list[_Slots]:
+        """The slots that this rank sees of a block, by the kernel call that they are for.
+
+        What all queries see in full is one call, without a mask; other pieces are one call each.
+        """
+        columns = [s for s in held.slots if self.route.sees(self.ring.rank, held.block, s)]
+        if len(self.pieces) == 1:
+            return [tuple(columns)] if columns else []
+        each = len(self.route.keys[held.block]) // len(self.pieces)
+        groups: dict[int, list[int]] = {}
+        for slot in columns:
+            groups.setdefault(-1 if self._is_full(held.block, slot) else slot // each, []).append(
+                slot
+            )
+        return [tuple(groups[number]) for number in sorted(groups)]
+
+    def _is_full(self, block: int, slot: int) -> bool:
+        key = self.route.keys[block][slot]
+        queries = self.ring.queries[self.ring.rank]
+        return all(self.route.relation(query, key) == "full" for query in queries)
+
+    def indices(self, block: int, slots: _Slots) -> list[Any]:
+        """The chunks that these slots of a block are, by index."""
+        return [self.route.keys[block][slot] for slot in slots]
+
+    def visible(self, queries: list[Any], keys: list[Any]) -> str:
+        """What the queries see of the keys, for dumps."""
+        relations = {self.route.relation(query, key) for query in queries for key in keys}
+        return "all visible" if relations == {"full"} else str(self.route.band)
+
+    # -- transfers -----------------------------------------------------------------------------
+
+    def _from(self, way: int, step: int) -> int:
+        """The place whose block comes at this step."""
+        return (self.ring.rank - way * (step + 1)) % self.ring.ranks
+
+    def _coming(self, way: int, step: int) -> _Slots:
+        return self.route.moving(self._from(way, step), way, step)
+
+    def _start(self, held: _Held | None, way: int, step: int) -> fx.Node | None:
+        ring = self.ring
+        out = self.route.moving(held.block, way, step) if held else ()
+        coming = self._coming(way, step)
+        if not out and not coming:
+            return None
+        arriving = self._packed_shape(len(coming) * ring.unit) if coming else (0,)
+        return ring.builder.call(
+            op("shift_start"),
+            (self._payload(held, out) if held and out else self.k,),
+            TensorType.whole(type_of(self.k).dtype, arriving),
+            axis=ring.axis,
+            to=(ring.rank + way) % ring.ranks if out else None,
+            source=(ring.rank - way) % ring.ranks if coming else None,
+            sends=self.indices(held.block, out) if held else [],
+            takes=self.indices(self._from(way, step), coming),
+            of=ring.node.name,
+        )
+
+    def _wait(self, transfer: fx.Node | None, way: int, step: int) -> _Held | None:
+        if transfer is None:
+            return None
+        node = self.ring.builder.call(op("wait"), (transfer,), type_of(transfer))
+        slots = self._coming(way, step)
+        return _Held((node,), self._from(way, step), slots) if slots else None
+
+    def _payload(self, held: _Held, slots: _Slots) -> fx.Node:
+        nodes = [self.ring.slots(node, held.slots, slots) for node in held.nodes]
+        return self._pack(*nodes) if len(nodes) == 2 else nodes[0]
+
+    def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
+        packed = self._packed_shape(self.ring.local(type_of(k))[2])
+        return self.ring.builder.call(
+            op("pack"), (k, v), TensorType.whole(type_of(k).dtype, packed),
+            why="one transfer for both",
+        )
+
+    def _packed_shape(self, rows: Size) -> tuple[Size, ...]:
+        """The shape of packed keys and values with so many rows; see `ops.attention.pack`."""
+        batch, heads, _, head_dim = self.ring.local(type_of(self.k))
+        value_dim = type_of(self.v).shape[3]
+        if head_dim == value_dim:
+            return batch, 2 * heads, rows, head_dim
+        return batch, heads, rows, head_dim + value_dim
+
+
+def _runs(have: _Slots, kept: _Slots) -> list[_Slots]:
+    """The chunks that are kept, in runs that lie side by side."""
+    runs: list[list[int]] = []
+    for slot in kept:
+        if runs and have.index(slot) == have.index(runs[-1][-1]) + 1:
+            runs[-1].append(slot)
+        else:
+            runs.append([slot])
+    return [tuple(run) for run in runs]

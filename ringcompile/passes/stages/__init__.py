@@ -1,0 +1,1 @@
+"""Parts of the batch (`dp`, `pp`) and of the layers (`pp`)."""

@@ -1,0 +1,1 @@
+"""Heads, features and vocabulary on `tp`."""

@@ -1,0 +1,1 @@
+"""Convolutions and shifts along the sequence: a rank's own tokens and a few of its neighbours'."""
