@@ -119,7 +119,7 @@ def _decoding(
     """The programs for the next tokens, in the form that is asked for or the faster one."""
     if form == "helix" and kept_along(mesh) == 1:
         raise RingCompileError(
-            f"decode=helix: the ranks of {mesh} share no cache by position",
+            f"decode=helix: no axis of {mesh} divides the cache by position",
             hint=f"split the sequence over {' or '.join(KEEP_TOKENS)}, or leave decode out",
         )
     if kept_along(mesh) == 1:

@@ -45,7 +45,8 @@ class _Dims:
                 hint="name each dim with a letter, as for einsum: '... d, d -> ... d'",
             )
         if missing := set(whole.split()) - known:
-            raise RingCompileError(f"'{missing.pop()}' is to be whole, and is none of '{text}'")
+            raise RingCompileError(f"'{missing.pop()}' is named in `whole`, but is not a dim of "
+                                   f"'{text}'")
         return cls(tuple(parts[:-1]), parts[-1], frozenset(whole.split()))
 
     def factors(self, call: Call) -> Factors:
@@ -114,7 +115,7 @@ def register_op(
     read = _Dims.read(dims, whole)
     target = _defined(op, body)
     if str(target) in RULES:
-        raise RingCompileError(f"{target} has a rule already")
+        raise RingCompileError(f"{target} already has a rule")
     _check(target, read, tuple(example))
     RULES[str(target)] = FactorRule(read.factors, cost=cost)
     return target
@@ -159,7 +160,7 @@ def _check(target: Any, dims: _Dims, example: tuple[Any, ...]) -> None:
         size = result.shape[output.index(name)]
         if size < 2:
             raise RingCompileError(
-                f"the example has {size} entries along dim '{name}', which shows nothing of it",
+                f"the example has {size} entries along dim '{name}', too few to check the dims",
                 hint="pass an example with at least two entries along each dim",
             )
         for start, end in ((0, size // 2), (size // 2, size)):
@@ -167,7 +168,8 @@ def _check(target: Any, dims: _Dims, example: tuple[Any, ...]) -> None:
             want = _cut(result, output, name, start, end, size)
             if not _same(target(*part), want):
                 raise RingCompileError(
-                    f"{target} on a part of dim '{name}' is not that part of its result",
+                    f"{target}, run on a part of dim '{name}', does not give that part of its "
+                    "result",
                     hint=f"name '{name}' in `whole`: its entries depend on one another",
                 )
 

@@ -214,7 +214,7 @@ class _Feed:
         unknown = [name for name in self.names if name != self.tokens and name not in _MADE]
         if unknown:
             raise RingCompileError(
-                f"the model takes '{unknown[0]}', which cannot be made from a prompt",
+                f"the model takes '{unknown[0]}', which cannot be derived from a prompt",
                 hint="use a Session and pass it for the new tokens of every call",
             )
         self.mask = _padding(ids, mask, self.names, start)
@@ -243,7 +243,7 @@ def _padding(
         return torch.ones_like(ids)
     if mask.shape != ids.shape:
         raise RingCompileError(
-            f"the mask has shape {list(mask.shape)}, the prompts {list(ids.shape)}"
+            f"the mask has shape {list(mask.shape)}, but the prompts have {list(ids.shape)}"
         )
     if bool((mask != 0).all()):
         return torch.ones_like(ids)
@@ -255,7 +255,7 @@ def _padding(
     ordered = mask.long().cummax(1).values
     if start or not bool((ordered == mask.long()).all()) or not bool(mask[:, -1].all()):
         raise RingCompileError(
-            "prompts have to be padded on the left, and before anything else is in the session",
+            "prompts have to be padded on the left, and the session has to be empty",
             hint="pad with padding_side='left'",
         )
     return mask

@@ -234,7 +234,8 @@ class _Judge:
         if batch % replicas:
             return f"a batch of {batch} does not divide over dp={replicas}"
         if self.stack is not None and stages > self.stack.num_layers + self.stack.first:
-            return f"{self.stack.num_layers} layers are fewer than pp={stages} stages"
+            layers = self.stack.num_layers
+            return f"{layers} layers are fewer than the {stages} stages of pp={stages}"
         least = self.model.weight_bytes / (mesh.size("tp") * stages)
         return self._too_large(round(least)) if least > self._ask(1, None).room else ""
 

@@ -131,7 +131,7 @@ class Options:
             raise RingCompileError(f"sequence length {self.length}: it must be at least 1")
         if self.cache is None and self.decode != "auto":
             raise RingCompileError(
-                f"decode={self.decode} goes with a cache", hint="pass cache=N (--cache N) as well"
+                f"decode={self.decode} needs a cache", hint="pass cache=N (--cache N) as well"
             )
         if self.cache is not None and self.cache < 1:
             raise RingCompileError(f"a cache for {self.cache} tokens: it must be at least 1")

@@ -76,7 +76,7 @@ def simulate(
     """
     length = parallel.program.lengths.get(SEQUENCE) or seq or 16384
     if seq is not None and seq != length:
-        raise RingCompileError(f"the program is for {length} tokens, seq={seq} asks for others")
+        raise RingCompileError(f"the program is for {length} tokens, but seq is {seq}")
     hardware = load_cluster(cluster).sized(parallel.world_size)
     costs = [cost_of(program, length) for program in parallel.ranks()]
     return run_simulation(costs, hardware, How(microbatches))

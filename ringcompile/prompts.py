@@ -111,7 +111,8 @@ def read_ids(file: Path) -> torch.Tensor:
         first = (str(error).splitlines() or [""])[0]
         raise RingCompileError(
             f"'{file}' does not hold token ids: {first}",
-            hint="write numbers between blanks, or JSON of lists of the same length",
+            hint="write numbers separated by spaces, or JSON: one list, or several of the same "
+                 "length",
         ) from None
     ids = ids if ids.dim() == 2 else ids.reshape(1, -1)
     if not ids.numel():
@@ -132,9 +133,10 @@ def load_tokenizer(given: str | None, recorded: str | None, otherwise: str) -> A
     """
     folder = given or recorded
     if folder is None or not Path(folder).is_dir():
-        what = f"'{folder}' is no checkpoint folder" if folder else "the artifact names no model"
+        unnamed = "the artifact does not name a checkpoint"
+        what = f"'{folder}' is no checkpoint folder" if folder else unnamed
         raise RingCompileError(
-            f"{what}, so that there is no tokenizer for a prompt",
+            f"{what}, so there is no tokenizer for the prompt",
             hint=f"name the folder with --tokenizer, or pass token ids with {otherwise}",
         )
     try:
@@ -208,7 +210,7 @@ def prompt_inputs(program: Program, tokenizer: Any, text: str) -> dict[str, torc
     known[names[0]] = tokens  # whatever it is called, the first input holds the tokens
     if unknown := [name for name in names if name not in known]:
         raise RingCompileError(
-            f"a prompt does not say what the input '{unknown[0]}' is",
+            f"the model also needs the input '{unknown[0]}', which cannot be derived from a prompt",
             hint="pass all inputs with --inputs",
         )
     return {spec.name: known[spec.name].to(spec.type.dtype) for spec in program.inputs}

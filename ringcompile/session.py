@@ -104,7 +104,7 @@ class Session:
         self._until_closed = ExitStack()
         if trace and (backend == "lockstep" or compiler is not None):
             raise RingCompileError(
-                "a trace times every op of ranks that run side by side",
+                "a trace times every op, on ranks that run at the same time",
                 hint="use backend='gloo' or 'nccl', and no compiler",
             )
         settings = Settings(check_types, compiler, check_finite, trace)
@@ -263,9 +263,9 @@ class Session:
             )
         if not self.reach.holds(length):
             raise RingCompileError(
-                f"cannot go back from {self.reach.highest} tokens to {length}: of state that is "
-                f"written over in turn the last {BLOCK} tokens' is kept",
-                hint="reset the session, and take the first tokens in again",
+                f"cannot go back from {self.reach.highest} tokens to {length}: the state of only "
+                f"the last {BLOCK} tokens is kept",
+                hint="reset the session and process the first tokens again",
             )
         self._open().rewind(length)
         self.length = length

@@ -134,7 +134,7 @@ def test_mixed_sequences_are_seen(name: str, captured: int) -> None:
     """Replicas are refused, at the line; a pipeline runs the whole batch at once."""
     module = small(MIXED[name])
     program = capture(module, inputs(captured, CAPTURED))
-    with pytest.raises(rc.RingCompileError, match="sequences of a batch are mixed") as caught:
+    with pytest.raises(rc.RingCompileError, match="this mixes the sequences of a batch") as caught:
         transform(program, "dp=2")
     assert "test_batch.py" in str(caught.value)
     if captured == 2:
@@ -311,7 +311,7 @@ def test_four_dims_are_taken_for_images_and_it_is_said() -> None:
 
 def test_a_length_that_is_a_feature_size_too() -> None:
     given = (normal(2, WIDTH, WIDTH),)
-    with pytest.raises(rc.RingCompileError, match="is also a feature size") as caught:
+    with pytest.raises(rc.RingCompileError, match="is also the size of another dim") as caught:
         capture(Code(torch.sin), given)
     assert "dims=" in str(caught.value.hint)
     program = capture(Code(torch.sin), given, dims={"x": {0: "batch", 1: "sequence"}})
@@ -335,8 +335,8 @@ def test_a_square_input_does_not_fix_the_length() -> None:
 
 
 DIMS: dict[str, tuple[Any, str]] = {
-    "no such input": ({"y": {0: "batch"}}, "dims: 'y' is no tensor among the example inputs"),
-    "no such role": ({"x": {0: "rows"}}, "dims: dim 0 of 'x' is said to be 'rows'"),
+    "no such input": ({"y": {0: "batch"}}, "dims: 'y' is not a tensor among the example inputs"),
+    "no such role": ({"x": {0: "rows"}}, "dims: dim 0 of 'x' has the unknown role 'rows'"),
     "no such dim": ({"x": {3: "batch"}}, "dims: 'x' has shape [2, 24, 8], and no dim 3"),
 }
 
@@ -352,7 +352,7 @@ def test_what_cannot_be_said(name: str) -> None:
 def test_a_length_that_is_fixed_is_said() -> None:
     program = capture(Code(torch.sin), (normal(2, CAPTURED, 8),), dims={"x": {0: "batch"}})
     assert program.notes == (
-        "the sequence length is fixed to that of the example: dims names no sequence",
+        "the sequence length is fixed to that of the example, because dims names no sequence",
     )
 
 

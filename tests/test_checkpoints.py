@@ -78,7 +78,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "config.json").write_text("{"), "cannot read '{f}/config.json': Expecting"),
     "config that is a list": (
         lambda f: (f / "config.json").write_text("[]"),
-        "'{f}/config.json' holds no object of JSON"),
+        "'{f}/config.json' does not hold a JSON object"),
     "no architecture": (
         lambda f: edit_config(f, architectures=None),
         "'{f}/config.json' does not say which class the model is: it has no 'architectures'"),
@@ -102,7 +102,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "'{shard}' is truncated: it has 20 bytes, and its header does not fit"),
     "an empty shard": (lambda f: truncate(first_shard(f), 0), "'{shard}' is truncated: it has 0"),
     "a shard that is none": (
-        no_header, "'{shard}' is no safetensors file: its header cannot be read"),
+        no_header, "'{shard}' is not a safetensors file: its header cannot be read"),
     "an index that is no JSON": (
         lambda f: (f / "model.safetensors.index.json").write_text("<html>"),
         "cannot read '{f}/model.safetensors.index.json': Expecting value"),
@@ -147,7 +147,7 @@ def test_further_inputs_come_from_the_command_line(good: Path, tmp_path: Path) -
         ("meta-llama/Llama-3.2-1B", (), "no model 'meta-llama/Llama-3.2-1B'",
          HUB),
         ("llama-tiny", ("position_ids",),
-         "'llama-tiny' is no Hugging Face checkpoint: it says itself what it takes",
+         "'llama-tiny' is not a Hugging Face checkpoint, so it determines its inputs itself",
          "leave --extra-inputs out"),
         ("llama-tiny", ("labels",), "unknown input 'labels'",
          "one of: attention_mask, position_ids, token_type_ids"),

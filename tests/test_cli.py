@@ -320,7 +320,7 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "unknown pass to compare": (["dump", "out", "--diff", "foo"], 1, ["unknown pass 'foo'"]),
     "unknown layer": (
         ["dump", "out", "--layer", "blocks.9"], 1,
-        ["no line of the program is of a layer 'blocks.9'", "layers are: ", "blocks.0"]),
+        ["the program has no layer 'blocks.9'", "layers are: ", "blocks.0"]),
     "unknown pass to dump after": (["dump", "out", "--after", "foo"], 1, ["unknown pass 'foo'"]),
     "inputs not there": (["run", "out", "--inputs", "no.safetensors"], 1, ["no.safetensors"]),
     "outputs of an unknown kind": (
@@ -335,10 +335,10 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
         ["run", "out", "--outputs", "folder.pt"], 1, ["cannot write 'folder.pt': it is a folder"]),
     "two kinds of inputs": (
         ["run", "out", "--inputs", "a.pt", "--prompt", "b"], 2,
-        ["give one of --inputs, --prompt and --prompt-file"]),
+        ["give only one of --inputs, --prompt and --prompt-file"]),
     "a prompt without a tokenizer": (
         ["run", "out", "--prompt", "Once"], 1,
-        ["error: 'llama-tiny' is no checkpoint folder, so that there is no tokenizer for a prompt",
+        ["error: 'llama-tiny' is no checkpoint folder, so there is no tokenizer for the prompt",
          "  hint: name the folder with --tokenizer, or pass token ids with --inputs\n"]),
     "a prompt that is not there": (
         ["run", "out", "--prompt-file", "no.txt"], 1, ["cannot read the prompt from 'no.txt'"]),

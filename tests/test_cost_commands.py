@@ -194,7 +194,7 @@ def test_halves_of_an_odd_batch_are_refused(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert invoke("transform", "dense-4l-tiny", "-o", out, "--parallel", "ring=2", "--overlap",
                   "halves").exit_code == 0
-    assert "a batch of 3 cannot be cut into 2 equal parts" in refused("bench", out, "--batch", "3")
+    assert "batch of 3 cannot be split into 2 equal parts" in refused("bench", out, "--batch", "3")
 
 
 # -- on processes ---------------------------------------------------------------------------------

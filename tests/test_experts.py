@@ -227,7 +227,7 @@ def test_declared_token_wise() -> None:
 
 def test_declared_and_not_token_wise_is_refused() -> None:
     module = Around(rc.tokenwise(Owned(mean=True))).eval()
-    with pytest.raises(rc.RingCompileError, match="is not: run on some of the tokens alone"):
+    with pytest.raises(rc.RingCompileError, match="is not token-wise: run on a part"):
         compiled(module, (torch.randn(2, 12, SIZE),), "ring=4")
 
 
@@ -246,7 +246,7 @@ def test_a_rounded_size_is_no_way_around_the_check() -> None:
             return flat.index_add(0, chosen, self.expert(flat[chosen])).view(x.shape)
 
     x = torch.randn(2, 27, SIZE)
-    with pytest.raises(rc.RingCompileError, match="is not: run on some of the tokens alone"):
+    with pytest.raises(rc.RingCompileError, match="is not token-wise: run on a part"):
         compiled(Around(rc.tokenwise(Choosing())).eval(), (x[:, :12],), "ring=4")
     module = Around(Choosing()).eval()
     parallel = compiled(module, (x[:, :12],), "ring=4")

@@ -84,7 +84,7 @@ def test_an_argument_that_asks_for_more_than_the_type_says(
                     kwargs={"dtype": {"dtype": "float32"}})
 
     said = run(edited(pristine("small").folder, tmp_path, change), monkeypatch)
-    assert "would take 372.5 GiB, its type says 0.0 GiB" in said
+    assert "would take 372.5 GiB, but its type says 0.0 GiB" in said
 
 
 def test_a_type_that_no_machine_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def test_experts_that_are_spread_already_are_refused() -> None:
     for module in model.modules():
         if hasattr(module, "_is_expert_parallel"):
             module._is_expert_parallel = True
-    with pytest.raises(RingCompileError, match="MixtralExperts is expert parallel already"):
+    with pytest.raises(RingCompileError, match="MixtralExperts is already expert parallel"):
         capture(model, (), inputs(14))
 
 

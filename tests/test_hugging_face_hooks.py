@@ -177,7 +177,7 @@ def test_no_sinks_is_none() -> None:
 
 REFUSED: dict[str, tuple[Extra, str]] = {
     "sparse attention": (
-        lambda x: {"indices": index(x)}, "Attention uses attention with 'indices', which has no"
+        lambda x: {"indices": index(x)}, "Attention uses attention with 'indices', which is not"
     ),
     "blocks": (lambda x: {"block_indices": index(x)}, "with 'block_indices'"),
     "sinks for each query": (lambda x: {"sinks": x}, "with 'sinks'"),

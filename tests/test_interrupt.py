@@ -171,6 +171,6 @@ def test_torchruns_report_ends_with_our_error(out: Path) -> None:
     )
     assert done.returncode == 1
     report = done.stderr.partition("Root Cause (first observed failure)")[2]
-    assert "error: the program is for 2 ranks (ring=2), the job has 1" in report
+    assert "error: the program is for 2 ranks (ring=2), but the job has 1" in report
     assert "hint: start 2 ranks, or transform the model for 1" in report
     assert "To enable traceback" not in report

@@ -153,7 +153,7 @@ def test_a_scale_on_one_rank_is_named_with_its_line(tmp_path: Path) -> None:
     resign(folder)
     message = (
         rf"models/transformer.py:\d+: error: rank 2: argument 'scale' of %{node['name']} is "
-        rf"{before / 2}; from the program for all ranks follows {before}\n"
+        rf"{before / 2}, but the program for all ranks implies {before}\n"
     )
     for use in (
         lambda made: execution.verify(made),

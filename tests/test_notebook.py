@@ -61,7 +61,7 @@ def test_a_mesh_is_its_spec() -> None:
          "transform takes a captured program, not Linear: capture it first",
          "rc.transform(rc.capture(model, (example_input,)), spec)"),
         (lambda: rc.simulate(rc.transform(captured(), "ring=2", length=64), seq=128),
-         "the program is for 64 tokens, seq=128 asks for others", None),
+         "the program is for 64 tokens, but seq is 128", None),
     ],
 )
 def test_what_is_refused(call: Any, message: str, hint: str | None) -> None:

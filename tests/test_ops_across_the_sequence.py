@@ -188,7 +188,7 @@ def test_a_mask_that_the_caller_passes(flags: bool) -> None:
 REFUSED: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     "an op without a rule": (
         lambda x: torch.linalg.pinv(x),
-        "aten.linalg_pinv.atol_rtol_tensor has no rule for split tensors"),
+        "aten.linalg_pinv.atol_rtol_tensor has no sharding rule, and its inputs are split"),
     "dropout": (lambda x: F.dropout(x, 0.1, training=True), "dropout with p=0.1 is left on"),
     "attention dropout": (
         lambda x: attend(x, dropout_p=0.2), "attention dropout with p=0.2 is left on"),

@@ -142,7 +142,7 @@ def tidy(target: Path) -> None:
             if free:
                 aside.rename(target)
                 _log.warning(
-                    "a save of '%s' was cut short; the version before it was put back", target
+                    "a save of '%s' was interrupted; the previous version has been restored", target
                 )
     for kind in ("tmp", "old"):
         remove_left_over(target.parent, _prefix(target, kind))
@@ -196,7 +196,7 @@ def check_free(target: Path, overwrite: bool) -> None:
         )
     if present - ours:
         raise RingCompileError(
-            f"'{target}' holds files that are not the artifact's: "
+            f"'{target}' contains files that do not belong to an artifact: "
             + ", ".join(sorted(present - ours)[:5]),
             hint="move them away, or name another folder",
         )

@@ -127,7 +127,7 @@ def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
         raise RingCompileError(f"the sequence cannot have the length {length}")
     pieces = count(fields.get("pieces", 1), "'pieces'")
     if pieces not in (1, mesh.size(TIME)) or (pieces > 1 and TIME in names):
-        raise RingCompileError(f"'sequence' has {pieces} pieces in time, the mesh is {mesh}")
+        raise RingCompileError(f"'sequence' has {pieces} pieces in time, but the mesh is {mesh}")
     axes = tuple((name, mesh.size(name)) for name in names)
     least = count(fields.get("least", 1), "'least'")
     return SequenceSplit(axes, order, length, pieces=pieces, least=least)

@@ -170,7 +170,7 @@ def _check_ops(program: Program) -> None:
         raise error_at(
             node,
             f"'{op_name(node.target)}' is not one of torch's functions of tensors, and has no "
-            "rule: a saved program holds no such op",
+            "sharding rule: such an op cannot be saved in a program",
             hint="run the program without saving it, or register the op with rc.register_op",
         )
 

@@ -83,7 +83,7 @@ def open_reference(path: str, record: Mapping[str, Any] | None = None) -> Tensor
     except (OSError, ValueError) as error:
         raise RingCompileError(f"cannot read '{path}': {error}", hint=_MOVED) from error
     if record is not None and found.record() != record:
-        raise RingCompileError(f"'{path}' is not the file that was referred to", hint=_MOVED)
+        raise RingCompileError(f"'{path}' is not the file that the artifact refers to", hint=_MOVED)
     return found
 
 

@@ -76,8 +76,9 @@ def _scan(
                 found = kind.scan(*(leaves[place] for place in order))
                 return [found[order.index(place)] for place in range(len(leaves))]
     raise RingCompileError(
-        "associative_scan combines entries in a way that is not known",
-        hint="known are sums, products, maxima, minima, logaddexp, and of pairs (a, b) the linear "
+        "associative_scan is called with a combining function that is not supported",
+        hint="supported are sums, products, maxima, minima, logaddexp, and, for "
+             "pairs (a, b), the linear "
         "recurrence (a1 * a2, a2 * b1 + b2)",
     )
 

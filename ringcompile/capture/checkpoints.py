@@ -127,7 +127,7 @@ def _check_size(file: Path) -> None:
                 if name != "__metadata__"]
         expected = 8 + width + max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise RingCompileError(f"'{file}' is no safetensors file: its header cannot be read",
+        raise RingCompileError(f"'{file}' is not a safetensors file: its header cannot be read",
                                hint=_AGAIN) from None
     if size < expected:
         raise RingCompileError(
@@ -199,5 +199,5 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RingCompileError(f"cannot read '{file}': {error}", hint=_AGAIN) from None
     if not isinstance(found, dict):
-        raise RingCompileError(f"'{file}' holds no object of JSON", hint=_AGAIN)
+        raise RingCompileError(f"'{file}' does not hold a JSON object", hint=_AGAIN)
     return found

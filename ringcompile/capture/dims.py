@@ -130,8 +130,8 @@ def read_example(inputs: Mapping[str, torch.Tensor], dims: Dims | None) -> Examp
     if first is None or (first.tensor.dim() < 2 and not first.said):
         raise RingCompileError(
             "the first example input must be a tensor with the sequence as its dim 1",
-            hint="pass for example token ids of shape [batch, sequence]; dims= says which dim is "
-            "which where they are others",
+            hint="pass, for example, token ids of shape [batch, sequence]; if the dims of your "
+                 "input are others, name them with dims=",
         )
     if not first.said:
         batch = first.tensor.shape[0] if batch is None else batch
@@ -155,7 +155,7 @@ def _first(tensor: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
 
 def _why_fixed(first: Leaf) -> str:
     if first.said:
-        return "the sequence length is fixed to that of the example: dims names no sequence"
+        return "the sequence length is fixed to that of the example, because dims names no sequence"
     return (
         f"the sequence length is fixed: the input '{first.name}' of {first.tensor.dim()} dims is "
         "taken for images [batch, channels, ...]; if it is not, say which dims are which, for "
@@ -192,14 +192,14 @@ def _said(leaves: list[Leaf], dims: Dims) -> list[Leaf]:
     for name, roles in dims.items():
         if name not in known:
             raise RingCompileError(
-                f"dims: '{name}' is no tensor among the example inputs",
-                hint=f"these are: {', '.join(known)}",
+                f"dims: '{name}' is not a tensor among the example inputs",
+                hint=f"the tensors are: {', '.join(known)}",
             )
         for dim, role in roles.items():
             if role not in ROLES:
                 raise RingCompileError(
-                    f"dims: dim {dim} of '{name}' is said to be '{role}'",
-                    hint=f"a dim is one of: {', '.join(ROLES)}",
+                    f"dims: dim {dim} of '{name}' has the unknown role '{role}'",
+                    hint=f"roles are: {', '.join(ROLES)}",
                 )
     return [
         replace(leaf, roles=_roles(leaf, dims[leaf.name]), said=True) if leaf.name in dims else leaf
@@ -223,7 +223,7 @@ def _size_said(leaves: list[Leaf], role: str) -> int | None:
              for dim in leaf.dims_of(role)}
     if len(set(sizes.values())) > 1:
         text = ", ".join(f"'{name}': {size}" for name, size in sizes.items())
-        raise RingCompileError(f"dims: the {role} differs in size: {text}")
+        raise RingCompileError(f"dims: the {role} has different sizes: {text}")
     return next(iter(sizes.values()), None)
 
 

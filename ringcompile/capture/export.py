@@ -171,8 +171,8 @@ def _from_one_sequence(
 
 
 _OTHER_GRAPH = (
-    f"{refused(BATCH, 1)}: its graph is another one, and without weights the two cannot be "
-    "compared by numbers"
+    f"{refused(BATCH, 1)}: the graph for it is different, and without weights the numbers of the "
+    "two graphs cannot be compared"
 )
 
 
@@ -192,7 +192,7 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
         try:
             exported, tried = _exported(call, example, lines)
         except _AloneError as error:
-            note = f"the batch is fixed to that of the example, 1: with more, {error.message}"
+            note = f"{_ONE_SEQUENCE}, {error.message}"
             where = f"{error.location.short}: " if error.location else ""
             return _settled(call, example.fixed(BATCH), (*notes, where + note))
     sizes = read_sizes(exported, tried)
@@ -212,6 +212,7 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
     return _settled(call, example.without_batch(sizes.loose), notes)
 
 
+_ONE_SEQUENCE = "the batch is fixed to that of the example, 1; with more sequences"
 _FIXES = {
     BATCH: "the model's code fixes the batch to that of the example",
     SEQUENCE: "the model's code fixes the sequence length to that of the example",

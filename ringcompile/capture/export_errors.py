@@ -37,13 +37,15 @@ _ROWS = (
     ),
     _Row(
         _pattern("unhashable type: .*SymInt"),
-        "a size that may vary is a key: of a cache such as functools.lru_cache, a dict or a set",
+        "a size that may vary is used as a key of a cache (such as functools.lru_cache), a dict "
+        "or a set",
         "compute it in each call, or keep it for the largest length and slice it; compare sizes "
         "without a set",
     ),
     _Row(
         _pattern("is mutated in the forward method"),
-        "the model changes a tensor that it keeps while it runs; inference must not change state",
+        "the model changes one of its own tensors (a buffer, say) while it runs; inference must "
+        "not change state",
         "call model.eval(), and turn caches and counters off",
     ),
     _Row(

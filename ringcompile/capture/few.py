@@ -101,7 +101,7 @@ class Few:
         known = {SYMBOLS[of]: size for of, size in sizes.items()}
         wrong = next((n for n, value in kept if not _fits(n, value, self.sizes, known)), None)
         return "" if wrong is None else (
-            f"{begin}: the shape of '{wrong.name}' is known for {numbers[role] + 1} and more"
+            f"{begin}: the shape of '{wrong.name}' is known only for {numbers[role] + 1} and more"
         )
 
     def _differs(self, numbers: Mapping[str, int], gain: float, kept: Kept) -> str:

@@ -107,7 +107,7 @@ def flat(value: Any, leaves: list[torch.Tensor]) -> Structure:
         return Structure("constant", value=value)
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise RingCompileError(
-            "the model returns a number that depends on the sequence length beside its tensors",
+            "the model returns a number that depends on the sequence length besides its tensors",
             hint="compute it from the shapes of the inputs instead",
         )
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -119,10 +119,10 @@ def flat(value: Any, leaves: list[torch.Tensor]) -> Structure:
         return _nested("dict", fields.values(), leaves, tuple(fields))
     if _is_cache(value):
         raise RingCompileError(
-            "the model returns a cache of keys and values beside its tensors", hint=_CACHE_HINT
+            "the model returns a cache of keys and values besides its tensors", hint=_CACHE_HINT
         )
     raise RingCompileError(
-        f"the model returns a {type(value).__name__} beside its tensors",
+        f"the model returns a {type(value).__name__} besides its tensors",
         hint="return tensors, or tuples, lists, dicts and dataclasses of them",
     )
 

@@ -65,7 +65,8 @@ def _attention(
     """What flex_attention returns: its output [B, H, Q, E]; nothing beside it is captured."""
     if kernel_options.get("OUTPUT_LOGSUMEXP") or kernel_options.get("OUTPUT_MAX"):
         raise RingCompileError(
-            "flex_attention is asked for more than its output: log-sum-exp or the largest score",
+            "flex_attention is called to also return its log-sum-exps or largest scores, which is "
+            "not supported",
             hint="leave return_lse and return_aux out",
         )
     flex: Any = sys.modules[_MODULE]

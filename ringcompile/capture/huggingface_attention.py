@@ -67,12 +67,13 @@ def _check(
     for name, value in kwargs.items():
         if name not in _WITHOUT_EFFECT and value is not None and value is not False:
             raise RingCompileError(
-                f"{type(module).__name__} uses attention with '{name}', which has no rule yet",
+                f"{type(module).__name__} uses attention with '{name}', which is not supported",
                 hint="see `ringcompile check` for what is supported",
             )
     if sink is not None and tuple(sink.shape) != (query.shape[1],):
         raise RingCompileError(
-            f"{type(module).__name__} has sinks of shape {list(sink.shape)}; one a head has a rule"
+            f"{type(module).__name__} has sinks of shape {list(sink.shape)}; only one number per "
+            "head is supported"
         )
 
 

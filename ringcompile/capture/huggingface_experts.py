@@ -35,7 +35,7 @@ def experts(
     """
     if module._is_expert_parallel:
         raise RingCompileError(
-            f"{type(module).__name__} is expert parallel already",
+            f"{type(module).__name__} is already expert parallel",
             hint="capture the model as it is for a single device",
         )
     shape = (*top_k_index.shape, hidden_states.shape[-1])

@@ -70,7 +70,7 @@ def load_model(
         )
     if extra and not os.path.isdir(spec):
         raise RingCompileError(
-            f"'{spec}' is no Hugging Face checkpoint: it says itself what it takes",
+            f"'{spec}' is not a Hugging Face checkpoint, so it determines its inputs itself",
             hint="leave --extra-inputs out",
         )
     if spec in zoo.names():

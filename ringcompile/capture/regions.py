@@ -65,7 +65,7 @@ def written_out(exported: ExportedProgram) -> ExportedProgram:
         if autocast is not None and _casts_inside(node, autocast):
             name = str(node.target).split(".")[1]
             raise RingCompileError(
-                f"{name} under torch.autocast casts for matmuls inside of it",
+                f"{name} is called under torch.autocast, which would cast the matmuls inside it",
                 hint=f"write it with torch.matmul, or turn autocast off around it and cast what "
                 f"{name} takes",
                 location=location_of(node), node=node.name,
@@ -77,7 +77,9 @@ def written_out(exported: ExportedProgram) -> ExportedProgram:
 def refusal(name: str) -> RingCompileError:
     """What is said of a higher-order op, without its place."""
     text, hint = REFUSED.get(name, (f"the higher-order op '{name}'", _GENERIC_HINT))
-    return RingCompileError(f"{text} cannot be captured: a program has one path", hint=hint)
+    return RingCompileError(
+        f"{text} cannot be captured, because a compiled program has no control flow", hint=hint
+    )
 
 
 def _calls(

@@ -43,8 +43,8 @@ _HINT = (
     "path, which torch.backends.mha.set_fastpath_enabled(False) turns off"
 )
 _PADDING = (
-    "at positions that attention_mask hides, the captured program gives other numbers than the "
-    "model does; at all others the same"
+    "at positions that attention_mask hides, the captured program and the model give different "
+    "numbers; at all other positions the numbers agree"
 )
 Change = Callable[[torch.Tensor], torch.Tensor]
 Kept = list[tuple[fx.Node, torch.Tensor]]
@@ -73,7 +73,7 @@ def compare(
             structure, expected = _called(call)
         except Exception as error:  # whatever the user's code raises
             said = (str(error).strip().splitlines() or [""])[0][:200]
-            return (f"{NOT_COMPARED}, which raises {type(error).__name__}: {said}",)
+            return (f"{NOT_COMPARED}, because that raises {type(error).__name__}: {said}",)
         found = run_captured(call, exported, keep=keep)
         _check_forms(call.structure, structure, found, expected)
         if _differ(found, expected) is None:
@@ -168,8 +168,8 @@ def _data_kept(model: nn.Module) -> Iterator[None]:
             continue
         if id(tensor) not in copies:
             raise RingCompileError(
-                "the model changes a tensor that it keeps while it runs; inference must not "
-                "change state",
+                "the model changes one of its own tensors (a buffer, say) while it runs; "
+                "inference must not change state",
                 hint="call model.eval(), and turn caches and counters off",
             )
         tensor.copy_(copies[id(tensor)])

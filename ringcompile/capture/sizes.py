@@ -77,10 +77,10 @@ def read_sizes(exported: ExportedProgram, example: Example) -> Sizes:
             continue
         if leaf is first and meant == SEQUENCE and not leaf.said and size != anchors[SEQUENCE]:
             raise RingCompileError(
-                f"the example length {example.length} is also a feature size: which dim is the "
-                "sequence?",
-                hint="choose an example length that no other size of the inputs equals, or say it "
-                f"with dims={{'{leaf.name}': {{0: 'batch', 1: 'sequence'}}}}",
+                f"the example length {example.length} is also the size of another dim, so it is "
+                "not clear which dim is the sequence",
+                hint="choose an example length that differs from all other sizes of the inputs, "
+                     "or name the dims: dims={{'{leaf.name}': {{0: 'batch', 1: 'sequence'}}}}",
             )
         if meant == BATCH and size != anchors[BATCH] and _is_loose(leaf, dim, dims, anchors[BATCH]):
             found.loose.append(leaf.size_text(dim))

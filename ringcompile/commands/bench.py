@@ -104,7 +104,7 @@ def bench(
         _generation(made, cluster, backend, (batch or 1, context, new_tokens), as_json, how)
         return
     if context is not None:
-        raise click.UsageError("--context goes with --new-tokens")
+        raise click.UsageError("--context needs --new-tokens")
     length = made.program.lengths.get(expr.SEQUENCE, seq)
     batch = _batch(out, made, batch)
     predicted = _predicted(made, cluster, length, batch)

@@ -50,7 +50,7 @@ def dump(
     if cached and after is not None:
         raise click.UsageError("--cached and --after cannot be combined")
     if format_ != "text" and (diff is not None or layer is not None):
-        raise click.UsageError("--diff and --layer print text")
+        raise click.UsageError("--diff and --layer can only print text")
     made = out.load()
     if cached:
         made = made.with_cache()

@@ -81,7 +81,7 @@ def plan(
         _generation(model, load_cluster(cluster).sized(gpus), request, dtype, top, as_json)
         return
     if context is not None:
-        raise click.UsageError("--context goes with --new-tokens")
+        raise click.UsageError("--context needs --new-tokens")
     ask = estimate.Ask(gpus, load_cluster(cluster).sized(gpus), seq, batch)
     with working(f"planning {model}"):
         plans = planning.plans_for(model, ask, dtype)

@@ -48,7 +48,7 @@ class _Given:
     def check(self) -> None:
         given = (self.inputs, self.prompt, self.prompt_file)
         if sum(one is not None for one in given) > 1:
-            raise click.UsageError("give one of --inputs, --prompt and --prompt-file")
+            raise click.UsageError("give only one of --inputs, --prompt and --prompt-file")
 
     def text(self) -> str | None:
         """The prompt, if there is one."""
@@ -168,10 +168,10 @@ def run(
 
 def _check_kind(check_finite: bool, trace: Path | None, compiled: bool, backend: str) -> None:
     if check_finite and compiled:
-        raise click.UsageError("--check looks at every op; leave out --compile")
+        raise click.UsageError("--check looks at every op, so it cannot be combined with --compile")
     if trace is not None and (compiled or backend == "lockstep"):
-        raise click.UsageError("--trace times every op of ranks that run side by side; leave out "
-                               "--compile and --backend lockstep")
+        raise click.UsageError("--trace times every op, on ranks that run at the same time; leave "
+                               "out --compile and --backend lockstep")
 
 
 def _tokenizer(parallel: ParallelProgram, given: _Given) -> Any:

@@ -99,7 +99,7 @@ def simulate(
     new ones.
     """
     if context is not None and new_tokens is None:
-        raise click.UsageError("--context goes with --new-tokens")
+        raise click.UsageError("--context needs --new-tokens")
     drawn = _Drawn.checked(trace, plot, measured)
     made = out.load()
     hardware = load_cluster(cluster).sized(made.world_size)
@@ -169,8 +169,8 @@ def _beside(
 ) -> dict[str, Any] | None:
     """What was measured, to draw beside; raises where a file cannot be read or written."""
     if measured is not None and plot is None:
-        raise click.UsageError("--measured TRACE is drawn beside the simulated timeline: give "
-                               "--plot FILE")
+        raise click.UsageError("--measured TRACE is drawn beside the simulated timeline, and "
+                               "needs --plot FILE")
     for file in filter(None, (trace, plot)):
         tensor_files.check_place(file)
     if plot is not None:

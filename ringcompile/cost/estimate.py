@@ -234,7 +234,7 @@ class Estimator:
         sizes = [ring.mesh.size("ring") for ring, _ in (one, *two)]
         if short.seconds > limit:
             raise FarError(
-                f"a ring of {sizes[0]} with as many tokens a rank already takes "
+                f"a ring of {sizes[0]} with the same number of tokens per rank already takes "
                 f"{short.seconds * 1e3:.4g} ms a step",
                 short,
             )

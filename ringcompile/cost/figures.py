@@ -95,10 +95,10 @@ def read_figure(data: object, where: str, measures: str, axes: tuple[str, ...]) 
     if not isinstance(data, dict) or not {"value", *texts} <= data.keys() <= {
         "value", "axes", *texts
     }:
-        raise malformed(where, "it has to be an object with value, unit, basis, source, date")
+        raise malformed(where, "it must be an object with value, unit, basis, source, date")
     for name in texts:
         if not isinstance(data[name], str) or not data[name]:
-            raise malformed(where, f"{name} has to be a text")
+            raise malformed(where, f"{name} must be a string")
     if UNITS.get(data["unit"], ("",))[0] != measures:
         fitting = [unit for unit, (kind, _) in UNITS.items() if kind == measures]
         raise malformed(where, f"its unit is '{data['unit']}', not one of {', '.join(fitting)}")

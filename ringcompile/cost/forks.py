@@ -56,8 +56,8 @@ def mapped(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list
                 return [next(results) for _ in counted("programs", items)]
     except BrokenProcessPool as error:
         raise RingCompileError(
-            f"one of {count} processes that compile was ended from outside",
-            hint="they may have had too little memory; fewer processors (taskset) need less",
+            f"one of {count} compiling processes was killed from outside",
+            hint="the machine may be out of memory; fewer processors (taskset) need less",
         ) from error
     finally:
         _function = outer

@@ -62,7 +62,7 @@ LINK_FIELDS = {
     "all_gather": Field("byte/s", ("bytes",)),  # and reduce-scatter
     "all_to_all": Field("byte/s", ("bytes",)),
 }
-# Where a table says nothing of a dtype, its twin has the same figures.
+# Where a table has no figure for a dtype, its twin has the same figures.
 _TWINS = {"bfloat16": "float16", "float16": "bfloat16"}
 
 
@@ -86,7 +86,7 @@ class Device:
         """The figure of a field.
 
         Raises:
-            RingCompileError: the table says nothing of it.
+            RingCompileError: the table has no figure for it.
         """
         name = str(dtype).removeprefix("torch.")
         for key in (f"{field}.{name}", f"{field}.{_TWINS.get(name, name)}", field):
@@ -94,8 +94,8 @@ class Device:
                 return self.figures[key]
         known = [key for key in self.figures if key.partition(".")[0] == field]
         raise RingCompileError(
-            f"hardware '{self.name}' says nothing of {field} in {name}",
-            hint=f"it has {', '.join(known) or 'nothing like it'}; `ringcompile calibrate --dtype "
+            f"hardware '{self.name}' has no figure for {field} in {name}",
+            hint=f"it has {', '.join(known) or 'no such figure'}; `ringcompile calibrate --dtype "
             f"{name}` measures it",
         )
 
@@ -104,7 +104,7 @@ class Device:
         return self.get(field)()
 
     def optional(self, field: str) -> float:
-        """The same, or 0 where the table says nothing of it."""
+        """The same, or 0 where the table has no figure for it."""
         return self.value(field) if field in self.figures else 0.0
 
 
@@ -174,7 +174,8 @@ class Cluster:
             raise RingCompileError(
                 f"cluster '{self.name}' has {self.num_nodes} x {self.per_node} devices, "
                 f"{num_devices} are asked for",
-                hint="a cluster grows by whole nodes, where its table has a link between nodes"
+                hint="a cluster can be extended by whole nodes only, if its table has a link "
+                     "between nodes"
                 if self._grows else "its table has no link between nodes; name another cluster",
             )
         nodes = num_devices // self.per_node
@@ -226,7 +227,7 @@ def read_cluster(data: dict[str, Any], where: str) -> Cluster:
             raise malformed(f"{where}: {name}", f"{count!r} is not a number of at least 1")
     links = data["links"]
     if not isinstance(links, dict) or not links.keys() <= {"node", "between"}:
-        raise malformed(f"{where}: links", "it has to be an object with node and between")
+        raise malformed(f"{where}: links", "it must be an object with node and between")
     if data["devices_per_node"] > 1 and "node" not in links:
         raise malformed(f"{where}: links", "there is no link within a node")
     if data["nodes"] > 1 and "between" not in links:
@@ -250,10 +251,10 @@ def read_device(data: object, where: str) -> Device:
             raise malformed(f"{where}: device", f"there is no table '{data}'")
         data, where = _read(path), path.name
     if not isinstance(data, dict):
-        raise malformed(f"{where}: device", "it has to be an object or the name of a table")
+        raise malformed(f"{where}: device", "it must be an object or the name of a table")
     _check_head(data, where, {"asynchronous", "figures"})
     if not isinstance(data["asynchronous"], bool):
-        raise malformed(f"{where}: asynchronous", "it has to be true or false")
+        raise malformed(f"{where}: asynchronous", "it must be true or false")
     figures = _read_fields(data["figures"], f"{where}: figures", DEVICE_FIELDS)
     return Device(data["name"], data["title"], data["asynchronous"], figures)
 
@@ -264,15 +265,15 @@ def _check_head(data: dict[str, Any], where: str, fields: set[str]) -> None:
         raise malformed(where, f"its format is {data.get('format')!r}, not '{FORMAT}'")
     if data.keys() != expected:
         wrong = ", ".join(sorted(data.keys() ^ expected))
-        raise malformed(where, f"it has to have exactly {', '.join(sorted(expected))}: see {wrong}")
+        raise malformed(where, f"it must have exactly {', '.join(sorted(expected))}: see {wrong}")
     for name in ("name", "title"):
         if not isinstance(data[name], str) or not data[name]:
-            raise malformed(f"{where}: {name}", "it has to be a text")
+            raise malformed(f"{where}: {name}", "it must be a string")
 
 
 def _read_fields(data: object, where: str, fields: Mapping[str, Field]) -> dict[str, Figure]:
     if not isinstance(data, dict):
-        raise malformed(where, "it has to be an object")
+        raise malformed(where, "it must be an object")
     read = {}
     for key, entry in data.items():
         name, _, dtype = str(key).partition(".")
@@ -292,5 +293,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RingCompileError(f"cannot read '{path}': {error}") from None
     if not isinstance(data, dict):
-        raise malformed(path.name, "it has to be an object")
+        raise malformed(path.name, "it must be an object")
     return data

@@ -40,7 +40,7 @@ def kind_of(target: Any) -> str:
     if kind is None and is_pure(target):
         return "stream"  # read and written once, which is the least that it can cost
     if kind is None:
-        raise RingCompileError(f"nothing is known of what {name} costs")
+        raise RingCompileError(f"the cost model has no entry for {name}")
     return kind
 
 

@@ -207,9 +207,8 @@ class Planner:
             # Another order takes no less memory.
             same = (variant.ring, variant.tp_sequence) == (other.variant.ring, False)
             if local in seen or (held and same):
-                return rejected(
-                    variant, f"{other.variant} is no better: {other.why}", other.reason
-                )
+                why = f"{other.variant} was rejected ({other.why}), and this spec is no better"
+                return rejected(variant, why, other.reason)
             return None
         best, takes, without = self._best[variant.capacity], other.least, ""
         if local in seen:
@@ -217,10 +216,10 @@ class Planner:
         else:
             spared = self._spared(variant, other.variant)
             takes *= 1 - sum(other.shares.get(kind, 0.0) * part for kind, part in spared.items())
-            without = f" without some {', '.join(spared)}" if spared else ""
+            without = f" even without its {' and '.join(spared)} time" if spared else ""
         if takes <= _FAR * best:
             return None
-        why = f"{other.variant} already takes {takes * 1e3:.4g} ms a step{without}"
+        why = f"{other.variant} takes at least {takes * 1e3:.4g} ms a step{without}"
         return replace(rejected(variant, why, SLOW), least=takes)
 
     def _spared(self, variant: Variant, other: Variant) -> dict[str, float]:
@@ -242,7 +241,7 @@ class Planner:
         stack = self.model.stack
         if stack is not None and pp > stack.num_layers + stack.first:
             layers = stack.num_layers + stack.first
-            return Reason(f"{layers} layers are fewer than pp={pp} stages", STAGES)
+            return Reason(f"{layers} layers are fewer than the {pp} stages of pp={pp}", STAGES)
         least = self.model.weight_bytes / (mesh.size("tp") * pp * mesh.size("ep"))
         if least > self.ask.room:
             why = (f"its weights alone are at least {least / 1e9:.4g} GB a rank, there is room "
@@ -270,7 +269,7 @@ class Planner:
         whole = self._whole_weights(size if axis == PIPELINE else 1)
         if held < whole:
             return None
-        return Reason(f"{axis}={size} finds no weights of the model to divide", NOTHING)
+        return Reason(f"{axis}={size} divides no weights of this model", NOTHING)
 
     def _whole_weights(self, stages: int) -> int:
         """The weight bytes on one device of the program that has one block per stage."""

@@ -11,7 +11,7 @@ from ringcompile.cost.specs import Variant
 
 # Kinds of reasons for which specs are rejected.
 BATCH, STAGES = "the batch does not divide over dp", "more pipeline stages than layers"
-NOTHING = "an axis finds no weights of the model to divide"
+NOTHING = "an axis divides no weights of this model"
 MEMORY, SLOW = "does not fit into memory", "slower than the best plan"
 REFUSED = "refused by the compiler"
 

@@ -58,7 +58,7 @@ def layer_text(program: Program, layer: str) -> str:
             location_of(node).layer for node in program.graph.nodes if node.op == "call_function"
         )
         raise RingCompileError(
-            f"no line of the program is of a layer '{layer}'",
+            f"the program has no layer '{layer}'",
             hint=f"layers are: {', '.join(list(filter(None, layers))[:12])}",
         )
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from ringcompile.ops.blocks import Band
 _IN_TILES = "tiles: keys and values rotate, queries are gathered"
 _FORMS = {
     "ringcompile.ring_attention.default": "ring: keys and values rotate",
-    "ringcompile.block_attention.default": "local: split queries, whole keys",
+    "ringcompile.block_attention.default": "local: queries are split, keys are replicated",
     "ringcompile.attention.default": "whole on every rank",
 }
 
@@ -93,7 +93,7 @@ def attention_of(program: Program) -> tuple[AttentionReport, ...]:
 
 def _form(node: fx.Node) -> str:
     if node.kwargs.get("axis") == TIME:
-        return "in time: keys and values of other pieces are there"
+        return "in time: keys and values of other pieces are already on the rank"
     return _IN_TILES if node.kwargs.get("tile") else _FORMS[str(node.target)]
 
 

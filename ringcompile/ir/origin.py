@@ -42,7 +42,7 @@ def check_origin(rank: int, found: Program, derived: Program) -> None:
     for what, of in _PARTS.items():
         if of(found) != of(derived):
             raise RingCompileError(
-                f"rank {rank} {what} {_short(of(found))}; from the program for all ranks follows "
+                f"rank {rank} {what} {_short(of(found))}, but the program for all ranks implies "
                 f"{_short(of(derived))}", hint=_HINT,
             )
     mine, wanted = (list(program.graph.nodes) for program in (found, derived))
@@ -52,8 +52,8 @@ def check_origin(rank: int, found: Program, derived: Program) -> None:
         for what, value, other in _differences(node, by_name[node.name]):
             raise error_at(
                 node,
-                f"rank {rank}: {what} of %{node.name} is {_short(value)}; from the program for all "
-                f"ranks follows {_short(other)}", hint=_HINT,
+                f"rank {rank}: {what} of %{node.name} is {_short(value)}, but the program for all "
+                f"ranks implies {_short(other)}", hint=_HINT,
             )
 
 

@@ -150,7 +150,8 @@ def _split(
         )
     for axis, dim in dims.items():
         if axis not in mesh.names:
-            raise RingCompileError(f"'{file}': '{name}' is split over '{axis}', the mesh is {mesh}")
+            raise RingCompileError(f"'{file}': '{name}' is split over '{axis}', but the mesh is "
+                                   f"{mesh}")
         if not isinstance(dim, int) or not 0 <= dim < len(known.shape):
             raise RingCompileError(
                 f"'{file}': '{name}' {list(known.shape)} has no dim {dim} to split over '{axis}'"

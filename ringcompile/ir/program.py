@@ -225,7 +225,7 @@ class Program:
         length, batch = lengths.get(SEQUENCE), lengths.get(BATCH)
         if batch is not None and batch % self.batch_multiple:
             raise RingCompileError(
-                f"a batch of {batch} cannot be cut into {self.batch_multiple} equal parts",
+                f"a batch of {batch} cannot be split into {self.batch_multiple} equal parts",
                 hint=f"pass a multiple of {self.batch_multiple} sequences, or compile without "
                 f"{HALVES} (--overlap {HALVES})",
             )
@@ -239,7 +239,7 @@ class Program:
 # What a size is called; one of it; several; why else a range begins at 2; what else fixes it.
 _FIXED = "the model's own code fixes this range ({})"
 _LENGTHS = ("sequence length {}", "one token", "{} tokens",
-            "it was not tried at capture whether one token alone is computed alike",
+            "capture did not check that the program is right for a single token",
             _FIXED.format("a position table, or a guard"))
 _BATCHES = ("a batch of {}", "one sequence", "{} sequences",
             _FIXED.format("a guard"), _FIXED.format("a guard"))

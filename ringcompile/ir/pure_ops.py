@@ -1,7 +1,7 @@
 """Operators of torch's that need no row in the rule table where nothing they read is split.
 
 Such an op is a function of its operands alone: it draws nothing, writes nothing, and reads no file
-and no memory beside its tensors. Then every rank that has the operands computes the same result,
+and no memory besides its tensors. Then every rank that has the operands computes the same result,
 and a saved program may hold the op.
 """
 

@@ -153,8 +153,8 @@ class Comparison:
                 seed += 1
         for node in self._one_sided:
             where = location_of(node).short
-            self.notes.append(f"{where}: %{node.name} compares numbers and always came out the "
-                              "same; a longer sequence (--seq) may reach its threshold")
+            self.notes.append(f"{where}: %{node.name} always gave the same result when it compared "
+                              "numbers; a longer sequence (--seq) may reach its threshold")
 
     def _on_given(self, request: Request) -> Iterator[Numerics]:
         assert request.inputs is not None
@@ -300,4 +300,4 @@ def _message(mismatch: Mismatch, draw: Draw, words: str) -> str:
         return f"{name}{mismatch.text} ({words})"
     text = f"length {draw.length}, seed {draw.seed}" + (f": {words}" if words else "")
     return (f"{name}{mismatch.text} ({text}); "
-            f"again: --seq {draw.length} --seed {draw.seed} --tries 1")
+            f"to repeat: --seq {draw.length} --seed {draw.seed} --tries 1")

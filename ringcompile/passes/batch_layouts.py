@@ -198,13 +198,13 @@ def mixing(node: fx.Node) -> RingCompileError:
     """The refusal of an op that needs more than one part has."""
     if find_rule(node.target) is None:
         return error_at(
-            node, f"{node.target} has no rule, so that it may mix the sequences of a batch"
+            node, f"{node.target} has no sharding rule, so it may mix the sequences of a batch"
         )
     if target_name(node.target) in _INDEXED:
         return error_at(
-            node, "sequences of a batch are looked up by number here, which may be any of them"
+            node, "sequences of the batch are looked up here by an index that may name any of them"
         )
-    return error_at(node, "sequences of a batch are mixed here")
+    return error_at(node, "this mixes the sequences of a batch")
 
 
 def rows_of(node: fx.Node) -> Layout:

@@ -20,7 +20,7 @@ from ringcompile.ir.rules import FactorRule, Rule, find_rule
 from ringcompile.ops.running import ALONG
 
 _S = symbol(SEQUENCE)
-_HINT = "leave the cache out (--cache), or compute it from the tokens before each"
+_HINT = "leave out --cache, or compute each result from the current and earlier tokens only"
 # Entry t of the result depends on entries up to t.
 _PREFIX = frozenset({
     *ALONG, "aten.cummax.default", "aten.cummin.default", "aten.tril.default", "aten.triu.default",
@@ -40,8 +40,9 @@ def check_call(node: fx.Node) -> Rule | None:
     long = list(_long_dims(node))
     if rule is None:
         if long:
-            raise error_at(node, f"with a cache, {node.target} on a whole sequence is not known "
-                           "to keep to the tokens before each", hint=_HINT)
+            raise error_at(node, f"with a cache, {node.target} on a whole sequence cannot be "
+                                 "shown to use only the current and earlier tokens for each "
+                                 "result", hint=_HINT)
         return None
     _check_numbers(node, rule)
     names = rule.factors(Call(node)) if isinstance(rule, FactorRule) else None
@@ -50,9 +51,8 @@ def check_call(node: fx.Node) -> Rule | None:
         passes = names is None or (factor is not None and factor in names.output)
         if not passes and not _may_mix(node, operand, dim):
             raise error_at(
-                node, "with a cache, this takes in the whole sequence, of which later tokens are "
-                "not known yet: they would change what earlier ones gave, or are not known to "
-                "leave that as it was", hint=_HINT,
+                node, "with a cache, this reads the whole sequence, but later tokens are not "
+                      "known yet, and they may change the results for earlier tokens", hint=_HINT,
             )
     return rule
 
@@ -118,6 +118,6 @@ def _check_numbers(node: fx.Node, rule: Rule) -> None:
             map_values(value, note)
     if found:
         raise error_at(
-            node, f"with a cache, the length of the sequence ({found[0]}) is used as a number: it "
-            "would be another one with every token", hint=_HINT,
+            node, f"with a cache, the length of the sequence ({found[0]}) is used as a number, "
+                  "which would change with every new token", hint=_HINT,
         )

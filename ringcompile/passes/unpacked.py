@@ -65,9 +65,9 @@ def why_unpacked_whole(node: fx.Node) -> str:
     shapes = [list(type_of(operand).shape) for operand in call.operands]
     made = list(type_of(node).shape)
     if node.target in (aten.reshape.default, aten.view.dtype):
-        return f"{shapes[0]} seen as {made} would be cut inside a group or a byte"
+        return f"{shapes[0]} seen as {made} would be split inside a quantization group or a byte"
     name = str(node.target).split(".")[1]
-    return f"{name} of {', '.join(map(str, shapes))} needs all of the dim that would be cut"
+    return f"{name} of {', '.join(map(str, shapes))} needs the whole dim that would be split"
 
 
 def fitting_size(node: fx.Node, wanted: Layout, axis: str, axis_sizes: Mapping[str, int]) -> int:

@@ -50,7 +50,8 @@ def check_memory(
     for node, size in zip(nodes, sizes, strict=True):
         if size > available:
             raise error_at(
-                node, f"%{node.name} takes {_text(size)}, there are {_text(available)} of memory",
+                node, f"%{node.name} needs {_text(size)} of memory, and {_text(available)} are "
+                      "available",
                 hint="use more ranks, a shorter sequence or a smaller batch",
             )
     allowed = max(_SMALL, *sizes)
@@ -63,7 +64,7 @@ def check_memory(
         if made > allowed:
             raise error_at(
                 step.node,
-                f"%{step.node.name} would take {_text(made)}, its type says "
+                f"%{step.node.name} would take {_text(made)}, but its type says "
                 f"{_text(sizes[step.out])}", hint="do not use this artifact",
             )
 

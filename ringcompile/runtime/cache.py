@@ -88,7 +88,7 @@ class Memory:
         start, used = self.length, self.ledger.count(self.rank)
         if not self.reach.holds(start):
             raise RingCompileError(
-                "what the tokens before left behind was written over by a call that failed",
+                "a failed call has overwritten the state of earlier tokens",
                 hint="reset the session",
             )
         self.reach.extend(start + new)

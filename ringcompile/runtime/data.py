@@ -38,7 +38,7 @@ def name_inputs(program: Program, inputs: Any) -> dict[str, torch.Tensor]:
         }
     if set(inputs) != set(names):
         raise RingCompileError(
-            f"the program takes the inputs {names}, got {list(inputs)}",
+            f"the program takes the inputs {names}, but got {list(inputs)}",
             hint="pass all of them, in this order or by name",
         )
     for spec in program.inputs:

@@ -31,7 +31,8 @@ def mesh_of(parallel: str | Mesh | DeviceMesh) -> Mesh:
     world_size = dist.get_world_size() if dist.is_initialized() else len(ranks)
     if ranks != list(range(world_size)):
         raise RingCompileError(
-            f"the device mesh holds the ranks {ranks}, the job has the ranks 0 to {world_size - 1}",
+            f"the device mesh holds the ranks {ranks}, but the job has the ranks 0 to "
+            f"{world_size - 1}",
             hint="pass the mesh of all ranks, in order: a part of a mesh cannot run by itself",
         )
     return Mesh(tuple(zip(names, parallel.mesh.shape, strict=True)))

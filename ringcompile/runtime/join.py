@@ -219,7 +219,7 @@ def check_world_size(mesh: Mesh, world_size: int) -> None:
     """Refuse a job whose size is not the mesh's."""
     if world_size != mesh.world_size:
         raise RingCompileError(
-            f"the program is for {mesh.world_size} ranks ({mesh}), the job has {world_size}",
+            f"the program is for {mesh.world_size} ranks ({mesh}), but the job has {world_size}",
             hint=f"start {mesh.world_size} ranks, or transform the model for {world_size}",
         )
 
@@ -333,7 +333,7 @@ def _given_up(store: Store) -> list[int]:
         return [int(rank) for rank in missing.split(",")] if missing else []
     except RuntimeError as error:
         raise RingCompileError(
-            f"the job's store, which rank 0 holds, is gone: {first_line(error)}",
+            f"the job's store, which is in rank 0, is gone: {first_line(error)}",
             hint="see what rank 0 reports",
         ) from error
 

@@ -253,8 +253,8 @@ class Processes:
         return _where(
             RingCompileError(
                 late(stopped, timeout).message,
-                hint=f"{name_ranks(stopped)} got SIGSTOP, or a debugger holds it; SIGCONT ends "
-                "that",
+                hint=f"{name_ranks(stopped)} is stopped (SIGSTOP, or a debugger); SIGCONT lets it "
+                     "go on",
             ), suspect,
         )
 

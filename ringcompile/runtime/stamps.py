@@ -270,7 +270,8 @@ class Stamps:
         at = mine if mine.node else theirs
         me, other = f"rank {self.rank.index}", f"rank {arriving.peer}"
         raise RingCompileError(
-            f"{me} and {other} part in exchange {self._compared[axis, arriving.peer]} between them "
+            f"{me} and {other} differ in exchange {self._compared[axis, arriving.peer]} between "
+            "them "
             f"along '{axis}': {me} is at {mine}, {other} at {theirs}",
             hint="their programs do not fit together: run `ringcompile verify`, or transform the "
             "model again",

@@ -48,8 +48,8 @@ def sequence_dim(program: Program, type_: TensorType) -> int | None:
     found = split or [i for i, size in enumerate(type_.shape) if i and equal(size, length)]
     if len(found) > 1 or any(len(type_.layout.dims[i]) > 1 for i in found):
         raise RingCompileError(
-            f"the output {type_} has no single dim of the sequence: its last positions are not one "
-            "piece of it",
+            f"the output {type_} has no dim that is the sequence alone: its last positions cannot "
+            "be taken as one piece",
             hint="leave out --last (`last=` in Python)",
         )
     return found[0] if found else None

@@ -194,7 +194,7 @@ def in_the_way(kind: str, folder: Path, llama: ParallelProgram) -> None:
         ("files", True, "is not an artifact"),
         ("foreign", True, "is not an artifact"),
         ("artifact", False, "is not empty"),
-        ("artifact and files", True, "not the artifact's: notes.txt"),
+        ("artifact and files", True, "do not belong to an artifact: notes.txt"),
     ],
 )
 def test_what_is_in_the_way_stays(

@@ -101,7 +101,7 @@ def test_a_save_killed_between_its_renames(
     assert found.manifest["options"] == {"count": -1}
     found.check()
     assert caplog.messages == [
-        f"a save of '{folder}' was cut short; the version before it was put back"
+        f"a save of '{folder}' was interrupted; the previous version has been restored"
     ]
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -113,7 +113,7 @@ def test_the_next_save_puts_it_back_too(
     (folder.parent / ".out.tmp-2").mkdir()
     with pytest.raises(RingCompileError, match="is not empty"):
         save_model(compile_model(MODEL), folder)
-    assert "was put back" in caplog.text
+    assert "has been restored" in caplog.text
     save_model(compile_model(MODEL), folder, overwrite=True, options={"count": 7})
     assert load(folder).manifest["options"] == {"count": 7}
     assert list(folder.parent.iterdir()) == [folder]

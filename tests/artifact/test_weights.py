@@ -237,7 +237,7 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: save_file({"theirs": torch.ones(7)}, p), "bytes, it was saved with"
     ),
     "tensors of other names": (
-        lambda p: save_file({"others": torch.ones(8, 8)}, p), "is not the file that was"
+        lambda p: save_file({"others": torch.ones(8, 8)}, p), "is not the file that the artifact"
     ),
     "other values": (
         lambda p: save_file({"theirs": torch.ones(8, 8)}, p), "was changed after it was saved"

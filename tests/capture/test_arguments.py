@@ -210,17 +210,17 @@ REFUSED: dict[str, tuple[Forward, Given, str]] = {
     ),
     "a result of another kind": (
         lambda m, h: (h, {1, 2}), ((x(13),), {}),
-        """error: the model returns a set beside its tensors
+        """error: the model returns a set besides its tensors
   hint: return tensors, or tuples, lists, dicts and dataclasses of them""",
     ),
     "a length as a result": (
         lambda m, h: (h, h.shape[1]), ((x(13),), {}),
-        """error: the model returns a number that depends on the sequence length beside its tensors
+        """error: the model returns a number that depends on the sequence length besides its tensors
   hint: compute it from the shapes of the inputs instead""",
     ),
     "a cache": (
         lambda m, h: (h, KeyCache()), ((x(13),), {}),
-        """error: the model returns a cache of keys and values beside its tensors
+        """error: the model returns a cache of keys and values besides its tensors
   hint: call it with use_cache=False""",
     ),
 }

@@ -133,7 +133,8 @@ def test_more_than_the_output_is_refused(more: dict[str, Any]) -> None:
     with pytest.raises(RingCompileError) as caught:
         capture(Flex(**more).eval(), (x(CAPTURED),))
     assert caught.value.message == (
-        "flex_attention is asked for more than its output: log-sum-exp or the largest score"
+        "flex_attention is called to also return its log-sum-exps or largest scores, which is not "
+        "supported"
     )
 
 

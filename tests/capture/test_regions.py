@@ -206,7 +206,7 @@ def casts_inside(m: Module, x: Tensor) -> Any:
         return torch.einsum("bqd,bkd->bqk", m.up(x), x).float() @ x
 
 
-ONE_PATH = "cannot be captured: a program has one path"
+ONE_PATH = "cannot be captured, because a compiled program has no control flow"
 REFUSED = {
     branches: (f"torch.cond {ONE_PATH}", "compute both branches and choose with torch.where",
                "return torch.cond(x.sum() > 0"),
@@ -221,11 +221,12 @@ REFUSED = {
         f"torch.cond {ONE_PATH}", "compute both branches and choose with torch.where",
         "return torch.cond(y.sum() > 0"),
     casts_inside: (
-        "einsum under torch.autocast casts for matmuls inside of it",
+        "einsum is called under torch.autocast, which would cast the matmuls inside it",
         "write it with torch.matmul, or turn autocast off around it and cast what einsum takes",
         'return torch.einsum("bqd,bkd->bqk"'),
     keeps_a_count: (
-        "the model changes a tensor that it keeps while it runs; inference must not change state",
+        ("the model changes one of its own tensors (a buffer, say) while it runs; inference must "
+         "not change state"),
         "call model.eval(), and turn caches and counters off", ""),
     gradient: (
         "the model keeps a tensor from an earlier call, or computes a gradient, while it runs",

@@ -177,7 +177,8 @@ def test_what_the_model_cannot_run() -> None:
 
     (note,) = capture(Inner(fails).eval(), (EXAMPLE,)).notes
     assert note.endswith(
-        "compared with the model as it is called, which raises NotImplementedError: only on a GPU"
+        "compared with the model as it is called, because that raises "
+        "NotImplementedError: only on a GPU"
     )
 
 

@@ -128,7 +128,7 @@ def test_a_refusal_shows_the_line_of_the_op() -> None:
     def helper(x: Tensor) -> Tensor:
         return torch.linalg.qr(x)[0]  # in a helper
 
-    with pytest.raises(RingCompileError, match="has no rule") as caught:
+    with pytest.raises(RingCompileError, match="has no sharding rule") as caught:
         transform(capture(Calls(helper).eval(), (EXAMPLE,)), "ring=2")
     assert caught.value.location is not None
     assert caught.value.location.text == "return torch.linalg.qr(x)[0]  # in a helper"
@@ -143,7 +143,8 @@ def test_a_cache_by_length() -> None:
     with pytest.raises(RingCompileError) as caught:
         capture(Calls(lambda x: x * table(x.shape[1])).eval(), (EXAMPLE,))  # by length
     assert caught.value.message == (
-        "a size that may vary is a key: of a cache such as functools.lru_cache, a dict or a set"
+        "a size that may vary is used as a key of a cache (such as functools.lru_cache), a dict "
+        "or a set"
     )
     assert caught.value.location is not None
     assert caught.value.location.text.endswith("# by length")

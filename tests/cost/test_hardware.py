@@ -76,7 +76,7 @@ def test_figures_are_read_as_they_are_written() -> None:
 def test_a_dtype_without_figures_takes_its_twin() -> None:
     found = load_cluster("h100x16").device
     assert found.get("matmul", torch.bfloat16) == found.get("matmul", torch.float16)
-    with pytest.raises(RingCompileError, match="says nothing of matmul in float64") as error:
+    with pytest.raises(RingCompileError, match="has no figure for matmul in float64") as error:
         found.get("matmul", torch.float64)
     assert "calibrate --dtype float64" in str(error.value)
 
@@ -115,24 +115,24 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 MALFORMED: list[tuple[str, Any, str]] = [
     ("format", "other", "its format is 'other', not 'ringcompile-hardware-1'"),
     ("title", None, "see title"),
-    ("title", 3, "title: it has to be a text"),
+    ("title", 3, "title: it must be a string"),
     ("nodes", 0, "nodes: 0 is not a number of at least 1"),
     ("nodes", True, "nodes: True is not a number"),
-    ("links", [], "links: it has to be an object"),
+    ("links", [], "links: it must be an object"),
     ("links/node", None, "there is no link within a node"),
     ("links/node/bandwidth", None, "links.node.bandwidth: it is missing"),
     ("links/node/colour", figure(1.0, "GB/s"), "links.node.colour: there is no such field"),
-    ("device", 3, "device: it has to be an object or the name of a table"),
+    ("device", 3, "device: it must be an object or the name of a table"),
     ("device", "h900", "there is no table 'h900'"),
-    ("device/asynchronous", "yes", "asynchronous: it has to be true or false"),
+    ("device/asynchronous", "yes", "asynchronous: it must be true or false"),
     ("device/figures/memory", None, "figures.memory: it is missing"),
-    ("device/figures/memory", 80, "figures.memory: it has to be an object with value, unit"),
+    ("device/figures/memory", 80, "figures.memory: it must be an object with value, unit"),
     ("device/figures/memory", figure(80.0, "GB/s"), "its unit is 'GB/s', not one of GB, GiB, MB"),
     ("device/figures/memory", figure("80", "GB"), "value '80' is not a number of at least 0"),
     ("device/figures/memory", figure(-1.0, "GB"), "value -1.0 is not a number"),
     ("device/figures/memory", figure(float("nan"), "GB"), "value nan is not a number"),
     ("device/figures/memory", {**figure(1.0, "GB"), "basis": "guessed"}, "its basis is 'guessed'"),
-    ("device/figures/memory", {**figure(1.0, "GB"), "source": ""}, "source has to be a text"),
+    ("device/figures/memory", {**figure(1.0, "GB"), "source": ""}, "source must be a string"),
     ("device/figures/stream", figure([1.0], "GB/s", bytes=[1.0, 2.0]), "an entry for each point"),
     ("device/figures/stream", figure([1.0, 2.0], "GB/s", bytes=[2.0, 1.0]), "increasing numbers"),
     ("device/figures/stream", figure([1.0], "GB/s", rows=[1.0]), "possible axes: bytes"),
@@ -151,7 +151,7 @@ def test_a_malformed_table_is_refused_by_field(path: str, value: Any, message: s
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot read"), ("[]", "it has to be an object"), ("", "cannot read")],
+    [("{", "cannot read"), ("[]", "it must be an object"), ("", "cannot read")],
 )
 def test_a_file_that_is_no_table(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"

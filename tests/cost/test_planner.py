@@ -128,8 +128,8 @@ def test_heads_and_layers_that_do_not_divide() -> None:
     """4 heads and 4 layers of dense-4l-tiny, on 5 devices."""
     reasons = {str(p.variant.mesh): p.why for p in dense(5) if not p.fits}
     assert reasons == {
-        "pp=5": "4 layers are fewer than pp=5 stages",
-        "tp=5": "tp=5 finds no weights of the model to divide",
+        "pp=5": "4 layers are fewer than the 5 stages of pp=5",
+        "tp=5": "tp=5 divides no weights of this model",
         "dp=5": "a batch of 1 does not divide over dp=5",
     }
 

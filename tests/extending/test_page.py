@@ -16,5 +16,5 @@ def test_every_block_runs_in_order(tmp_path: Path) -> None:
         [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "on a part of dim 'd' is not that part of its result" in done.stdout
+    assert "run on a part of dim 'd', does not give that part of its result" in done.stdout
     assert (tmp_path / "half-speed.json").exists()

@@ -100,11 +100,11 @@ def test_it_ends_with_an_end_token(out: Path, tmp_path: Path) -> None:
 
 
 IDS_HINT = "name the folder with --tokenizer, or pass token ids with --input-ids"
-NO_WORDS = "so that there is no tokenizer for a prompt"
+NO_WORDS = "so there is no tokenizer for the prompt"
 NO_IDS = "'IDS' does not hold token ids"
 TOO_MANY = "new ones do not fit the cache, which is for 80"
 LARGER = "compile with cache=81 (--cache 81), or ask for fewer tokens"
-ROWS_HINT = "write numbers between blanks, or JSON of lists of the same length"
+ROWS_HINT = "write numbers separated by spaces, or JSON: one list, or several of the same length"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,8 @@ def test_what_is_refused(
 def test_prompts_that_are_refused(out: Path, words: Path, tmp_path: Path) -> None:
     none, missing = tmp_path / "none", "[Errno 2] No such file or directory"
     for arguments, message in (
-        (("--prompt", "w1"), f"the artifact names no model, {NO_WORDS}\n  hint: {IDS_HINT}"),
+        (("--prompt", "w1"),
+         f"the artifact does not name a checkpoint, {NO_WORDS}\n  hint: {IDS_HINT}"),
         (("--prompt", "", "--tokenizer", words), "the prompt has no tokens"),
         (("--prompt-file", none), f"cannot read the prompt from '{none}': {missing}: '{none}'"),
     ):

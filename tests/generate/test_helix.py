@@ -164,10 +164,10 @@ def test_plans_choose_for_the_hardware_that_is_asked_for() -> None:
     ("spec", "options", "text"),
     [
         ("tp=2", {"cache": 40, "decode": "helix"},
-         ("error: decode=helix: the ranks of tp=2 share no cache by position\n"
+         ("error: decode=helix: no axis of tp=2 divides the cache by position\n"
           "  hint: split the sequence over ring or tile or ulysses, or leave decode out")),
         ("ring=2", {"decode": "helix"},
-         "error: decode=helix goes with a cache\n  hint: pass cache=N (--cache N) as well"),
+         "error: decode=helix needs a cache\n  hint: pass cache=N (--cache N) as well"),
         ("ring=2", {"cache": 40, "decode": "both"},
          "error: unknown decode 'both'\n  hint: one of: auto, simple, helix"),
     ],

@@ -17,19 +17,21 @@ from tests.generate.test_mixtures import HalfOfAll, Routed
 from tests.generate.test_session import Encoder, Furthest, Mean, TwoWays
 
 BOTH_WAYS = (
-    "error: with a cache, attention must not see keys behind its query: this one does, or may (the "
-    "mask is not known to hide them), so that a later token would change what earlier ones gave"
+    "error: with a cache, no query may see later keys: in this attention queries do, or its mask "
+    "cannot be shown to hide them, so that later tokens could change the results for earlier ones"
 )
 CAUSAL = "  hint: pass is_causal=True, or a mask that hides later keys"
 ALL = (
-    "error: with a cache, this takes in the whole sequence, of which later tokens are not known "
-    "yet: they would change what earlier ones gave, or are not known to leave that as it was"
+    "error: with a cache, this reads the whole sequence, but later tokens are not known yet, and "
+    "they may change the results for earlier tokens"
 )
 AT_ONCE = (
-    "error: with a cache, this needs all tokens of the sequence at once: a later token would "
-    "change what earlier ones gave, or is not known to leave that as it was"
+    "error: with a cache, this needs all tokens of the sequence at once, and later tokens may "
+    "change the results for earlier ones"
 )
-BEFORE = "  hint: leave the cache out (--cache), or compute it from the tokens before each"
+BEFORE = (
+    "  hint: leave out --cache, or compute each result from the current and earlier tokens only"
+)
 
 
 class Earlier(Rotary):
@@ -62,8 +64,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
         "  node: %index_1", BEFORE,
     )),
     "a capacity": (partial(Routed, HalfOfAll), "test_mixtures.py", (
-        ("error: with a cache, the length of the sequence (floor(s/2)) is used as a number: it "
-        "would be another one with every token"),
+        ("error: with a cache, the length of the sequence (floor(s/2)) is used as a number, which "
+         "would change with every new token"),
         "    kept = (hot.cumsum(1) * hot).sum(-1) <= x.shape[1] // 2", "  node: %le",
         "  layer: mixture", BEFORE,
     )),

@@ -236,13 +236,13 @@ class FromTheEnd(Learned):
 
 
 _NUMBER = "is used as a number"
-_LATER = "take in the whole sequence|takes in the whole sequence|needs all tokens"
+_LATER = "reads the whole sequence|needs all tokens"
 
 
 @pytest.mark.parametrize(
     ("kind", "message", "node"),
     [
-        (TwoWays, "attention must not see keys behind its query", "scaled_dot_product_attention"),
+        (TwoWays, "no query may see later keys", "scaled_dot_product_attention"),
         (Mean, _LATER, "mean"),
         (Scaled, _NUMBER, "div"),
         (Backwards, _LATER, "flip"),
@@ -271,12 +271,12 @@ class Encoder(Rotary):
 
 
 def test_an_encoder_is_refused() -> None:
-    with pytest.raises(rc.RingCompileError, match="must not see keys behind its query"):
+    with pytest.raises(rc.RingCompileError, match="no query may see later keys"):
         cached(Encoder, "tp=2")
 
 
 def test_a_table_with_fewer_positions_than_the_cache() -> None:
-    with pytest.raises(rc.RingCompileError, match="the table of positions has 128 rows"):
+    with pytest.raises(rc.RingCompileError, match="the position table has only 128 rows"):
         cached(Learned, "ring=2", cache=129)
 
 
@@ -296,7 +296,7 @@ def test_an_error_on_the_way_leaves_the_tokens_before() -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("ep=2", {}, "a cache does not go with ep=2"),
+        ("ep=2", {}, "a cache cannot be combined with ep=2"),
         ("ring=2", {"cache": 0}, "a cache for 0 tokens"),
         ("ring=2", {"cache": 101}, "the model's own code allows 100 at most"),
     ],

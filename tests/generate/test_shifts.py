@@ -270,7 +270,7 @@ class Strided(Mixed):
 def test_what_later_tokens_would_change_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(rc.RingCompileError, match="with a cache, this ") as refused:
         cached(kind, "ring=2")
-    reasons = ("needs all tokens", "is not known to", "takes in the whole sequence")
+    reasons = ("needs all tokens", "cannot be shown to use only", "reads the whole sequence")
     assert any(reason in str(refused.value) for reason in reasons)
     assert "test_shifts.py:" in str(refused.value)
 
@@ -282,7 +282,7 @@ def test_going_back_further_than_is_kept_is_refused() -> None:
     expected = module(tokens)
     with checked_session(parallel) as session:
         session.extend(tokens[:, :60])
-        message = "cannot go back from 60 tokens to 27: of state that is written over in turn"
+        message = "cannot go back from 60 tokens to 27: the state of only the last"
         with pytest.raises(rc.RingCompileError, match=message):
             session.rewind(27)
         session.rewind(28)
@@ -308,7 +308,7 @@ def test_a_call_that_fails_may_have_written_over_what_was_kept() -> None:
                 session.extend(tokens[:, 20 : 20 + new])
             weights[name] = whole
             if lost:
-                with pytest.raises(rc.RingCompileError, match="written over by a call that failed"):
+                with pytest.raises(rc.RingCompileError, match="a failed call has overwritten"):
                     session.extend(tokens[:, 20:21])
         session.reset()
         assert difference(session.extend(tokens[:, :9]), expected[:, :9]) < EXACT

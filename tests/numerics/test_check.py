@@ -66,7 +66,7 @@ def test_a_threshold_that_is_not_reached_is_a_note() -> None:
     found = rc.verify(small(), seq=24, tries=1)
     assert len(found.numerics) == 1
     assert len(found.notes) == 1
-    assert "compares numbers and always came out the same" in found.notes[0]
+    assert "compares numbers had the same result in all tries" in found.notes[0]
     assert "test_check.py:" in found.notes[0]
 
 
@@ -85,7 +85,7 @@ def test_a_difference_is_named_and_replayed() -> None:
     assert found.wrong == found.numerics[-1].wrong
     assert found.wrong.startswith("output 'logits' at [")
     row = found.numerics[-1]
-    assert f"again: --seq {row.length} --seed {row.seed} --tries 1" in found.wrong
+    assert f"to repeat: --seq {row.length} --seed {row.seed} --tries 1" in found.wrong
     again = rc.verify(parallel, seq=row.length, seed=row.seed, tries=1)
     assert again.wrong == found.wrong
 

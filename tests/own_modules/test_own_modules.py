@@ -56,8 +56,9 @@ def test_what_is_gathered_is_said() -> None:
     program = capture(module("attention: sigmoid, causal"), (hidden(CAPTURED),))
     (note,) = (n for n in transform(program, "ring=4").notes if "pairs every token" in n)
     assert re.fullmatch(
-        r"attentions\.py:\d+: this pairs every token with every other and is no attention with an "
-        r"op of its own: each rank computes its rows of all pairs, from 128\*b\*s bytes gathered "
+        r"attentions\.py:\d+: this pairs every token with every other, but is not a supported "
+        r"attention pattern: each rank computes its rows of all pairs, from 128\*b\*s bytes "
+        r"gathered "
         r"on every rank", note,
     )
     assert not check(program, "ring=4").refusals
@@ -86,7 +87,7 @@ def everything() -> list[Trial]:
 def test_all_are_right_or_refused(everything: list[Trial]) -> None:
     counts = Counter((trial.spec, trial.outcome) for trial in everything)
     assert not [t for t in everything if t.outcome in (WRONG, CRASHED)]
-    mixing = Counter(t.spec for t in everything if "sequences of a batch are mixed" in t.text)
+    mixing = Counter(t.spec for t in everything if "mixes the sequences of a batch" in t.text)
     assert mixing.keys() <= {"dp=2"}  # a loss of the whole batch: no replica has it alone
     for spec in AXES:
         assert counts[spec, RIGHT] >= 0.85 * (len(ITEMS) - mixing[spec]), counts

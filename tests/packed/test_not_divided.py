@@ -27,13 +27,14 @@ class Mlp(nn.Module):
 
 def said(ranks: str, weights: str, why: str, fits: str) -> str:
     return (
-        f"{ranks} does not divide what a weight is unpacked from, {weights}: {why}. Each rank "
+        f"{ranks} does not divide the tensors that a packed weight is unpacked from, {weights}: "
+        f"{why}. Each rank "
         f"unpacks all of it and keeps its part; {fits} would divide it"
     )
 
 
 def cut(have: str, made: str) -> str:
-    return f"{have} seen as {made} would be cut inside a group or a byte"
+    return f"{have} seen as {made} would be split inside a quantization group or a byte"
 
 
 CASES = {  # layout of the outputs' layer, of the inputs' layer, group, plan, what is said
@@ -52,7 +53,7 @@ CASES = {  # layout of the outputs' layer, of the inputs' layer, group, plan, wh
     "planes": (
         "ternary in planes", "int8", 8, "tp=2",
         [said("tp=2", "'packed' [12, 16]", "cat of [12, 16], [12, 16], [12, 16], [12, 16] needs "
-              "all of the dim that would be cut", "no size of tp")],
+              "the whole dim that would be split", "no size of tp")],
     ),
     "a scale of fp8": (
         "int8", "fp8, scales repeated", 16, "ring=2,tp=2",

@@ -61,7 +61,7 @@ def centred() -> nn.Module:
 
 def test_replicas_of_a_batch_that_is_mixed_are_refused() -> None:
     program = capture(centred(), (torch.randn(2, 12, 8),))
-    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here") as caught:
+    with pytest.raises(RingCompileError, match="this mixes the sequences of a batch") as caught:
         transform(program, "dp=2,ring=2")
     assert "x.mean(0, keepdim=True)" in str(caught.value)
     assert caught.value.hint == "leave dp out"
@@ -81,7 +81,7 @@ def test_a_pipeline_takes_such_a_batch_as_one_microbatch(tmp_path: Any) -> None:
         with torch.no_grad():
             assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
     assert not artifact.load(tmp_path / "program").rank(0).returns
-    said = "sequences of a batch are mixed here: a pipeline takes every batch as one microbatch"
+    said = "this mixes the sequences of a batch: a pipeline takes every batch as one microbatch"
     assert any(said in note for note in parallel.program.notes)
 
 
@@ -104,14 +104,14 @@ class Swapped(nn.Module):
 
 def test_rows_of_another_sequence_are_mixing() -> None:
     program = prepare(capture(Swapped(), (torch.randn(2, 12, 8),)))
-    with pytest.raises(RingCompileError, match="looked up by number") as caught:
+    with pytest.raises(RingCompileError, match="looked up here by an index") as caught:
         deal_out(program, routing(program, {}))
     assert "flip(0)" in str(caught.value)
 
 
 def test_one_sequence_is_enough_to_see_it() -> None:
     program = capture(centred(), (torch.randn(1, 12, 8),))
-    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+    with pytest.raises(RingCompileError, match="this mixes the sequences of a batch"):
         transform(program, "dp=2")
     assert not transform(program, "ring=2").program.notes
 

@@ -71,7 +71,7 @@ from tests.passes.hand_written_programs import (
 )
 from tests.support import difference, run, some_fast
 
-RING, LOCAL = "ring: keys and values rotate", "local: split queries, whole keys"
+RING, LOCAL = "ring: keys and values rotate", "local: queries are split, keys are replicated"
 # What each style's mask is read as.
 RECOGNISED: dict[Style, str] = {
     plain: "full",

@@ -224,7 +224,7 @@ def test_a_cache_keeps_the_last_states(kind: type[Rotary], spec: str) -> None:
             assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
         session.rewind(18)
         assert difference(session.extend(tokens[:, 18:25]), expected[:, 18:25]) < EXACT
-        with pytest.raises(rc.RingCompileError, match="the last 32 tokens' is kept"):
+        with pytest.raises(rc.RingCompileError, match="of only the last 32 tokens is kept"):
             session.rewind(17)
         session.reset()
         assert difference(session.extend(tokens[:, :3]), expected[:, :3]) < EXACT

@@ -212,7 +212,7 @@ class Mean(nn.Module):
     ("program", "why", "line"),
     [
         (lambda: captured("moe-4l-tiny", 2), "experts take a limited number of tokens", "cumsum"),
-        (lambda: capture(Mean().eval(), (torch.randn(2, 8, 4),)), "sequences of a batch are mixed",
+        (lambda: capture(Mean().eval(), (torch.randn(2, 8, 4),)), "mixes the sequences of a batch",
          "mean"),
     ],
     ids=["capacity", "mean"],
@@ -230,7 +230,7 @@ def test_a_capacity_that_each_half_counts_alone_is_all_that_may_mix() -> None:
     parallel = halves("moe-4l-tiny", "ring=2", capacity="local")
     assert any("counted for each half alone" in note for note in parallel.notes)
     whole = capture(Mean().eval(), (torch.randn(2, 8, 4),))
-    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+    with pytest.raises(RingCompileError, match="this mixes the sequences of a batch"):
         transform(whole, "ring=2,halves=2", capacity="local")
 
 
@@ -244,7 +244,7 @@ class Pooled(nn.Module):
 
 def test_one_number_for_the_whole_batch_has_no_halves() -> None:
     program = capture(Pooled().eval(), (torch.randn(1, 8, 4),))
-    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+    with pytest.raises(RingCompileError, match="this mixes the sequences of a batch"):
         transform(program, "halves=2")
 
 
@@ -264,7 +264,7 @@ def test_halves_go_with_every_axis(name: str, spec: str) -> None:
 
 def test_an_odd_batch_and_one_that_is_fixed_have_no_halves() -> None:
     loaded = load_model("llama-tiny", batch=3)
-    with pytest.raises(RingCompileError, match="a batch of 3 cannot be cut into 2 equal parts"):
+    with pytest.raises(RingCompileError, match="a batch of 3 cannot be split into 2 equal parts"):
         run(halves("llama-tiny", "ring=2"), loaded.args)
     one = capture(loaded.module, loaded.args, loaded.kwargs, dims={"inputs": {1: "sequence"}})
     with pytest.raises(RingCompileError, match="batch is fixed at 3, and cannot be dealt out"):
@@ -272,5 +272,5 @@ def test_an_odd_batch_and_one_that_is_fixed_have_no_halves() -> None:
 
 
 def test_halves_and_a_cache_are_refused() -> None:
-    with pytest.raises(RingCompileError, match="a cache does not go with halves=2"):
+    with pytest.raises(RingCompileError, match="a cache cannot be combined with halves=2"):
         transform(captured("llama-tiny", 2), "halves=2", cache=32)

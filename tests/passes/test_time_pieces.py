@@ -215,5 +215,5 @@ def test_a_file_with_other_pieces_is_refused() -> None:
     data = program_to_json(program)
     allowed = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     data["sequence"]["pieces"] = 3
-    with pytest.raises(RingCompileError, match="has 3 pieces in time, the mesh is ring=2,time=2"):
+    with pytest.raises(RingCompileError, match="has 3 pieces in time, but the mesh is ring=2"):
         program_from_json(data, allowed)

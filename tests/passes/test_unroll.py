@@ -146,8 +146,8 @@ def test_chunks_that_need_later_ones_wait_for_them(length: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("time=2", {"capacity": "local"}, "a capacity counted by each rank alone counts all"),
-        ("pp=2,time=2", {"order": "zigzag"}, "zigzag balances ranks, and along time there is only"),
+        ("time=2", {"capacity": "local"}, "--capacity local cannot be combined with time"),
+        ("pp=2,time=2", {"order": "zigzag"}, "order zigzag has no use along time alone"),
     ],
 )
 def test_what_is_refused(spec: str, options: dict[str, object], message: str) -> None:
@@ -236,4 +236,4 @@ def test_a_dump_says_what_n_is() -> None:
     assert report.supported
     assert report.gathers == ()
     assert {row.form for row in report.attention} == {
-        "in time: keys and values of other pieces are there"}
+        "in time: keys and values of other pieces are already on the rank"}

@@ -102,7 +102,7 @@ def test_inputs_that_do_not_fit_leave_the_ranks_alive(saved: Saved) -> None:
 
 def test_another_number_of_ranks_is_refused(saved: Saved) -> None:
     _, folder = saved("llama-tiny", "ring=2", "zigzag")
-    with pytest.raises(RingCompileError, match=r"is for 2 ranks \(ring=2\), the job has 3"):
+    with pytest.raises(RingCompileError, match=r"is for 2 ranks \(ring=2\), but the job has 3"):
         LocalRanks(artifact.load, (folder,), nproc=3)
 
 
@@ -176,7 +176,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_a_job_of_another_size_is_refused(job: pytest.MonkeyPatch, within) -> None:
     assert under_torchrun()
-    message = r"is for 2 ranks \(ring=2\), the job has 3\n  hint: start 2 ranks, or transform"
+    message = r"is for 2 ranks \(ring=2\), but the job has 3\n  hint: start 2 ranks, or transform"
     with within(1), pytest.raises(RingCompileError, match=message):
         join_torchrun(Mesh.parse("ring=2"))
 

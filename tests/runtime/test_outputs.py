@@ -117,7 +117,7 @@ def test_an_output_whose_positions_are_no_piece_of_it_is_refused() -> None:
     x = torch.randn(1, 19, 8)
     parallel = rc.transform(rc.capture(Flat().eval(), (x,)), "ring=2")
     assert rc.run(parallel, (x,)).shape == (1, 152)
-    with pytest.raises(rc.RingCompileError, match="no single dim of the sequence") as raised:
+    with pytest.raises(rc.RingCompileError, match="no dim that is the sequence alone") as raised:
         rc.run(parallel, (x,), last=1)
     assert raised.value.hint == "leave out --last (`last=` in Python)"
 

@@ -60,10 +60,10 @@ ERRORS = {
     "no_names": "error: the dims of the device mesh have no names\n  hint: name them by axes: "
     "init_device_mesh(..., mesh_dim_names=('ring', 'tp'))",
     "no_axes": "error: unknown mesh axis 'seq'\n  hint: axes are: ",
-    "part_of_a_mesh": "error: the device mesh holds the ranks [{rank}], the job has the ranks 0 to "
-    "1\n  hint: pass the mesh of all ranks, in order: a part of a mesh cannot run by itself",
-    "too_many_ranks": "error: the program is for 4 ranks (ring=4), the job has 2\n  hint: start 4 "
-    "ranks, or transform the model for 2",
+    "part_of_a_mesh": "error: the device mesh holds the ranks [{rank}], but the job has the ranks "
+    "0 to 1\n  hint: pass the mesh of all ranks, in order: a part of a mesh cannot run by itself",
+    "too_many_ranks": "error: the program is for 4 ranks (ring=4), but the job has 2\n  hint: "
+    "start 4 ranks, or transform the model for 2",
     "a_cache": "error: a module that is parallelized has no cache\n  hint: use rc.transform with "
     "cache=, and rc.Session or rc.generate",
     "no_example": "error: the example is a int\n  hint: pass one tensor, a tuple of positional "

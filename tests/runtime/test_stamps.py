@@ -19,7 +19,7 @@ from tests.runtime import checked_ranks
 from tests.runtime.checked_ranks import CASES
 from tests.support import zoo_program
 
-PART = r"error: rank \d and rank \d part in exchange {} between them along 'ring': "
+PART = r"error: rank \d and rank \d differ in exchange {} between them along 'ring': "
 HINT = (
     "\n  hint: their programs do not fit together: run `ringcompile verify`, or transform the "
     "model again"
@@ -127,7 +127,8 @@ def test_a_collective_that_one_rank_leaves_out(tmp_path: Path) -> None:
     with pytest.raises(RingCompileError) as caught:
         launch(checked_ranks.run_with_one_sum_less, 2, arguments, threads=1, timeout=60)
     text = str(caught.value)
-    assert re.search(r"^\S+models/transformer\.py:\d+: error: rank \d and rank \d part in exchange "
+    assert re.search(r"^\S+models/transformer\.py:\d+: error: rank \d and rank \d differ in "
+                     r"exchange "
                      r"\d+ between them along 'tp': ", text), text
     assert re.search(r"all_reduce of float32 \[1, 8, 96\] in %all_reduce\w*"
                      r" \(blocks\.1\S*, \S+models/transformer\.py:\d+\)", text), text

@@ -76,7 +76,7 @@ def test_right_or_refused(kind: str, spec: str, captured: int) -> None:
     module = Model({**APART, **MIXED}[kind])
     program = capture(module, (ids(CAPTURED, captured),))
     if spec == "dp=2" and kind in MIXED:
-        with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+        with pytest.raises(RingCompileError, match="this mixes the sequences of a batch"):
             transform(program, spec)
         return
     parallel = transform(program, spec)

@@ -119,12 +119,12 @@ def test_every_token_counts(kind: str, spec: str) -> None:
 def test_a_declaration_that_a_sample_cannot_show_is_refused() -> None:
     mixture = Mixture(KEEPS["a slot below a number"])
     built = Model(lambda m, x, tokens: rc.tokenwise(m.mixture)(x), mixture=mixture)
-    with pytest.raises(RingCompileError, match="count or rank of tokens meets a constant"):
+    with pytest.raises(RingCompileError, match="a count or rank of tokens with a constant"):
         compiled(built, (ids(CAPTURED),), "ring=4")
 
 
 def test_a_batch_is_not_dealt_out() -> None:
-    with pytest.raises(RingCompileError, match="sequences of a batch are mixed here"):
+    with pytest.raises(RingCompileError, match="this mixes the sequences of a batch"):
         compiled(model("a slot below a number"), (ids(CAPTURED),), "dp=2")
 
 

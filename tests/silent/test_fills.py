@@ -86,23 +86,27 @@ def test_it_is_still_attention() -> None:
     assert counts(parallel, 0)["shift_start"] > 0
 
 
+_LEAVES_WEIGHT = (
+    "-10000 in place of a masked score leaves some attention weight on that key, and which keys "
+    "are masked differs from row to row"
+)
 # What attention's own op has no operand for: keys are gathered, with a note that says why.
 BY_ROWS: dict[str, tuple[Hide, str]] = {
     "for later keys": (
         lambda s, pad: s.masked_fill(later(s), -1e4),
-        "-10000 in place of a score leaves it some weight, and other keys have it in other rows",
+        _LEAVES_WEIGHT,
     ),
     "for later keys and padding": (
         lambda s, pad: s.masked_fill(later(s) | pad, -1e4),
-        "-10000 in place of a score leaves it some weight, and other keys have it in other rows",
+        _LEAVES_WEIGHT,
     ),
     "over minus infinity": (
         lambda s, pad: s.masked_fill(later(s), -torch.inf).masked_fill(pad, -1e4),
-        "a number in place of its scores is changed afterwards",
+        "its masked scores are changed afterwards",
     ),
     "before a bias": (
         lambda s, pad: s.masked_fill(pad, -1e4) + torch.arange(s.shape[-1]).double(),
-        "a number in place of its scores is changed afterwards",
+        "its masked scores are changed afterwards",
     ),
 }
 

@@ -182,7 +182,7 @@ def test_another_graph(between: Between) -> None:
     assert str(one.inputs[0].type) == "i64[1, s]"
     assert "the model's code fixes the batch to that of the example, 1" in one.notes[0]
     assert two.batch_range == (2, None)
-    assert "one sequence alone is refused: its graph is another" in two.notes[0]
+    assert "one sequence alone is refused: the graph for it is different" in two.notes[0]
 
 
 _FAMILIES = (

@@ -88,7 +88,7 @@ def the_first_two(m: Any, x: Tensor, tokens: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "another formula": (another_formula, "does not compute what the model computes"),
-    "a convolution": (two_at_least, "the model as it is called, which raises RuntimeError"),
+    "a convolution": (two_at_least, "the model as it is called, because that raises RuntimeError"),
 }
 
 

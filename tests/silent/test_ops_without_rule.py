@@ -86,7 +86,8 @@ def test_of_tokens_that_nothing_splits(kind: str, spec: str) -> None:
 @pytest.mark.parametrize("kind", ["pseudo-inverse"])
 def test_of_tokens_that_are_split(kind: str) -> None:
     """Refused, with a hint that does not send the user into the package."""
-    with pytest.raises(RingCompileError, match="has no rule for split tensors") as caught:
+    said = "has no sharding rule, and its inputs are split"
+    with pytest.raises(RingCompileError, match=said) as caught:
         compiled(model(OF_TOKENS[kind]), (ids(CAPTURED),), "ring=3")
     assert caught.value.hint is not None
     assert "rc.register_op" in caught.value.hint

@@ -38,5 +38,5 @@ def test_each_row_has_its_own_number(spec: str) -> None:
 
 
 def test_with_dp_it_is_refused() -> None:
-    with pytest.raises(rc.RingCompileError, match="sequences of a batch are mixed here"):
+    with pytest.raises(rc.RingCompileError, match="this mixes the sequences of a batch"):
         compiled(model(), (ids(24),), "dp=2,ring=2")

@@ -106,7 +106,7 @@ class _AttentionWriter:
         operands = OperandWriter(self.builder, found)
         q, k, v = operands.operands()
         if is_symbolic(type_of(q).shape[1]):
-            raise NotUnderstoodError("every token has keys of its own")
+            raise NotUnderstoodError("every token has its own keys")
         for factor in scores.factors:
             q = operands.scaled(q, factor)
         masks = MaskWriter(self.builder, self.analysis, operands.heads)
@@ -115,7 +115,7 @@ class _AttentionWriter:
         lasting = [hides(fill, type_of(found.scores.node).dtype) for fill in scores.fills]
         if not all(lasting):
             if lasting != sorted(lasting) or found.zeroed or scores.order != sorted(scores.order):
-                raise NotUnderstoodError("a number in place of its scores is changed afterwards")
+                raise NotUnderstoodError("its masked scores are changed afterwards")
             count = lasting.count(False)
             pairs = list(zip(scores.fills, flags, strict=True))[:count]
             k, bias = kept_as_numbers(self.builder, k, pairs, bias)

@@ -55,13 +55,13 @@ class Reader:
         call = Call(softmax)
         rank = len(type_of(softmax).shape)
         if rank < 2 or call["dim"] % rank != rank - 1:
-            raise NotUnderstoodError("its softmax is not over the last dim")
+            raise NotUnderstoodError("its softmax is not taken over the last dim")
         down = _Down(self)
         scores = down.to_scores(call.operands[0])
         values, zeroed = _Up(self, down.steps).to_values(softmax)
         if not all(equal(softmax_size, size) for softmax_size, size in zip(
                 type_of(values.operands[0].node).shape[-2:], down.shapes[0][-2:], strict=True)):
-            raise NotUnderstoodError("its weights are not those of its scores")
+            raise NotUnderstoodError("its attention weights and its scores differ in shape")
         return HandWritten(scores, values, down.steps, down.shapes, zeroed)
 
     def users(self, node: fx.Node) -> list[fx.Node]:
@@ -120,17 +120,18 @@ class _Down:
         """Follow the scores; `above` is the number of users a value may have."""
         num_users = len(self.reader.users(node))
         if num_users > above:
-            raise NotUnderstoodError("its scores are used elsewhere, too")
+            raise NotUnderstoodError("its scores are also used elsewhere")
         type_ = node.meta.get("type")
         if not isinstance(type_, TensorType) or not type_.dtype.is_floating_point:
-            raise NotUnderstoodError("its scores are no floating-point tensor")
+            raise NotUnderstoodError("its scores are not a floating-point tensor")
         found = read(node)
         if found is not None:
             self.shapes.append(type_.shape)
             return _scores(found)
         step = _DOWN.get(short(node)) if node.op == "call_function" else None
         if step is None:
-            raise NotUnderstoodError(f"{node.target} is between its scores and their softmax")
+            raise NotUnderstoodError(f"{node.target} is applied to its scores before the softmax, "
+                                     "which is not supported")
         made = step(self, node)
         self.shapes.append(type_.shape)
         return made
@@ -153,13 +154,14 @@ class _Down:
             return factor  # a length
         shape = type_of(factor).shape
         if shape and not equal(shape[-1], 1):
-            raise NotUnderstoodError("its scores are scaled key by key")
+            raise NotUnderstoodError("its scores are multiplied by a factor that differs from key "
+                                     "to key")
         return factor
 
     def bias(self, node: fx.Node) -> Contraction:
         """Add and sub of a tensor: whichever operand leads to a product is the scores."""
         if Call(node).get("alpha", 1) != 1:
-            raise NotUnderstoodError("what is added to its scores has a factor of its own")
+            raise NotUnderstoodError("something is added to its scores with alpha other than 1")
         sign = -1 if short(node) == "sub" else 1
         if sign < 0 and self._is_largest(node.args[1], node.args[0]):
             return self.to_scores(node.args[0], above=2)  # type: ignore[arg-type]
@@ -202,7 +204,7 @@ class _Down:
             mask, scores, value, where = call["condition"], call["other"], call["self"], True
         number = self._number(value)
         if number is None:
-            raise NotUnderstoodError("its scores are replaced by no single number")
+            raise NotUnderstoodError("its masked scores are not replaced by one constant")
         return self._then(scores, Fill(mask, _lead(node), number, where), node)
 
     def _number(self, value: object) -> float | None:
@@ -216,10 +218,10 @@ class _Down:
         """Cat of one column."""
         tensors, rank = Call(node)["tensors"], len(type_of(node).shape)
         if Call(node)["dim"] % rank != rank - 1 or len(tensors) != 2:
-            raise NotUnderstoodError("its scores are put beside others")
+            raise NotUnderstoodError("its scores are concatenated with more than one column")
         single = [equal(type_of(x).shape[-1], 1) for x in tensors]
         if single.count(True) != 1:
-            raise NotUnderstoodError("its scores are put beside others")
+            raise NotUnderstoodError("its scores are concatenated with more than one column")
         column, scores = tensors if single[0] else tensors[::-1]
         found = self.to_scores(scores)
         self.steps.append(Sink(column, single[0]))
@@ -232,13 +234,14 @@ class _Down:
             limit = self.reader.constant(other)
             if limit is not None and limit <= torch.finfo(type_of(node).dtype).min:
                 return self.to_scores(scores)  # type: ignore[arg-type]
-        raise NotUnderstoodError("its scores are limited from below")
+        raise NotUnderstoodError("its scores are clamped from below")
 
     def view(self, node: fx.Node) -> Contraction:
         """A reshape of the leading dims."""
         source, target = type_of(node.args[0]).shape, type_of(node).shape  # type: ignore[arg-type]
         if len(source) < 2 or not all(map(equal, source[-2:], target[-2:])):
-            raise NotUnderstoodError("queries or keys are merged with other dims in its scores")
+            raise NotUnderstoodError("its scores are reshaped so that queries or keys are merged "
+                                     "with other dims")
         return self.to_scores(node.args[0])  # type: ignore[arg-type]
 
     def cast(self, node: fx.Node) -> Contraction:
@@ -246,7 +249,7 @@ class _Down:
         found = self.to_scores(node.args[0])  # type: ignore[arg-type]
         wide = type_of(node).dtype == torch.float64
         if wide and type_of(found.node).dtype != torch.float64:
-            raise NotUnderstoodError("its softmax is wider than float32, its queries are not")
+            raise NotUnderstoodError("its softmax is in float64, but its queries are not")
         return found
 
     def _is_score(self, value: object, node: fx.Node) -> bool:
@@ -281,16 +284,16 @@ def _lead(node: fx.Node) -> tuple[Size, ...]:
 def _scores(found: Contraction) -> Contraction:
     """The product with the queries' operand first, if it is one of queries and keys."""
     if len(found.output) < 2 or not found.is_product or len(found.summed) != 1:
-        raise NotUnderstoodError("its scores are no product of queries and keys")
+        raise NotUnderstoodError("its scores are not a matmul of queries and keys")
     (summed,) = found.summed
     if is_symbolic(found.size(summed)):
-        raise NotUnderstoodError("its scores sum over tokens")
+        raise NotUnderstoodError("the matmul of its scores sums over tokens")
     queries, keys = found.output[-2:]
     for which in (0, 1):
         if queries in found.alone(which) and keys in found.alone(1 - which):
             operands = (found.operands[which], found.operands[1 - which])
             return Contraction(found.node, operands, found.output)
-    raise NotUnderstoodError("its scores are no product of queries and keys")
+    raise NotUnderstoodError("its scores are not a matmul of queries and keys")
 
 
 @dataclass
@@ -307,17 +310,18 @@ class _Up:
         while True:
             users = self.reader.users(node)
             if len(users) != 1 or users[0].op != "call_function":
-                raise NotUnderstoodError("its weights are used elsewhere, too")
+                raise NotUnderstoodError("its attention weights are also used elsewhere")
             user = users[0]
             found = read(user)
             if found is not None:
                 if sinks:
-                    raise NotUnderstoodError("values are weighed by its sink")
+                    raise NotUnderstoodError("the column of its attention sink is not removed "
+                                             "before the matmul with the values")
                 return _values(found, node), self.zeroed
             if short(user) == "slice" and sinks:
                 self._drop(user, sinks.pop())
             elif not self._keeps(user, node):
-                raise NotUnderstoodError(f"{user.target} changes its weights")
+                raise NotUnderstoodError(f"{user.target} changes its attention weights")
             node = user
 
     def _drop(self, node: fx.Node, sink: Sink) -> None:
@@ -327,7 +331,8 @@ class _Up:
         rank = len(type_of(node).shape)
         kept = equal(type_of(node).shape[-1], size - 1)
         if call["dim"] % rank != rank - 1 or not equal(call["start"] or 0, first) or not kept:
-            raise NotUnderstoodError("values are weighed by its sink")
+            raise NotUnderstoodError("the column of its attention sink is not removed before the "
+                                     "matmul with the values")
 
     def _keeps(self, user: fx.Node, node: fx.Node) -> bool:
         """Casts and views; and zeros where the mask has hidden keys anyway."""
@@ -350,17 +355,19 @@ def _values(found: Contraction, weights: fx.Node) -> Contraction:
     """The product with the weights' operand first, if it sums over the keys."""
     nodes = [operand.node for operand in found.operands]
     if nodes.count(weights) != 1:
-        raise NotUnderstoodError("its weights are multiplied with themselves")
+        raise NotUnderstoodError("its attention weights are multiplied by themselves")
     which = nodes.index(weights)
     own, other = found.operands[which], found.operands[1 - which]
     if not found.is_product or found.summed != {own.names[-1]}:
-        raise NotUnderstoodError("its weights are multiplied by more than values")
+        raise NotUnderstoodError("its attention weights are not multiplied by the values in a "
+                                 "plain matmul")
     if len(_features(own, other)) != 1 or own.names[-2] in other.names:
-        raise NotUnderstoodError("its weights are multiplied by more than values")
+        raise NotUnderstoodError("its attention weights are not multiplied by the values in a "
+                                 "plain matmul")
     lead = own.names[:-2]
     if not all(equal(found.size(n), s) for n, s in
                zip(lead, type_of(weights).shape, strict=False)):
-        raise NotUnderstoodError("its weights are broadcast to more heads")
+        raise NotUnderstoodError("its attention weights are broadcast to more heads")
     return Contraction(found.node, (own, other), found.output)
 
 

@@ -47,8 +47,8 @@ def kept_as_numbers(
         batch, heads, rows, keys = type_of(visible).shape
         if rows != 1 or heads not in (1, type_of(k).shape[1]):
             raise NotUnderstoodError(
-                f"{fill.value:g} in place of a score leaves it some weight, and other keys have it "
-                "in other rows"
+                f"{fill.value:g} in place of a masked score leaves some attention weight on that "
+                "key, and which keys are masked differs from row to row"
             )
         dtype = type_of(k if bias is None else bias).dtype
         if float(torch.tensor(fill.value, dtype=dtype)) != fill.value:

@@ -76,9 +76,9 @@ class MaskWriter:
         if not finite or sure or gone:
             return q, joined([*flags, *([bias] if bias is not None else [])], self.builder)
         if len(finite) > 1 or zeroed:
-            raise NotUnderstoodError("several numbers stand in place of its scores")
+            raise NotUnderstoodError("its masked scores are replaced by several different numbers")
         if scores.order != sorted(scores.order):
-            raise NotUnderstoodError("its scores are masked before something is added to them")
+            raise NotUnderstoodError("its scores are masked before a bias is added")
         return self._even_rows(scores, q, flags, bias)
 
     def _negated(self, flag: fx.Node) -> fx.Node:

@@ -95,7 +95,7 @@ class OperandWriter:
         if not all(equal(size, 1) for size in (*shape[:1], *shape[-2:])) or not same_shape(
             shape[1:-2], lead[1:]
         ):
-            raise NotUnderstoodError("its sink is not one number a head")
+            raise NotUnderstoodError("its attention sink is not one number per head")
         return reshaped(self.builder, x, (self.heads[1],))
 
     def as_before(self, out: fx.Node) -> fx.Node:

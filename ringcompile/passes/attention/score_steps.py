@@ -95,13 +95,13 @@ class Scores:
     def take(self, step: Any) -> None:
         """One more step, behind those before it."""
         if self.sink is not None:
-            raise NotUnderstoodError("its scores change beside its sink")
+            raise NotUnderstoodError("its scores are changed after the attention sink is appended")
         match step:
             case Scale():
                 self._scale(step)
             case Bend():
                 if self.bend is not None or self.order:
-                    raise NotUnderstoodError("its scores are masked before they are capped")
+                    raise NotUnderstoodError("its scores are masked before the soft cap")
                 self.bend = 1.0
             case Bias():
                 self.biases.append((step, float(step.sign)))
@@ -115,7 +115,8 @@ class Scores:
     def _scale(self, step: Scale) -> None:
         if not isinstance(step.factor, float):
             if self.order or self.bend is not None:
-                raise NotUnderstoodError("its scores are scaled by a tensor when they are masked")
+                raise NotUnderstoodError("its scores are multiplied by a tensor after a mask or a "
+                                         "soft cap")
             self.factors.append(step)
             return
         factor = 1 / step.factor if step.divide else step.factor

@@ -63,9 +63,9 @@ class AttentionWriter:
         into, call = self.into, Call(node)
         if call["lower"] is None or not isinstance(call["lower"], int) or call["lower"] < 0:
             raise error_at(
-                node, "with a cache, attention must not see keys behind its query: this one does, "
-                "or may (the mask is not known to hide them), so that a later token would change "
-                "what earlier ones gave",
+                node, "with a cache, no query may see later keys: in this attention queries do, "
+                      "or its mask cannot be shown to hide them, so that later tokens could "
+                      "change the results for earlier ones",
                 hint="pass is_causal=True, or a mask that hides later keys",
             )
         q, key_mask, mask, sink = (
@@ -174,6 +174,6 @@ def check_fixed_keys(node: fx.Node, split: list[bool]) -> None:
     banded = call["lower"] is not None or call["upper"] is not None
     if split[0] and (banded or split[1] or split[2]):
         raise error_at(
-            node, "with a cache, queries of a sequence that grows cannot be attended by "
-            "position over keys of another length",
+            node, "with a cache, queries of the growing sequence cannot attend by position to "
+                  "keys of a sequence of another length",
         )

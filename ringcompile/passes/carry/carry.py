@@ -63,12 +63,12 @@ def carried_mesh(mesh: Mesh) -> Mesh:
     """
     if mesh.size("ep") > 1:
         raise RingCompileError(
-            f"a cache does not go with ep={mesh.size('ep')}",
+            f"a cache cannot be combined with ep={mesh.size('ep')}",
             hint="split the experts' features over tp instead of the experts over ep",
         )
     if mesh.size(HALVES) > 1:
         raise RingCompileError(
-            f"a cache does not go with {HALVES}={mesh.size(HALVES)}",
+            f"a cache cannot be combined with {HALVES}={mesh.size(HALVES)}",
             hint=f"leave out {HALVES} (--overlap {HALVES})",
         )
     kept = tuple((name, size) for name, size in mesh.axes if name not in (*KEEP_TOKENS, TIME))
@@ -145,8 +145,8 @@ class _Carrier:
             long = [size for size in type_.shape if of_tokens(size)]
             if len(long) > 1:
                 raise RingCompileError(
-                    f"input '{self.program.placeholders[node.name]}' holds pairs of tokens: "
-                    "with a cache, what a call brings is one entry a token",
+                    f"input '{self.program.placeholders[node.name]}' has an entry for every pair "
+                    "of tokens; with a cache, each call may pass only one entry for each new token",
                     hint="pass a mask of shape [batch, tokens]",
                 )
             if long:
@@ -160,7 +160,8 @@ class _Carrier:
             map(of_tokens, type_of(node).shape)
         ):
             return self.builder.env[node]
-        raise error_at(node, "an output is made of positions alone, for the whole sequence",
+        raise error_at(node, "with a cache, an output may not be computed from positions alone "
+                             "for the whole sequence",
                        hint="return what is computed from tokens only")
 
     # -- ops ---------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ class _Carrier:
         index, rows = Call(node)["indices"], type_of(Call(node)["weight"]).shape[0]
         if is_positions(index) and isinstance(rows, int) and rows < self.into.capacity:
             raise error_at(
-                node, f"a cache for {self.into.capacity} tokens: the table of positions has "
+                node, f"a cache for {self.into.capacity} tokens: the position table has only "
                 f"{rows} rows",
                 hint=f"pass a cache of {rows} tokens or fewer",
             )
@@ -313,7 +314,7 @@ def _needs_all(node: fx.Node) -> RingCompileError:
     at = next((user for user in node.users if "loc" in user.meta), node)
     return error_at(
         at, f"with a cache, this {NEEDS_ALL}",
-        hint="leave the cache out (--cache), or compute it from the tokens before each",
+        hint="leave out --cache, or compute each result from the current and earlier tokens only",
     )
 
 

@@ -75,8 +75,8 @@ class Spread:
             return (part, *self.axes) if within else (part,)
         if self.ranks % ref.run or len(self.axes) > 1:
             raise RingCompileError(
-                f"features of new tokens would lie on runs of {ref.run} ranks, which are no part "
-                f"of {' x '.join((*outer, *self.axes))}",
+                f"the features of a new token would have to be split over groups of {ref.run} "
+                f"ranks, which is not possible on {' x '.join((*outer, *self.axes))}",
                 hint="pass --decode simple",
             )
         part = str(AxisRef(self.axes[0], ref.part, ref.run))

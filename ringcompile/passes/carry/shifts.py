@@ -273,7 +273,7 @@ class ShiftWriter(ShiftRegion):
 def _refusal(node: fx.Node, why: str) -> RingCompileError:
     return error_at(
         node, f"with a cache, this {why}",
-        hint="leave the cache out (--cache), or compute it from the tokens before each",
+        hint="leave out --cache, or compute each result from the current and earlier tokens only",
     )
 
 

@@ -96,7 +96,7 @@ class _ExpertWriter:
                 self.builder.env[node] = self.builder.copy(node)
         if not groups:
             self.notes.append(
-                f"no experts are found that could be split: their weights are whole along "
+                f"no experts that could be split were found: their weights are replicated along "
                 f"ep={self.ways}, and each of its ranks runs all of them on its own tokens"
             )
         return self.program.with_graph(
@@ -234,7 +234,8 @@ class _Rows:
         rule = find_rule(node.target)
         if rule is not None and rule.shape_argument is not None:
             raise error_at(
-                node, "experts whose rows are reshaped between their products do not divide over ep"
+                node, "experts that reshape their rows between their matmuls cannot be split over "
+                      "ep"
             )
         new = builder.call(node.target, args, types[0] if single else types, **kwargs)
         new.meta["loc"] = node.meta.get("loc")

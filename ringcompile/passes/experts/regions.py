@@ -210,8 +210,8 @@ class Finder:
                 first = min(nodes, key=self.order.__getitem__)
                 raise error_at(
                     first,
-                    "what is declared token-wise takes or gives something that has no entry for "
-                    "each token",
+                    "a function declared token-wise takes or returns something that has no entry "
+                    "for each token",
                     hint="pass in and return tensors with one dim that is the tokens",
                 )
             region = replace(region, declared=True)

@@ -81,8 +81,8 @@ class TokenWise:
         if region.declared and reason:
             raise error_at(
                 nodes[0],
-                f"what is declared token-wise {reason}",
-                hint="leave the declaration out: it is then computed by its ops' rules",
+                f"a function declared token-wise {reason}",
+                hint="leave out the declaration; the function is then compiled op by op",
             )
         return not reason
 
@@ -139,10 +139,11 @@ class TokenWise:
         except (_UnknownError, RuntimeError, IndexError, ValueError, TypeError):
             same = False
         if not same:
-            return "is not: run on some of the tokens alone, it gives them other results"
+            return "is not token-wise: run on a part of the tokens, it gives different results"
         return "" if run.thresholds.reached else (
-            f"cannot be shown to be: a count or rank of tokens meets a constant that {_LENGTH} "
-            "tokens do not reach, such as a capacity that does not grow with the sequence"
+            "cannot be shown to be token-wise: it compares a count or rank of tokens with a "
+            f"constant that {_LENGTH} tokens do not reach, such as a capacity that does not grow "
+            "with the sequence"
         )
 
 

@@ -249,7 +249,7 @@ class TimePieces:
         """What a collective along `time` brings: the pieces of its operand are all here."""
         if target_name(node.target) != GATHER:
             raise RingCompileError(
-                f"{short_name(node)} along {TIME} is not known",
+                f"{short_name(node)} is not supported along {TIME}",
                 hint=f"split the sequence over ring instead of {TIME}",
             )
         dim, limit = node.kwargs["dim"], node.kwargs["limit"]

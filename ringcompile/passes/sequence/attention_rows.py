@@ -114,7 +114,7 @@ def repeat_heads(builder: Builder, x: fx.Node, times: int) -> fx.Node:
     one, many = (batch, heads, 1, rows, width), (batch, heads, times, rows, width)
     x = builder.call(aten.reshape.default, (x, list(one)), typed(one, opened))
     x = builder.call(
-        aten.expand.default, (x, list(many)), typed(many, opened), why="a key head for each rank"
+        aten.expand.default, (x, list(many)), typed(many, opened), why="one KV head for each rank"
     )
     flat = (batch, heads * times, rows, width)
     return builder.call(aten.reshape.default, (x, list(flat)), typed(flat, dims))

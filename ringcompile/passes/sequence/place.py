@@ -99,8 +99,8 @@ class Place(Pass):
             return SequenceSplit((), "contiguous", 1 if length is None else length)
         if length is None:
             raise RingCompileError(
-                "there is no sequence to split: the model has no attention that is understood, and "
-                "its code fixes the length",
+                "there is no sequence to split: no supported attention was found in the model, "
+                "and its code fixes the length",
                 hint="; ".join(program.notes) or None,
             )
         if axes[0][0] == TIME:
@@ -121,12 +121,14 @@ class Place(Pass):
     def _check_time(self, axes: Sequence[tuple[str, int]]) -> None:
         if self.capacity == "local":
             raise RingCompileError(
-                f"a capacity counted by each rank alone counts all tokens along {TIME}",
+                f"--capacity local cannot be combined with {TIME}: one rank runs all pieces and "
+                "counts all tokens",
                 hint="leave --capacity out",
             )
         if self.order == "zigzag" and len(axes) == 1:
             raise RingCompileError(
-                f"zigzag balances ranks, and along {TIME} there is only one",
+                f"order zigzag has no use along {TIME} alone, because there is only one rank to "
+                "balance",
                 hint="leave --order out",
             )
 
@@ -260,21 +262,21 @@ class _Placer(Requests):
         if draws(node.target):
             raise error_at(
                 node,
-                f"{node.target} draws random numbers: every rank would draw others",
+                f"{node.target} draws random numbers, and every rank would draw different ones",
                 hint="pass random numbers in as an input",
             )
         split = not all(layout_of(operand).is_whole for operand in operands)
         if self.gather_unknown and split and "type" in node.meta:
             place = f"{location_of(node).short}: %{node.name}".lstrip(": ")
             self.without_rule.append(
-                f"{place}: {node.target} has no rule: computed whole on every rank"
+                f"{place}: {node.target} has no sharding rule: every rank computes all of it"
             )
             return _WHOLE_RULE
         if is_pure(node.target) and not split and "type" in node.meta:
             return _WHOLE_RULE
         raise error_at(
             node,
-            f"{node.target} has no rule for split tensors",
+            f"{node.target} has no sharding rule, and its inputs are split",
             hint="say with rc.register_op how its dims correspond, or pass --gather-unknown to "
             "compute it whole on every rank",
         )
@@ -315,7 +317,8 @@ class _Placer(Requests):
         if self.options.ring == "gather":
             if tiles:
                 raise RingCompileError(
-                    f"keys cannot be gathered along ring where queries are along {tiles[0]}",
+                    "--ring gather cannot be combined with an axis along which queries are "
+                    f"gathered: {tiles[0]}",
                     hint="leave --ring out",
                 )
             rotating = tuple(name for name in rotating if name == TIME)

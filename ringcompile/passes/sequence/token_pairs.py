@@ -68,7 +68,7 @@ def note_of_pairs(node: fx.Node, gathered: Sequence[fx.Node]) -> str:
     reason = node.meta.get("why_not")
     because = f" ({reason})" if reason else ""
     return (
-        f"{location_of(node).short}: this pairs every token with every other and is no attention "
-        f"with an op of its own{because}: each rank computes its rows of all pairs, from "
+        f"{location_of(node).short}: this pairs every token with every other, but is not a "
+        f"supported attention pattern{because}: each rank computes its rows of all pairs, from "
         f"{to_text(size)} bytes gathered on every rank"
     ).lstrip(": ")

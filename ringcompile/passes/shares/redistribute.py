@@ -84,7 +84,7 @@ class Mover:
             x, here = self._sliced(x, here, there.layout, dim)
         if here.layout != there.layout:
             raise RingCompileError(
-                f"there is no way from {here.layout} to {there.layout}",
+                f"ringcompile cannot redistribute a tensor from {here.layout} to {there.layout}",
                 hint="this is a gap of ringcompile; please report it with the model",
             )
         return x
@@ -248,15 +248,14 @@ class Mover:
         """Raise RingCompileError for an exchange that ranks, or pieces in time, cannot make."""
         if TIME in axis.split(",") and name != "gather":
             raise RingCompileError(
-                f"{name} along {TIME} is not known",
+                f"{name} is not supported along {TIME}",
                 hint=f"split the sequence over ring instead of {TIME}",
             )
         if not self.mesh.has(axis):
             raise RingCompileError(
-                f"heads that lie on groups of ranks ({axis}) are wanted in another way, and groups "
-                "of ranks exchange nothing",
-                hint="use fewer ranks along tp: as many as the model has key heads, or as divide "
-                "them",
+                f"heads that are repeated for groups of ranks ({axis}) would have to be "
+                "redistributed between these groups, which is not supported",
+                hint="use fewer ranks along tp: the number of KV heads, or a divisor of it",
             )
 
     def _reshape(self, x: fx.Node, type_: TensorType) -> fx.Node:
@@ -274,7 +273,7 @@ def _atoms(size: Size, have: DimLayout, want: DimLayout) -> tuple[list[Atom], li
             return [Atom(part) for part in sizes]
         if [a.size for a in dim] != sizes:
             raise RingCompileError(
-                f"a dim of {size} would have to be split in other parts: {sizes}, not "
+                f"a dim of {size} would have to be split into other parts: {sizes}, not "
                 f"{[a.size for a in dim]}"
             )
         return list(dim)

@@ -107,8 +107,9 @@ def _check_sizes(calls: Sequence[fx.Node]) -> None:
         stages = {user.meta["stage"] for user in node.users if "stage" in user.meta}
         if _size_unknown(node) and stages - {node.meta["stage"]}:
             raise error_at(
-                node, "a tensor whose size depends on the data would cross from a pipeline stage "
-                "to the next", hint="leave pp out, or say with --stages where stages begin",
+                node, "a tensor whose size depends on the data would have to be sent from one "
+                "pipeline stage to the next",
+                hint="leave pp out, or say with --stages where stages begin",
             )
 
 

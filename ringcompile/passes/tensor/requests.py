@@ -225,7 +225,8 @@ class TensorRequests(Requests):
         names = ", ".join(f"'{w.name.rpartition('.')[2]}' {list(w.shape)}" for w in held)
         self.note(
             node,
-            f"{self.ranks_text} does not divide what a weight is unpacked from, {names}: "
+            f"{self.ranks_text} does not divide the tensors that a packed weight is unpacked "
+            f"from, {names}: "
             f"{why_unpacked_whole(node)}. Each rank unpacks all of it and keeps its part; "
             + (f"{TP}={fits} would divide it" if fits > 1 else f"no size of {TP} would divide it"),
         )

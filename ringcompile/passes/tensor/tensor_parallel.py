@@ -142,8 +142,8 @@ class _Splitter(VocabularySplits):
         queries, keys = head_counts(call)
         operands = list(map(self.summed, operands))
         if queries % ways:
-            self.note(node, f"{queries} heads do not divide over {self._text(shared)}: attention "
-                            "is computed whole on each of its ranks")
+            self.note(node, f"{queries} heads do not divide over {self._text(shared)}: each of "
+                            "its ranks computes all of the attention")
             wanted = [layout.without(TP) for layout in old]
             return self.emit(
                 node, [self.request(*pair) for pair in zip(operands, wanted, strict=True)],

@@ -47,8 +47,8 @@ class VocabularySplits(TensorRequests):
         self.why = "rows of the vocabulary"
         if not self.divides(split):
             self.notes.append(
-                f"{self._weight_name(weight)}: {size} rows do not divide over "
-                f"{self.ranks_text}: whole on each of its ranks"
+                f"{self._weight_name(weight)}: {size} rows do not divide over {self.ranks_text}: "
+                "replicated on each of its ranks"
             )
             return None
         return self.obtain(weight, layout_of(weight).with_dim(0, split))

@@ -73,6 +73,9 @@ class Form:
         return self.extra < 0 and min(self.around) >= 0
 
 
+_NOT_CAUSAL = "cannot be shown to use only the current and earlier tokens for each result"
+
+
 class UnknownError(Exception):
     """Nothing is known of an op that says which entry belongs to which token.
 
@@ -80,7 +83,7 @@ class UnknownError(Exception):
         reason: what a user is told of it.
     """
 
-    def __init__(self, reason: str = "is not known to keep to the tokens before each") -> None:
+    def __init__(self, reason: str = _NOT_CAUSAL) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -88,8 +91,8 @@ class UnknownError(Exception):
 # Ops whose rules let the dim through, and which go along it.
 _ALONG = frozenset({*ALONG, "ringcompile.attention.default"})
 NEEDS_ALL = (
-    "needs all tokens of the sequence at once: a later token would change what earlier ones gave, "
-    "or is not known to leave that as it was"
+    "needs all tokens of the sequence at once, and later tokens may change the results for "
+    "earlier ones"
 )
 
 

@@ -27,7 +27,8 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node:
     _check_shapes(q, k)
     causal = bool(call["is_causal"])
     if causal and not equal(type_of(q).shape[2], type_of(k).shape[2]):
-        raise error_at(node, "causal attention of unequal query and key lengths")
+        raise error_at(node, "is_causal=True needs as many keys as queries; here their numbers "
+                             "differ")
     scale = call["scale"]
     if scale is None:
         scale = float(type_of(q).shape[3]) ** -0.5
@@ -60,14 +61,14 @@ def _check_dropout(call: Call) -> None:
 def _check_shapes(q: fx.Node, k: fx.Node) -> None:
     if len(type_of(q).shape) != 4:
         raise RingCompileError(
-            f"attention over tensors of {len(type_of(q).shape)} dims; [batch, heads, tokens, dim] "
-            "has a rule",
-            hint="view the heads as a dim of their own",
+            f"attention over tensors of {len(type_of(q).shape)} dims is not supported; they must "
+            "be [batch, heads, tokens, head_dim]",
+            hint="reshape queries, keys and values so that heads are a dim",
         )
     if not equal(type_of(q).shape[0], type_of(k).shape[0]):
         raise RingCompileError(
             f"attention of {type_of(q).shape[0]} queries' batch over {type_of(k).shape[0]} keys'",
-            hint="expand the batch of keys and values first",
+            hint="expand the keys and values to the batch of the queries",
         )
 
 
