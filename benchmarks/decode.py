@@ -170,6 +170,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def run(
+    rounds: int, context: int = 1024, new_tokens: int = 32, cluster: str | None = None
+) -> list[dict[str, Any]]:
+    """A row for each side, of SmolLM2 on an English text; see `measure`."""
+    checkpoint = smollm2_checkpoint(ROOT / "build")
+    ids = english_text(context, AutoTokenizer.from_pretrained(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    return measure(model, ids, new_tokens, rounds, cluster)
+
+
 @click.command()
 @click.option("--context", default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--new-tokens", default=32, show_default=True)
@@ -177,10 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 @click.option("--cluster", help="Tables for what is predicted, as `calibrate` writes them.")
 def main(context: int, new_tokens: int, rounds: int, cluster: str | None) -> None:
     """Measure TPOT of every side, interleaved."""
-    checkpoint = smollm2_checkpoint(ROOT / "build")
-    ids = english_text(context, AutoTokenizer.from_pretrained(checkpoint))
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    click.echo(table(measure(model, ids, new_tokens, rounds, cluster)))
+    click.echo(table(run(rounds, context, new_tokens, cluster)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import click
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
-from benchmarks import attention, model, strategies  # noqa: E402
+from benchmarks import attention, decode, model, strategies  # noqa: E402
 from benchmarks.machine import RESULTS, environment  # noqa: E402
 
 
@@ -28,6 +28,9 @@ def main(rounds: int, model_rounds: int, save: bool) -> None:
     found |= model.run(model_rounds)
     click.echo(attention.table({"attention": found["smollm2"]}))  # type: ignore[dict-item]
     found |= strategies.run(model_rounds)
+    click.echo("SmolLM2-135M, one token after 1,024 others; time per output token")
+    found["decode"] = decode.run(model_rounds)
+    click.echo(decode.table(found["decode"]))  # type: ignore[arg-type]
     if save:
         RESULTS.mkdir(exist_ok=True)
         file = RESULTS / f"cpu-{datetime.date.today().isoformat()}.json"

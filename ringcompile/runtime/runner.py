@@ -25,6 +25,7 @@ from ringcompile.runtime.data import (
 )
 from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
+from ringcompile.runtime.memory_order import column_by_column, read_by_few
 from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
 from ringcompile.runtime.tail import has_last_positions
 from ringcompile.runtime.tasks import CARRIED, WHOLE, Extend, Inputs, Prompt, Run, Task
@@ -81,7 +82,10 @@ class OpenWeights:
                 self.held[key] = part[0]
         new = {p: program.weights[p] for p, key in keys.items() if key not in self.held}
         only = program.with_graph(program.graph, weights=new)
+        few = {keys[p] for p in read_by_few(program, new)}
         for p, weight in read_weights(only, self.source, self.device).items():
+            if keys[p] in few:
+                weight = column_by_column(weight)
             self.held[keys[p]] = weight
             held = ranges[p]
             if held is not None:

@@ -10,7 +10,7 @@ from tests.generate.models import ids
 
 transformers = pytest.importorskip("transformers")
 
-from benchmarks import decode, generation_table  # noqa: E402  (they need transformers)
+from benchmarks import decode, generation_table, weight_order  # noqa: E402  (they need transformers)
 
 
 def test_time_per_output_token() -> None:
@@ -42,3 +42,9 @@ def test_the_table_of_modelled_times() -> None:
     assert len(rows) == 4
     assert all(row.count("|") == len(generation_table.COLUMNS) + 1 for row in rows)
     assert {row.split("|")[3].strip() for row in rows[2:]} == {"`tp=2`", "`ring=2`"}
+
+
+def test_the_table_of_orders_in_memory() -> None:
+    rows = weight_order.table(1, [(8, 4), (4, 8)], 1000).splitlines()[2:]
+    assert [row.split("|")[4].strip() for row in rows] == ["columns", "rows"]
+    assert all(float(row.split("|")[2].split()[0]) > 0 for row in rows)

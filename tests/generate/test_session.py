@@ -376,3 +376,22 @@ def test_a_prompt_is_computed_once() -> None:
         session.extend(ids(65), last=True)
         kept = [memory.ledger.count(memory.rank) for memory in memories(session)]
         assert kept == [17, 16, 16, 16]  # the prompt in equal parts, and the last token
+
+
+def test_weights_lie_in_memory_as_one_token_reads_them_fastest() -> None:
+    """Column by column where there are as many rows as columns or more; with the same entries."""
+    parallel = cached(Rotary, "ring=1")[1]
+    with checked_session(parallel) as session:
+        session.extend(ids(5))
+        opened = session.driver.runners[0].open("carried")
+    program, weights, orders = opened.program, opened.weights, set()
+    matrices = {node.args[1].name for node in program.graph.nodes
+                if node.target is torch.ops.aten.linear.default}
+    for name in matrices:
+        weight, saved = weights[name], parallel.source(program.weights[name].name)
+        rows, columns = weight.shape
+        by_column = rows >= columns
+        assert weight.stride() == ((1, rows) if by_column else (columns, 1))
+        assert torch.equal(weight, saved)
+        orders.add(by_column)
+    assert orders == {True, False}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ops.kernels import attend, attend_merge, merge, providers
+from tests.ops import few_queries
 from tests.ops.contract import (
     ATOL,
     BF16,
@@ -61,6 +62,11 @@ def test_contract(provider: str, dtype: torch.dtype, case: Case) -> None:
     assert lse.is_contiguous()
     for x, kept in zip((q, k, v), before, strict=True):
         assert torch.equal(x, kept), "an input was written"
+
+
+@pytest.mark.parametrize("name", sorted({*few_queries.CHECKS} - {"capped", "two-head-dims"}))
+def test_few_queries_on_a_cpu(name: str) -> None:
+    few_queries.CHECKS[name]("cpu-flash", "cpu")
 
 
 @every_kernel_of_one_row

@@ -148,7 +148,8 @@ def _checked(
 
 def _select(name: str | None, call: BlockCall) -> Provider:
     if name is None:
-        return next(provider for provider in _PROVIDERS if provider.refusal(call) is None)
+        here = (None, call.q.device.type)
+        return next(p for p in _PROVIDERS if p.device in here and p.refusal(call) is None)
     chosen = next((provider for provider in _PROVIDERS if provider.name == name), None)
     if chosen is None:
         raise RingCompileError(
