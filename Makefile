@@ -13,6 +13,8 @@ PINS := .venv/constraints.txt
 STAMP := $(if $(SYSTEM_TORCH),.venv/system-torch) .venv/setup.stamp
 PYTEST := $(PY) -m pytest -rs -n $(WORKERS) --dist worksteal --max-worker-restart=0
 FAST := -m "not slow"
+# Each worker, and each process that a test starts, would else compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

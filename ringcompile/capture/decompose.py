@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram, default_decompositions
 
+from ringcompile.capture.composite_ops import decomposed, looked_up_once
 from ringcompile.ir.rules import find_rule
 from ringcompile.passes.canonicalize.rewrites import REWRITES
 from ringcompile.passes.canonicalize.rewrites.common import short_name
@@ -76,13 +77,14 @@ def known_ops_only(exported: ExportedProgram) -> ExportedProgram:
         unknown = {node.target for node in exported.graph.nodes if _is_unknown(node)}
         if not unknown:
             break
-        table = {**default_decompositions(), **_OURS}
+        with looked_up_once():
+            table = {**default_decompositions(), **_OURS}
         known = {target: table[target] for target in unknown if target in table}
         if not known:
             break
         with warnings.catch_warnings():  # torch's own use of what it deprecates
             warnings.simplefilter("ignore", FutureWarning)
-            exported = exported.run_decompositions(known)
+            exported = decomposed(exported, known)
     return exported
 
 

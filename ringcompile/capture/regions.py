@@ -17,6 +17,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ringcompile.capture.composite_ops import decomposed
 from ringcompile.capture.source_lines import location_of
 from ringcompile.errors import RingCompileError
 
@@ -71,7 +72,7 @@ def written_out(exported: ExportedProgram) -> ExportedProgram:
                 location=location_of(node), node=node.name,
             )
     _run_node_by_node(exported.graph_module)
-    return exported.run_decompositions({})
+    return decomposed(exported, {})
 
 
 def refusal(name: str) -> RingCompileError:
