@@ -24,6 +24,7 @@ from torch import nn
 
 from ringcompile.capture.huggingface_attention import attention, mask
 from ringcompile.capture.huggingface_experts import experts
+from ringcompile.capture.huggingface_states import states_by_scan
 
 _NAME = "ringcompile"
 # What a config says of it, and what we have it say while a model is captured.
@@ -50,7 +51,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for config, name, value in saved:
             kept = name == "_attn_implementation" and id(config) in by_hand
             setattr(config, name, value if kept else _SETTINGS[name])
-        with _positions_of_all_sequences(), _states_by_scan(model):
+        with _positions_of_all_sequences(), states_by_scan(model):
             yield
     finally:
         for registry, _ in registries:
@@ -70,32 +71,6 @@ def _positions_of_all_sequences() -> Iterator[None]:
         yield
     finally:
         masking_utils._preprocess_mask_arguments = original
-
-
-@contextlib.contextmanager
-def _states_by_scan(model: nn.Module) -> Iterator[None]:
-    """While inside, state space layers that can scan do, in place of a loop over all tokens.
-
-    Their modules ask torch whether it compiles, since associative_scan needs that; captured it is
-    an op of its own.
-    """
-    layers = {type(layer).__module__ for layer in model.modules() if _scans(layer)}
-    answers = {"is_torchdynamo_compiling": lambda: True, "is_torchdynamo_exporting": lambda: False}
-    saved = [
-        (sys.modules[name], question, getattr(sys.modules[name], question))
-        for name in layers for question in answers if hasattr(sys.modules[name], question)
-    ]
-    try:
-        for module, question, _ in saved:
-            setattr(module, question, answers[question])
-        yield
-    finally:
-        for module, question, answer in saved:
-            setattr(module, question, answer)
-
-
-def _scans(layer: nn.Module) -> bool:
-    return bool(getattr(layer, "use_associative_scan", False))
 
 
 def _with_all_positions(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, cached, schemas
 from ringcompile.ops.experts import expert_linear, route
+from ringcompile.ops.linear_attention import linear_attention, linear_state
 from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import (
     own_tokens,
@@ -86,6 +87,9 @@ BODIES: dict[str, Callable[..., Any]] = {
     "running_recurrence": cached.running_recurrence,
     "recent": cached.recent,
     "recurrence": recurrence,
+    "linear_attention": linear_attention,
+    "linear_state": linear_state,
+    "running_linear_attention": cached.running_linear_attention,
 }
 
 # Ops that make tensors out of nothing and so must be told the device.

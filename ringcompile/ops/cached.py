@@ -12,7 +12,9 @@ import torch
 from ringcompile.ops import kernels
 from ringcompile.ops.attention import State, combine
 from ringcompile.ops.blocks import Band
+from ringcompile.ops.linear_attention import Blocks
 from ringcompile.ops.running import BY_NAME, recurrence
+from ringcompile.ops.slots import BLOCK
 
 
 def store(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -146,6 +148,70 @@ def running_recurrence(
         dim, positions[-last:] % size, states.narrow(dim, term.shape[dim] - last, last)
     )
     return states
+
+
+# Of linear attention: the tokens that are kept, and the states in front of their two blocks. The
+# last entry takes what is not kept; it is never read.
+KEPT_TOKENS, KEPT_STATES = 2 * BLOCK, 3
+
+
+def running_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    kept_k: torch.Tensor,
+    kept_v: torch.Tensor,
+    kept_decay: torch.Tensor,
+    kept_states: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """The linear attention of the new tokens, which go on where those before ended.
+
+    A state is kept at the start of a block of positions, not at every token: it is much larger than
+    a token. The tokens of the last two blocks are kept with it, so that a session may go back.
+
+    Args:
+        q: [..,S,N], of the new tokens, as are k [..,S,N], v [..,S,P] and decay [..,S].
+        k: likewise.
+        v: likewise.
+        decay: likewise.
+        kept_k: [..,64,N], the key of position p at p modulo 64; written in place, as are the next.
+        kept_v: [..,64,P], likewise.
+        kept_decay: [..,64], likewise.
+        kept_states: [..,3,N,P], the state in front of block b of 32 positions at b modulo 2.
+        positions: int64 [S], of the new tokens, rising by one.
+    """
+    new, first = q.shape[-2], positions[:1]
+    start = first - first % BLOCK  # where the block of the first new token starts
+    places = start + torch.arange(new + BLOCK - 1, device=q.device)
+    of_new = (places - first).clamp(0, new - 1)
+    source = torch.where(places < first, places % KEPT_TOKENS, KEPT_TOKENS + of_new)
+    source = torch.where(places < first + new, source, KEPT_TOKENS + new)
+
+    def window(kept: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """All tokens from `start` on, with zeros behind the last."""
+        zero = torch.zeros_like(x.narrow(dim, 0, 1))
+        return torch.cat([kept, x, zero], dim).index_select(dim, source)
+
+    blocks = Blocks(
+        window(kept_k, k, -2), window(kept_v, v, -2), window(kept_decay, decay, -1), BLOCK
+    )
+    number = start // BLOCK
+    before = kept_states.index_select(-3, number % 2).squeeze(-3)
+    states = blocks.states(before.masked_fill(number == 0, 0.0))
+    queries = q.index_select(-2, of_new)
+    y = (blocks.within(queries) + blocks.before(queries, states)).flatten(-3, -2)
+    y = y.index_select(-2, positions - start).to(v.dtype)
+
+    numbers = number + torch.arange(1, states.shape[-3], device=q.device)
+    ended = first + new - BLOCK * numbers  # tokens behind the start of a block; negative if none is
+    slots = torch.where((ended >= 0) & (ended < KEPT_TOKENS), numbers % 2, 2)
+    kept_states.index_copy_(-3, slots, states[..., 1:, :, :])
+    last = min(new, KEPT_TOKENS)
+    for kept, x, dim in ((kept_k, k, -2), (kept_v, v, -2), (kept_decay, decay, -1)):
+        kept.index_copy_(dim, positions[-last:] % KEPT_TOKENS, x.narrow(dim, new - last, last))
+    return y
 
 
 def recent(

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ringcompile.ir.calls import Call
+
 aten = torch.ops.aten
 # Entries of a recurrence that are computed side by side.
 _BLOCK = 32
@@ -62,12 +64,19 @@ BY_NAME = {kind.name: kind for kind in _ALL}
 
 
 # Ops that go along a dim from its first entry, and may go on from chunk to chunk.
-ALONG = frozenset({*SCANS, "ringcompile.recurrence.default"})
+ALONG = frozenset({
+    *SCANS, "ringcompile.recurrence.default", "ringcompile.linear_attention.default",
+})
 
 
 def is_scan(node: fx.Node) -> bool:
     """Whether a call goes along a dim from its first entry."""
     return str(node.target) in ALONG
+
+
+def dim_along(node: fx.Node) -> int:
+    """The dim that such a call goes along, of its operands and of its result."""
+    return Call(node).get("dim", -2)
 
 
 def recurrence(factor: torch.Tensor, term: torch.Tensor, *, dim: int) -> torch.Tensor:

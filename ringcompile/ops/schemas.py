@@ -1,9 +1,9 @@
 """Our operators: a table of schemas, registered with torch so that graphs can be typed and checked.
 
-`attention`, `expert_linear` and `redistribute` are what a program for one device holds; the rest
-appear as it is partitioned. A state is the running result of attention over some of the keys:
-[out, lse], out in the model's dtype, and float32 (float64 for float64) where blocks are merged into
-it, and lse the natural-log sum of exponentials per row.
+`attention`, `linear_attention`, `recurrence`, `expert_linear` and `redistribute` are what a program
+for one device holds; the rest appear as it is partitioned. A state of attention is its running
+result over some of the keys: [out, lse], out in the model's dtype, and float32 (float64 for
+float64) where blocks are merged into it, and lse the natural-log sum of exponentials per row.
 """
 
 from __future__ import annotations
@@ -76,6 +76,14 @@ SCHEMAS = {
     "running_recurrence": (
         "(Tensor factor, Tensor term, Tensor(a!) kept, Tensor positions, *, int dim) -> Tensor"
     ),
+    "linear_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? state=None) -> Tensor"
+    ),
+    "linear_state": "(Tensor k, Tensor v, Tensor decay) -> Tensor",
+    "running_linear_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor(a!) kept_k, Tensor(b!) kept_v, "
+        "Tensor(c!) kept_decay, Tensor(d!) kept_states, Tensor positions) -> Tensor"
+    ),
     "recent": (
         "(Tensor x, Tensor(a!) kept, Tensor positions, *, int dim, int before) -> Tensor"
     ),
@@ -121,6 +129,11 @@ torch.library.register_fake(
 torch.library.register_fake(f"{NAMESPACE}::attention", _attention_shape, lib=_library)
 torch.library.register_fake(
     f"{NAMESPACE}::recurrence", lambda factor, term, *, dim: torch.empty_like(term), lib=_library
+)
+torch.library.register_fake(
+    f"{NAMESPACE}::linear_attention",
+    lambda q, k, v, decay, state=None: torch.empty_like(v, memory_format=torch.contiguous_format),
+    lib=_library,
 )
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_shape, lib=_library)
 

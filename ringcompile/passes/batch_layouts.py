@@ -20,7 +20,7 @@ from ringcompile.ir.layout import WHOLE, Atom, Layout
 from ringcompile.ir.nodes import error_at, layout_of, results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, Placement, find_rule
-from ringcompile.ops.running import is_scan
+from ringcompile.ops.running import dim_along, is_scan
 from ringcompile.passes.base import Builder
 from ringcompile.passes.requests import Requests, placeholders_first
 
@@ -101,7 +101,7 @@ class BatchLayouts(Requests):
             return self._of_tokens(node, operands)
         if all(layout_of(n).is_whole for n in operands):
             return self.emit(node, operands, Layout.whole(len(results_of(node)[0].shape)))
-        if is_scan(node) and layout_of(operands[0]).dims[call["dim"]]:
+        if is_scan(node) and layout_of(operands[0]).dims[dim_along(node)]:
             raise mixing(node)
         rows = self._by_number(node, call)
         if rows is not None:

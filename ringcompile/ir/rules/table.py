@@ -169,6 +169,14 @@ def attention(call: Call) -> Factors:
     return Factors(tuple(names), ("b", h, "q", "e"))
 
 
+def linear_attention(call: Call) -> Factors:
+    """... s n, ... s n, ... s p, ... s, ... n p -> ... s p; along s, see `scan`."""
+    batch = tuple(range(rank_of(call) - 2))
+    key, value = (*batch, "s", None), (*batch, "s", "p")
+    operands: list[Names] = [key, key, value, (*batch, "s"), (*batch, None, "p")]
+    return Factors(tuple(operands[: len(call.operands)]), value)
+
+
 def expert_linear(call: Call) -> Factors:
     """... i, ..., e o i (or e i o), e o -> ... o; rows are of the experts that are here."""
     batch = tuple(range(rank_of(call) - 1))
@@ -180,6 +188,11 @@ def expert_linear(call: Call) -> Factors:
 def _keys_twice(call: Call) -> Size:
     """Of attention: each key is multiplied with the query, and its weight with the value."""
     return product([2, shapes(call)[1][2]])
+
+
+def _state_twice(call: Call) -> Size:
+    """Of linear attention: each feature takes part in states as they are written and read."""
+    return product([2, shapes(call)[0][-1]])
 
 
 def _under_filter(call: Call) -> Size:
@@ -371,6 +384,10 @@ RULES: dict[str, Rule] = {
     "ringcompile.padded_tokens.default": WindowRule(cost="stream", cheap=True),
     "ringcompile.attention.default": FactorRule(
         attention, cheap=False, cost="attention", inner=_keys_twice
+    ),
+    "ringcompile.linear_attention.default": FactorRule(
+        linear_attention, cheap=False, cost="linear_attention", linear=Linear(2),
+        inner=_state_twice,
     ),
     "ringcompile.expert_linear.default": FactorRule(
         expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"}),

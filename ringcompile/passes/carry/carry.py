@@ -10,6 +10,7 @@ the chunks before it is state that a rank keeps between calls:
     o = attention(q, k, v)     k [s/time] ->  k, v = store(k), store(v);  o = cached_attention(q)
     y = cumsum(x, 1)           [s/time]   ->  y = running_sum(x, sums)
     h = recurrence(a, b)       [s/time]   ->  h = running_recurrence(a, b, kept)
+    y = linear_attention(q, k, v, g)      ->  y = running_linear_attention(q, k, v, g, kept ..)
     y = conv1d(pad(x), w)      [s]        ->  y = conv1d(recent(x, kept), w)
     m = redistribute(x)        [s]            is refused: a token that comes later would change it
 
@@ -35,12 +36,13 @@ from ringcompile.axes import HALVES, KEEP_TOKENS, TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, map_values, operands, target_name, with_argument
 from ringcompile.ir.expr import SEQUENCE, equal, is_symbolic, of_tokens, product, spelled, symbol
-from ringcompile.ir.layout import WHOLE, Atom
+from ringcompile.ir.layout import WHOLE, Atom, Layout
 from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit, TensorType
 from ringcompile.mesh import Mesh
-from ringcompile.ops.running import ALONG, SCANS
+from ringcompile.ops.cached import KEPT_STATES, KEPT_TOKENS
+from ringcompile.ops.running import ALONG, SCANS, dim_along
 from ringcompile.ops.schemas import op
 from ringcompile.ops.slots import BLOCK
 from ringcompile.passes.base import Pass, refuse
@@ -256,7 +258,7 @@ class _Carrier:
     def _scan(self, node: fx.Node) -> fx.Node:
         """A scan goes on from where the tokens before ended."""
         call, type_ = Call(node), type_of(node)
-        dim = call["dim"] % len(type_.shape)
+        dim = dim_along(node) % len(type_.shape)
         if TIME not in layout_of(node).axes or not type_.layout.dims[dim]:
             return self._call(node)
         if len(type_.layout.dims[dim]) > 1:
@@ -264,6 +266,12 @@ class _Carrier:
                            hint="sum along the tokens of each sequence")
         new, name = self.into.type(type_), f"cached_{node.name}"
         entering = [self.builder.env[operand] for operand in call.operands]
+        if node.target is op("linear_attention"):
+            return self.builder.call(
+                op("running_linear_attention"),
+                (*entering, *self._kept_states(entering, name), self.into.positions), new,
+                name=node.name,
+            )
         if node.target is op("recurrence"):
             # States may be large: of the last tokens only, so far as `rewind` may go back.
             kept = self.into.keep(name, "recent", _grown(new, dim, BLOCK + 1))
@@ -276,6 +284,22 @@ class _Carrier:
             op("running_sum"), (*entering, sums, self.into.positions), new,
             name=node.name, dim=dim, dtype=new.dtype, by=SCANS[target_name(node.target)].name,
         )
+
+    def _kept_states(self, entering: list[fx.Node], name: str) -> list[fx.Node]:
+        """What linear attention keeps: keys, values and decays of some tokens, and states."""
+        k, v, decay = map(type_of, entering[1:])
+        dim = len(v.shape) - 2
+        size, features = k.shape[-1], v.shape[-1]
+        states = TensorType(
+            torch.promote_types(v.dtype, torch.float32),
+            (*v.shape[:dim], KEPT_STATES, size, features),
+            Layout((*v.layout.dims[:dim], WHOLE, WHOLE, v.layout.dims[-1])),
+        )
+        kept = {
+            "keys": _grown(k, dim, KEPT_TOKENS), "values": _grown(v, dim, KEPT_TOKENS),
+            "decays": _grown(decay, dim, KEPT_TOKENS), "states": states,
+        }
+        return [self.into.keep(f"{name}_{what}", "recent", type_) for what, type_ in kept.items()]
 
     def _attention(self, node: fx.Node) -> fx.Node:
         split = splits_of(node)

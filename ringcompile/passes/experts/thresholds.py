@@ -29,7 +29,7 @@ _MIXING = frozenset({
     "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sum", "nansum", "mean", "prod", "var",
     "std", "var_mean", "logsumexp", "linalg_vector_norm", "max", "min", "amax", "amin", "argmax",
     "argmin", "any", "all", "median", "mode", "kthvalue", "count_nonzero", "softmax", "log_softmax",
-    "argsort", "sort", "topk", "recurrence",
+    "argsort", "sort", "topk", "recurrence", "linear_attention",
 })
 _ORDERING = frozenset({"sort", "topk"})
 _COUNTING = frozenset({"bincount", "histc", "nonzero", "nonzero_numpy", "searchsorted",

@@ -22,14 +22,19 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import SequenceSplit, TensorType, local_shape, local_size, state_type
-from ringcompile.ops.running import ALONG, SCANS
+from ringcompile.ops.running import ALONG, SCANS, dim_along
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass, refuse
 from ringcompile.passes.ranges import range_at
 from ringcompile.passes.sequence.attention_rows import ATTENTION_OPERANDS
 from ringcompile.passes.shares.head_exchange import HeadExchange
 from ringcompile.passes.shares.redistribute import Mover
-from ringcompile.passes.shares.scan import Chunks, write_recurrence, write_scan
+from ringcompile.passes.shares.scan import (
+    Chunks,
+    write_linear_attention,
+    write_recurrence,
+    write_scan,
+)
 
 aten = torch.ops.aten
 
@@ -103,16 +108,18 @@ class _Partitioner:
     def _scan(self, node: fx.Node) -> fx.Node:
         """A scan along a split dim: each chunk's own, and the total of all before it."""
         call, type_ = Call(node), type_of(node)
-        dim = call["dim"] % len(type_.shape)
+        dim = dim_along(node) % len(type_.shape)
         if not type_.layout.dims[dim]:
             return self.builder.copy(node)
         atoms = type_.layout.dims[dim]
         assert any(atom.sequence for atom in atoms), f"%{node.name} sums features"
         chunks = Chunks(self.builder, self.sequence, self._shape, dim, atoms)
-        first, *others = (self.builder.env[operand] for operand in call.operands)
+        operands = [self.builder.env[operand] for operand in call.operands]
         if node.target is op("recurrence"):
-            return write_recurrence(chunks, first, others[0], type_)
-        return write_scan(chunks, SCANS[target_name(node.target)], first, type_)
+            return write_recurrence(chunks, *operands, type_)
+        if node.target is op("linear_attention"):
+            return write_linear_attention(chunks, operands, type_)
+        return write_scan(chunks, SCANS[target_name(node.target)], operands[0], type_)
 
     def _redistribute(self, node: fx.Node) -> fx.Node:
         source: fx.Node = node.args[0]  # type: ignore[assignment]

@@ -208,6 +208,55 @@ def write_recurrence(
     return chunks.reshape(chunks.call(aten.add.Tensor, (states, carried), states), type_)
 
 
+def write_linear_attention(
+    chunks: Chunks, operands: list[fx.Node], type_: TensorType
+) -> fx.Node:
+    """Linear attention along a split dim: each chunk starts from the state that others leave it.
+
+    A chunk that starts from a state leaves what its decays do to it, and the state it comes to
+    from 0. Its tokens read both what it starts from and what it takes in itself.
+
+    Args:
+        chunks: how the dim is divided.
+        operands: q, k, v and decay, [.., before * n * behind, ..].
+        type_: of the result.
+    """
+    dim, builder = chunks.dim, chunks.builder
+    q, k, v, decay = map(chunks.opened, operands)
+    # A token that is none leaves the state as it is.
+    k, decay = chunks.without_padding(k, 0), chunks.without_padding(decay, 0)
+    size, features = type_of(k), type_of(v)
+    dtype = torch.promote_types(type_.dtype, torch.float32)
+    one = _behind(size, dim, dtype)
+    state = TensorType(
+        dtype, (*one.shape, size.shape[-1], features.shape[-1]),
+        Layout((*one.layout.dims, WHOLE, features.layout.dims[-1])),
+    )
+    total = builder.call(op("linear_state"), (k, v, decay), state, why="state behind each chunk")
+    left = builder.call(
+        aten.sum.dim_IntList, (decay, [dim + 2]), one, why="decay over each chunk", dtype=dtype
+    )
+    states, decays = chunks.everywhere(total), chunks.everywhere(left)
+    kept = chunks.call(aten.exp.default, (decays,), decays)
+    wide = type_of(states)
+    opened = TensorType(
+        dtype, (*type_of(kept).shape, 1, 1), Layout((*type_of(kept).layout.dims, WHOLE, WHOLE))
+    )
+    factors = chunks.call(
+        aten.expand.default, (chunks.reshape(kept, opened), chunks.shape(wide)), states
+    )
+    up_to = chunks.call(op("recurrence"), (factors, states), states, dim=dim)
+    start = chunks.starts(up_to, total, 0)
+    return chunks.reshape(
+        chunks.call(op("linear_attention"), (q, k, v, decay, start), v), type_
+    )
+
+
+def _behind(rows: TensorType, dim: int, dtype: torch.dtype) -> TensorType:
+    """The type of one number for each chunk, of rows [.., before, chunks/ring, run, width]."""
+    return TensorType(dtype, rows.shape[: dim + 2], Layout(rows.layout.dims[: dim + 2]))
+
+
 def _one_a_chunk(chunks: Chunks, rows: fx.Node, dtype: torch.dtype) -> TensorType:
     """The type of one entry for each chunk, with a size-1 dim for its run."""
     type_, place = type_of(rows), chunks.dim + 2

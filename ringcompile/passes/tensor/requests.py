@@ -22,7 +22,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.rules import ConflictError, Placement, Rule, find_rule
 from ringcompile.ir.types import TensorType, local_size
 from ringcompile.mesh import Mesh
-from ringcompile.ops.running import is_scan
+from ringcompile.ops.running import dim_along, is_scan
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder
 from ringcompile.passes.requests import REDISTRIBUTE, Requests, origin_of
@@ -285,7 +285,7 @@ def cuts_running_sum(node: fx.Node, layout: Layout) -> bool:
     """Whether a layout would split features that are scanned one after another."""
     if not is_scan(node):
         return False
-    atoms = layout.dims[Call(node)["dim"]]
+    atoms = layout.dims[dim_along(node)]
     return any(base_axis(axis) == TP and not atom.sequence for atom in atoms for axis in atom.axes)
 
 
