@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ringcompile.extension import register_op
     from ringcompile.generation import generate
     from ringcompile.kernel_extension import register_kernel
+    from ringcompile.linear_attention import linear_attention
     from ringcompile.parallel_program import ParallelProgram
     from ringcompile.parallelize import parallelize
     from ringcompile.planning import plan, simulate
@@ -40,6 +41,7 @@ __all__ = [
     "capture",
     "check",
     "generate",
+    "linear_attention",
     "load",
     "parallelize",
     "plan",
@@ -60,6 +62,7 @@ _MODULES = {
     "capture": "ringcompile.capture.export",
     "check": "ringcompile.compiler",
     "generate": "ringcompile.generation",
+    "linear_attention": "ringcompile.linear_attention",
     "load": "ringcompile.compiler",
     "parallelize": "ringcompile.parallelize",
     "plan": "ringcompile.planning",

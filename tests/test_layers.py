@@ -28,7 +28,7 @@ FLOORS = [
     {"runtime"},
     {"traces"},
     {"artifact", "capture", "cost", "dump", "extension", "kernel_extension", "tokenwise"},
-    {"passes"},
+    {"linear_attention", "passes"},
     {"ops"},
     {"ir"},
     {"mesh", "options"},

@@ -23,7 +23,8 @@ _OURS = {
         "cached_attention": "cached_attention", "attend_merge": "attend_merge", "merge": "merge",
         "finish": "finish", "pack": "join", "route": "sort", "store": "stream",
         "merge_states": "stream", "pack_state": "join", "running_sum": "scan",
-        "running_recurrence": "recurrence",
+        "running_recurrence": "recurrence", "linear_state": "linear_state",
+        "running_linear_attention": "running_linear_attention",
         "recent": "join",
     }.items()
 }

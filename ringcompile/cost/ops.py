@@ -6,17 +6,18 @@ import operator
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
 
+from ringcompile.cost import scans
 from ringcompile.cost.attention import KernelCall, blocks
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.kinds import kind_of
-from ringcompile.cost.values import Value, Values, distinct_bytes
+from ringcompile.cost.values import Values
+from ringcompile.cost.work import Work, kernel, product, tensors
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.calls import Call, target_name
+from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import (
     ALL_REDUCE,
     ALL_TO_ALL,
@@ -34,42 +35,6 @@ from ringcompile.ir.rules.contraction import TERMS
 from ringcompile.ops.blocks import Band
 
 
-class Work:
-    """A call at known sizes.
-
-    Attributes:
-        node: the call.
-        call: its arguments by name.
-        out: its result.
-    """
-
-    def __init__(self, values: Values, node: fx.Node) -> None:
-        self.values, self.node, self.call = values, node, Call(node)
-        self.out = values.of[node]
-
-    def __getitem__(self, name: str) -> Any:
-        """An argument, nodes in it as values."""
-        value = self.call[name]
-        if isinstance(value, list | tuple):
-            return [self.values.argument(entry) for entry in value]
-        return self.values.argument(value)
-
-    @property
-    def operands(self) -> list[torch.Tensor]:
-        """All tensors it reads, one entry a node."""
-        return [t for node in self.node.all_input_nodes for t in tensors(self.values.of[node])]
-
-    @property
-    def results(self) -> tuple[torch.Tensor, ...]:
-        """The tensors it returns."""
-        return tensors(self.out)
-
-
-def tensors(value: Value) -> tuple[torch.Tensor, ...]:
-    """A value's tensors."""
-    return value if isinstance(value, tuple) else (value,)
-
-
 def kernels_of(values: Values, node: fx.Node) -> list[Kernel]:
     """The kernels that run a node on its rank; transfers themselves are not among them.
 
@@ -83,11 +48,6 @@ def kernels_of(values: Values, node: fx.Node) -> list[Kernel]:
     return ROWS[kind_of(node.target)](Work(values, node))
 
 
-def _kernel(kind: str, read: list[torch.Tensor], written: list[torch.Tensor]) -> Kernel:
-    num_bytes = sum(map(distinct_bytes, read)) + sum(map(distinct_bytes, written))
-    return Kernel(kind, (written or read)[0].dtype, num_bytes)
-
-
 def _by_bytes(work: Work) -> list[Kernel]:
     """Every operand read once, every result written once.
 
@@ -99,7 +59,7 @@ def _by_bytes(work: Work) -> list[Kernel]:
         x.numel() > 1 and (not x.is_contiguous() or x.shape != shape) for x in work.operands
     ):
         kind = "strided"
-    return [_kernel(kind, work.operands, list(work.results))]
+    return [kernel(kind, work.operands, list(work.results))]
 
 
 def _copied(work: Work) -> list[Kernel]:
@@ -107,7 +67,7 @@ def _copied(work: Work) -> list[Kernel]:
     source, (result,) = work.operands[0], work.results
     if source.untyped_storage()._cdata == result.untyped_storage()._cdata:
         return []
-    return [_kernel("strided", [source], [result])]
+    return [kernel("strided", [source], [result])]
 
 
 def _contiguous(tensor: torch.Tensor) -> list[Kernel]:
@@ -115,7 +75,7 @@ def _contiguous(tensor: torch.Tensor) -> list[Kernel]:
     if tensor.is_contiguous():
         return []
     made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return [_kernel("strided", [tensor], [made])]
+    return [kernel("strided", [tensor], [made])]
 
 
 def _around_communication(work: Work) -> list[Kernel]:
@@ -126,7 +86,7 @@ def _around_communication(work: Work) -> list[Kernel]:
     sent = work.operands[0]
     if target == ALL_REDUCE:
         return _contiguous(sent)
-    parts, joined = [_kernel("strided", [sent], [sent])], [_kernel("strided", arrived, arrived)]
+    parts, joined = [kernel("strided", [sent], [sent])], [kernel("strided", arrived, arrived)]
     kernels = {
         GATHER: [*_contiguous(sent), *joined],
         REDUCE_SCATTER: parts,
@@ -135,13 +95,6 @@ def _around_communication(work: Work) -> list[Kernel]:
         COMBINE: joined,
     }
     return kernels[target]
-
-
-def _product(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype) -> Kernel:
-    """`batch` products of rows x inner by inner x columns."""
-    moved = batch * (rows * inner + inner * columns + rows * columns) * dtype.itemsize
-    flops = 2 * batch * rows * inner * columns
-    return Kernel("matmul", dtype, moved, flops, rows, inner, columns, batch)
 
 
 def _matmul(work: Work) -> list[Kernel]:
@@ -164,9 +117,9 @@ def _matmul(work: Work) -> list[Kernel]:
         out = (left | right) & set(factors.output).union(*terms[i + 1 :])
         groups = left & right & out, left & out - right, left & right - out, right & out - left
         batch, rows, inner, columns = (prod(size[f] for f in group) for group in groups)
-        made.append(_product(batch, rows, inner, columns, work.results[0].dtype))
+        made.append(product(batch, rows, inner, columns, work.results[0].dtype))
         left = out
-    return made or [_kernel("reduction", work.operands, list(work.results))]
+    return made or [kernel("reduction", work.operands, list(work.results))]
 
 
 def _grouped(work: Work) -> list[Kernel]:
@@ -176,13 +129,13 @@ def _grouped(work: Work) -> list[Kernel]:
         return _batched(work)
     used = max(min(weight.shape[0], rows.shape[0]), 1)
     each = -(-rows.shape[0] // used)
-    return [_product(used, each, rows.shape[1], weight.shape[2], rows.dtype)]
+    return [product(used, each, rows.shape[1], weight.shape[2], rows.dtype)]
 
 
 def _batched(work: Work) -> list[Kernel]:
     """Groups of as many rows each."""
     (rows, weight), out = work.operands[:2], work.results[0]
-    return [_product(weight.shape[0], out.shape[-2], rows.shape[-1], out.shape[-1], rows.dtype)]
+    return [product(weight.shape[0], out.shape[-2], rows.shape[-1], out.shape[-1], rows.dtype)]
 
 
 def _expert_linear(work: Work) -> list[Kernel]:
@@ -190,21 +143,21 @@ def _expert_linear(work: Work) -> list[Kernel]:
     x, weight, out = work["x"], work["weight"], work.results[0]
     rows, num_experts = x.numel() // x.shape[-1], weight.shape[0]
     used = max(min(num_experts, rows), 1)
-    moved = [_kernel("stream", [x], [x]), _kernel("stream", [out], [out])]
-    return [*moved, _product(used, -(-rows // used), x.shape[-1], out.shape[-1], x.dtype)]
+    moved = [kernel("stream", [x], [x]), kernel("stream", [out], [out])]
+    return [*moved, product(used, -(-rows // used), x.shape[-1], out.shape[-1], x.dtype)]
 
 
 def _convolution(work: Work) -> list[Kernel]:
     """Each output element: the inputs under one filter."""
     weight, out = work["weight"], work.results[0]
     inner, columns = weight[0].numel(), weight.shape[0]
-    return [_product(1, out.numel() // max(columns, 1), inner, columns, out.dtype)]
+    return [product(1, out.numel() // max(columns, 1), inner, columns, out.dtype)]
 
 
 def _transposed_convolution(work: Work) -> list[Kernel]:
     weight, x = work["weight"], work.operands[0]
     inner, columns = weight.shape[0], weight[0].numel()
-    return [_product(1, x.numel() // max(inner, 1), inner, columns, x.dtype)]
+    return [product(1, x.numel() // max(inner, 1), inner, columns, x.dtype)]
 
 
 def _attention(work: Work) -> list[Kernel]:
@@ -231,7 +184,7 @@ def _attend_merge(work: Work) -> list[Kernel]:
     out, num_rows = work.results[0], work["q"].shape[2]
     made = _block_kernels(work, out.shape[3])
     part = out.narrow(2, 0, num_rows)
-    if _is_masked(work) or any(kernel.kind == "attention_masked" for kernel in made):
+    if _is_masked(work) or any(k.kind == "attention_masked" for k in made):
         return [*made, *_merged(work["q"].dtype, part)]
     return [*made, _brought_in(work, part, passes=2)]
 
@@ -294,9 +247,9 @@ def _merged(dtype: torch.dtype, part: torch.Tensor) -> list[Kernel]:
     """A block is widened and folded in; see `kernels.merge`."""
     block = torch.empty(part.shape, dtype=dtype, device="meta")
     rows = part[..., 0]
-    widened = [_kernel("stream", [block], [part])] if dtype != part.dtype else []
+    widened = [kernel("stream", [block], [part])] if dtype != part.dtype else []
     return [
-        *widened, _kernel("stream", [part, part], [part]), _kernel("special", [rows] * 4, [rows])
+        *widened, kernel("stream", [part, part], [part]), kernel("special", [rows] * 4, [rows])
     ]
 
 
@@ -304,60 +257,41 @@ def _merge(work: Work) -> list[Kernel]:
     """The first widens the state; each widens the block and folds it in."""
     out, _ = work.results
     state, block = work["state"], work["block"]
-    first = [_kernel("stream", [state[0]], [out])] if state[0].dtype != out.dtype else []
+    first = [kernel("stream", [state[0]], [out])] if state[0].dtype != out.dtype else []
     return [*first, *_merged(block[0].dtype, out.narrow(2, 0, block[1].shape[2]))]
 
 
 def _finish(work: Work) -> list[Kernel]:
     out, result = work["state"][0], work.results[0]
     same = out.dtype == result.dtype and work.call["sink"] is None
-    return [] if same else [_kernel("stream", [out], [result])]
+    return [] if same else [kernel("stream", [out], [result])]
 
 
 def _streamed(work: Work) -> list[Kernel]:
-    return [_kernel("stream", work.operands, list(work.results))]
+    return [kernel("stream", work.operands, list(work.results))]
 
 
 def _index_put(work: Work) -> list[Kernel]:
     """A copy of the whole, then the rows that are written."""
     source, values = work["self"], work["values"]
-    return [_kernel("stream", [source], [source]), _kernel("strided", [values] * 2, [values])]
+    return [kernel("stream", [source], [source]), kernel("strided", [values] * 2, [values])]
 
 
 def _joined(work: Work) -> list[Kernel]:
     """Pieces side by side: a copy of each."""
-    return [_kernel("strided", work.operands, list(work.results))]
+    return [kernel("strided", work.operands, list(work.results))]
 
 
 def _rows_taken(work: Work) -> list[Kernel]:
     """What is taken is read and written, in half as long loads as of strided copies."""
     result = work.results[0]
-    return [_kernel("strided", [result] * 3, [result])]
-
-
-def _running_sum(work: Work) -> list[Kernel]:
-    """Along the last dim a block of threads shares a row; along others each goes on its own.
-
-    Whole numbers are laid out for the former; see `ops/bodies.py`.
-    """
-    (x, *_), out = work.operands, work.results[0]
-    along_memory = work["dim"] % max(x.dim(), 1) >= x.dim() - 1
-    if along_memory or x.is_floating_point():
-        steps = 0 if along_memory else x.shape[work["dim"]]
-        return [replace(_kernel("scan", [x], [out]), rows=steps)]
-    return [_kernel("strided", [x], [x]), _kernel("scan", [x], [out]),
-            _kernel("strided", [out], [out])]
-
-
-def _recurrence(work: Work) -> list[Kernel]:
-    """Five doublings in blocks of 32 and what each block starts from: six passes over both."""
-    return [_kernel("stream", work.operands[:2], work.operands[:2])] * 6
+    return [kernel("strided", [result] * 3, [result])]
 
 
 def _sorted(work: Work) -> list[Kernel]:
     """Radix sort: about four passes over keys and indices."""
     source = work.operands[0]
-    return [_kernel("reduction", [source, *work.results], list(work.results))] * 4
+    return [kernel("reduction", [source, *work.results], list(work.results))] * 4
 
 
 def has_cost(target: object) -> bool:
@@ -381,8 +315,7 @@ ROWS: dict[str, Callable[[Work], list[Kernel]]] = {
     "pick_rows": _rows_taken,
     "index_put": _index_put,
     "join": _joined,
-    "scan": _running_sum,
-    "recurrence": _recurrence,
+    **scans.ROWS,
     "sort": _sorted,
     "matmul": _matmul,
     "grouped_matmul": _grouped,

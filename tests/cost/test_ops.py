@@ -316,6 +316,29 @@ def test_a_running_sum_of_whole_numbers_is_laid_out_along_memory() -> None:
     assert total.rows == 0
 
 
+def test_linear_attention_is_matmuls_in_blocks_of_64() -> None:
+    """Of 6 heads: scores and values of 128 tokens, states of 3 x 5, and what is read of them."""
+    found = kernels_for(
+        op("linear_attention"), [(2, 3, 128, 3)] * 2 + [(2, 3, 128, 5), (2, 3, 128)],
+        (2, 3, 128, 5))
+    flops = [kernel.flops for kernel in found if kernel.kind == "matmul"]
+    within, states = [2 * 6 * 128 * 64 * size for size in (3, 5)], 2 * 6 * 128 * 3 * 5
+    assert flops == [*within, states, 2 * 6 * 3 * 3 * 15, states]
+    block = kernels_for(
+        op("linear_attention"), [(2, 3, 7, 3)] * 2 + [(2, 3, 7, 5), (2, 3, 7)], (2, 3, 7, 5))
+    assert [k.flops for k in block if k.kind == "matmul"] == [2 * 6 * 7 * 7 * n for n in (3, 5)]
+
+
+def test_a_token_behind_others_reads_a_state_and_its_block() -> None:
+    found = kernels_for(
+        op("running_linear_attention"),
+        [(2, 3, 1, 3)] * 2 + [(2, 3, 1, 5), (2, 3, 1), (2, 3, 64, 3), (2, 3, 64, 5), (2, 3, 64),
+                              (2, 3, 3, 3, 5), (1,)], (2, 3, 1, 5))
+    flops = [kernel.flops for kernel in found if kernel.kind == "matmul"]
+    state = 2 * 6 * 32 * 3 * 5
+    assert flops == [*(2 * 6 * 32 * 32 * n for n in (3, 5)), state, 2 * 6 * 2 * 2 * 15, state]
+
+
 @pytest.mark.parametrize(("dtype", "head_dim", "free"), [
     (torch.float16, 512, True), (torch.bfloat16, 300, True), (torch.float16, 128, False),
     (F32, 512, False),

@@ -9,7 +9,17 @@ import torch
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import Layout
-from tests.ir.case import Arguments, Case, Free, aligned, all_but, called, leading, whole
+from tests.ir.case import (
+    Arguments,
+    Case,
+    Free,
+    aligned,
+    all_but,
+    called,
+    leading,
+    shape_of,
+    whole,
+)
 from tests.ir.cases_pointwise import COMPLEX, FLAGS, INTEGERS, REAL, SMALL, UNIT, Part
 from tests.ir.draws import Draws, Shape
 
@@ -80,6 +90,22 @@ def _argsort_stable(draws: Draws) -> Arguments:
 def _recurrence(draws: Draws) -> Arguments:
     shape = draws.shape(1)
     return called(draws.real(shape), draws.real(shape), dim=draws.dim(len(shape)))
+
+
+def _linear_attention(draws: Draws) -> Arguments:
+    shape, size, features = draws.shape(1), draws.number(1, 3), draws.number(1, 3)
+    queries, keys = (draws.real((*shape, size)) for _ in range(2))
+    return called(queries, keys, draws.real((*shape, features)), draws.real(shape))
+
+
+def _tokens_split(call: Call, layout: Layout) -> bool:
+    return bool(layout.dims[-2])
+
+
+def _heads_and_features(call: Call) -> Free:
+    """Heads and tokens of all operands, and features of values."""
+    rank = len(shape_of(call, 0))
+    return {(i, d) for i in range(4) for d in range(rank - 1)} | {(2, rank - 1)}
 
 
 def _fourier(part: Part, *lengths: int | None) -> Case:
@@ -249,5 +275,8 @@ CASES: dict[str, Case] = {
 } | {
     "ringcompile.recurrence.default": Case(
         _recurrence, leading(0), rewritten=_split_along("dim")
+    ),
+    "ringcompile.linear_attention.default": Case(
+        _linear_attention, _heads_and_features, rewritten=_tokens_split
     ),
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
+import ringcompile as rc
 from ringcompile.ir.rules import RULES
 from ringcompile.passes.shares.partition import _STEPS
 from tests.support import compiled, difference, run
@@ -51,6 +52,13 @@ def recur(factor: Tensor, term: Tensor, dim: int) -> Tensor:
     )[1]
 
 
+def linear(x: Tensor, decay: Tensor | None = None) -> Tensor:
+    """Linear attention of x [.., S, D] to itself."""
+    if decay is None:
+        decay = F.logsigmoid(x[..., 0])
+    return rc.linear_attention(x, x + 1, x / 2, decay)
+
+
 def places(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1])
 
@@ -86,6 +94,12 @@ RECURRENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens of all samples": lambda x: recur(*(y.reshape(-1, H) for y in (x.sigmoid(), x)), 0),
     "features": lambda x: recur(x.sigmoid(), x, 2),
 }
+LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda x: linear(heads(x)).transpose(1, 2).flatten(2),
+    "tokens of all samples": lambda x: linear(x.reshape(-1, H)),
+    "tokens that forget all": lambda x: linear(x, (-1.0 / (x[..., 0] > -1))),
+    "features": lambda x: linear(x[..., None]).squeeze(-1),
+}
 POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "one by one": lambda x: x + places(x)[:, None],
     "from three in twos": lambda x: x + torch.arange(3, 3 + 2 * x.shape[1], 2)[:, None],
@@ -112,7 +126,7 @@ CASES = {
     f"{kind}: {name}": function
     for kind, table in (
         ("cumsum", SUMS), ("cumprod", PRODUCTS), ("logcumsumexp", LOGARITHMS),
-        ("recurrence", RECURRENCES),
+        ("recurrence", RECURRENCES), ("linear_attention", LINEAR),
         ("arange", POSITIONS), ("attention", ATTENTION), ("redistribute", MOVED),
     )
     for name, function in table.items()

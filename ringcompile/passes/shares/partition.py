@@ -116,7 +116,7 @@ class _Partitioner:
         chunks = Chunks(self.builder, self.sequence, self._shape, dim, atoms)
         operands = [self.builder.env[operand] for operand in call.operands]
         if node.target is op("recurrence"):
-            return write_recurrence(chunks, *operands, type_)
+            return write_recurrence(chunks, operands[0], operands[1], type_)
         if node.target is op("linear_attention"):
             return write_linear_attention(chunks, operands, type_)
         return write_scan(chunks, SCANS[target_name(node.target)], operands[0], type_)
