@@ -94,7 +94,7 @@ def test_a_cache_keeps_states_at_the_starts_of_blocks(spec: str) -> None:
             assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
         session.rewind(18)
         assert difference(session.extend(tokens[:, 18:70]), expected[:, 18:70]) < EXACT
-        with pytest.raises(rc.RingCompileError, match="the last 32 tokens' is kept"):
+        with pytest.raises(rc.RingCompileError, match="only the last 32 tokens is kept"):
             session.rewind(37)
         session.reset()
         assert difference(session.extend(tokens[:, :3]), expected[:, :3]) < EXACT
