@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5.modeling_t5 import eager_attention_forward
 
 from ringcompile.capture.export import capture
@@ -234,14 +237,22 @@ def test_configs_are_as_before() -> None:
             for m in models
         ]
 
-    before = settings()
+    before, functions = settings(), registered()
     with prepared(model):
-        assert settings() == [("ringcompile", "ringcompile", False)] * 2
+        assert registered() != functions
+        assert settings() == [("sdpa", "ringcompile", False)] * 2
     assert settings() == before
     assert before[0] == ("eager", "batched_mm", True)
     with pytest.raises(ZeroDivisionError), prepared(model):
         _ = 1 / 0
     assert settings() == before
+    assert registered() == functions
+
+
+def registered() -> list[dict[str, Any]]:
+    """What transformers looks up by name."""
+    registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)
+    return [dict(registry) for registry in registries]
 
 
 @pytest.mark.parametrize("kind", [Gemma2ForCausalLM, GptOssForCausalLM])

@@ -6,6 +6,10 @@ it can be read from the graph, and put every token through its own experts row b
 control flow that depends on data. Attention and mask belong together: attention alone would lose
 the mask.
 
+Ours stand in the place of "sdpa", which takes the same arguments: models ask for that name where
+they write what they attend to into the mask, such as the keys that an indexer chose, and hand it
+on to kernels of other names as they have it.
+
 Masks are made for several sequences from positions that are the same for all. transformers expands
 these only where there are several, and so asks how many there are; while a model is captured they
 are expanded always, which is the same for one, and one program serves any batch.
@@ -26,11 +30,11 @@ from ringcompile.capture.huggingface_attention import attention, mask
 from ringcompile.capture.huggingface_experts import experts
 from ringcompile.capture.huggingface_states import states_by_scan
 
-_NAME = "ringcompile"
+_ATTENTION, _EXPERTS = "sdpa", "ringcompile"
 # What a config says of it, and what we have it say while a model is captured.
 _SETTINGS = {
-    "_attn_implementation": _NAME,
-    "_experts_implementation": _NAME,
+    "_attn_implementation": _ATTENTION,
+    "_experts_implementation": _EXPERTS,
     "use_cache": False,
 }
 
@@ -42,22 +46,34 @@ def prepared(model: nn.Module) -> Iterator[None]:
     if transformers is None:  # a Hugging Face model cannot exist without it
         yield
         return
-    registries = _registries()
     saved = _saved(model, transformers, _SETTINGS)
     by_hand = _attending_by_hand(model, transformers)
-    for registry, function in registries:
-        registry.register(_NAME, function)  # a mask that is registered elsewise is left out
     try:
         for config, name, value in saved:
             kept = name == "_attn_implementation" and id(config) in by_hand
             setattr(config, name, value if kept else _SETTINGS[name])
-        with _positions_of_all_sequences(), states_by_scan(model):
+        with _registered(), _positions_of_all_sequences(), states_by_scan(model):
             yield
     finally:
-        for registry, _ in registries:
-            type(registry)._global_mapping.pop(_NAME, None)
         for config, name, value in saved:
             setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
+    """While inside, transformers finds our functions in its registries."""
+    registries = _registries()
+    before = [mapping.get(name) for mapping, name, _ in registries]
+    for mapping, name, function in registries:
+        mapping[name] = function
+    try:
+        yield
+    finally:
+        for (mapping, name, _), function in zip(registries, before, strict=True):
+            if function is None:
+                del mapping[name]
+            else:
+                mapping[name] = function
 
 
 @contextlib.contextmanager
@@ -160,16 +176,20 @@ def _attending_by_hand(model: nn.Module, transformers: Any) -> set[int]:
     }
 
 
-def _registries() -> tuple[tuple[Any, Any], ...]:
-    """Where transformers looks functions up by the name in a config, and ours."""
+def _registries() -> tuple[tuple[dict[str, Any], str, Callable[..., Any]], ...]:
+    """Where transformers looks functions up, under which name it finds ours, and ours."""
     from transformers import masking_utils
     from transformers.integrations import moe
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    def by_name(registry: Any) -> dict[str, Any]:
+        return type(registry)._global_mapping
+
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     return (
-        (ALL_ATTENTION_FUNCTIONS, attention),
-        (masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, mask),
-        (moe.ALL_EXPERTS_FUNCTIONS, experts),
+        (by_name(ALL_ATTENTION_FUNCTIONS), _ATTENTION, attention),
+        (by_name(masks), _ATTENTION, mask),
+        (by_name(moe.ALL_EXPERTS_FUNCTIONS), _EXPERTS, experts),
     )
 
 

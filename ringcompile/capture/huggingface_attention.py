@@ -64,8 +64,9 @@ def attention(
 def _check(
     module: nn.Module, query: torch.Tensor, sink: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> None:
+    without_effect = _WITHOUT_EFFECT | _in_the_mask(module)
     for name, value in kwargs.items():
-        if name not in _WITHOUT_EFFECT and value is not None and value is not False:
+        if name not in without_effect and value is not None and value is not False:
             raise RingCompileError(
                 f"{type(module).__name__} uses attention with '{name}', which is not supported",
                 hint="see `ringcompile check` for what is supported",
@@ -75,6 +76,12 @@ def _check(
             f"{type(module).__name__} has sinks of shape {list(sink.shape)}; only one number per "
             "head is supported"
         )
+
+
+def _in_the_mask(module: nn.Module) -> frozenset[str]:
+    """What a module's indexer writes into the mask for "sdpa", and hands on for kernels besides."""
+    writes = hasattr(getattr(module, "indexer", None), "build_block_mask")
+    return frozenset({"block_indices"} if writes else ())
 
 
 def _check_causal(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:

@@ -14,6 +14,13 @@ def latent(**changes: Any) -> dict[str, Any]:
                  qk_rope_head_dim=8, v_head_dim=16, moe_intermediate_size=32, **changes)
 
 
+def sparse(**changes: Any) -> dict[str, Any]:
+    """Latent attention to the 8 keys that an indexer ranks highest for each query."""
+    return latent(n_routed_experts=4, num_experts_per_tok=2, index_topk=8, index_head_dim=16,
+                  index_n_heads=2, **changes)
+
+
+BEST_KEYS = "multi-head latent, each query's best 8 keys, causal"
 TWO_OF_FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = [
     Family("mixtral", "MixtralForCausalLM",
@@ -139,11 +146,12 @@ FAMILIES = [
            "multi-head latent, twice a layer, causal; experts 2 of 6, two of them empty",
            "rotary on a part of each head, interleaved"),
     Family("deepseek_v32", "DeepseekV32ForCausalLM",
-           latent(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-                  first_k_dense_replace=1, n_group=1, topk_group=1, index_topk=8,
-                  index_head_dim=16, index_n_heads=2),
-           "multi-head latent, each query's best 8 keys, causal; experts 2 of 4, one shared",
-           "rotary on a part of each head, interleaved"),
+           sparse(n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1),
+           f"{BEST_KEYS}; experts 2 of 4, one shared",
+           "rotary on a part of each head, interleaved", matters={"index_topk": 64}),
+    Family("hy_v4", "HYV4ForCausalLM",
+           sparse(indexer_types=["full", "full"]), f"{BEST_KEYS}; experts 2 of 4, one shared",
+           "rotary on a part of each head", matters={"index_topk": 64}),
     Family("aria-text", "AriaTextForCausalLM",
            sizes(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
            "grouped-query, causal; experts 2 of 4, one shared", ROTARY),
