@@ -69,11 +69,11 @@ def _registered() -> Iterator[None]:
     try:
         yield
     finally:
-        for (mapping, name, _), function in zip(registries, before, strict=True):
-            if function is None:
+        for (mapping, name, _), known in zip(registries, before, strict=True):
+            if known is None:
                 del mapping[name]
             else:
-                mapping[name] = function
+                mapping[name] = known
 
 
 @contextlib.contextmanager
