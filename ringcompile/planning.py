@@ -61,6 +61,7 @@ def simulate(
     *,
     seq: int | None = None,
     microbatches: int = 1,
+    compiled: bool = False,
 ) -> Simulation:
     """Estimate compute, communication and memory of each rank on a cluster.
 
@@ -69,6 +70,7 @@ def simulate(
         cluster: the hardware: a name, or a file that `ringcompile calibrate` wrote.
         seq: tokens of a sequence; by default what the program is fixed to, or 16,384.
         microbatches: the number of runs of the program, one after another, as in a pipeline.
+        compiled: as `run --compile` runs it: chains of ops that only move bytes are one kernel.
 
     Raises:
         RingCompileError: an unknown cluster, one that is too small, or a length that the program
@@ -78,7 +80,7 @@ def simulate(
     if seq is not None and seq != length:
         raise RingCompileError(f"the program is for {length} tokens, but seq is {seq}")
     hardware = load_cluster(cluster).sized(parallel.world_size)
-    costs = [cost_of(program, length) for program in parallel.ranks()]
+    costs = [cost_of(program, length, compiled=compiled) for program in parallel.ranks()]
     return run_simulation(costs, hardware, How(microbatches))
 
 

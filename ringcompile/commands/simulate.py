@@ -69,6 +69,9 @@ else:
 @EAGER
 @click.option("--deferred", is_flag=True,
               help="Assume that compute waits for a collective only where its result is used.")
+@click.option("--compile", "compiled", is_flag=True,
+              help="Estimate `ringcompile run --compile`: chains of ops that only move bytes, such "
+              "as a norm, are one kernel.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a trace for ui.perfetto.dev or chrome://tracing.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
@@ -87,6 +90,7 @@ def simulate(
     context: int | None,
     eager: bool,
     deferred: bool,
+    compiled: bool,
     trace: Path | None,
     plot: Path | None,
     measured: Path | None,
@@ -100,6 +104,8 @@ def simulate(
     """
     if context is not None and new_tokens is None:
         raise click.UsageError("--context needs --new-tokens")
+    if compiled and new_tokens is not None:
+        raise click.UsageError("--compile is for a whole step, without --new-tokens")
     drawn = _Drawn.checked(trace, plot, measured)
     made = out.load()
     hardware = load_cluster(cluster).sized(made.world_size)
@@ -112,7 +118,8 @@ def simulate(
         return
     length, batch = _length(out, made, seq), _batch(made, batch)
     with working(f"simulating {made.world_size} ranks"):
-        costs = [ranks.cost_of(program, length, batch) for program in made.ranks()]
+        costs = [ranks.cost_of(program, length, batch, compiled=compiled)
+                 for program in made.ranks()]
         found = simulation.simulate(costs, hardware, how)
     if drawn.wanted:
         title = f"{out.path.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"

@@ -6,13 +6,15 @@ Everything is derived from the graph that is emitted for the rank, at a given le
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TypeAlias
 
 import torch
 from torch import fx
 
+from ringcompile.cost.fusing import fused
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.ops import kernels_of
 from ringcompile.cost.values import Values, bind_lengths, storages
@@ -30,6 +32,7 @@ from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.state import KEPT
 from ringcompile.mesh import Mesh
+from ringcompile.ops.compilable import is_compilable
 
 PIPELINE = "pp"
 
@@ -155,7 +158,7 @@ def sent_by(step: TimedStep) -> int:
 
 def cost_of(
     program: Program, length: int | None = None, batch: int | None = None,
-    context: int | None = None,
+    context: int | None = None, *, compiled: bool = False,
 ) -> RankCost:
     """Compute the cost of a rank's program from its graph.
 
@@ -164,6 +167,7 @@ def cost_of(
         length: of the whole sequence; None where the program fixes it.
         batch: sequences that the program runs at a time; None for the fewest.
         context: as for `bind_lengths`.
+        compiled: as `run --compile` runs it, see `fusing`.
 
     Raises:
         RingCompileError: the length does not fit the program, or an op is not known.
@@ -175,13 +179,18 @@ def cost_of(
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     reads = _first_reads(nodes)
     held = _held_bytes(values)
-    steps = (_step(values, mesh, rank, node, reads.get(node, ())) for node in nodes)
+    kernels: Mapping[fx.Node, Sequence[Kernel]] = {n: kernels_of(values, n) for n in nodes}
+    if compiled:
+        kernels = fused(values, kernels)
+    steps = (
+        _step(values, mesh, rank, node, kernels[node], reads.get(node, ())) for node in nodes
+    )
     return RankCost(
         rank,
         tuple(s for s in steps if s.kernels or s.communicates or s.reads),
         _weights(values),
         max(held.values(), default=0),
-        len(nodes),
+        _calls(nodes, compiled),
         held,
         tuple(
             (location_of(next(iter(node.users), node)).layer, _num_bytes(values.tensor(node)))
@@ -190,13 +199,22 @@ def cost_of(
     )
 
 
+def _calls(nodes: Sequence[fx.Node], compiled: bool) -> int:
+    """The number of calls of a host; what is compiled is one for each run of neighbours."""
+    if not compiled:
+        return len(nodes)
+    runs = (list(run) if not piece else [0] for piece, run in groupby(nodes, is_compilable))
+    return sum(map(len, runs))
+
+
 def _step(
-    values: Values, mesh: Mesh, rank: int, node: fx.Node, reads: tuple[str, ...]
+    values: Values, mesh: Mesh, rank: int, node: fx.Node, kernels: Sequence[Kernel],
+    reads: tuple[str, ...],
 ) -> TimedStep:
     name = target_name(node.target)
     op = name.split(".")[1] if "." in name else name
     return TimedStep(
-        node.name, op, location_of(node).layer, tuple(kernels_of(values, node)),
+        node.name, op, location_of(node).layer, tuple(kernels),
         _exchanged(values, mesh, rank, node) if name in COMMUNICATION else None, reads,
     )
 

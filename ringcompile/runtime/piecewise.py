@@ -15,12 +15,8 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import depends_on_data
-from ringcompile.ir.types import TensorType
-from ringcompile.ops.schemas import name_of
+from ringcompile.ops.compilable import is_compilable
 from ringcompile.runtime.steps import Slot, Step
-
-_PLAIN = frozenset({None, "pack", "finish", "redistribute", "tokenwise"})
 
 
 def in_pieces(
@@ -41,7 +37,7 @@ def in_pieces(
     last_use = {slot: i for i, step in enumerate(steps) for slot in _reads(step)}
     last_use.update(dict.fromkeys(kept, len(steps)))
     position = 0
-    for compilable, run in groupby(steps, _is_compilable):
+    for compilable, run in groupby(steps, lambda step: is_compilable(step.node)):
         piece = list(run)
         position += len(piece)
         if not compilable or len(piece) == 1:
@@ -51,16 +47,6 @@ def in_pieces(
         made += _compiled(piece, outs, num_slots, compiler)
         num_slots += 1
     return made, num_slots
-
-
-def _is_compilable(step: Step) -> bool:
-    if step.communicates is not None or name_of(step.node.target) not in _PLAIN:
-        return False
-    types = step.node.meta.get("type")
-    if types is None:
-        return False
-    each: tuple[TensorType, ...] = types if isinstance(types, tuple) else (types,)
-    return not any(depends_on_data(size) for type_ in each for size in type_.shape)
 
 
 def _reads(step: Step) -> list[int]:
