@@ -21,6 +21,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.runtime.data import assembled, by_replica
+from ringcompile.runtime.outputs import shape_of
 from ringcompile.runtime.pieces import Share
 
 Inputs = dict[str, torch.Tensor]
@@ -165,14 +166,49 @@ def whole_outputs(
         dealt: of the run.
         last: the number of last positions that were kept; None for all.
     """
-    mesh = program.mesh
-    assert mesh is not None
-    made = [
-        assembled(program, [runs[i] for runs in replica], part.lengths, last)
-        for replica, hand in zip(by_replica(mesh, everyones), dealt.hands, strict=True)
+    assert program.mesh is not None
+    parts = [
+        (part, [runs[i] for runs in replica])
+        for replica, hand in zip(by_replica(program.mesh, everyones), dealt.hands, strict=True)
         for i, part in enumerate(hand)
     ]
-    return program.output_structure.build(joined(program, made, dealt.lengths))
+    return program.output_structure.build([
+        _whole(program, i, [(part, [share[i] for share in shares]) for part, shares in parts],
+               dealt.lengths, last)
+        for i in range(len(program.outputs))
+    ])
+
+
+def _whole(
+    program: Program,
+    index: int,
+    parts: Sequence[tuple[Part, Sequence[Share]]],
+    lengths: Mapping[str, int],
+    last: int | None,
+) -> torch.Tensor:
+    """One output for the whole batch; parts that lie side by side go right to their places."""
+    dim = _batch_dim(program, index)
+    if len(parts) == 1 or dim is None:
+        made = [assembled(program, index, shares, part.lengths, last) for part, shares in parts]
+        return _joined(program.returns[index], made, lengths) if program.returns else made[0]
+    _, (like, *_) = parts[0]
+    shape = shape_of(program, index, lengths, last)
+    whole, start = torch.empty(shape, dtype=like.dtype, device=like.device), 0
+    for part, shares in parts:
+        size = int(bind(type_of(program.outputs[index]).shape[dim], part.lengths))
+        place = whole.narrow(dim, start, size)
+        assembled(program, index, shares, part.lengths, last, place)
+        start += size
+    return whole
+
+
+def _batch_dim(program: Program, index: int) -> int | None:
+    """The dim of an output that is the batch alone; None where there is none."""
+    if not program.returns:
+        return None
+    dims = program.returns[index].layout.dims
+    alone = [dim for dim, atoms in enumerate(dims) if len(atoms) == 1 and atoms[0].axes]
+    return alone[0] if alone else None
 
 
 def joined(
@@ -196,6 +232,8 @@ def joined(
 def _joined(
     type_: TensorType, parts: Sequence[torch.Tensor], lengths: Mapping[str, int]
 ) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
     for dim, atoms in enumerate(type_.layout.dims):
         for place, atom in enumerate(atoms):
             if atom.axes:

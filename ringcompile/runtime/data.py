@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ringcompile.ir.program import Input, Program
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
 from ringcompile.ops.sequence import positions
-from ringcompile.runtime.pieces import Pieces, Share
+from ringcompile.runtime.pieces import Share
 from ringcompile.runtime.tail import sequence_dim, windows
 
 # Where a share lies in the whole: from which index to which of every dim.
@@ -185,36 +186,27 @@ def _piece(
 
 def assembled(
     program: Program,
-    shares: Sequence[Sequence[Share]],
+    index: int,
+    shares: Sequence[Share],
     lengths: dict[str, int],
     last: int | None = None,
-) -> list[torch.Tensor]:
-    """Whole outputs, in order.
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One whole output, of one part of the batch.
 
     Args:
         program: of a rank of the last stage.
-        shares: for each rank of a replica that returns outputs, its share of every output; ranks
-            in order, as `by_replica` gives them. Pieces are taken, and freed one by one.
+        index: which output.
+        shares: its shares, one for each rank of a replica that returns outputs; ranks in order, as
+            `by_replica` gives them. Pieces are taken, and freed one by one. Where several ranks
+            hold the same share, the first of them is taken.
         lengths: from `program.bindings`.
         last: of the sequence, the last positions that the shares hold; None where they hold all.
+        out: where to put it, a tensor of its shape; by default into memory of its own.
     """
-    return [
-        _assemble(program, type_of(node), [share[i] for share in shares], lengths, last)
-        for i, node in enumerate(program.outputs)
-    ]
-
-
-def _assemble(
-    program: Program,
-    type_: TensorType,
-    shares: list[Share],
-    lengths: dict[str, int],
-    last: int | None,
-) -> torch.Tensor:
-    """Every rank's share put in its place; padding is left out at the end."""
-    if type_.layout.is_whole:
-        return _in_one(shares[0])
-    mesh = program.mesh
+    type_, mesh = type_of(program.outputs[index]), program.mesh
+    if out is None and type_.layout.is_whole and isinstance(shares[0], torch.Tensor):
+        return shares[0]
     assert mesh is not None
     dims = [dim or (Atom(size),) for size, dim in zip(type_.shape, type_.layout.dims, strict=True)]
     atoms = [replace(atom, size=int(bind(atom.size, lengths))) for dim in dims for atom in dim]
@@ -225,26 +217,41 @@ def _assemble(
         window, at = windows(program, lengths, last), sum(map(len, dims[:dim]))
         ranges[at] = {place: _within(rows, window) for place, rows in ranges[at].items()}
         sizes[at] = shape[dim] = len(window)
-    like = shares[0].parts[0] if isinstance(shares[0], Pieces) else shares[0]
-    whole = like.new_empty([max(r.stop for rows in each.values() for r in rows)
-                            for each in ranges])
+    if out is None:
+        out = torch.empty(shape, dtype=shares[0].dtype, device=shares[0].device)
+    opened, needed = out.view(sizes), owners(mesh, type_)
     for coordinates, share in zip(_returning(mesh), shares, strict=True):
+        if mesh.rank(coordinates) not in needed:
+            continue
         held = [each[mesh.index(coordinates, ",".join(atom.axes)) if atom.axes else 0]
                 for atom, each in zip(atoms, ranges, strict=True)]
-        if isinstance(share, Pieces) and len(dims[share.dim]) == 1:
-            at = sum(map(len, dims[:share.dim]))
-            for start, part in share.taken():
-                place = _part(held[at], start, part.shape[share.dim])
-                _put_opened(whole, part, [*held[:at], place, *held[at + 1 :]])
-        else:
-            _put_opened(whole, _in_one(share), held)
-    return whole[tuple(slice(0, size) for size in sizes)].reshape(shape)
+        along = None if isinstance(share, torch.Tensor) else share.dim
+        if isinstance(share, torch.Tensor) or along is None or len(dims[along]) > 1:
+            _put_opened(opened, _in_one(share), held)
+            continue
+        at = sum(map(len, dims[:along]))
+        for start, part in share.taken():
+            place = _part(held[at], start, part.shape[along])
+            _put_opened(opened, part, [*held[:at], place, *held[at + 1 :]])
+    return out
+
+
+def owners(mesh: Mesh, type_: TensorType) -> list[int]:
+    """The ranks whose shares together make up an output of all replicas, none of it twice."""
+    seen: dict[Any, int] = {}
+    for rank in range(mesh.world_size):
+        at = mesh.coordinates(rank)
+        if at.get("pp", 0) == mesh.size("pp") - 1:
+            shares = tuple(mesh.index(at, axis) for axis in type_.layout.axes)
+            seen.setdefault((at.get("dp", 0), shares), rank)
+    return list(seen.values())
 
 
 def _in_one(share: Share) -> torch.Tensor:
     if isinstance(share, torch.Tensor):
         return share
-    return torch.cat([part for _, part in share.taken()], share.dim)
+    parts = [part for _, part in share.taken()]  # several only of `Pieces`, which keep theirs
+    return parts[0] if len(parts) == 1 or share.dim is None else torch.cat(parts, share.dim)
 
 
 def _part(rows: list[range], start: int, count: int) -> list[range]:
@@ -309,14 +316,13 @@ def _ranges(program: Program, atom: Atom, lengths: Mapping[str, int]) -> dict[in
 
 
 def _put(whole: torch.Tensor, share: torch.Tensor, held: list[list[range]]) -> None:
-    """Copy a share to its place, run by run."""
-    for dim, rows in enumerate(held):
-        if len(rows) > 1:
-            start = 0
-            for row in rows:
-                one = [*held[:dim], [row], *held[dim + 1 :]]
-                _put(whole, share.narrow(dim, start, len(row)), one)
-                start += len(row)
-            return
-    if all(held):
-        whole[tuple(slice(rows[0].start, rows[0].stop) for rows in held)] = share
+    """Copy a share to its place, run by run; what would lie behind the end is padding."""
+    starts = [accumulate(map(len, rows), initial=0) for rows in held]
+    dims = [list(zip(start, rows, strict=False)) for start, rows in zip(starts, held, strict=True)]
+    for runs in product(*dims):
+        ends = [min(run.stop, size) for (_, run), size in zip(runs, whole.shape, strict=True)]
+        counts = [end - run.start for end, (_, run) in zip(ends, runs, strict=True)]
+        if min(counts, default=1) > 0:
+            place = tuple(slice(run.start, end) for end, (_, run) in zip(ends, runs, strict=True))
+            taken = tuple(slice(at, at + n) for n, (at, _) in zip(counts, runs, strict=True))
+            whole[place] = share[taken]

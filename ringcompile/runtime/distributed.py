@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,14 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx
 
 from ringcompile.ir.communication import COLLECTIVES, SHIFT
-from ringcompile.ir.expr import bind
-from ringcompile.ir.nodes import layout_of, location_of, type_of
+from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.types import local_shape
-from ringcompile.runtime.batches import Part, whole_outputs
+from ringcompile.runtime.batches import whole_outputs
+from ringcompile.runtime.collecting import Collecting
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.exchange import Exchange
 from ringcompile.runtime.executor import Request
@@ -36,7 +33,6 @@ from ringcompile.runtime.runner import (
     computed,
     freed,
 )
-from ringcompile.runtime.tail import rows_by_rank
 from ringcompile.runtime.tasks import (
     WHOLE,
     HasPrograms,
@@ -196,58 +192,11 @@ class Peer:
             everywhere: give all ranks the whole outputs.
         """
         last = self.last(kind)
-        microbatches = [
-            self._collected(
-                last, share, [hand[i] for hand in run.dealt.hands], keep.last, everywhere
-            )
-            for i, share in enumerate(run.microbatches)
-        ]
+        shares = Collecting(self.exchange, last, run, keep.last, everywhere)
         if self.rank.index != 0 and not everywhere:
+            shares.hand_over()
             return None
-        everyones = list(zip(*microbatches, strict=True))
-        return whole_outputs(last, everyones, run.dealt, keep.last)
-
-    def _collected(
-        self, program: Program, share: tuple[torch.Tensor, ...], parts: Sequence[Part],
-        last: int | None, everywhere: bool,
-    ) -> list[tuple[torch.Tensor, ...]]:
-        """Every rank's share of every output of a microbatch, on rank 0 or on all.
-
-        Ranks that return nothing take part with an empty tensor; what all hold whole stays where
-        it is. Replicas may differ by a sequence: all bring as much as the largest of them.
-        """
-        replicated = self.mesh.size("dp") * self.mesh.size("pp") == 1
-        columns = []
-        for i, node in enumerate(program.outputs):
-            if replicated and layout_of(node).is_whole:
-                columns.append([share[i]] * self.rank.world_size)
-                continue
-            lengths = parts[0].lengths
-            rows = None if last is None else rows_by_rank(program, type_of(node), lengths, last)
-            shapes = [self._shape_of(program, node, part, rows) for part in parts]
-            mine = share[i] if share else torch.empty(
-                0, dtype=type_of(node).dtype, device=self.rank.device
-            )
-            mine = mine if rows is None or not share else rows.padded(mine)
-            flat = mine.new_zeros(max(map(math.prod, shapes)))
-            flat[: mine.numel()] = mine.reshape(-1)
-            everyones = [
-                x[: math.prod(shape)].reshape(shape)
-                for rank, x in enumerate(self.exchange.collect(flat, everywhere))
-                for shape in [shapes[self.mesh.coordinates(rank).get("dp", 0)]]
-            ]
-            columns.append(everyones if rows is None else rows.cut(everyones))
-        return list(zip(*columns, strict=True)) if self.rank.index == 0 or everywhere else []
-
-    def _shape_of(self, program: Program, node: fx.Node, part: Part, rows: Any) -> list[int]:
-        """Of a rank's share of an output, padded where ranks hold unlike numbers of rows."""
-        shape = [
-            int(bind(size, part.lengths))
-            for size in local_shape(type_of(node), self.mesh, program.sequence)
-        ]
-        if rows is not None:
-            shape[rows.dim] = max(rows.counts)
-        return shape
+        return whole_outputs(last, shares.everyones(), run.dealt, keep.last)
 
 
 class JobRanks:

@@ -147,12 +147,16 @@ class Exchange:
         with self._meeting(transfer.peers, "wait", wait.node):
             if self.stamps is not None and transfer.checked is not None:
                 transfer.works += self.stamps.arrive(transfer.checked)
-            # gloo limits transfers by its group's first timeout unless told; over NCCL this would
-            # hold the host up, and the group's own timeout counts.
-            limit = () if self.rank.device.type == "cuda" else (self._timeout,)
-            while transfer.works:  # gloo hangs where a work is waited for twice
-                transfer.works.pop(0).wait(*limit)
+            self._complete(transfer.works)
         return transfer.buffer
+
+    def _complete(self, works: list[dist.Work]) -> None:
+        """Wait for each work, once: gloo hangs where one is waited for twice."""
+        # gloo limits transfers by its group's first timeout unless told; over NCCL this would
+        # hold the host up, and the group's own timeout counts.
+        limit = () if self.rank.device.type == "cuda" else (self._timeout,)
+        while works:
+            works.pop(0).wait(*limit)
 
     def _meet(self, asked: Collective) -> Any:
         num_ranks = self.mesh.size(asked.axis)
@@ -226,25 +230,24 @@ class Exchange:
             location=self.locations.get(node), node=node or None,
         )
 
-    def collect(self, tensor: torch.Tensor, everywhere: bool = False) -> list[torch.Tensor]:
-        """Every rank's tensor, of the same type, on rank 0; nothing on the others.
+    def pass_on(self, piece: torch.Tensor, owner: int, everywhere: bool) -> torch.Tensor:
+        """A tensor of one rank, on rank 0 or on all; those and the owner call it.
 
         Args:
-            tensor: this rank's.
+            piece: contiguous; the tensor itself on its owner, elsewhere one to write it into.
+            owner: the rank that has it.
             everywhere: give it to all ranks.
         """
-        everyone = range(self.rank.world_size)
-        if len(everyone) == 1:
-            return [tensor]
-        tensor = tensor.contiguous()
-        takes = everywhere or self.rank.index == 0
-        pieces = [torch.empty_like(tensor) for _ in everyone] if takes else None
-        with self._meeting(everyone, "collecting outputs", "", tensor.nbytes):
+        flat = piece.view(-1).view(torch.uint8)  # gloo does not send every dtype
+        peers = list(range(self.rank.world_size)) if everywhere else [0, owner]
+        with self._meeting(peers, "collecting outputs", "", piece.nbytes):
             if everywhere:
-                dist.all_gather(pieces, tensor)
+                dist.broadcast(flat, owner)
+            elif self.rank.index == owner:
+                self._complete(dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, 0)]))
             else:
-                dist.gather(tensor, pieces, dst=0)
-        return pieces or []
+                self._complete(dist.batch_isend_irecv([dist.P2POp(dist.irecv, flat, owner)]))
+        return piece
 
     def everyones(self, values: Sequence[float]) -> list[list[float]]:
         """The values that each rank brings, in order of ranks; all have to call it."""
@@ -260,10 +263,15 @@ class Exchange:
         """The texts that each rank brings, on rank 0; all have to call it."""
         mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.rank.device)
         sizes = [int(size) for size, in self.everyones([mine.numel()])]
-        padded = mine.new_zeros(max(sizes))
-        padded[: mine.numel()] = mine
-        everyones = zip(sizes, self.collect(padded), strict=False)
-        return [bytes(found[:size].tolist()).decode() for size, found in everyones]
+        found = []
+        for owner, size in enumerate(sizes):
+            text_of = mine if owner == self.rank.index else mine.new_empty(size)
+            if owner and self.rank.index in (0, owner):
+                self.pass_on(text_of, owner, everywhere=False)
+            found.append(text_of)
+        if self.rank.index:
+            return []
+        return [bytes(one.tolist()).decode() for one in found]
 
     def agree(self, value: int, what: str) -> None:
         """Refuse to go on where another rank has another value than rank 0."""

@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
-from ringcompile.mesh import Mesh
+from ringcompile.runtime.data import owners
 from ringcompile.runtime.tail import last_positions, sequence_dim, windows
 
 _PIECE = 1 << 20  # numbers that are added up at a time
@@ -120,20 +119,9 @@ def combined(
     assert program.mesh is not None
     found = []
     for i, node in enumerate(program.outputs):
-        ranks = _owners(program.mesh, type_of(node))
+        ranks = owners(program.mesh, type_of(node))
         found.append(sum((runs[i] for rank in ranks for runs in everyones[rank]), Summary()))
     return tuple(found)
-
-
-def _owners(mesh: Mesh, type_: TensorType) -> list[int]:
-    """The ranks whose shares together make up an output, none of it twice."""
-    seen: dict[Any, int] = {}
-    for rank in range(mesh.world_size):
-        at = mesh.coordinates(rank)
-        if at.get("pp", 0) == mesh.size("pp") - 1:
-            shares = tuple(mesh.index(at, axis) for axis in type_.layout.axes)
-            seen.setdefault((at.get("dp", 0), shares), rank)
-    return list(seen.values())
 
 
 def shape_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -31,6 +31,16 @@ class Pieces:
     dim: int
     parts: list[torch.Tensor]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the share; asked for before pieces are taken, as is `device`."""
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pieces are."""
+        return self.parts[0].device
+
     def taken(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Each piece with the index at which it begins; it is kept here no longer."""
         start = 0
@@ -41,7 +51,26 @@ class Pieces:
             start += part.shape[self.dim]
 
 
-Share: TypeAlias = torch.Tensor | Pieces
+class InPieces(Protocol):
+    """A share that is put in its place piece by piece: `Pieces`, or one that is on its way."""
+
+    @property
+    def dim(self) -> int | None:
+        """The dim that the pieces are cut along; None for one piece."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the share."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pieces are."""
+
+    def taken(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each piece with the index at which it begins; the next may overwrite it."""
+
+
+Share: TypeAlias = torch.Tensor | InPieces
 
 
 def in_pieces(shares: Sequence[torch.Tensor], num_ranks: int) -> tuple[Share, ...]:

@@ -8,7 +8,7 @@ casts, soft caps), on each rank from what it holds; nothing is gathered for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,21 +104,6 @@ class RowsByRank:
 
     dim: int
     counts: tuple[int, ...]
-
-    def padded(self, share: torch.Tensor) -> torch.Tensor:
-        """A share with as many rows as the rank that has most of them."""
-        shape = list(share.shape)
-        shape[self.dim] = max(self.counts)
-        whole = share.new_zeros(shape)
-        whole.narrow(self.dim, 0, share.shape[self.dim]).copy_(share)
-        return whole
-
-    def cut(self, everyones: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The shares of all ranks without what `padded` added; none where there are none."""
-        return [
-            share.narrow(self.dim, 0, count)
-            for share, count in zip(everyones, self.counts, strict=False)
-        ]
 
 
 def rows_by_rank(

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,15 @@ import torch.distributed as dist
 from ringcompile import artifact
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
+from ringcompile.runtime import collecting
 from ringcompile.runtime.collectives import Collective
 from ringcompile.runtime.distributed import Peer
 from ringcompile.runtime.exchange import Exchange, PeerLostError
 from ringcompile.runtime.executor import Shift, Wait
 from ringcompile.runtime.handshake import agree
 from ringcompile.runtime.join import Rank
+from ringcompile.runtime.memory import peak_bytes
+from ringcompile.runtime.outputs import Kept
 
 
 def scaled(rank: Rank, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -219,3 +223,43 @@ def run_slowly(rank: Rank, folder: str, slow: int, inputs: Any) -> list[Any]:
 def children_of(ranks: Any) -> list[int]:
     """The process ids of local ranks, in order."""
     return [process.pid for process in ranks._processes]
+
+
+# Outputs that are put together.
+
+
+class Wide(torch.nn.Module):
+    """Far more outputs than anything else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.unsqueeze(1)
+        y = torch.nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True).squeeze(1)
+        return y.unsqueeze(-1).expand(-1, -1, -1, 4096) * 1.5
+
+
+def assembled_in_pieces(rank: Rank, cases: list[Any]) -> list[tuple[Any, Any, int]]:
+    """Of each case the outputs on rank 0, those on all ranks, and how often this rank met others.
+
+    Pieces are small, so that a share has several.
+    """
+    collecting._PIECE = 256
+    found = []
+    for folder, inputs, last in cases:
+        peer = Peer(artifact.load(folder), rank)
+        run = peer.run(inputs, Kept(last))
+        with mock.patch.object(peer.exchange, "pass_on", wraps=peer.exchange.pass_on) as passed:
+            on_zero = peer.assemble(run, Kept(last))
+            everywhere = peer.assemble(run, Kept(last), everywhere=True)
+        found.append((on_zero, everywhere, passed.call_count))
+    return found
+
+
+def memory_of_whole(rank: Rank, folder: str, x: torch.Tensor) -> tuple[float, int]:
+    """On rank 0, what putting outputs together takes at most, in bytes of the outputs."""
+    peer = Peer(artifact.load(folder), rank)
+    peer.assemble(peer.run((x[:, :64],)))
+    run = peer.run((x,))
+    before = peak_bytes(rank.device)
+    made = peer.assemble(run)
+    num_bytes = 0 if made is None else made.nbytes
+    return (peak_bytes(rank.device) - before) / max(num_bytes, 1), num_bytes
