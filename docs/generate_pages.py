@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from itertools import takewhile
 from pathlib import Path
 
 import ringcompile as rc
 from ringcompile.mesh import Mesh
 from ringcompile.options import Options, option_fields
 from ringcompile.pass_list import front_passes, rank_passes
+from ringcompile.passes.base import Pass
+from ringcompile.passes.shares.partition import Partition
 
 DOCS = Path(__file__).parent
 
@@ -37,10 +40,16 @@ def api() -> str:
 def passes() -> str:
     """Every pass, in the order in which one compile may run them."""
     mesh = Mesh.parse("dp=2,pp=2,ring=2,ep=2,tp=2")
-    steps = [*front_passes(mesh, Options()), *rank_passes(0, mesh)]
+    whole, cache = front_passes(mesh, Options()), Options(cache=64)
+    programs = (whole, front_passes(mesh, cache, prefill=True),
+                front_passes(mesh, cache, carried=True))
+    steps = [step for passes in programs for step in takewhile(_before_shares, passes)]
+    steps += [*whole, *rank_passes(0, mesh.with_axis("time", 2))]
     head = (
         "A pass is one step of the compiler: it rewrites a program. This page lists all passes in "
-        "the order in which they run; `clean-up` runs between them. `python "
+        "the order in which they run; `clean-up` runs between them. `keep` is for prompts, and "
+        "`expert-terms` (in place of `expert-parallel`) and `carry` for tokens that follow, both "
+        "with a cache. `python "
         "docs/generate_pages.py` writes it from docstrings. [architecture.md](architecture.md) "
         "explains how they work together."
     )
@@ -48,6 +57,10 @@ def passes() -> str:
     for kind in dict.fromkeys(map(type, steps)):
         parts += [f"## {kind.name}", "", "```text", _text(kind), "```", ""]
     return "\n".join(parts)
+
+
+def _before_shares(step: Pass) -> bool:
+    return not isinstance(step, Partition)
 
 
 def _signature(name: str, value: object) -> str:

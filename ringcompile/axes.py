@@ -68,7 +68,7 @@ AXES = {
              divides_sequence=True, only_sequence=True, gathers_queries=True, balances=True,
              own_tokens=True, keeps_tokens=True),
         Axis("ep", "splits experts", divides_sequence=True, balances=True, own_tokens=True,
-             divides_weights=True),
+             keeps_tokens=True, divides_weights=True),
         Axis("ulysses", "splits the sequence; attention is split by heads",
              divides_sequence=True, own_tokens=True, keeps_tokens=True),
         Axis("tp", "splits heads and features", divides_sequence=True, divides_weights=True),

@@ -11,7 +11,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringcompile import artifact
-from ringcompile.axes import KEEP_TOKENS
 from ringcompile.capture.dims import Dims
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import LoadedModel, load_model
@@ -27,7 +26,7 @@ from ringcompile.options import Given, Options
 from ringcompile.parallel_program import Observer, ParallelProgram
 from ringcompile.pass_list import NUM_COMMON, front_passes, rank_passes, with_origin
 from ringcompile.passes.base import Pass, Pipeline
-from ringcompile.passes.carry.decode_features import kept_along
+from ringcompile.passes.carry.decode_features import check_helix, kept_along, may_be_helix
 from ringcompile.passes.carry.keep import caches_of, may_prefill
 from ringcompile.passes.masks.recognize_masks import RecognizeMasks
 from ringcompile.passes.rank.schedule import Schedule
@@ -117,12 +116,9 @@ def _decoding(
     mesh: Mesh, form: str, decoding: Callable[[str], ParallelProgram]
 ) -> ParallelProgram:
     """The programs for the next tokens, in the form that is asked for or the faster one."""
-    if form == "helix" and kept_along(mesh) == 1:
-        raise RingCompileError(
-            f"decode=helix: no axis of {mesh} divides the cache by position",
-            hint=f"split the sequence over {' or '.join(KEEP_TOKENS)}, or leave decode out",
-        )
-    if kept_along(mesh) == 1:
+    if form == "helix":
+        check_helix(mesh)
+    if kept_along(mesh) == 1 or (form == "auto" and not may_be_helix(mesh)):
         return decoding("simple")
     if form != "auto":
         return decoding(form)

@@ -29,6 +29,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.garbage import few_collections
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
+from ringcompile.ops.schemas import op
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import prepare
 from ringcompile.passes.carry.decode_features import kept_along
@@ -36,8 +37,6 @@ from ringcompile.runtime.tail import last_positions, take_rows
 
 # A prompt that no ring divides is taken in by so many tokens at a time, as with `--chunk`.
 CHUNK = 8192
-# `ulysses` keeps what `ring` keeps and does not divide a prompt; `ep` does not go with a cache.
-_LEFT_OUT = ("ulysses", "ep")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,8 @@ def generation_plans(
         cluster: the devices, all of which are used.
         request: what is generated.
         dtype: to cast a model that is named to.
-        specs: parallel specs; all products of `dp`, `pp`, `ring` and `tp` where none are named.
+        specs: parallel specs; all products of `dp`, `pp`, `ring` and `tp`, and of `ep` if the model
+            has experts that it divides, where none are named.
         any_fit: refuse where none fits.
 
     Raises:
@@ -131,9 +131,10 @@ def generation_plans(
     if isinstance(model, str):
         loaded = load_model(model, dtype=dtype, weights=":" in model)
         model = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    left_out = _left_out(model)
     meshes = [Mesh.parse(spec) for spec in specs] or [
         mesh for mesh in factorisations(cluster.num_devices)
-        if not any(mesh.size(axis) > 1 for axis in _LEFT_OUT)
+        if not any(mesh.size(axis) > 1 for axis in left_out)
     ]
     plans = _ranked(_Judge(model, cluster, request).all(meshes))
     if any_fit and not plans[0].fits:
@@ -142,6 +143,15 @@ def generation_plans(
             hint="use more devices, a shorter context, a smaller batch or a larger device",
         )
     return plans
+
+
+def _left_out(program: Program) -> tuple[str, ...]:
+    """The axes that no plan is made for: `ulysses` keeps what `ring` keeps, and divides no prompt.
+
+    Along `ep` only experts whose rows say which one they are for are divided in such a program.
+    """
+    divided = any(node.target is op("expert_linear") for node in program.graph.nodes)
+    return ("ulysses",) if divided else ("ulysses", "ep")
 
 
 @dataclass(frozen=True)
@@ -236,7 +246,7 @@ class _Judge:
         if self.stack is not None and stages > self.stack.num_layers + self.stack.first:
             layers = self.stack.num_layers
             return f"{layers} layers are fewer than the {stages} stages of pp={stages}"
-        least = self.model.weight_bytes / (mesh.size("tp") * stages)
+        least = self.model.weight_bytes / (mesh.size("tp") * mesh.size("ep") * stages)
         return self._too_large(round(least)) if least > self._ask(1, None).room else ""
 
     def _too_large(self, memory: int) -> str:

@@ -20,6 +20,8 @@ from ringcompile.passes.carry.decode_features import kept_along, widened
 from ringcompile.passes.carry.keep import Keep
 from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.experts.expert_parallel import ExpertParallel
+from ringcompile.passes.experts.expert_terms import ExpertTerms, with_experts
+from ringcompile.passes.experts.expert_weights import EP
 from ringcompile.passes.masks.recognize_masks import RecognizeMasks
 from ringcompile.passes.rank.fuse_merge import FuseMerge
 from ringcompile.passes.rank.lower_halo import LowerHalo
@@ -55,11 +57,13 @@ def front_passes(
     """
     known = {} if checked is None else checked
     placed, carry, split, alike = mesh, list[Pass](), mesh, 1
+    experts: list[Pass] = [ExpertParallel(mesh), CleanUp()]
     if prefill:
         assert options.cache is not None
         carry = [Keep(mesh, options.cache), CleanUp()]
     if carried:
         placed, split, alike, carry = _for_next_tokens(mesh, options)
+        experts = [ExpertTerms(with_experts(placed, mesh)), CleanUp()]
         options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
     place = Place(
         placed, options.order, options.gather_unknown, options.capacity, options.ring,
@@ -76,7 +80,7 @@ def front_passes(
           if mesh.size("dp") * mesh.size("pp") * mesh.size(HALVES) > 1 else []),
         place,
         CleanUp(),
-        *([ExpertParallel(mesh), CleanUp()] if mesh.size("ep") > 1 else []),
+        *(experts if mesh.size(EP) > 1 else []),
         *([TensorParallel(split, told or {}, alike), CleanUp()] if split.size("tp") > 1 else []),
         *carry,
         Partition(),
@@ -88,10 +92,11 @@ def front_passes(
 def _for_next_tokens(mesh: Mesh, options: Options) -> tuple[Mesh, Mesh, int, list[Pass]]:
     """The meshes that place and split the next tokens' program, ranks alike, and the cache."""
     assert options.cache is not None
-    split = placed = carried_mesh(mesh)
+    placed = carried_mesh(mesh)
+    split = with_experts(placed, mesh)
     alike, helix = 1, options.decode == "helix" and kept_along(mesh) > 1
     if helix:
-        split, alike = widened(placed, mesh), kept_along(mesh)
+        split, alike = widened(split, mesh), kept_along(mesh)
     return placed, split, alike, [Carry(mesh, options.cache, helix), CleanUp()]
 
 

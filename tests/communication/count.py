@@ -17,6 +17,8 @@ from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import BATCH, FIRST, LOCAL, PART, SEQUENCE, bind, symbol
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
+from ringcompile.ops.experts import expert_linear
+from ringcompile.ops.schemas import op
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.session import Session
@@ -88,12 +90,35 @@ class StateSpace(nn.Module):
         return scanned[1].sum(-1)
 
 
+class Experts(nn.Module):
+    """Attention of 3 heads x 4, and two of `width` experts of 24 features for each token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads, self.out, self.router = (nn.Linear(12, n) for n in (36, 12, width))
+        self.up, self.down = (nn.Parameter(torch.randn(width, *of)) for of in ((12, 24), (24, 12)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.unflatten(-1, (3, 4)).transpose(1, 2) for y in self.heads(x).chunk(3, -1))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(out.transpose(1, 2).flatten(2))
+        weight, index = self.router(x).softmax(-1).topk(2, -1)
+        rows = x.unsqueeze(2).expand(*index.shape, x.shape[-1])
+        chosen = _through(_through(rows, index, self.up).relu(), index, self.down)
+        return x + (chosen * weight[..., None]).sum(2)
+
+
+def _through(*args: torch.Tensor) -> torch.Tensor:
+    run = op("expert_linear") if torch.compiler.is_exporting() else expert_linear
+    return run(*args, transposed=True)
+
+
 def _then(left: Any, right: Any) -> Any:
     return left[0] * right[0], right[0] * left[1] + right[1]
 
 
 OWN = {"window": Window, "convolution": Convolution, "recurrence": Recurrence,
-       "state-space": StateSpace}
+       "state-space": StateSpace, "experts": Experts}
 
 
 def width_of(model: str) -> int | None:

@@ -19,6 +19,7 @@ from ringcompile.cost.rank import RankCost, cost_of
 from ringcompile.generation_plans import GenerationRequest, generation_plans, simulate_request
 from ringcompile.ir.program import Program
 from ringcompile.latency import Latency, request, summary
+from tests.communication.count import captured as experts
 from tests.generate.models import CAPACITY, HEADS, Learned, Rotary, cached, captured, ids
 
 
@@ -107,6 +108,18 @@ def test_a_plan_costs_what_its_artifact_does() -> None:
         assert plan.tpot == pytest.approx(found.step.seconds, rel=0.15), spec
         assert plan.ttft == pytest.approx(found.ttft, rel=0.15), spec
         assert plan.memory_bytes == pytest.approx(found.memory_bytes, rel=0.15), spec
+
+
+def test_experts_are_divided_in_plans_too() -> None:
+    """Of a model without experts no plan names `ep`."""
+    cluster, asked = load_cluster("h100x16").sized(2), GenerationRequest(64, 16)
+    plans = {str(plan.mesh): plan for plan in generation_plans(experts("experts of 4"), cluster,
+                                                               asked)}
+    assert set(plans) == {"dp=2", "pp=2", "ring=2", "ep=2", "tp=2"}
+    made = rc.transform(experts("experts of 4"), "ep=2", cache=80)
+    found = simulate_request(made, cluster, asked)
+    assert plans["ep=2"].tpot == pytest.approx(found.step.seconds, rel=0.15)
+    assert not any("ep=" in str(plan.mesh) for plan in generation_plans(program(), cluster, asked))
 
 
 def test_what_is_measured_of_a_request() -> None:

@@ -34,8 +34,8 @@ class Linear:
             nothing where no operand is one, or where the sum has to be made first.
         """
         sums = [i for i, partial in enumerate(partials) if partial]
-        if self.together:
-            passes = len(sums) == len(partials)
+        if self.together:  # terms of one sum: of the same axes
+            passes = len(set(partials)) == 1
         else:
             passes = len(sums) == 1 and self.operand in (None, sums[0])
         return next(filter(None, partials), ()) if passes and self.when(call) else ()

@@ -63,11 +63,6 @@ def carried_mesh(mesh: Mesh) -> Mesh:
     Raises:
         RingCompileError: an axis that no program with a cache is written for.
     """
-    if mesh.size("ep") > 1:
-        raise RingCompileError(
-            f"a cache cannot be combined with ep={mesh.size('ep')}",
-            hint="split the experts' features over tp instead of the experts over ep",
-        )
     if mesh.size(HALVES) > 1:
         raise RingCompileError(
             f"a cache cannot be combined with {HALVES}={mesh.size(HALVES)}",

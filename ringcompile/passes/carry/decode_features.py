@@ -20,17 +20,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringcompile.axes import KEEP_TOKENS, AxisRef, refs
+from ringcompile.axes import AXES, KEEP_TOKENS, AxisRef, refs
 from ringcompile.errors import RingCompileError
 from ringcompile.mesh import Mesh
 
 _TP = "tp"
+# Tokens of a cache lie along them, and weights as well.
+_PARTED = tuple(axis for axis in KEEP_TOKENS if AXES[axis].divides_weights)
 
 
 def kept_along(mesh: Mesh) -> int:
     """How many ranks share the tokens of a cache."""
     axes = ",".join(axis for axis in KEEP_TOKENS if mesh.size(axis) > 1)
     return mesh.size(axes) if axes else 1
+
+
+def may_be_helix(mesh: Mesh) -> bool:
+    """Whether ranks share the tokens of a cache, and each of them holds all weights for prompts."""
+    return kept_along(mesh) > 1 and not any(mesh.size(axis) > 1 for axis in _PARTED)
+
+
+def check_helix(mesh: Mesh) -> None:
+    """Raise RingCompileError where features cannot lie along the axes of a cache."""
+    if may_be_helix(mesh):
+        return
+    along = [axis for axis in _PARTED if mesh.size(axis) > 1]
+    if along:
+        raise RingCompileError(
+            f"decode=helix: the ranks along {along[0]}={mesh.size(along[0])} hold different experts"
+            ", and features are divided over ranks that hold the same",
+            hint="leave decode out: each of these ranks then runs its own experts",
+        )
+    axes = [axis for axis in KEEP_TOKENS if axis not in _PARTED]
+    raise RingCompileError(
+        f"decode=helix: no axis of {mesh} divides the cache by position",
+        hint=f"split the sequence over {' or '.join(axes)}, or leave decode out",
+    )
 
 
 def widened(placed: Mesh, mesh: Mesh) -> Mesh:

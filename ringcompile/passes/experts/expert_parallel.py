@@ -36,19 +36,18 @@ from ringcompile.ir.expr import (
     unbacked,
 )
 from ringcompile.ir.layout import Atom, Layout
-from ringcompile.ir.nodes import error_at, layout_of, results_of, type_of
-from ringcompile.ir.program import Program, Weight
+from ringcompile.ir.nodes import error_at, results_of, type_of
+from ringcompile.ir.program import Program
 from ringcompile.ir.rules import find_rule
 from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.mesh import Mesh
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.experts.expert_groups import Group, groups_of_buffers, groups_of_rows
-from ringcompile.passes.requests import Requests, placeholders_first
+from ringcompile.passes.experts.expert_weights import EP, ExpertWeights, experts_of_rank, no_experts
+from ringcompile.passes.requests import placeholders_first
 
 aten = torch.ops.aten
-_EP = "ep"
-
 
 @dataclass(frozen=True)
 class ExpertParallel(Pass):
@@ -67,7 +66,7 @@ class ExpertParallel(Pass):
         Raises:
             RingCompileError: the experts do not divide over `ep`.
         """
-        if self.mesh.size(_EP) == 1:
+        if self.mesh.size(EP) == 1:
             return program
         return _ExpertWriter(program, self.mesh).run()
 
@@ -82,9 +81,9 @@ class _ExpertWriter:
 
     def run(self) -> Program:
         assert self.program.sequence is not None
-        self.sequence, self.ways = self.program.sequence, self.mesh.size(_EP)
+        self.sequence, self.ways = self.program.sequence, self.mesh.size(EP)
         self.weights = dict(self.program.weights)
-        self.shares = _Shares(self.builder, self.mesh, self.weights)
+        self.share = ExpertWeights(self.builder, self.mesh, self.weights).share
         groups = [*groups_of_rows(self.program), *groups_of_buffers(self.program)]
         last = {group.nodes[-1]: group for group in groups}
         inside = {node for group in groups for node in group.nodes}
@@ -95,10 +94,7 @@ class _ExpertWriter:
             elif node not in inside:
                 self.builder.env[node] = self.builder.copy(node)
         if not groups:
-            self.notes.append(
-                f"no experts that could be split were found: their weights are replicated along "
-                f"ep={self.ways}, and each of its ranks runs all of them on its own tokens"
-            )
+            self.notes.append(no_experts(self.mesh, "its own tokens"))
         return self.program.with_graph(
             placeholders_first(self.builder.graph),
             weights=self.weights,
@@ -106,21 +102,10 @@ class _ExpertWriter:
         )
 
     def _write(self, group: Group) -> None:
-        if group.num_experts % self.ways:
-            raise error_at(
-                group.nodes[0],
-                f"{group.num_experts} experts do not divide over ep={self.ways}",
-                hint=f"use an ep that divides {group.num_experts}",
-            )
         if group.expert is not None:
             _Rows(self, group, group.expert).write()
         else:
             _Buffers(self, group).write()
-
-    def share(self, weight: fx.Node) -> fx.Node:
-        """A weight's entries for this rank's experts; of a packed one, what they are made of."""
-        layout = layout_of(weight).with_dim(0, (Atom(type_of(weight).shape[0], (_EP,)),))
-        return self.shares.request(self.builder.env[weight], layout)
 
     def local(self, type_: TensorType) -> tuple[Size, ...]:
         """The shape of one rank's share."""
@@ -131,22 +116,6 @@ class _ExpertWriter:
     ) -> fx.Node:
         """Append a call; see `Builder.call`."""
         return self.builder.call(target, args, type_, why=why, **how)
-
-
-class _Shares(Requests):
-    """Weights of some experts only, read or unpacked."""
-
-    def __init__(self, builder: Builder, mesh: Mesh, weights: dict[str, Weight]) -> None:
-        super().__init__(builder, dict(mesh.axes))
-        self.weights = weights
-
-    def input_again(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
-        """A weight by its share; each rank reads nothing else of it."""
-        if node.name not in self.weights:
-            return None
-        again = self.builder.placeholder(f"{node.name}_ep", type_of(node).with_layout(wanted))
-        self.weights[again.name] = self.weights[node.name]
-        return again
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -166,16 +135,16 @@ class _Rows:
         self.rows = unbacked(f"u{900 + next(writer.unknown)}")
         self.lead = len(type_of(self.expert).shape)
         expert = builder.env[self.expert]
-        each = self.group.num_experts // writer.ways
+        each = experts_of_rank(self.group, writer.mesh)
         num_rows = product(writer.local(type_of(self.expert)))
         numbers = TensorType.whole(torch.int64, (writer.ways,))
         self.order, self.sends = self._route(expert, each, num_rows, numbers)
         self.takes = writer.call(
             op("all_to_all"), (self.sends,), numbers, "how many rows come from each rank",
-            split=0, concat=0, axis=_EP,
+            split=0, concat=0, axis=EP,
         )
         arrived = self._dispatch(self.expert)
-        first = simplify(coordinate(_EP) * each)
+        first = simplify(coordinate(EP) * each)
         self.env[self.expert] = writer.call(
             aten.sub.Scalar, (arrived, first), type_of(arrived), "among this rank's experts"
         )
@@ -188,7 +157,7 @@ class _Rows:
         for node in self.group.leaving:
             builder.env[node] = writer.call(
                 op("combine"), (self.env[node], self.order, self.sends, self.takes),
-                type_of(node), "back to their tokens", axis=_EP,
+                type_of(node), "back to their tokens", axis=EP,
             )
 
     def _route(
@@ -221,7 +190,7 @@ class _Rows:
             x = writer.call(aten.expand.default, (x, list(shape)), type_)
         return writer.call(
             op("dispatch"), (x, self.order, self.sends, self.takes), self._arrived(type_),
-            "rows to their experts", axis=_EP, lead=self.lead,
+            "rows to their experts", axis=EP, lead=self.lead,
         )
 
     def _copy(self, node: fx.Node) -> None:
@@ -255,6 +224,7 @@ class _Buffers:
 
     def write(self) -> None:
         writer = self.writer
+        experts_of_rank(self.group, writer.mesh)
         self.slots = type_of(self.group.nodes[0]).shape[1]
         share = writer.sequence.of_tokens.local
         # Ranks with padding have fewer tokens, and need as many slots as the others.
@@ -280,14 +250,14 @@ class _Buffers:
         )
         return writer.call(
             op("all_to_all"), (x,), self._on_experts(type_), "slots to their experts",
-            split=0, concat=1, axis=_EP,
+            split=0, concat=1, axis=EP,
         )
 
     def _from_experts(self, node: fx.Node) -> fx.Node:
         writer, type_ = self.writer, type_of(node)
         x = writer.call(
             op("all_to_all"), (self.env[node],), self._sized(type_, self.full),
-            "back to their ranks", split=1, concat=0, axis=_EP,
+            "back to their ranks", split=1, concat=0, axis=EP,
         )
         return writer.call(aten.slice.Tensor, (x, 1, 0, self.slots), type_)
 
@@ -297,7 +267,7 @@ class _Buffers:
     def _on_experts(self, type_: TensorType) -> TensorType:
         """This rank's experts, with the slots of all ranks."""
         type_ = self._sized(type_, self.all)
-        return type_.with_layout(type_.layout.with_dim(0, (Atom(type_.shape[0], (_EP,)),)))
+        return type_.with_layout(type_.layout.with_dim(0, (Atom(type_.shape[0], (EP,)),)))
 
     def _copy(self, node: fx.Node) -> None:
         builder = self.writer.builder

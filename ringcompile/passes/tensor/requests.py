@@ -63,11 +63,16 @@ class TensorRequests(Requests):
         self.products: dict[fx.Node, frozenset[fx.Node]] = {}
         self.unpacked = Unpacked(lambda node: node.name in self.weights)
 
-    def summed(self, node: fx.Node) -> fx.Node:
-        """A value that is no partial sum: summed over the ranks, and with tp_sequence split."""
-        if not isinstance(node.meta["type"], TensorType) or not layout_of(node).partial:
+    def summed(self, node: fx.Node, over: tuple[str, ...] = ()) -> fx.Node:
+        """A value that is no partial sum: summed over the ranks, and with tp_sequence split.
+
+        Args:
+            node: the value.
+            over: the axes over which it may stay a partial sum.
+        """
+        if not isinstance(node.meta["type"], TensorType) or layout_of(node).partial == over:
             return node
-        layout = replace(layout_of(node), partial=())
+        layout = replace(layout_of(node), partial=over)
         return self.request(node, self._over_tp(type_of(node), layout))
 
     def _over_tp(self, type_: TensorType, layout: Layout) -> Layout:

@@ -196,8 +196,14 @@ class _Splitter(VocabularySplits):
             if bias is not None:
                 return self._with_bias(node, call, operands, wanted, bias)
             new = [self.obtain(n, w) for n, w in zip(operands, wanted, strict=True)]
-            return self.emit(node, new, replace(layout_of(node), partial=(TP,)))
+            return self.emit(node, new, self._partial(node))
         return None
+
+    @staticmethod
+    def _partial(node: fx.Node) -> Layout:
+        """The layout of a product that is a term of a sum over `tp`, beside what it was one of."""
+        have = layout_of(node)
+        return replace(have, partial=(*have.partial, TP))
 
     def _is_product(self, call: Call, rule: FactorRule, factors: Sequence[int]) -> bool:
         """Whether terms of the sum add up: of all that is not summed over only a bias is added."""
@@ -256,14 +262,16 @@ class _Splitter(VocabularySplits):
             self.obtain(x, w)
             for i, (x, w) in enumerate(zip(operands, wanted, strict=True)) if i != place
         ]
-        type_ = type_of(node).with_layout(replace(layout_of(node), partial=(TP,)))
+        type_ = type_of(node).with_layout(self._partial(node))
         rule = find_rule(node.target)
         assert isinstance(rule, FactorRule)
         target = getattr(aten, rule.without_bias).default if rule.without_bias else node.target
         how = {}
         if target is _EXPERTS:
             how = {"transposed": call["transposed"]}
-        total = self.summed(self.builder.call(target, tuple(new), type_, **how))
+        total = self.summed(
+            self.builder.call(target, tuple(new), type_, **how), layout_of(node).partial
+        )
         added = operands[place]
         if target is _EXPERTS:
             expert = self.request(operands[1], Layout(layout_of(total).dims[:-1]))
@@ -277,7 +285,8 @@ class _Splitter(VocabularySplits):
         (count,) = local_shape(type_of(bias), self.mesh, self.sequence)[:1]
         index = type_of(expert)
         known = self.builder.call(aten.clamp.default, (expert, 0, simplify(count - 1)), index)
-        found = self.builder.call(aten.embedding.default, (bias, known), type_)
+        rows = type_.with_layout(replace(type_.layout, partial=()))
+        found = self.builder.call(aten.embedding.default, (bias, known), rows)
         none = self.builder.call(
             aten.ge.Scalar, (expert, count), replace(index, dtype=torch.bool)
         )
@@ -354,9 +363,10 @@ class _Splitter(VocabularySplits):
         if any(map(has_tp, layouts)):
             placement = self.forward(node, rule, layouts)
         if placement is None:
-            wanted = [layout_of(n) for n in call.operands]
+            wanted = [replace(layout_of(n), partial=()) for n in call.operands]
             placement = Placement(tuple(wanted), layout_of(node))
-        output = replace(placement.output, partial=partial)
+        begun = _begins_sum(node)
+        output = replace(placement.output, partial=(*begun, *partial))
         if output.has_conflict:
             return self._carried(node, call, list(map(self.summed, operands)))
         new = [
@@ -365,8 +375,18 @@ class _Splitter(VocabularySplits):
             for n, want in zip(operands, placement.operands, strict=True)
         ]
         if partial and not any(layout_of(n).partial for n in new):
-            output = replace(output, partial=())
+            output = replace(output, partial=begun)
         return self.emit(node, new, output)
+
+
+def _begins_sum(node: fx.Node) -> tuple[str, ...]:
+    """The axes over which an op's result is a term of a sum, and no operand is one.
+
+    It is so of experts over `ep` that are given all tokens.
+    """
+    before = [axis for x in node.all_input_nodes for axis in layout_of(x).partial]
+    return tuple(axis for axis in layout_of(node).partial if axis not in before)
+
 
 def _is_float(node: fx.Node) -> bool:
     return type_of(node).dtype.is_floating_point or type_of(node).dtype.is_complex
