@@ -30,13 +30,12 @@ import ringcompile as rc
 from ringcompile import artifact
 from ringcompile.ir.expr import bind
 from ringcompile.ir.program import Input, Program
-from ringcompile.models import zoo
 from ringcompile.numerics.widen import WideSource, wide_by_default, wide_tensors, widened
 from ringcompile.passes.base import Builder
 from ringcompile.runtime.inprocess import run_lockstep
 from tests import damage_kinds
 from tests.damage_kinds import Site
-from tests.support import tensors
+from tests.support import tensors, zoo_program
 
 # -- the models ------------------------------------------------------------------------------------
 
@@ -100,8 +99,6 @@ def _masked_encoder() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return module, (ids,), {"attention_mask": ids + 1}
 
 
-def _zoo(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    return (*zoo.build(name, sequence=24), {})
 
 
 def _capacity() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -109,13 +106,14 @@ def _capacity() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return Capacity(), (ids, ids + 1), {}
 
 
-MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "dense ring": (lambda: _zoo("llama-tiny"), "ring=2"),
+# How to build each, or its name in the zoo.
+MODELS: dict[str, tuple[Callable[[], Any] | str, str]] = {
+    "dense ring": ("llama-tiny", "ring=2"),
     "masked encoder": (_masked_encoder, "ring=2"),
     "capacity": (_capacity, "ring=2"),
-    "vocabulary": (lambda: _zoo("gpt-tiny"), "tp=4"),
+    "vocabulary": ("gpt-tiny", "tp=4"),
     "window": (lambda: (Windowed(), (torch.randn(1, 24, 16),), {}), "ring=4"),
-    "stages": (lambda: _zoo("llama-tiny"), "pp=2,tp=2"),
+    "stages": ("llama-tiny", "pp=2,tp=2"),
 }
 
 
@@ -123,12 +121,18 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
 def compiled(name: str) -> rc.ParallelProgram:
     """The program of a model, as it should be."""
     build, spec = MODELS[name]
+    parallel = rc.transform(_captured(build), spec)
+    assert parallel.reference is not None
+    return parallel
+
+
+def _captured(build: Callable[[], Any] | str) -> Program:
+    if isinstance(build, str):
+        return zoo_program(build, sequence=24)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, args, kwargs = build()
-    parallel = rc.transform(rc.capture(module.eval(), args, kwargs), spec)
-    assert parallel.reference is not None
-    return parallel
+    return rc.capture(module.eval(), args, kwargs)
 
 
 # -- damage ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -66,10 +67,19 @@ def captured(
     return known[key]
 
 
-@cache
-def zoo_program(name: str, **sizes: Any) -> Program:
+def zoo_program(model: str, name: str = "", **sizes: Any) -> Program:
     """What a model of the zoo is captured as, once for all tests that ask for it alike."""
-    return capture(*zoo.build(name, **sizes))
+    given = {key: size for key, size in sizes.items() if size not in (None, _DEFAULT.get(key))}
+    program = _zoo_program(model, tuple(sorted(given.items())))
+    return replace(program, name=name) if name else program
+
+
+_DEFAULT = {"batch": 1}
+
+
+@cache
+def _zoo_program(model: str, sizes: tuple[tuple[str, Any], ...]) -> Program:
+    return capture(*zoo.build(model, **dict(sizes)))
 
 
 def captured_once(

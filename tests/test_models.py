@@ -23,7 +23,7 @@ from ringcompile.ops import bodies
 from ringcompile.ops.kernels import select
 from ringcompile.parallel_program import ParallelProgram
 from tests.moe_table import kept_choices, slow_mixture, turns_of
-from tests.support import TOLERANCE, difference, run, some_fast, tensors
+from tests.support import TOLERANCE, difference, run, some_fast, tensors, zoo_program
 
 transformers = pytest.importorskip("transformers")
 ORDERS = ("contiguous", "zigzag")
@@ -60,9 +60,8 @@ def causal(config: Any) -> nn.Module:
 
 
 @lru_cache
-def zoo_program(name: str) -> tuple[nn.Module, Program]:
-    module, example = zoo.build(name, sequence=24)
-    return module, capture(module, example)
+def zoo_model(name: str) -> tuple[nn.Module, Program]:
+    return zoo.build(name)[0], zoo_program(name, sequence=24)
 
 
 @lru_cache
@@ -86,7 +85,7 @@ def quick(name: str, ranks: int, order: str) -> bool:
     ("name", "ranks", "order"), some_fast(ZOO, [2, 4, 8, 16], ORDERS, fast=quick)
 )
 def test_zoo(name: str, ranks: int, order: str) -> None:
-    module, program = zoo_program(name)
+    module, program = zoo_model(name)
     double, _ = zoo.build(name, dtype="float64")
     parallel = transform(program, f"ring={ranks}", order=order)
     for length in (64, 45, 7):  # one program: divides, does not divide, fewer than ranks
@@ -295,7 +294,7 @@ def test_config_of_experts(changes: dict[str, Any], message: str) -> None:
 
 
 def decoder(order: str = "zigzag") -> tuple[nn.Module, ParallelProgram, tuple[torch.Tensor, ...]]:
-    module, program = zoo_program("llama-tiny")
+    module, program = zoo_model("llama-tiny")
     _, inputs = zoo.build("llama-tiny", sequence=61)
     return module, transform(program, "ring=4", order=order), inputs
 
@@ -321,7 +320,7 @@ def test_positions_shifted_by_one_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     module, parallel, inputs = decoder()
     right = bodies.BODIES["positions"]
     parallel.ranks()
-    bert, program = zoo_program("bert-tiny")
+    bert, program = zoo_model("bert-tiny")
     learned = transform(program, "ring=4")
     monkeypatch.setitem(bodies.BODIES, "positions", lambda *a, **k: (right(*a, **k) + 1))
     # Rotary attention sees only differences of positions, so the learned table is the test here.

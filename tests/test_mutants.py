@@ -23,7 +23,6 @@ from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.origin import check_origin
 from ringcompile.ir.serialize import program_to_json
-from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import prepare
 from tests.artifact.test_damage import resign
@@ -57,8 +56,7 @@ def compiled(name: str) -> ParallelProgram:
     if model == "window":
         module = Lambda(windowed).eval()
         return transform(capture(module, (torch.randn(1, LENGTH, H),)), spec, length=LENGTH)
-    module, args = zoo.build(model)
-    return transform(capture(module.eval(), args), spec)
+    return transform(zoo_program(model), spec)
 
 
 def mutants(name: str, seeds: range, step: int = 1) -> Iterator[tuple[int, Mutant]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -10,13 +9,11 @@ import torch
 
 import ringcompile as rc
 from ringcompile.ir.program import Program
-from ringcompile.models import zoo
+from tests.support import zoo_program
 
 
-@lru_cache
 def captured() -> Program:
-    module, inputs = zoo.build("llama-tiny", sequence=24)
-    return rc.capture(module, inputs, name="llama-tiny")
+    return zoo_program("llama-tiny", "llama-tiny", sequence=24)
 
 
 def test_programs_are_one_line_each() -> None:

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ringcompile.artifact import save
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
-from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
+from tests.support import zoo_program
 
 
 @cache
 def compile_model(name: str, spec: str = "ring=2") -> ParallelProgram:
-    module, args = zoo.build(name)
-    return transform(capture(module.eval(), args), spec)
+    return transform(zoo_program(name), spec)
 
 
 def view(program: Program) -> str:

@@ -22,9 +22,9 @@ from ringcompile.ir.expr import bind, coordinate, symbol
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
-from ringcompile.models import zoo
 from ringcompile.models.transformer import Transformer, TransformerConfig
 from ringcompile.parallel_program import ParallelProgram
+from tests.support import zoo_program
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TransformerConfig(
@@ -169,8 +169,7 @@ def test_views_are_python_with_a_statement_for_each_node(made: ParallelProgram) 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "bert-tiny", "dense-4l-tiny"])
 def test_views_of_the_zoo(name: str) -> None:
-    module, args = zoo.build(name)
-    program = capture(module, args, name=name)
+    program = zoo_program(name, name)
     found = transform(program, "ring=4", length=40)
     for each in (program, found.program, found.rank(3)):
         check_view(each)

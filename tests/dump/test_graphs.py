@@ -10,12 +10,11 @@ import networkx as nx
 import ringcompile as rc
 from ringcompile.dump import render
 from ringcompile.ir.program import Program
-from ringcompile.models import zoo
+from tests.support import zoo_program
 
 
 def program() -> Program:
-    module, inputs = zoo.build("llama-tiny", sequence=24)
-    return rc.transform(rc.capture(module, inputs, name="llama-tiny"), "ring=2").rank(1)
+    return rc.transform(zoo_program("llama-tiny", "llama-tiny", sequence=24), "ring=2").rank(1)
 
 
 def test_graphml_is_read_back_with_what_ranks_exchange() -> None:

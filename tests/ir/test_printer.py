@@ -20,11 +20,11 @@ from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program, Structure
 from ringcompile.ir.types import TensorType
-from ringcompile.models import zoo
 from ringcompile.models.transformer import Transformer, TransformerConfig
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Pass
+from tests.support import zoo_program
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TransformerConfig(
@@ -204,8 +204,7 @@ def test_nested_outputs_gathers_and_windows() -> None:
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "bert-tiny", "dense-4l-tiny"])
 def test_models_of_the_zoo(name: str) -> None:
-    module, args = zoo.build(name)
-    made = transform(capture(module, args, name=name), "ring=4")
+    made = transform(zoo_program(name, name), "ring=4")
     for program in (made.program, made.rank(1)):
         text = print_program(program, weights=True)
         assert text.startswith(f"// model {name}   mesh ring=4   order ")

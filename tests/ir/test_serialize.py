@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringcompile.artifact.graph import program_from_json
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import coordinate, symbol
@@ -21,7 +20,6 @@ from ringcompile.ir.program import Input, Program
 from ringcompile.ir.serialize import op_name, portable, program_to_json, size_from_text
 from ringcompile.ir.types import TensorType
 from ringcompile.mesh import Mesh
-from ringcompile.models import zoo
 from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pipeline
 from ringcompile.runtime.inprocess import run_lockstep, run_single
@@ -29,6 +27,7 @@ from tests.ir.small_program import (
     small,
     x32,
 )
+from tests.support import zoo_program
 
 MODELS = ["llama-tiny", "bert-tiny", "gpt-tiny"]
 
@@ -43,8 +42,7 @@ def through_json(program: Program) -> Program:
 @pytest.fixture(scope="module", params=MODELS)
 def stages(request: pytest.FixtureRequest) -> dict[str, Program]:
     """A model behind every pass, by the passes' names; "rank" is rank 1 of 4 at the end."""
-    module, args = zoo.build(request.param)
-    seen = {"capture": capture(module.eval(), args)}
+    seen = {"capture": zoo_program(request.param)}
     parallel = transform(
         seen["capture"], "ring=4", observe=lambda p, program, _: seen.update({p.name: program})
     )

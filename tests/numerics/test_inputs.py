@@ -13,13 +13,13 @@ from ringcompile import execution
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
-from ringcompile.models import zoo
 from ringcompile.numerics.draw import PADDING, Draw, draw_inputs
 from ringcompile.numerics.lengths import lengths_to_try, longer, thresholds
 from ringcompile.numerics.roles import Role, roles_of
 from ringcompile.passes.base import Pipeline
 from ringcompile.passes.canonicalize.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
+from tests.support import zoo_program
 
 
 class Everything(nn.Module):
@@ -78,8 +78,7 @@ def test_what_is_drawn_is_taken_by_the_model(seed: int) -> None:
 
 
 def test_edges_of_all_shares_are_among_the_ids() -> None:
-    module, args = zoo.build("llama-tiny", sequence=24)
-    program = capture(module.eval(), args)
+    program = zoo_program("llama-tiny", sequence=24)
     inputs = draw_inputs(program, roles_of(program), Draw(40, 0), replicas=1, shares=4)
     ids = set(inputs["inputs"].flatten().tolist())
     assert {0, 127, 128, 255, 256, 383, 384, 511} <= ids
@@ -139,8 +138,7 @@ def test_lengths_stay_in_the_range_of_the_program_and_reach_its_last_row() -> No
 @pytest.mark.parametrize(("spec", "batch"), [("tp=2", 1), ("dp=2", 2)])
 def test_what_is_run_without_inputs_is_drawn_likewise(spec: str, batch: int) -> None:
     """Ids come from the whole vocabulary; there is a sequence for each replica."""
-    module, args = zoo.build("gpt-tiny", sequence=24)
-    parallel = transform(capture(module, args), spec)
+    parallel = transform(zoo_program("gpt-tiny", sequence=24), spec)
     (ids,) = execution.random_inputs(parallel, 500).values()
     assert list(ids.shape) == [batch, 500]
     assert (int(ids.min()), int(ids.max())) == (0, 511)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from ringcompile.capture.export import capture
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
@@ -17,7 +16,7 @@ from ringcompile.options import Options
 from ringcompile.pass_list import front_passes, rank_passes
 from ringcompile.passes.base import Pipeline
 from ringcompile.runtime.inprocess import run_lockstep, run_single
-from tests.support import difference
+from tests.support import difference, zoo_program
 
 MODELS = ("llama-tiny", "gpt-tiny", "bert-tiny", "dense-4l-tiny")
 MESH = Mesh.parse("ring=3")
@@ -28,8 +27,8 @@ GLOBAL = [step.name for step in FRONT].index("partition")
 
 @lru_cache
 def stages(name: str) -> tuple[nn.Module, list[Program]]:
-    module, example = zoo.build(name, sequence=24)
-    programs = [capture(module, example)]
+    module, _ = zoo.build(name)
+    programs = [zoo_program(name, sequence=24)]
     for step in FRONT:
         programs.append(Pipeline([step]).run(programs[-1]))
     return module, programs

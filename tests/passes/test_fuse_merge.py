@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.ir.call_text import op_name
 from ringcompile.ir.calls import Call
@@ -22,15 +21,17 @@ from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pipeline
 from ringcompile.passes.rank.fuse_merge import FuseMerge
 from ringcompile.runtime.inprocess import run_lockstep
-from tests.support import difference
+from tests.support import difference, zoo_program
 
 DTYPES = ("float32", "bfloat16")
 
 
 @lru_cache
 def made(dtype: str, order: str) -> tuple[nn.Module, ParallelProgram]:
-    module, example = zoo.build("dense-4l-tiny", sequence=24, dtype=dtype)
-    return module, transform(capture(module, example), "ring=3", order=order)
+    module, _ = zoo.build("dense-4l-tiny", dtype=dtype)
+    own = None if dtype == "float32" else dtype
+    program = zoo_program("dense-4l-tiny", sequence=24, dtype=own)
+    return module, transform(program, "ring=3", order=order)
 
 
 def unfused(parallel: ParallelProgram, rank: int) -> Program:

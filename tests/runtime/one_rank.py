@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
-from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.data import name_inputs, share_inputs
 from ringcompile.runtime.runner import read_weights
+from tests.support import zoo_program
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,8 @@ class OneRank:
         return {**self.weights, **self.share}
 
 
-@cache
 def captured(name: str, dtype: str | None) -> Program:
-    module, example = zoo.build(name, sequence=24, dtype=dtype)
-    return capture(module, example)
+    return zoo_program(name, sequence=24, dtype=dtype)
 
 
 def one_rank(

@@ -20,7 +20,7 @@ from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.launcher import LocalRanks
 from ringcompile.runtime.outputs import Kept, Summary, combined, shape_of
 from ringcompile.runtime.tail import last_positions, take_rows
-from tests.support import difference, tensors
+from tests.support import difference, tensors, zoo_program
 
 LENGTH = 29  # not a multiple of any number of ranks here: the last share is padded
 CASES = [
@@ -29,10 +29,8 @@ CASES = [
 ]
 
 
-@lru_cache
 def captured(name: str) -> Program:
-    module, inputs = zoo.build(name, sequence=24)
-    return rc.capture(module, inputs, name=name)
+    return zoo_program(name, name, sequence=24)
 
 
 @lru_cache

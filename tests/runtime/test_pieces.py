@@ -17,7 +17,7 @@ from ringcompile.runtime.batches import whole_outputs
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.outputs import Kept
 from ringcompile.runtime.pieces import Pieces, in_pieces
-from tests.support import difference, tensors
+from tests.support import difference, tensors, zoo_program
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 29  # not a multiple of any number of ranks here: the last share is padded
@@ -54,7 +54,7 @@ def test_pieces_give_the_same_outputs(
     name: str, spec: str, last: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "_LEAST", 0)
-    parallel = rc.transform(rc.capture(*zoo.build(name, sequence=24)), spec)
+    parallel = rc.transform(zoo_program(name, sequence=24), spec)
     given = zoo.build(name, sequence=LENGTH, batch=2)[1]
     done = run_lockstep(
         parallel.ranks(), parallel.mesh, parallel.source, given, keep=Kept(last)

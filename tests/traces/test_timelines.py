@@ -11,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from ringcompile.capture.export import capture
 from ringcompile.cli import cli
 from ringcompile.compiler import load, transform
 from ringcompile.cost.hardware import load_cluster
@@ -20,7 +19,6 @@ from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How
 from ringcompile.cost.values import bind_lengths
 from ringcompile.errors import RingCompileError
-from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.launcher import launch
 from ringcompile.traces.events import read_events, to_events, write_events
@@ -29,6 +27,7 @@ from ringcompile.traces.plot import draw
 from ringcompile.traces.simulated import simulated
 from ringcompile.traces.slices import Slice, one_after_another
 from ringcompile.view import page
+from tests.support import zoo_program
 from tests.traces.checks import check_timeline, slices, traced_in_a_job
 
 
@@ -37,9 +36,8 @@ def made(spec: str) -> ParallelProgram:
     return transform(captured(), spec)
 
 
-@lru_cache
 def captured() -> Any:
-    return capture(*zoo.build("llama-tiny", sequence=24), name="llama-tiny")
+    return zoo_program("llama-tiny", "llama-tiny", sequence=24)
 
 
 def of_simulation(spec: str, how: How, length: int = 256) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from ringcompile.ir.printer import print_program
 from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.view import page
+from tests.support import zoo_program
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @lru_cache
 def made(spec: str = "ring=2,tp=2") -> ParallelProgram:
-    module, inputs = zoo.build("llama-tiny", sequence=24)
-    return rc.transform(rc.capture(module, inputs, name="llama-tiny"), spec)
+    return rc.transform(zoo_program("llama-tiny", "llama-tiny", sequence=24), spec)
 
 
 @lru_cache
