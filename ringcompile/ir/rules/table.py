@@ -39,11 +39,6 @@ def creation(call: Call) -> Factors:
     return Factors((), tuple(range(rank_of(call))))
 
 
-def expand(call: Call) -> Factors:
-    """Dims grown from size 1 are made where they are needed."""
-    return pointwise(call)
-
-
 def permute(call: Call) -> Factors:
     """Output dim i is operand dim `dims[i]`."""
     rank = rank_of(call)
@@ -319,7 +314,7 @@ RULES: dict[str, Rule] = {
     **_rows(["glu.default"], _glu, cost="special"),
     "aten.reshape.default": ViewRule(),
     "aten.view.dtype": BitsRule(),
-    **_rows(["expand.default"], expand, cost="view", linear=FIRST, shape_argument="size"),
+    **_rows(["expand.default"], pointwise, cost="view", linear=FIRST, shape_argument="size"),
     **_rows(["permute.default"], permute, cost="view", linear=FIRST),
     **_rows(["diagonal.default"], diagonal, cost="view", linear=FIRST),
     **_rows(["select.int"], select, cost="view", linear=FIRST),
