@@ -217,11 +217,11 @@ def test_info(folder: Path) -> None:
         "llama-tiny, ring=2, order zigzag, 2 ranks",
         "  input  inputs: int64 [b, s]",
         "  output output: float32 [b, s, 512]",
-        "  length of the sequence: s, at least 1 tokens",
+        "  length of the sequence: s, at least 1 token",
         "  batch: any number of sequences",
         "  weights of a rank: 1.18 MB",
-        "run: ringcompile run out",
-        "run: torchrun --nproc-per-node 2 -m ringcompile run out",
+        "run on this machine: ringcompile run out",
+        "run as a job: torchrun --nproc-per-node 2 -m ringcompile run out",
     ]
     facts = json.loads(ringcompile("info", "out", "--json", cwd=folder).stdout)
     module = zoo.build("llama-tiny", sequence=24)[0]

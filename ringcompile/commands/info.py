@@ -49,8 +49,8 @@ def info(out: Out, as_json: bool) -> None:
     click.echo(f"  weights of a rank: {share}")
     for note in facts["notes"]:
         click.echo(f"note: {note}")
-    for line in facts["run"]:
-        click.echo(f"run: {line}")
+    for where, line in zip(("on this machine", "as a job"), facts["run"], strict=True):
+        click.echo(f"run {where}: {line}")
 
 
 def _facts(out: Out, made: ParallelProgram) -> dict[str, Any]:
@@ -96,5 +96,6 @@ def _length(made: ParallelProgram) -> str:
     if fixed is not None:
         return f"{fixed} tokens"
     low, high = made.program.length_range
-    return f"s, {low} to {high} tokens" if high is not None else f"s, at least {low} tokens"
+    least = f"s, at least {low} token{'' if low == 1 else 's'}"
+    return f"s, {low} to {high} tokens" if high is not None else least
 

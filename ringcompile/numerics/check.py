@@ -31,6 +31,7 @@ from ringcompile.numerics.widen import WideSource, wide_by_default, wide_tensors
 from ringcompile.options import TRIES
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.inprocess import run_lockstep
+from ringcompile.runtime.join import first_line
 
 SECONDS = 60.0
 # Special ids go first, then the range of indices is halved until the model takes them.
@@ -104,6 +105,7 @@ class Comparison:
     parallel: ParallelProgram
     module: nn.Module | None
     notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         kept, ranks, source = self.parallel.reference, self.parallel.ranks(), self.parallel.source
@@ -151,6 +153,7 @@ class Comparison:
             for _ in range(request.tries):
                 yield self._drawn(length, seed)
                 seed += 1
+        self._note_left_out()
         for node in self._one_sided:
             where = location_of(node).short
             self.notes.append(f"{where}: %{node.name} always gave the same result when it compared "
@@ -162,9 +165,23 @@ class Comparison:
             try:
                 yield self._compared(way, request.inputs, Draw(0, 0), request.named)
             except _RefusedError as error:
-                raise RingCompileError(
-                    f"the model itself fails on {request.named}: {error.__cause__ or error}"
-                ) from None
+                failure = first_line(error.__cause__ or error)
+                if not way.wide:
+                    raise RingCompileError(
+                        f"the model itself fails on {request.named}: {failure}"
+                    ) from None
+                self.left_out.append(f"{request.named}: {failure}")
+        self._note_left_out()
+
+    def _note_left_out(self) -> None:
+        """Say how many comparisons of the model in float64 it does not take, and why."""
+        if self.left_out:
+            count = len(self.left_out)
+            self.notes.append(
+                f"{count} {'comparison' if count == 1 else 'comparisons'} in float64 with larger "
+                f"weights {'was' if count == 1 else 'were'} left out, because the model itself "
+                f"fails in them; the first is {self.left_out[0]}"
+            )
 
     @property
     def _one_sided(self) -> list[fx.Node]:
@@ -205,7 +222,8 @@ class Comparison:
     def _drawn(self, length: int, seed: int) -> Numerics:
         """Inputs of a length and a seed, as many-sided as the model takes them."""
         failure: BaseException | None = None
-        ways = [self.strong, self.own] if seed % 3 > 0 else [self.own]
+        strong = self.strong if seed % 3 > 0 else None
+        ways = [strong, self.own] if strong is not None else [self.own]
         for plain in range(_PLAINEST):
             draw = Draw(length, seed, plain)
             mesh = self.parallel.mesh
@@ -213,11 +231,15 @@ class Comparison:
                 self.program, self.roles, draw, mesh.size("dp"), mesh.size("tp"),
                 self.parallel.program,
             )
-            for way in filter(None, ways):
+            for way in ways:
                 try:
-                    return self._compared(way, inputs, draw, self._words(draw, way))
+                    found = self._compared(way, inputs, draw, self._words(draw, way))
                 except _RefusedError as error:
                     failure = error.__cause__ or error
+                    continue
+                if failure is not None and way is not ways[0]:
+                    self.left_out.append(f"length {length}, seed {seed}: {first_line(failure)}")
+                return found
         raise RingCompileError(
             f"the model itself fails on random inputs of length {length}: {failure}",
             hint="compare on inputs of yours: --inputs FILE",

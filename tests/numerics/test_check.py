@@ -66,8 +66,39 @@ def test_a_threshold_that_is_not_reached_is_a_note() -> None:
     found = rc.verify(small(), seq=24, tries=1)
     assert len(found.numerics) == 1
     assert len(found.notes) == 1
-    assert "compares numbers had the same result in all tries" in found.notes[0]
+    assert "always gave the same result when it compared" in found.notes[0]
     assert "test_check.py:" in found.notes[0]
+
+
+class Small(nn.Module):
+    """Not a number where weights are larger than its own, which are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.qkv = nn.Embedding(30, 16), nn.Linear(16, 48, bias=False)
+        nn.init.normal_(self.qkv.weight, std=0.01)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return (0.5 - y.abs()).sqrt()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_float64_cannot_run_is_left_out_and_said(given: bool) -> None:
+    """It was left out without a word where inputs are drawn, and an error where they are given."""
+    ids = torch.arange(24)[None] % 30
+    parallel = rc.transform(rc.capture(Small().eval(), (ids,)), "ring=2")
+    inputs = {parallel.program.inputs[0].name: ids} if given else None
+    found = rc.verify(parallel, seq=None if given else 24, tries=3, inputs=inputs)
+    assert found.wrong == ""
+    assert {row.allowed for row in found.numerics} == {2e-5}
+    (note,) = found.notes
+    count, where = (1, "the inputs given") if given else (2, "length 24, seed 1")
+    begin = f"{count} comparison{'s' * (count > 1)} in float64 with larger weights "
+    assert note.startswith(begin)
+    assert f"because the model itself fails in them; the first is {where}: " in note
 
 
 def damaged(parallel: rc.ParallelProgram) -> rc.ParallelProgram:

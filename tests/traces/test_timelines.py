@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,55 @@ def test_simulated_timelines(spec: str, how: str) -> None:
     sent = [row for row in slices(events) if row["cat"] == "communication"]
     assert all(row["args"]["bytes"] or row["args"].get("to", 0) is None for row in sent)
     assert any(row["args"]["critical"] for row in slices(events))
+
+
+def first(events: dict[str, Any], phase: str, **args: object) -> dict[str, Any]:
+    """The first row of a phase, with these arguments."""
+    return next(row for row in events["traceEvents"] if row["ph"] == phase
+                and all(row["args"].get(name) == value for name, value in args.items()))
+
+
+def without(events: dict[str, Any], phase: str) -> None:
+    events["traceEvents"].remove(first(events, phase))
+
+
+FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a slice that overlaps the next": lambda e: first(e, "X").update(dur=1e9),
+    "a slice of no length that is known": lambda e: first(e, "X").update(dur=float("nan")),
+    "a slice before the start": lambda e: first(e, "X").update(ts=-1.0),
+    "a slice on a track without a name": lambda e: first(e, "X").update(tid=99),
+    "a slice of another rank": lambda e: first(e, "X")["args"].update(rank=1),
+    "a name that dump does not print": lambda e: first(e, "X")["args"].update(value="%9999"),
+    "an op that dump does not print": lambda e: first(e, "X")["args"].update(op="aten.nothing"),
+    "a flow without a start": lambda e: without(e, "s"),
+    "a flow without an end": lambda e: without(e, "f"),
+    "a flow outside of every slice": lambda e: first(e, "f").update(ts=1e9),
+    "a flow that ends before it begins": lambda e: first(e, "s").update(
+        ts=first(e, "f")["ts"] + 1e3),
+    "two flows of one number": lambda e: first(e, "s").update(id=2),
+    "a transfer to another rank": lambda e: first(e, "X", kind="communication")["args"].update(
+        to=3),
+    "a flow that binds to what follows": lambda e: first(e, "f").pop("bp"),
+    "memory that goes back in time": lambda e: first(e, "C").update(ts=1e9),
+    "memory of no bytes": lambda e: first(e, "C")["args"].update(bytes=0),
+    "a thread of two processes": lambda e: first(e, "M", name="compute").update(tid=301),
+    "a row of an unknown kind": lambda e: e["traceEvents"].append({"ph": "Q", "name": "?"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_timeline_is_found(fault: str) -> None:
+    events = json.loads(json.dumps(timeline()))
+    FAULTS[fault](events)
+    with pytest.raises(AssertionError):
+        check_timeline(events, made("ring=4"))
+
+
+@lru_cache
+def timeline() -> dict[str, Any]:
+    events = of_simulation("ring=4", How())
+    check_timeline(events, made("ring=4"))
+    return events
 
 
 def invoke(*words: object) -> Result:
