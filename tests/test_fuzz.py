@@ -95,8 +95,26 @@ def test_a_type_that_no_machine_holds(tmp_path: Path, monkeypatch: pytest.Monkey
                     kwargs={"dtype": {"dtype": "float32"}})
 
     said = run(edited(pristine("small").folder, tmp_path, change), monkeypatch)
-    assert "takes 37,252.9 GiB, there are" in said
+    assert "needs 37,252.9 GiB of memory, and " in said
     assert "hint: use more ranks, a shorter sequence or a smaller batch" in said
+
+
+@pytest.mark.parametrize(("op", "args"), [
+    ("aten.full.default", lambda node: [[10**9], 1.0]),
+    ("aten.repeat.default", lambda node: [node["args"][0], [10**6, 1, 1]]),
+])
+def test_a_value_that_nothing_it_is_made_from_calls_for(
+    op: str, args: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The type says the same, and a machine may hold it."""
+    def change(data: Any) -> None:
+        node = next(n for n in data["nodes"] if n["op"] == "aten.mul.Tensor")
+        data["types"].append({"dtype": "float32", "shape": [10**9]})
+        more = {"dtype": {"dtype": "float32"}} if op == "aten.full.default" else {}
+        node.update(op=op, args=args(node), type=len(data["types"]) - 1, kwargs=more)
+
+    said = run(edited(pristine("small").folder, tmp_path, change), monkeypatch)
+    assert "GiB, made from 0.0 GiB; all weights and inputs of the program are 0.0 GiB" in said
 
 
 def test_a_count_of_our_own_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

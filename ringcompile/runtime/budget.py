@@ -23,6 +23,10 @@ from ringcompile.runtime.steps import Slot, Step
 # What an op may always make: data-dependent sizes and scratch of small programs stay below it.
 _SMALL = 64 << 20
 _FEW = 1 << 20
+# An op may make so many times the bytes that it reads, however many that are.
+_TIMES = 4096
+# And so many bytes for each pair of tokens: masks and biases are made from nothing.
+_A_PAIR = 64
 # Arguments of our own operators that are numbers of rows or columns.
 _COUNTS = frozenset({"chunk", "each", "ways", "lead", "head_dim"})
 Shape = Callable[[TensorType], tuple[Any, ...]]
@@ -31,15 +35,20 @@ Results = list[list[tuple[tuple[Any, ...], torch.dtype]]]
 
 
 def check_memory(
-    nodes: Sequence[fx.Node], steps: Sequence[Step], shape_of: Shape, device: torch.device
+    nodes: Sequence[fx.Node], steps: Sequence[Step], shape_of: Shape, device: torch.device,
+    pairs: int,
 ) -> None:
-    """Refuse a program that cannot be held, or that asks for more than its types say.
+    """Refuse a program that cannot be held, or that asks for more than fits what it is given.
+
+    Types say how large each value is, and an op is held to its type. A type may be false as well:
+    what is much larger than all weights and inputs, and than what the op reads, is refused too.
 
     Args:
         nodes: of the graph, in order; slots are their indices.
         steps: the calls in order, with their arguments bound.
         shape_of: the local shape of a type; sizes that only the data tells stay symbols.
         device: where tensors will be put.
+        pairs: sequences times tokens times tokens of a run.
 
     Raises:
         RingCompileError: by the node, with the bytes.
@@ -55,6 +64,9 @@ def check_memory(
                 hint="use more ranks, a shorter sequence or a smaller batch",
             )
     allowed = max(_SMALL, *sizes)
+    given = sum(size for node, size in zip(nodes, sizes, strict=True) if node.op == "placeholder")
+    usual = max(_SMALL, given, _A_PAIR * pairs)
+    slot_of = {node: slot for slot, node in enumerate(nodes)}
     known: dict[str, int] = {}
     for step in steps:
         _check_counts(step, results)
@@ -66,6 +78,13 @@ def check_memory(
                 step.node,
                 f"%{step.node.name} would take {_text(made)}, but its type says "
                 f"{_text(sizes[step.out])}", hint="do not use this artifact",
+            )
+        read = sum(sizes[slot_of[operand]] for operand in step.node.all_input_nodes)
+        if made > max(usual, _TIMES * read):
+            raise error_at(
+                step.node,
+                f"%{step.node.name} would take {_text(made)}, made from {_text(read)}; all weights "
+                f"and inputs of the program are {_text(given)}", hint="do not use this artifact",
             )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import map_values
-from ringcompile.ir.expr import OWN, bind, depends_on_data, is_symbolic
+from ringcompile.ir.expr import BATCH, OWN, PART, SEQUENCE, bind, depends_on_data, is_symbolic
 from ringcompile.ir.nodes import error_at, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape
@@ -102,11 +102,16 @@ class Executor:
             self._prepare(node, frees.get(node, [])) for node in nodes if node.op == "call_function"
         ]
         if program.from_file:
-            check_memory(nodes, self.steps, self._local_shape, self.device)
+            check_memory(nodes, self.steps, self._local_shape, self.device, self._pairs())
         self.watch, self.num_slots = watch, len(nodes)
         if compiler is not None:
             kept = [self.slots[node] for node in program.outputs]
             self.steps, self.num_slots = in_pieces(self.steps, len(nodes), kept, compiler)
+
+    def _pairs(self) -> int:
+        """Sequences times tokens times tokens, as far as lengths tell."""
+        known = {**self.program.lengths, **self.lengths}
+        return int(known.get(PART, known.get(BATCH, 1)) * known.get(SEQUENCE, 1) ** 2)
 
     def _prepare(self, node: fx.Node, frees: list[int]) -> Step:
         args, kwargs = map_values((list(node.args), dict(node.kwargs)), self._argument)
