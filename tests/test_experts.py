@@ -288,7 +288,7 @@ def test_without_the_check_the_numbers_would_be_wrong(monkeypatch: pytest.Monkey
     with torch.no_grad():
         expected = module(x)
     monkeypatch.setattr(token_wise.TokenWise, "holds", lambda self, region: True)
-    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    parallel = transform(captured("experts choose"), "ring=4")
     wrong = any("own tokens" in note for note in parallel.program.notes)
     assert not wrong or difference(run(parallel, (x,)).outputs, expected) > 1e-2
 
@@ -300,11 +300,11 @@ def test_slots_counted_by_each_rank_alone_are_not_exact(monkeypatch: pytest.Monk
     with torch.no_grad():
         expected = module(x)
     monkeypatch.setattr(regions.Finder, "_exact", lambda self, region: region)
-    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    parallel = transform(captured("scatter_add"), "ring=4")
     assert parallel.program.notes == ()
     assert difference(run(parallel, (x,)).outputs, expected) <= TOLERANCE
     monkeypatch.setattr(token_wise.TokenWise, "holds", lambda self, region: True)
-    parallel = compiled(module, (tokens(style, CAPTURED),), "ring=4")
+    parallel = transform(captured("scatter_add"), "ring=4")
     assert difference(run(parallel, (x,)).outputs, expected) > 1e-2
 
 
@@ -346,9 +346,8 @@ def test_declared_with_an_exact_capacity() -> None:
 
 
 def test_unknown_capacity() -> None:
-    style, module = made("scatter_add")
     with pytest.raises(rc.RingCompileError, match="unknown capacity 'most'"):
-        compiled(module, (tokens(style, CAPTURED),), "ring=4", capacity="most")
+        transform(captured("scatter_add"), "ring=4", capacity="most")
 
 
 def test_experts_have_slots_for_one_ranks_tokens_only() -> None:

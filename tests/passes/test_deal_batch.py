@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from ringcompile import artifact
 from ringcompile.capture.export import capture
 from ringcompile.compiler import load, transform
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.pass_list import prepare
 from ringcompile.passes.stages.deal_batch import deal_out, routing
@@ -125,8 +127,7 @@ def test_a_capacity_that_each_part_counts_is_noted() -> None:
 
 def test_a_capacity_of_the_whole_batch() -> None:
     """Replicas are refused; a pipeline runs the batch at once, and drops what the model drops."""
-    module, args = zoo.build("moe-4l-tiny", sequence=24, batch=2)
-    program = capture(module, args)
+    module, program = zoo.build("moe-4l-tiny")[0], zoo_program("moe-4l-tiny", sequence=24, batch=2)
     with pytest.raises(RingCompileError, match="a limited number of tokens of the whole") as caught:
         transform(program, "dp=2")
     assert caught.value.hint == (
@@ -176,21 +177,23 @@ def padded(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def llama() -> nn.Module:
+@cache
+def llama() -> tuple[nn.Module, Program]:
+    """A decoder, and what it is captured as with a mask."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, use_cache=False,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    module, (ids, mask) = transformers.LlamaForCausalLM(config).eval(), padded(2)
+    return module, capture(module, (ids,), {"attention_mask": mask})
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("spec", ["dp=2", "dp=2,pp=2"])
 def test_padded_sentences_are_dealt_with_their_masks(spec: str) -> None:
     """A mask is looked up by the number of the sequence; that is no mixing."""
-    module, (ids, mask) = llama(), padded(2)
-    program = capture(module, (ids,), {"attention_mask": mask})
+    module, program = llama()
     ids, mask = padded(4)
     found = run(transform(program, spec), (ids, mask)).outputs["logits"]
     expected = module(ids, attention_mask=mask).logits
@@ -198,7 +201,7 @@ def test_padded_sentences_are_dealt_with_their_masks(spec: str) -> None:
 
 
 def test_a_mask_of_fewer_sequences_is_refused() -> None:
-    ids, mask = padded(2)
-    program = capture(llama(), (ids,), {"attention_mask": mask})
+    _, program = llama()
+    mask = padded(2)[1]
     with pytest.raises(RingCompileError, match=r"has shape \[2, 21\], the program takes \[b, s\]"):
         run(transform(program, "dp=2"), (padded(4)[0], mask))
