@@ -125,6 +125,12 @@ class Window(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x, seen).transpose(1, 2).flatten(2)
 
 
+@cache
+def windowed(nearest: int, width: int) -> tuple[nn.Module, Program]:
+    module = Window(nearest, width)
+    return module, capture(module, (torch.randn(1, 24, 16),))
+
+
 @pytest.mark.parametrize("length", [None, 48])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("nearest", "width"), [(0, 4), (0, 10), (0, 30), (7, 20)])
@@ -132,26 +138,32 @@ def test_windows_reach_over_pieces_and_ranks(
     nearest: int, width: int, order: str, length: int | None
 ) -> None:
     """In zigzag order also what a rank sees of a block may be chunks that are apart in it."""
-    module = Window(nearest, width)
-    program = capture(module, (torch.randn(1, 24, 16),))
+    module, program = windowed(nearest, width)
     parallel = transform(program, "time=3,ring=3", order=order, length=length)
     for tokens in (48,) if length else (48, 31):
         given = torch.randn(1, tokens, 16)
         assert difference(run(parallel, (given,)).outputs, module(given)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("kind", ["rows", "causal rows", "stages", "masked"])
-def test_what_needs_all_tokens_has_them(kind: str, order: str) -> None:
-    """Means, running sums, values that cross to a stage, masks by key: over ranks and pieces."""
+@cache
+def needing(kind: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], Program]:
+    """A module that needs all tokens, its inputs, and what it is captured as."""
     torch.manual_seed(0)
     x, keep = torch.randn(1, 37, 16), torch.ones(1, 37, dtype=torch.int64)
     keep[:, 30:] = 0
     module: nn.Module = {"stages": Crossing, "masked": Masked}.get(kind, Rows)()
     module.causal = kind == "causal rows"  # type: ignore[assignment]
     inputs = (x, keep) if kind == "masked" else (x,)
+    return module, inputs, capture(module.eval(), inputs)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("kind", ["rows", "causal rows", "stages", "masked"])
+def test_what_needs_all_tokens_has_them(kind: str, order: str) -> None:
+    """Means, running sums, values that cross to a stage, masks by key: over ranks and pieces."""
+    module, inputs, program = needing(kind)
     spec = "pp=2,ring=2,time=2" if kind == "stages" else "time=2,ring=2,ulysses=2"
-    parallel = transform(capture(module.eval(), inputs), spec, order=order)
+    parallel = transform(program, spec, order=order)
     with torch.no_grad():
         assert difference(run(parallel, inputs).outputs, module(*inputs)) <= TOLERANCE
 

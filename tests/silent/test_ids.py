@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ class Decoder(nn.Module):
         return self.head(x + self.attention(x))
 
 
+decoder = cache(Decoder)  # one model, which is captured once
+
+
 def inputs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids(length), torch.arange(length).expand(2, -1).contiguous()
 
@@ -59,7 +63,7 @@ def with_one(value: int, which: int) -> tuple[torch.Tensor, ...]:
      ))],
 )
 def test_an_id_outside_of_its_table(spec: str, which: int, value: int) -> None:
-    parallel = compiled(Decoder(), inputs(CAPTURED), spec)
+    parallel = compiled(decoder(), inputs(CAPTURED), spec)
     with pytest.raises(RingCompileError) as caught:
         run(parallel, with_one(value, which))
     name, rows = ("tokens", VOCABULARY) if which == 0 else ("places", PLACES)
@@ -110,7 +114,7 @@ def test_computed_ids_are_looked_up_in_a_replicated_table(kind: str) -> None:
 
 def test_every_process_says_so_and_none_hangs(tmp_path: Path) -> None:
     folder = tmp_path / "program"
-    compiled(Decoder(), inputs(CAPTURED), "tp=2").save(folder)
+    compiled(decoder(), inputs(CAPTURED), "tp=2").save(folder)
     with LocalRanks(artifact.load, (folder,), backend="gloo", timeout=60) as ranks:
         with pytest.raises(RingCompileError, match=r"input 'tokens' holds 99 at \[1, 7\]"):
             ranks.run(with_one(99, 0))
@@ -118,7 +122,7 @@ def test_every_process_says_so_and_none_hangs(tmp_path: Path) -> None:
 
 
 def test_limits_are_saved_and_read(tmp_path: Path) -> None:
-    parallel = compiled(Decoder(), inputs(CAPTURED), "ring=2")
+    parallel = compiled(decoder(), inputs(CAPTURED), "ring=2")
     parallel.save(tmp_path / "program")
     limits = [spec.limits for spec in rc.load(tmp_path / "program").program.inputs]
     assert [[(limit.low, limit.high) for limit in found] for found in limits] == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import pytest
@@ -112,6 +113,11 @@ class LosesMasks(Pass):
         return program.with_graph(builder.graph)
 
 
+@cache
+def masked() -> Program:
+    return prepare(capture(Model(), with_mask("[1,H,S,S]")(CAPTURED)))
+
+
 @pytest.mark.parametrize(
     ("spec", "where"),
     [("ulysses=2", "attention"), ("ring=2", "ring_attention"), ("ring=2", "block_attention"),
@@ -119,7 +125,7 @@ class LosesMasks(Pass):
 )
 def test_a_pass_that_loses_a_mask_is_found(spec: str, where: str) -> None:
     mesh = Mesh.parse(spec)
-    program = prepare(capture(Model(), with_mask("[1,H,S,S]")(CAPTURED)))
+    program = masked()
     steps = [*front_passes(mesh), *rank_passes(0, mesh)]
     for step in steps:
         if step.name in program.passes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ OF_TOKENS: dict[str, Between] = {
 }
 
 
+@cache
 def model(between: Between) -> nn.Module:
+    """One module for all specs, which is captured once."""
     data = torch.randint(0, 256, (WIDTH, WIDTH // 2), dtype=torch.uint8)
     return Model(
         between, bytes=nn.Parameter(data, requires_grad=False),
