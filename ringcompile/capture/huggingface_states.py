@@ -1,8 +1,8 @@
 """Capture of Hugging Face's state space layers: as scans, which hold at every length.
 
-Mamba 1 and its kin can go through associative_scan. Mamba 2 and its kin go through chunks of a
-fixed size, to a multiple of which they pad the sequence: what they compute is linear attention with
-a decay, and captured as such.
+Mamba 1 and its kin can go through associative_scan. Mamba 2, Qwen3-Next, Kimi Linear and their kin
+go through chunks of a fixed size, to a multiple of which they pad the sequence: what they compute
+is linear attention with a decay, some by the delta rule, and captured as such.
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ringcompile.linear_attention import linear_attention
-
-_ANSWERS = {"is_torchdynamo_compiling": lambda: True, "is_torchdynamo_exporting": lambda: False}
-# Arguments with which it computes something else.
-_OTHERWISE, _RETURNED = ("initial_states", "seq_idx", "cu_seqlens"), "return_final_states"
-_CHUNKED = "mamba2_chunk_scan"
 
 
 @contextlib.contextmanager
@@ -47,9 +42,9 @@ def _replaced(model: nn.Module) -> Iterator[tuple[Any, str, Callable[..., Any]]]
         for name in filter(partial(hasattr, module), _ANSWERS):
             yield module, name, _ANSWERS[name]
     for module in _files({type(layer) for layer in model.modules()}):
-        original = getattr(module, _CHUNKED, None)
-        if original is not None and module.__name__.startswith("transformers."):
-            yield module, _CHUNKED, partial(_chunk_scan, original)
+        if module.__name__.startswith("transformers."):
+            for name in filter(partial(hasattr, module), _CHUNKED):
+                yield module, name, partial(_unless_begun, getattr(module, name), _CHUNKED[name])
 
 
 def _files(kinds: Collection[type]) -> list[Any]:
@@ -58,8 +53,17 @@ def _files(kinds: Collection[type]) -> list[Any]:
     return [sys.modules[name] for name in names]
 
 
+def _unless_begun(
+    original: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Ours; the original where a state is begun from or returned, or sequences are packed."""
+    given = ("initial_states", "initial_state", "seq_idx", "cu_seqlens")
+    wanted = ("return_final_states", "output_final_state")
+    other = any(kwargs.get(name) is not None for name in given) or any(map(kwargs.get, wanted))
+    return (original if other else function)(*args, **kwargs)
+
+
 def _chunk_scan(
-    original: Callable[..., Any],
     hidden_states: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,  # noqa: N803 - as transformers names its arguments
@@ -71,12 +75,11 @@ def _chunk_scan(
     dt_bias: torch.Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
-    **others: Any,
-) -> Any:
+    **_: Any,
+) -> torch.Tensor:
     """Mamba 2's states, read by each token, as transformers computes them, in float32.
 
     Args:
-        original: the function of transformers, for calls of which this is not what they compute.
         hidden_states: [B,S,H,P].
         dt: [B,S,H], steps.
         A: [H], rates.
@@ -87,22 +90,65 @@ def _chunk_scan(
         dt_bias: [H].
         dt_softplus: whether steps pass through softplus.
         dt_limit: the smallest and largest step.
-        others: a state to start from or to return, packed sequences.
+        _: what transformers' own does not use either.
     """
-    if any(others.get(name) is not None for name in _OTHERWISE) or others.get(_RETURNED):
-        return original(
-            hidden_states, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
-            dt_limit=dt_limit, **others,
-        )
-    heads = hidden_states.shape[2]
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
     dt = torch.clamp(F.softplus(dt) if dt_softplus else dt, min=dt_limit[0], max=dt_limit[1])
     wide = hidden_states.float()
-    entering, read = (
-        x.float().repeat_interleave(heads // x.shape[2], dim=2, output_size=heads) for x in (B, C)
-    )
+    entering, read = (_for_heads(x.float(), hidden_states.shape[2]) for x in (B, C))
     values = wide * dt[..., None].float()
     decay = A.to(wide.dtype) * dt.float()
-    q, k, v = (x.transpose(1, 2) for x in (read, entering, values))
-    y = linear_attention(q, k, v, decay.transpose(1, 2)).transpose(1, 2).contiguous()
+    y = _attended(read, entering, values, decay)
     return y if D is None else y + D[..., None] * wide
+
+
+def _delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *_: Any,
+    use_qk_l2norm_in_kernel: bool = False,
+    **__: Any,
+) -> tuple[torch.Tensor, None]:
+    """The gated delta rule of Qwen3-Next, and Kimi's, whose features decay apart; in float32.
+
+    Args:
+        query: [B,S,G,N], of G groups of heads.
+        key: [B,S,G,N].
+        value: [B,S,H,P].
+        g: [B,S,H] or [B,S,H,N], logarithms of decays.
+        beta: [B,S,H].
+        _: the size of chunks.
+        use_qk_l2norm_in_kernel: whether queries and keys are normalised.
+        __: what transformers' own does not use either.
+    """
+    q, k = (_for_heads(x.float(), value.shape[2]) for x in (query, key))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    y = _attended(q * q.shape[-1] ** -0.5, k, value.float(), g.float(), beta.float())
+    return y.to(query.dtype), None
+
+
+def _for_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B,S,G,N] as [B,S,H,N]: heads of a group share it."""
+    groups = x.shape[2]
+    return x if heads == groups else x.repeat_interleave(
+        heads // groups, dim=2, output_size=heads
+    )
+
+
+def _attended(*operands: torch.Tensor) -> torch.Tensor:
+    """Linear attention of [B,S,H,..], whose heads transformers has behind the tokens."""
+    return linear_attention(*(x.transpose(1, 2) for x in operands)).transpose(1, 2).contiguous()
+
+
+# What layers ask torch, and what they are told.
+_ANSWERS = {"is_torchdynamo_compiling": lambda: True, "is_torchdynamo_exporting": lambda: False}
+# Functions that go through chunks of a fixed size, and what they compute.
+_CHUNKED: dict[str, Callable[..., Any]] = {
+    "mamba2_chunk_scan": _chunk_scan,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+}

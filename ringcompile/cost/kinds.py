@@ -24,6 +24,7 @@ _OURS = {
         "finish": "finish", "pack": "join", "route": "sort", "store": "stream",
         "merge_states": "stream", "pack_state": "join", "running_sum": "scan",
         "running_recurrence": "recurrence", "linear_state": "linear_state",
+        "chained_states": "chained_states",
         "running_linear_attention": "running_linear_attention",
         "recent": "join",
     }.items()

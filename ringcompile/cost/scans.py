@@ -10,7 +10,7 @@ import torch
 
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.work import Work, kernel, product
-from ringcompile.ops.linear_attention import BLOCK
+from ringcompile.ops.linear_attention import BLOCK, block_of
 from ringcompile.ops.slots import BLOCK as KEPT
 
 
@@ -35,51 +35,95 @@ def _recurrence(work: Work) -> list[Kernel]:
 
 def _linear_attention(work: Work) -> list[Kernel]:
     """In blocks of tokens: scores, values, the state of each block, and what is read of it."""
-    q, v = work["q"], work["v"]
-    alone = q.shape[-2] <= BLOCK and work["state"] is None
-    within, states = _in_blocks(q, v, q.shape[-2], BLOCK)
-    return within if alone else [*within, *states, _read(q, v, q.shape[-2], BLOCK)]
+    q, v, decay = work["q"], work["v"], work["decay"]
+    blocks = _Blocks(q, v, decay, q.shape[-2], block_of(q, decay), work["beta"] is not None)
+    if blocks.count == 1 and work["state"] is None:
+        return blocks.within()
+    return [*blocks.within(), *blocks.states(), blocks.read()]
 
 
 def _linear_state(work: Work) -> list[Kernel]:
-    """As in linear attention, but nothing is read."""
-    k, v = work["k"], work["v"]
-    return _in_blocks(k, v, k.shape[-2], BLOCK)[1]
+    """As in linear attention, but nothing is read; by the delta rule, of keys as well as values."""
+    k, v, decay = work["k"], work["v"], work["decay"]
+    delta = work["beta"] is not None
+    if delta:
+        v = torch.empty((*v.shape[:-1], k.shape[-1] + v.shape[-1]), dtype=v.dtype, device="meta")
+    blocks = _Blocks(k, v, decay, k.shape[-2], block_of(k, decay), delta)
+    return [*blocks.solved(), *blocks.states()]
+
+
+def _chained_states(work: Work) -> list[Kernel]:
+    """A matmul for each run of tokens."""
+    totals, out = work["totals"], work.results[0]
+    heads, (count, size, features) = prod(out.shape[:-3]), out.shape[-3:]
+    return [product(heads, size, size, features, totals.dtype)] * count
 
 
 def _running_linear_attention(work: Work) -> list[Kernel]:
     """The new tokens with those of their block before them; states are kept block by block."""
-    q, v = work["q"], work["v"]
-    size = q.shape[-2] + KEPT - 1
-    within, states = _in_blocks(q, v, size, KEPT)
+    q, v, size = work["q"], work["v"], work["q"].shape[-2] + KEPT - 1
+    blocks = _Blocks(q, v, work["decay"], size, KEPT, work["beta"] is not None)
     taken = [work[name] for name in ("kept_k", "kept_v", "k", "v")]
-    moved = [kernel("strided", taken, taken)]
-    return [*moved, *within, *states, _read(q, v, size, KEPT)]
+    return [kernel("strided", taken, taken), *blocks.within(), *blocks.states(), blocks.read()]
 
 
-def _in_blocks(
-    k: torch.Tensor, v: torch.Tensor, size: int, block: int
-) -> tuple[list[Kernel], list[Kernel]]:
-    """The kernels of what is within blocks, and of states behind them."""
-    heads, length = prod(k.shape[:-2]), min(size, block)
-    count, (inner, columns) = -(-size // length), (k.shape[-1], v.shape[-1])
-    pairs = torch.empty((heads * count, length, length), dtype=v.dtype, device="meta")
-    within = [
-        product(heads * count, length, inner, length, v.dtype),
-        *[kernel("stream", [pairs], [pairs])] * 4,  # decays: summed, exponentials, times scores
-        product(heads * count, length, length, columns, v.dtype),
-    ]
-    states = [
-        product(heads * count, inner, length, columns, v.dtype),
-        product(heads, count + 1, min(count + 1, BLOCK), inner * columns, v.dtype),
-    ]
-    return within, states
+class _Blocks:
+    """The kernels of `ops/linear_attention.Blocks`.
 
+    Args:
+        k: [..,S,N], keys or queries.
+        v: [..,S,P].
+        decay: [..,S] or [..,S,N].
+        size: how many tokens there are.
+        block: the most tokens of a block.
+        delta: whether it is by the delta rule.
+    """
 
-def _read(q: torch.Tensor, v: torch.Tensor, size: int, block: int) -> Kernel:
-    """Queries times the state in front of their block."""
-    heads, length = prod(q.shape[:-2]), min(size, block)
-    return product(heads * -(-size // length), length, q.shape[-1], v.shape[-1], v.dtype)
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, size: int, block: int,
+        delta: bool,
+    ) -> None:
+        self.heads, self.length = prod(k.shape[:-2]), min(size, block)
+        self.count, self.delta = -(-size // self.length), delta
+        self.inner, self.columns = k.shape[-1], v.shape[-1]
+        self.dtype, self.each = v.dtype, decay.dim() == k.dim()
+
+    def _product(self, rows: int, inner: int, columns: int) -> Kernel:
+        """A matmul in each block."""
+        return product(self.heads * self.count, rows, inner, columns, self.dtype)
+
+    def _scores(self) -> list[Kernel]:
+        """Of all pairs of a block; where features decay apart, feature by feature."""
+        length = self.length
+        width = self.inner if self.each else 1
+        shape = (self.heads * self.count, length, length, width)
+        pairs = torch.empty(shape, dtype=self.dtype, device="meta")
+        passes = [kernel("stream", [pairs], [pairs])] * 4  # summed, exponentials, times scores
+        return passes if self.each else [*passes, self._product(length, self.inner, length)]
+
+    def solved(self) -> list[Kernel]:
+        """By the delta rule: what tokens take in, by a triangular matrix; half of it is 0."""
+        columns = (self.inner + self.columns) // 2
+        return [*self._scores(), self._product(self.length, self.length, columns)] * self.delta
+
+    def within(self) -> list[Kernel]:
+        return [
+            *self.solved(), *self._scores(),
+            self._product(self.length, self.length, self.columns),
+        ]
+
+    def states(self) -> list[Kernel]:
+        """Those behind each block, and from block to block."""
+        own = self._product(self.inner, self.length, self.columns)
+        if self.delta:  # what the state in front has for its keys, and what it leaves of that
+            return [own, self.read(), own]
+        entries = self.count + 1
+        return [own, product(self.heads, entries, min(entries, BLOCK), self.inner * self.columns,
+                             self.dtype)]
+
+    def read(self) -> Kernel:
+        """Queries times the state in front of their block."""
+        return self._product(self.length, self.inner, self.columns)
 
 
 ROWS: dict[str, Callable[[Work], list[Kernel]]] = {
@@ -87,5 +131,6 @@ ROWS: dict[str, Callable[[Work], list[Kernel]]] = {
     "recurrence": _recurrence,
     "linear_attention": _linear_attention,
     "linear_state": _linear_state,
+    "chained_states": _chained_states,
     "running_linear_attention": _running_linear_attention,
 }

@@ -13,7 +13,7 @@ from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, cached, schemas
 from ringcompile.ops.experts import expert_linear, route
-from ringcompile.ops.linear_attention import linear_attention, linear_state
+from ringcompile.ops.linear_attention import chained_states, linear_attention, linear_state
 from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import (
     own_tokens,
@@ -89,6 +89,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "recurrence": recurrence,
     "linear_attention": linear_attention,
     "linear_state": linear_state,
+    "chained_states": chained_states,
     "running_linear_attention": cached.running_linear_attention,
 }
 

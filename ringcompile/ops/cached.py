@@ -160,9 +160,11 @@ def running_linear_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     decay: torch.Tensor,
+    beta: torch.Tensor | None,
     kept_k: torch.Tensor,
     kept_v: torch.Tensor,
     kept_decay: torch.Tensor,
+    kept_beta: torch.Tensor | None,
     kept_states: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
@@ -172,46 +174,59 @@ def running_linear_attention(
     a token. The tokens of the last two blocks are kept with it, so that a session may go back.
 
     Args:
-        q: [..,S,N], of the new tokens, as are k [..,S,N], v [..,S,P] and decay [..,S].
-        k: likewise.
-        v: likewise.
-        decay: likewise.
+        q: [..,S,N], of the new tokens.
+        k: [..,S,N], likewise.
+        v: [..,S,P], likewise.
+        decay: [..,S] or [..,S,N], likewise.
+        beta: [..,S], likewise, for the delta rule.
         kept_k: [..,64,N], the key of position p at p modulo 64; written in place, as are the next.
         kept_v: [..,64,P], likewise.
-        kept_decay: [..,64], likewise.
+        kept_decay: [..,64] or [..,64,N], likewise.
+        kept_beta: [..,64], likewise.
         kept_states: [..,3,N,P], the state in front of block b of 32 positions at b modulo 2.
         positions: int64 [S], of the new tokens, rising by one.
     """
-    new, first = q.shape[-2], positions[:1]
+    new, first, dim = q.shape[-2], positions[:1], q.dim() - 2
     start = first - first % BLOCK  # where the block of the first new token starts
     places = start + torch.arange(new + BLOCK - 1, device=q.device)
     of_new = (places - first).clamp(0, new - 1)
     source = torch.where(places < first, places % KEPT_TOKENS, KEPT_TOKENS + of_new)
     source = torch.where(places < first + new, source, KEPT_TOKENS + new)
-
-    def window(kept: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """All tokens from `start` on, with zeros behind the last."""
-        zero = torch.zeros_like(x.narrow(dim, 0, 1))
-        return torch.cat([kept, x, zero], dim).index_select(dim, source)
-
-    blocks = Blocks(
-        window(kept_k, k, -2), window(kept_v, v, -2), window(kept_decay, decay, -1), BLOCK
-    )
+    pairs = [(kept_k, k), (kept_v, v), (kept_decay, decay)]
+    if beta is not None and kept_beta is not None:
+        pairs.append((kept_beta, beta))
+    window = [  # all tokens from `start` on, with zeros behind the last
+        torch.cat([kept, x, torch.zeros_like(x.narrow(dim, 0, 1))], dim).index_select(dim, source)
+        for kept, x in pairs
+    ]
+    betas = None if beta is None else window[3]
+    blocks = Blocks(window[0], window[1], window[2], betas, BLOCK)
     number = start // BLOCK
     before = kept_states.index_select(-3, number % 2).squeeze(-3)
     states = blocks.states(before.masked_fill(number == 0, 0.0))
-    queries = q.index_select(-2, of_new)
-    y = (blocks.within(queries) + blocks.before(queries, states)).flatten(-3, -2)
-    y = y.index_select(-2, positions - start).to(v.dtype)
-
-    numbers = number + torch.arange(1, states.shape[-3], device=q.device)
-    ended = first + new - BLOCK * numbers  # tokens behind the start of a block; negative if none is
-    slots = torch.where((ended >= 0) & (ended < KEPT_TOKENS), numbers % 2, 2)
-    kept_states.index_copy_(-3, slots, states[..., 1:, :, :])
+    y = blocks.read(q.index_select(-2, of_new), states).flatten(-3, -2)
+    _keep(kept_states, states, number, first + new)
     last = min(new, KEPT_TOKENS)
-    for kept, x, dim in ((kept_k, k, -2), (kept_v, v, -2), (kept_decay, decay, -1)):
+    for kept, x in pairs:
         kept.index_copy_(dim, positions[-last:] % KEPT_TOKENS, x.narrow(dim, new - last, last))
-    return y
+    return y.index_select(-2, positions - start).to(v.dtype)
+
+
+def _keep(
+    kept: torch.Tensor, states: torch.Tensor, number: torch.Tensor, length: torch.Tensor
+) -> None:
+    """Write the states in front of the last two blocks that have begun.
+
+    Args:
+        kept: [..,3,N,P].
+        states: [..,C+1,N,P], in front of each block from `number` on.
+        number: int64 [1], of a block.
+        length: int64 [1], the tokens so far.
+    """
+    numbers = number + torch.arange(1, states.shape[-3], device=states.device)
+    behind = length - BLOCK * numbers  # tokens behind the start of a block; negative if none is
+    slots = torch.where((behind >= 0) & (behind < KEPT_TOKENS), numbers % 2, 2)
+    kept.index_copy_(-3, slots, states[..., 1:, :, :])
 
 
 def recent(

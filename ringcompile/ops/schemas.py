@@ -77,12 +77,15 @@ SCHEMAS = {
         "(Tensor factor, Tensor term, Tensor(a!) kept, Tensor positions, *, int dim) -> Tensor"
     ),
     "linear_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? state=None) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta=None, Tensor? state=None) "
+        "-> Tensor"
     ),
-    "linear_state": "(Tensor k, Tensor v, Tensor decay) -> Tensor",
+    "linear_state": "(Tensor k, Tensor v, Tensor decay, Tensor? beta=None) -> Tensor",
+    "chained_states": "(Tensor totals) -> Tensor",
     "running_linear_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor(a!) kept_k, Tensor(b!) kept_v, "
-        "Tensor(c!) kept_decay, Tensor(d!) kept_states, Tensor positions) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, Tensor(a!) kept_k, "
+        "Tensor(b!) kept_v, Tensor(c!) kept_decay, Tensor(d!)? kept_beta, "
+        "Tensor(e!) kept_states, Tensor positions) -> Tensor"
     ),
     "recent": (
         "(Tensor x, Tensor(a!) kept, Tensor positions, *, int dim, int before) -> Tensor"
@@ -132,7 +135,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     f"{NAMESPACE}::linear_attention",
-    lambda q, k, v, decay, state=None: torch.empty_like(v, memory_format=torch.contiguous_format),
+    lambda q, k, v, *_: torch.empty_like(v, memory_format=torch.contiguous_format),
     lib=_library,
 )
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_shape, lib=_library)

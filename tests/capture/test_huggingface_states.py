@@ -1,14 +1,18 @@
-"""Mamba 2's function of states against that of transformers, which goes in fixed chunks."""
+"""Functions of states against those of transformers, which go in fixed chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from transformers import Mamba2Config, Mamba2Model
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from ringcompile.capture.huggingface_states import states_by_scan
 
@@ -23,15 +27,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours() -> Callable[..., Any]:
-    config = Mamba2Config(
-        hidden_size=8, num_heads=4, head_dim=4, state_size=4, n_groups=1, num_hidden_layers=1,
-        vocab_size=8,
-    )
-    before = modeling_mamba2.mamba2_chunk_scan
-    with states_by_scan(Mamba2Model(config)):
-        found = modeling_mamba2.mamba2_chunk_scan
-    assert modeling_mamba2.mamba2_chunk_scan is before
+def ours(module: ModuleType, name: str) -> Callable[..., Any]:
+    """What takes the place of a function in a file of transformers."""
+
+    class Layer(nn.Module):
+        __module__ = module.__name__
+
+    before = getattr(module, name)
+    with states_by_scan(Layer()):
+        found = getattr(module, name)
+    assert getattr(module, name) is before
     assert found is not before
     return found
 
@@ -45,4 +50,26 @@ def test_it_computes_what_transformers_does(name: str) -> None:
         entering, read = (torch.randn(BATCH, length, GROUPS, STATES) for _ in range(2))
         arguments, options = (x, dt, rates, entering, read), {"chunk_size": 8, **OPTIONS[name]}
         expected = modeling_mamba2.mamba2_chunk_scan(*arguments, **options)
-        torch.testing.assert_close(ours()(*arguments, **options), expected, rtol=1e-5, atol=1e-5)
+        found = ours(modeling_mamba2, "mamba2_chunk_scan")(*arguments, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_qk_l2norm_in_kernel": True},
+                                  {"output_final_state": True}])
+@pytest.mark.parametrize(("module", "name", "groups", "features"), [
+    (modeling_qwen3_next, "torch_chunk_gated_delta_rule", GROUPS, 1),
+    (modeling_kimi_linear, "chunk_kimi_delta_attention", HEADS, STATES),
+])
+def test_the_delta_rule_is_that_of_transformers(
+    module: ModuleType, name: str, groups: int, features: int, more: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    for length in (1, 64, 70):
+        q, k = (F.normalize(torch.randn(BATCH, length, groups, STATES), dim=-1) for _ in range(2))
+        v = torch.randn(BATCH, length, HEADS, SIZE)
+        decay = -torch.rand(BATCH, length, HEADS, features).squeeze(-1)
+        given = {"g": decay, "beta": torch.rand(BATCH, length, HEADS), **more}
+        torch.testing.assert_close(
+            ours(module, name)(q, k, v, **given), getattr(module, name)(q, k, v, **given),
+            rtol=1e-5, atol=1e-5,
+        )

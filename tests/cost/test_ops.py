@@ -332,11 +332,12 @@ def test_linear_attention_is_matmuls_in_blocks_of_64() -> None:
 def test_a_token_behind_others_reads_a_state_and_its_block() -> None:
     found = kernels_for(
         op("running_linear_attention"),
-        [(2, 3, 1, 3)] * 2 + [(2, 3, 1, 5), (2, 3, 1), (2, 3, 64, 3), (2, 3, 64, 5), (2, 3, 64),
-                              (2, 3, 3, 3, 5), (1,)], (2, 3, 1, 5))
+        [(2, 3, 1, 3)] * 2 + [(2, 3, 1, 5), (2, 3, 1), (2, 3, 1), (2, 3, 64, 3), (2, 3, 64, 5),
+                              (2, 3, 64), (2, 3, 64), (2, 3, 3, 3, 5), (1,)], (2, 3, 1, 5))
     flops = [kernel.flops for kernel in found if kernel.kind == "matmul"]
-    state = 2 * 6 * 32 * 3 * 5
-    assert flops == [*(2 * 6 * 32 * 32 * n for n in (3, 5)), state, 2 * 6 * 2 * 2 * 15, state]
+    scores, values, state = (2 * 6 * 32 * n for n in (32 * 3, 32 * 5, 3 * 5))
+    differences = [scores, 2 * 6 * 32 * 32 * 4]  # by the delta rule: half of a triangle, N + P
+    assert flops == [*differences, scores, values, state, state, state, state]
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "free"), [

@@ -95,7 +95,9 @@ def _recurrence(draws: Draws) -> Arguments:
 def _linear_attention(draws: Draws) -> Arguments:
     shape, size, features = draws.shape(1), draws.number(1, 3), draws.number(1, 3)
     queries, keys = (draws.real((*shape, size)) for _ in range(2))
-    return called(queries, keys, draws.real((*shape, features)), draws.real(shape))
+    decay = draws.real((*shape, size) if draws.flag() else shape)
+    beta = draws.real(shape) if draws.flag() else None
+    return called(queries, keys, draws.real((*shape, features)), decay, beta)
 
 
 def _tokens_split(call: Call, layout: Layout) -> bool:
@@ -104,8 +106,8 @@ def _tokens_split(call: Call, layout: Layout) -> bool:
 
 def _heads_and_features(call: Call) -> Free:
     """Heads and tokens of all operands, and features of values."""
-    rank = len(shape_of(call, 0))
-    return {(i, d) for i in range(4) for d in range(rank - 1)} | {(2, rank - 1)}
+    rank, count = len(shape_of(call, 0)), len(call.operands)
+    return {(i, d) for i in range(count) for d in range(rank - 1)} | {(2, rank - 1)}
 
 
 def _fourier(part: Part, *lengths: int | None) -> Case:

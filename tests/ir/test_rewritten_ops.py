@@ -52,11 +52,11 @@ def recur(factor: Tensor, term: Tensor, dim: int) -> Tensor:
     )[1]
 
 
-def linear(x: Tensor, decay: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, decay: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
     """Linear attention of x [.., S, D] to itself."""
     if decay is None:
         decay = F.logsigmoid(x[..., 0])
-    return rc.linear_attention(x, x + 1, x / 2, decay)
+    return rc.linear_attention(x, x if beta is not None else x + 1, x / 2, decay, beta)
 
 
 def places(x: Tensor) -> Tensor:
@@ -99,6 +99,9 @@ LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens of all samples": lambda x: linear(x.reshape(-1, H)),
     "tokens that forget all": lambda x: linear(x, (-1.0 / (x[..., 0] > -1))),
     "features": lambda x: linear(x[..., None]).squeeze(-1),
+    "tokens, feature by feature": lambda x: linear(x, F.logsigmoid(x)),
+    "tokens, by the delta rule": lambda x: linear(
+        F.normalize(x, dim=-1), F.logsigmoid(x[..., 0]), x[..., 1].sigmoid()),
 }
 POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "one by one": lambda x: x + places(x)[:, None],

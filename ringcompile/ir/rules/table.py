@@ -165,11 +165,14 @@ def attention(call: Call) -> Factors:
 
 
 def linear_attention(call: Call) -> Factors:
-    """... s n, ... s n, ... s p, ... s, ... n p -> ... s p; along s, see `scan`."""
+    """... s n, ... s n, ... s p, ... s [n], ... s, ... n p -> ... s p; along s, see `scan`."""
     batch = tuple(range(rank_of(call) - 2))
     key, value = (*batch, "s", None), (*batch, "s", "p")
-    operands: list[Names] = [key, key, value, (*batch, "s"), (*batch, None, "p")]
-    return Factors(tuple(operands[: len(call.operands)]), value)
+    names: dict[str, Names] = {
+        "q": key, "k": key, "v": value, "decay": key[: len(type_of(call["decay"]).shape)],
+        "beta": key[:-1], "state": (*batch, None, "p"),
+    }
+    return Factors(tuple(of for name, of in names.items() if call[name] is not None), value)
 
 
 def expert_linear(call: Call) -> Factors:

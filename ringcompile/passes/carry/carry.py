@@ -262,11 +262,7 @@ class _Carrier:
         new, name = self.into.type(type_), f"cached_{node.name}"
         entering = [self.builder.env[operand] for operand in call.operands]
         if node.target is op("linear_attention"):
-            return self.builder.call(
-                op("running_linear_attention"),
-                (*entering, *self._kept_states(entering, name), self.into.positions), new,
-                name=node.name,
-            )
+            return self._linear_attention(call, new, name)
         if node.target is op("recurrence"):
             # States may be large: of the last tokens only, so far as `rewind` may go back.
             kept = self.into.keep(name, "recent", _grown(new, dim, BLOCK + 1))
@@ -280,21 +276,29 @@ class _Carrier:
             name=node.name, dim=dim, dtype=new.dtype, by=SCANS[target_name(node.target)].name,
         )
 
-    def _kept_states(self, entering: list[fx.Node], name: str) -> list[fx.Node]:
-        """What linear attention keeps: keys, values and decays of some tokens, and states."""
-        k, v, decay = map(type_of, entering[1:])
-        dim = len(v.shape) - 2
-        size, features = k.shape[-1], v.shape[-1]
-        states = TensorType(
-            torch.promote_types(v.dtype, torch.float32),
-            (*v.shape[:dim], KEPT_STATES, size, features),
-            Layout((*v.layout.dims[:dim], WHOLE, WHOLE, v.layout.dims[-1])),
+    def _linear_attention(self, call: Call, new: TensorType, name: str) -> fx.Node:
+        """It goes on from a state; with it the tokens of its last blocks are kept."""
+        q, k, v, decay, beta = (
+            None if call[x] is None else self.builder.env[call[x]]
+            for x in ("q", "k", "v", "decay", "beta")
         )
-        kept = {
-            "keys": _grown(k, dim, KEPT_TOKENS), "values": _grown(v, dim, KEPT_TOKENS),
-            "decays": _grown(decay, dim, KEPT_TOKENS), "states": states,
-        }
-        return [self.into.keep(f"{name}_{what}", "recent", type_) for what, type_ in kept.items()]
+        dim, size = len(new.shape) - 2, type_of(call["k"]).shape[-1]
+        states = TensorType(
+            torch.promote_types(new.dtype, torch.float32),
+            (*new.shape[:dim], KEPT_STATES, size, new.shape[-1]),
+            Layout((*new.layout.dims[:dim], WHOLE, WHOLE, new.layout.dims[-1])),
+        )
+        kept = [
+            None if x is None else self.into.keep(
+                f"{name}_{what}", "recent", _grown(type_of(x), dim, KEPT_TOKENS)
+            )
+            for what, x in (("keys", k), ("values", v), ("decays", decay), ("betas", beta))
+        ]
+        behind = self.into.keep(f"{name}_states", "recent", states)
+        return self.builder.call(
+            op("running_linear_attention"),
+            (q, k, v, decay, beta, *kept, behind, self.into.positions), new, name=call.node.name,
+        )
 
     def _attention(self, node: fx.Node) -> fx.Node:
         split = splits_of(node)

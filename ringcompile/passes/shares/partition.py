@@ -118,7 +118,8 @@ class _Partitioner:
         if node.target is op("recurrence"):
             return write_recurrence(chunks, operands[0], operands[1], type_)
         if node.target is op("linear_attention"):
-            return write_linear_attention(chunks, operands, type_)
+            named = {name: self.builder.env[x] for name, x in call.arguments.items() if x}
+            return write_linear_attention(chunks, named, type_)
         return write_scan(chunks, SCANS[target_name(node.target)], operands[0], type_)
 
     def _redistribute(self, node: fx.Node) -> fx.Node:

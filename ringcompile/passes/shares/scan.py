@@ -7,14 +7,14 @@ total of all chunks before it in the sequence (Blelloch, "Prefix sums and their 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from ringcompile.ir.expr import product
+from ringcompile.ir.expr import Size, product, simplify
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import SequenceSplit, TensorType
@@ -113,15 +113,15 @@ class Chunks:
         dims = (*own.layout.dims[:dim], WHOLE, *own.layout.dims[dim + 2 :])
         return self.reshape(whole, TensorType(own.dtype, shape, Layout(dims)))
 
-    def starts(self, up_to: fx.Node, total: fx.Node, identity: float) -> fx.Node:
+    def starts(self, up_to: fx.Node, own: TensorType, identity: float) -> fx.Node:
         """For each chunk of this rank, what all chunks before it come to, rows before included.
 
         Args:
             up_to: what all totals up to each chunk come to, in the order of `everywhere`.
-            total: of this rank's chunks; of the same type as the result.
+            own: the type of the totals of this rank's chunks, and of the result.
             identity: where nothing is before.
         """
-        own, chunks = type_of(total), self.sequence.num_chunks
+        chunks = self.sequence.num_chunks
         # Moved on by one, not less its own total: that would leave nothing of inf, little of 1e9.
         by_one = [0, 0] * (len(type_of(up_to).shape) - self.dim - 1) + [1, -1]
         before_it = self.call(aten.constant_pad_nd.default, (up_to, by_one, identity), up_to)
@@ -171,7 +171,7 @@ def write_scan(chunks: Chunks, kind: Running, x: fx.Node, type_: TensorType) -> 
     )
     flat = chunks.everywhere(total)
     up_to = chunks.call(kind.scan, (flat, dim), flat, **typed)
-    start = chunks.starts(up_to, total, kind.identity)
+    start = chunks.starts(up_to, one, kind.identity)
     return chunks.reshape(chunks.call(kind.combine, (scanned, start), scanned), type_)
 
 
@@ -203,58 +203,87 @@ def write_recurrence(
     ]
     flat = [chunks.everywhere(total) for total in totals]
     up_to = chunks.call(op("recurrence"), tuple(flat), flat[1], dim=dim)
-    start = chunks.starts(up_to, totals[1], 0)
+    start = chunks.starts(up_to, one, 0)
     carried = chunks.call(aten.mul.Tensor, (products, start), states)
     return chunks.reshape(chunks.call(aten.add.Tensor, (states, carried), states), type_)
 
 
 def write_linear_attention(
-    chunks: Chunks, operands: list[fx.Node], type_: TensorType
+    chunks: Chunks, operands: Mapping[str, fx.Node], type_: TensorType
 ) -> fx.Node:
     """Linear attention along a split dim: each chunk starts from the state that others leave it.
 
-    A chunk that starts from a state leaves what its decays do to it, and the state it comes to
+    A chunk that starts from a state leaves what its tokens do to it, and the state it comes to
     from 0. Its tokens read both what it starts from and what it takes in itself.
 
     Args:
         chunks: how the dim is divided.
-        operands: q, k, v and decay, [.., before * n * behind, ..].
+        operands: q, k, v, decay and perhaps beta, [.., before * n * behind, ..].
         type_: of the result.
     """
-    dim, builder = chunks.dim, chunks.builder
-    q, k, v, decay = map(chunks.opened, operands)
-    # A token that is none leaves the state as it is.
-    k, decay = chunks.without_padding(k, 0), chunks.without_padding(decay, 0)
-    size, features = type_of(k), type_of(v)
-    dtype = torch.promote_types(type_.dtype, torch.float32)
-    one = _behind(size, dim, dtype)
-    state = TensorType(
-        dtype, (*one.shape, size.shape[-1], features.shape[-1]),
-        Layout((*one.layout.dims, WHOLE, features.layout.dims[-1])),
+    rows = {name: chunks.opened(x) for name, x in operands.items()}
+    for name in rows.keys() & {"k", "decay", "beta"}:
+        # A token that is none leaves the state as it is.
+        rows[name] = chunks.without_padding(rows[name], 0)
+    size, features = type_of(rows["k"]), type_of(rows["v"])
+    state = _behind(
+        size, chunks.dim, torch.promote_types(type_.dtype, torch.float32),
+        (size.shape[-1], features.shape[-1]), (WHOLE, features.layout.dims[-1]),
     )
-    total = builder.call(op("linear_state"), (k, v, decay), state, why="state behind each chunk")
-    left = builder.call(
-        aten.sum.dim_IntList, (decay, [dim + 2]), one, why="decay over each chunk", dtype=dtype
+    up_to = (_differences if "beta" in rows else _decaying)(chunks, rows, state)
+    start = chunks.starts(up_to, state, 0)
+    given = tuple(map(rows.get, ("q", "k", "v", "decay", "beta")))
+    y = chunks.call(op("linear_attention"), (*given, start), rows["v"])
+    return chunks.reshape(y, type_)
+
+
+def _decaying(chunks: Chunks, rows: Mapping[str, fx.Node], state: TensorType) -> fx.Node:
+    """The states behind all chunks of all ranks: what is left of the one before, and its own."""
+    dim, builder, decay = chunks.dim, chunks.builder, rows["decay"]
+    width = type_of(decay).shape[dim + 3 :]
+    one = _behind(type_of(decay), dim, state.dtype, width, (WHOLE,) * len(width))
+    total = builder.call(
+        op("linear_state"), (rows["k"], rows["v"], decay), state, why="state behind each chunk"
     )
-    states, decays = chunks.everywhere(total), chunks.everywhere(left)
+    over = builder.call(
+        aten.sum.dim_IntList, (decay, [dim + 2]), one, why="decay over each chunk",
+        dtype=state.dtype,
+    )
+    states, decays = chunks.everywhere(total), chunks.everywhere(over)
     kept = chunks.call(aten.exp.default, (decays,), decays)
-    wide = type_of(states)
+    more = 2 - len(width)
     opened = TensorType(
-        dtype, (*type_of(kept).shape, 1, 1), Layout((*type_of(kept).layout.dims, WHOLE, WHOLE))
+        state.dtype, (*type_of(kept).shape, *(1,) * more),
+        Layout((*type_of(kept).layout.dims, *(WHOLE,) * more)),
     )
     factors = chunks.call(
-        aten.expand.default, (chunks.reshape(kept, opened), chunks.shape(wide)), states
+        aten.expand.default, (chunks.reshape(kept, opened), chunks.shape(type_of(states))), states
     )
-    up_to = chunks.call(op("recurrence"), (factors, states), states, dim=dim)
-    start = chunks.starts(up_to, total, 0)
-    return chunks.reshape(
-        chunks.call(op("linear_attention"), (q, k, v, decay, start), v), type_
-    )
+    return chunks.call(op("recurrence"), (factors, states), states, dim=dim)
 
 
-def _behind(rows: TensorType, dim: int, dtype: torch.dtype) -> TensorType:
-    """The type of one number for each chunk, of rows [.., before, chunks/ring, run, width]."""
-    return TensorType(dtype, rows.shape[: dim + 2], Layout(rows.layout.dims[: dim + 2]))
+def _differences(chunks: Chunks, rows: Mapping[str, fx.Node], state: TensorType) -> fx.Node:
+    """The same by the delta rule: a matrix that the state before is multiplied by, and its own."""
+    size, features = state.shape[-2:]
+    shape = (*state.shape[:-1], simplify(size + features))
+    made = TensorType(state.dtype, shape, state.layout.with_dim(len(shape) - 1, WHOLE))
+    total = chunks.builder.call(
+        op("linear_state"), tuple(rows[name] for name in ("k", "v", "decay", "beta")), made,
+        why="what each chunk does to a state",
+    )
+    totals = chunks.everywhere(total)
+    wide = type_of(totals)
+    type_ = TensorType(wide.dtype, (*wide.shape[:-1], features), wide.layout)
+    return chunks.builder.call(op("chained_states"), (totals,), type_)
+
+
+def _behind(
+    rows: TensorType, dim: int, dtype: torch.dtype, shape: tuple[Size, ...],
+    dims: tuple[DimLayout, ...],
+) -> TensorType:
+    """The type of one [.., *shape] for each chunk, of rows [.., before, chunks/ring, run, ..]."""
+    layout = Layout((*rows.layout.dims[: dim + 2], *dims))
+    return TensorType(dtype, (*rows.shape[: dim + 2], *shape), layout)
 
 
 def _one_a_chunk(chunks: Chunks, rows: fx.Node, dtype: torch.dtype) -> TensorType:
