@@ -306,7 +306,8 @@ STATES = [
            "grouped-query with query/key norm, causal every other layer, gated delta rule "
            "elsewhere", ROTARY, padding=None),
     Family("kimi_linear", "KimiLinearForCausalLM",
-           sizes(layer_types=["linear_attention", "full_attention"], kv_lora_rank=16,
+           sizes(layer_types=["linear_attention", "full_attention"], num_key_value_heads=4,
+                 kv_lora_rank=16,
                  qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_shared_experts=1,
                  num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
                  linear_head_dim=16, linear_num_heads=4),
