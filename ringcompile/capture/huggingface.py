@@ -28,6 +28,7 @@ from torch import nn
 
 from ringcompile.capture.huggingface_attention import attention, mask
 from ringcompile.capture.huggingface_experts import experts
+from ringcompile.capture.huggingface_loops import experts_by_row
 from ringcompile.capture.huggingface_states import states_by_scan
 
 _ATTENTION, _EXPERTS = "sdpa", "ringcompile"
@@ -52,7 +53,10 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for config, name, value in saved:
             kept = name == "_attn_implementation" and id(config) in by_hand
             setattr(config, name, value if kept else _SETTINGS[name])
-        with _registered(), _positions_of_all_sequences(), states_by_scan(model):
+        with (
+            _registered(), _positions_of_all_sequences(), states_by_scan(model),
+            experts_by_row(model),
+        ):
             yield
     finally:
         for config, name, value in saved:
