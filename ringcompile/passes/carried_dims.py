@@ -96,13 +96,14 @@ def is_positions(node: fx.Node) -> bool:
 
 
 def is_last(node: fx.Node, length: Size) -> bool:
-    """Whether an op picks the last token, or the last few, of a whole sequence."""
-    if target_name(node.target) != "aten.select.int":
+    """Whether an op picks the last token of a whole sequence: `x[:, -1]`, or `x[:, -1:]`."""
+    name = target_name(node.target)
+    if name not in ("aten.select.int", "aten.slice.Tensor") or layout_of(node).axes:
         return False
     call = Call(node)
-    return bool(call["index"] == -1 or equal(call["index"], length - 1)) and not layout_of(
-        node
-    ).axes
+    if name == "aten.select.int":
+        return bool(call["index"] == -1 or equal(call["index"], length - 1))
+    return bool(equal(call["start"] or 0, length - 1) and equal(call["end"], length))
 
 
 def _check_numbers(node: fx.Node, rule: Rule) -> None:

@@ -178,6 +178,13 @@ class LastToken(Rotary):
         return self.head(self.run(self.entered(ids), None)[:, -1])
 
 
+class LastAsSlice(Rotary):
+    """The same with the dim of tokens kept."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.run(self.entered(ids), None)[:, -1:])
+
+
 class Padded(Rotary):
     """Keys hidden by a mask that the caller passes, positions counted by it."""
 

@@ -11,6 +11,7 @@ from ringcompile.generation import Sampling
 from tests.generate.models import (
     ALL,
     VOCABULARY,
+    LastAsSlice,
     LastToken,
     Learned,
     Padded,
@@ -31,8 +32,9 @@ def uncached(module: nn.Module, tokens: torch.Tensor, new: int) -> torch.Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("kind", [Learned, LastToken])
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize(
+    ("kind", "chunk"), [(Learned, None), (LastToken, 4), (LastAsSlice, 4)]
+)
 def test_greedy(kind: type[nn.Module], chunk: int | None) -> None:
     module, parallel = cached(kind, "ring=2")
     prompt = ids(9)

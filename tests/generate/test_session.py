@@ -296,7 +296,7 @@ def test_an_error_on_the_way_leaves_the_tokens_before() -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("ep=2", {}, "a cache cannot be combined with ep=2"),
+        ("halves=2", {}, "a cache cannot be combined with halves=2"),
         ("ring=2", {"cache": 0}, "a cache for 0 tokens"),
         ("ring=2", {"cache": 101}, "the model's own code allows 100 at most"),
     ],

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import ringcompile as rc
 from ringcompile.runtime.tasks import CARRIED
 from tests.generate.models import (
+    CAPACITY,
     VOCABULARY,
     WIDTH,
     Rotary,
@@ -185,7 +186,7 @@ CAUSAL: tuple[Callable[[], nn.Module], ...] = (
 @torch.no_grad()
 def turns(kind: Callable[[], nn.Module], spec: str) -> None:
     module, parallel = cached(kind, spec)
-    tokens = ids(76)
+    tokens = ids(CAPACITY)
     expected = module(tokens)
     with checked_session(parallel) as session:
         for prompt in (1, 9, 3):
@@ -196,8 +197,9 @@ def turns(kind: Callable[[], nn.Module], spec: str) -> None:
                 now = slice(session.length, session.length + new)
                 assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
             session.rewind(session.length - 20)
-            now = slice(session.length, session.length + 9)
-            assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
+            for new in (9, CAPACITY - session.length - 9):  # up to the last place of the cache
+                now = slice(session.length, session.length + new)
+                assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,11 @@ def turns(kind: Callable[[], nn.Module], spec: str) -> None:
 )
 def test_turns(kind: type[nn.Module]) -> None:
     turns(kind, "ring=2")
+
+
+def test_where_the_table_of_tokens_is_split() -> None:
+    """What is shifted is a sum over the ranks of `tp`."""
+    turns(ByCat, "tp=2")
 
 
 @pytest.mark.slow

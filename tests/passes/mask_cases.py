@@ -140,6 +140,10 @@ BANDS: dict[str, tuple[Mask, str]] = {
     "window, inclusive": (lambda x: causal(x) & (apart(x) <= 5), "causal window 6"),
     "window, by key": (lambda x: causal(x) & (key(x) > query(x) - 5), "causal window 5"),
     "window of triangles": (lambda x: ones(x).tril() & ones(x).triu(-4), "causal window 5"),
+    "triangle of a triangle": (lambda x: ones(x).tril().triu(-4), "causal window 5"),
+    "triangle of a triangle of numbers": (
+        lambda x: full(x, 1.0).triu(-4).tril().bool(), "causal window 5"),
+    "triangle of a window": (lambda x: (causal(x) & (apart(x) < 9)).triu(-4), "causal window 5"),
     "itself only": (lambda x: causal(x) & (apart(x) < 1), "causal window 1"),
     "both sides": (lambda x: (apart(x) <= 3) & (apart(x) >= -3), "band -3..3"),
     "both sides, unequal": (lambda x: (apart(x) <= 6) & (key(x) - query(x) < 3), "band -2..6"),

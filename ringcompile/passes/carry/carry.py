@@ -35,7 +35,16 @@ from torch import fx
 from ringcompile.axes import HALVES, KEEP_TOKENS, TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, map_values, operands, target_name, with_argument
-from ringcompile.ir.expr import SEQUENCE, equal, is_symbolic, of_tokens, product, spelled, symbol
+from ringcompile.ir.expr import (
+    SEQUENCE,
+    equal,
+    is_symbolic,
+    of_tokens,
+    product,
+    simplify,
+    spelled,
+    symbol,
+)
 from ringcompile.ir.layout import WHOLE, Atom, Layout
 from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.program import Program
@@ -240,13 +249,15 @@ class _Carrier:
         flat = product([*sizes[:place], NEW, *sizes[place + 1 :]])
         return self.into.reshaped(x, (*shape[:dim], flat, *shape[dim + 1 :]), dims)
 
-    def _select(self, node: fx.Node) -> fx.Node:
+    def _last(self, node: fx.Node) -> fx.Node:
         """The last token of the sequence is the last of the new ones."""
         (source,) = operands(node)
         if source.target is not REDISTRIBUTE or not is_last(node, self.into.length):
             return self._call(node)
+        dim, is_select = Call(node)["dim"], node.target is aten.select.int
+        where = (dim, -1) if is_select else (dim, simplify(NEW - 1), NEW, 1)
         return self.builder.call(
-            aten.select.int, (self.builder.env[source], Call(node)["dim"], -1),
+            node.target, (self.builder.env[source], *where),
             self.into.type(type_of(node)), name=node.name, why="of the new tokens",
         )
 
@@ -344,7 +355,7 @@ def _needs_all(node: fx.Node) -> RingCompileError:
 _STEPS = {
     "aten.arange.start_step": _Carrier._arange,
     **dict.fromkeys(ALONG, _Carrier._scan),
-    "aten.select.int": _Carrier._select,
+    **dict.fromkeys(("aten.select.int", "aten.slice.Tensor"), _Carrier._last),
     "ringcompile.redistribute.default": _Carrier._redistribute,
     "ringcompile.attention.default": _Carrier._attention,
 }

@@ -27,7 +27,7 @@ from ringcompile.ir.calls import (
     target_name,
     with_argument,
 )
-from ringcompile.ir.expr import is_symbolic, simplify, spelled
+from ringcompile.ir.expr import equal, is_symbolic, simplify, spelled
 from ringcompile.ir.nodes import error_at, layout_of, type_of
 from ringcompile.ir.rules import Rule, find_rule
 from ringcompile.ir.types import TensorType
@@ -163,12 +163,18 @@ class ShiftWriter(ShiftRegion):
         return self.windows[node, before]
 
     def _picked(self, node: fx.Node, before: int) -> fx.Node:
-        """Entries by position; in front of token 0 it does not matter which."""
+        """Entries by position; where the value has none, no result is made of what is picked.
+
+        There is none in front of token 0, nor at the last positions of `x[:, :-1]`.
+        """
         here, form = places(self.into, before), self.forms[node]
+        size = type_of(self.builder.env[node]).shape[form.dim]
         if form.offset:
             here = self.builder.call(aten.add.Tensor, (here, form.offset), type_of(here))
-        if before or form.offset < 0:
-            here = self.builder.call(aten.clamp.default, (here, 0), type_of(here))
+        if before or form.offset < 0 or not equal(size, self.into.capacity + form.offset):
+            here = self.builder.call(
+                aten.clamp.default, (here, 0, simplify(size - 1)), type_of(here)
+            )
         return self.builder.call(
             aten.index_select.default, (self.builder.env[node], form.dim, here),
             self._type(node, before), why="of the new tokens and those before",

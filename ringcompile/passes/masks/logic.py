@@ -135,7 +135,13 @@ def both(known: Known, call: Call) -> Value:
     a, b = conditions
     if not isinstance(a, Condition) or not isinstance(b, Condition):
         return None
-    return Condition(() if a.never or b.never else a.tests + b.tests, a.never or b.never)
+    return _met(a, b)
+
+
+def _met(a: Condition, b: Condition) -> Condition:
+    """Where both conditions hold."""
+    never = a.never or b.never
+    return Condition(() if never else a.tests + b.tests, never)
 
 
 def either(known: Known, call: Call) -> Value:
@@ -179,10 +185,10 @@ def triangle(lower: bool) -> Step:
         signs: dict[int, Size] = {-2: 1, -1: -1}
         inside = Affine.of({d: c for d, c in signs.items() if shape[d] != 1}, diagonal)
         kept = Condition((Test(inside if lower else inside.scaled(-1), None),))
-        if isinstance(value, Condition) and value.constant is not None:
-            return kept if value.constant else value
-        if isinstance(value, Choice) and value.condition.constant:
-            return Choice(kept, value.true, 0.0)
+        if isinstance(value, Condition):
+            return _met(value, kept)
+        if isinstance(value, Choice) and (value.condition.constant or value.false == 0.0):
+            return Choice(_met(value.condition, kept), value.true, 0.0)
         if isinstance(value, Affine) and not value.coefficients and value.constant in (0, 1):
             return Choice(kept, float(value.constant), 0.0)
         return None

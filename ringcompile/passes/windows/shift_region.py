@@ -112,6 +112,8 @@ class ShiftRegion:
     def _form(self, node: fx.Node) -> Form:
         if node.target is operator.getitem:
             return replace(self.forms[node.args[0]], reach=0)  # type: ignore[index]
+        if node.target is REDISTRIBUTE:  # not along the tokens, which is asked before
+            return replace(self.forms[operands(node)[0]], reach=0)
         if is_last(node, self.length):
             raise UnknownError
         return form_of(node, self.forms, self.length)
@@ -138,6 +140,8 @@ def joined_along(node: fx.Node, forms: dict[fx.Node, Form]) -> fx.Node | None:
 
 def _is_refused(node: fx.Node) -> bool:
     """Whether an op may not be done for every position that there may be."""
+    if node.target is REDISTRIBUTE:
+        return False
     try:
         check_call(node)
     except RingCompileError:
