@@ -42,6 +42,8 @@ class _QuickEnd:
 def main() -> None:
     """Run the command line in a process of its own."""
     end_on_interrupt()  # before all that takes long to import
+    # torch's C++ code warns each time that a rank waits half a second for another to join.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end = _QuickEnd()
     try:
         cli.main()

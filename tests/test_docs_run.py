@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ringcompile.cli import cli
 from tests.test_docs import PAGES, commands
 
+ROOT = Path(__file__).parents[1]
+
 # Not run here, and why.
 NOT_RUN = {
     "ringcompile calibrate -o mine.json": "takes minutes; tests/cost runs it with --quick",
@@ -23,12 +26,19 @@ NOT_RUN = {
 # Pages that go on with an artifact `out` that the reader has.
 WITH_OUT = {"before-you-have-gpus.md", "benchmarks.md"}
 WORDS = ["[UNK]", "once", "upon", "a", "time", "The", "capital", "of", "France", "is"]
-MINE = """
-import torch
-from ringcompile.models import zoo
+NET = """
+from torch import nn
 
-def small():
-    return zoo.build("llama-tiny", sequence=24)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.qkv, self.head = nn.Embedding(64, 32), nn.Linear(32, 96), nn.Linear(32, 64)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(x + y.transpose(1, 2).flatten(2))
 """
 
 
@@ -45,7 +55,10 @@ def prepare(folder: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder / "my-llama")
-    (folder / "mine.py").write_text(MINE)
+    own = (ROOT / "docs" / "own-model.md").read_text()
+    (folder / "mine.py").write_text(own.partition("```python\n")[2].partition("```")[0])
+    (folder / "net.py").write_text(NET)
+    torch.save(runpy.run_path(str(folder / "net.py"))["Net"]().state_dict(), folder / "net.pt")
     (folder / "question.txt").write_text("once upon a time")
     (folder / "ids.txt").write_text("1 2 3")
     save_file({"input_ids": torch.ones(1, 40, dtype=torch.int64)}, folder / "in.safetensors")

@@ -216,7 +216,7 @@ class Planner:
         else:
             spared = self._spared(variant, other.variant)
             takes *= 1 - sum(other.shares.get(kind, 0.0) * part for kind, part in spared.items())
-            without = f" even without its {' and '.join(spared)} time" if spared else ""
+            without = f" even if it spent no time on {', '.join(spared)}" if spared else ""
         if takes <= _FAR * best:
             return None
         why = f"{other.variant} takes at least {takes * 1e3:.4g} ms a step{without}"

@@ -132,11 +132,34 @@ class Comparison:
 
     @torch.no_grad()
     def run(self, request: Request) -> Iterator[Numerics]:
-        """Compare, one set of inputs after another, up to the first that differs."""
+        """Compare, one set of inputs after another, up to the first that differs.
+
+        Raises:
+            RingCompileError: the model fails, or it differs because its weights are others.
+        """
         for row in self._rows(request):
+            if row.wrong:
+                self._check_weights()
             yield row
             if row.wrong:
                 return
+
+    def _check_weights(self) -> None:
+        """Raise RingCompileError if the module's weights are not those that ranks have."""
+        source = self.parallel.source
+        if self.module is None or source is None:
+            return
+        tensors = [*self.module.named_parameters(remove_duplicate=False),
+                   *self.module.named_buffers(remove_duplicate=False)]
+        known = {weight.name for weight in self.program.weights.values()}
+        for name, tensor in tensors:
+            if name in known and not _equal(source(name), tensor.detach()):
+                raise RingCompileError(
+                    f"the weight '{name}' of the model is not the one that was compiled, so the "
+                    "numbers cannot agree",
+                    hint="load the same weights on every call, for example with load_state_dict, "
+                    "or call torch.manual_seed before the module is made; or compile it again",
+                )
 
     def _rows(self, request: Request) -> Iterator[Numerics]:
         if request.inputs is not None:
@@ -267,6 +290,10 @@ class Comparison:
         allowed = max((ALLOWED.get(e.dtype, 0.0) for e in expected.values()), default=0.0)
         wrong = _message(mismatches[0], draw, words) if mismatches else ""
         return Numerics(draw.length, draw.seed, words, worst, allowed, wrong)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
 
 
 class _RefusedError(Exception):

@@ -101,6 +101,27 @@ def test_what_float64_cannot_run_is_left_out_and_said(given: bool) -> None:
     assert f"because the model itself fails in them; the first is {where}: " in note
 
 
+def test_a_model_that_has_other_weights_is_told_so() -> None:
+    """A function that makes a module anew gives it other random weights each time."""
+    ids = torch.zeros(1, 24, dtype=torch.int64)
+    parallel = rc.transform(rc.capture(Last().eval(), (ids, ids + 1)), "ring=2")
+    assert rc.verify(small(), small_module(), seq=19, tries=1).wrong == ""
+    with pytest.raises(rc.RingCompileError) as caught:
+        rc.verify(parallel, Last().eval(), seq=19, tries=1)
+    assert caught.value.message == (
+        "the weight 'table.weight' of the model is not the one that was compiled, so the numbers "
+        "cannot agree"
+    )
+    assert caught.value.hint is not None
+    assert "torch.manual_seed" in caught.value.hint
+
+
+def small_module() -> nn.Module:
+    """The module of `small`."""
+    torch.manual_seed(0)
+    return Last().eval()
+
+
 def damaged(parallel: rc.ParallelProgram) -> rc.ParallelProgram:
     """The same with another scale of attention, on all ranks alike."""
     parallel = rc.ParallelProgram(parallel.program, parallel.mesh, parallel.options)
