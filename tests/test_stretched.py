@@ -15,11 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ringcompile.artifact.files import json_text
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
+from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.repeats import FEWEST
-from ringcompile.ir.serialize import program_to_json
+from ringcompile.ir.program import Program
+from ringcompile.ir.serialize import program_to_json, program_to_text
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.transformer import Transformer
 from ringcompile.parallel_program import ParallelProgram
@@ -95,8 +98,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 
 def same(parallel: ParallelProgram) -> None:
     parallel.verify()
+    saved = list(map(files, parallel.ranks()))
     for rank, found in enumerate(parallel.ranks()):
         expected = parallel._passed(rank, parallel.program)
+        assert saved[rank] == files(expected), f"rank {rank}"
         texts = [json.dumps(program_to_json(program)) for program in (found, expected)]
         assert texts[0] == texts[1], f"rank {rank}"
         assert list(map(repr, vars(found))) == list(map(repr, vars(expected)))
@@ -105,13 +110,19 @@ def same(parallel: ParallelProgram) -> None:
         same(other)
 
 
+def files(program: Program) -> tuple[str, str]:
+    """A program as an artifact holds it."""
+    return json_text(program_to_text(program)), python_view(program)
+
+
 def test_a_decoder() -> None:
-    """Graphs are written when they are looked at, and the check across ranks does not look."""
+    """Graphs are written when they are looked at; the check across ranks and saving do not look."""
     program = capture(model(), (IDS,), compare_with_eager=False)
     for spec in ("ring=4", "pp=2,tp=2"):
         parallel = transform(program, spec)
         parallel.verify()
         graphs = [program.graph for program in parallel.ranks()]
+        _ = list(map(files, parallel.ranks()))
         assert not any("_root" in vars(graph) for graph in graphs)
         same(parallel)
         assert all("_root" in vars(graph) for graph in graphs)

@@ -19,13 +19,13 @@ from ringcompile.artifact.fields import count, expect, member
 from ringcompile.artifact.opened import DAMAGED, OpenFile, OpenFolder
 from ringcompile.errors import RingCompileError
 from ringcompile.held import hold, is_held, left_over, new_held, remove_left_over
+from ringcompile.ir.serialize import JsonText, encode
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 FORMAT = "ringcompile artifact"
 _SWAP_SECONDS = 2.0
 _log = logging.getLogger("ringcompile")
-_line = json.JSONEncoder(allow_nan=False).encode
 _PLAIN = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)
 
 
@@ -49,6 +49,10 @@ def json_text(data: dict[str, Any]) -> str:
         return "{\n" + ",\n".join(members) + "\n}\n"
     except (TypeError, ValueError) as error:
         raise RingCompileError(f"this cannot be written as JSON: {error}") from None
+
+
+def _line(value: Any) -> str:
+    return value if isinstance(value, JsonText) else encode(value)
 
 
 def _block(value: Any) -> str:

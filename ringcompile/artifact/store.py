@@ -57,7 +57,7 @@ from ringcompile.artifact.weights import Weights, open_weight_files
 from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.nodes import error_at, kinds_of_nodes
 from ringcompile.ir.program import Program, Weight, WeightSource
-from ringcompile.ir.serialize import op_name, program_to_json
+from ringcompile.ir.serialize import op_name, program_to_text
 from ringcompile.mesh import Mesh
 from ringcompile.progress import counted
 
@@ -121,7 +121,7 @@ def save(
             files.update(_write_program(temporary, name, program, view))
             weights.update({weight.name: weight for weight in program.weights.values()})
         if reference is not None and not _unknown_ops(reference):
-            text = json_text(program_to_json(reference))
+            text = json_text(program_to_text(reference))
             files[REFERENCE] = write_text(temporary / REFERENCE, text)
             weights.update({weight.name: weight for weight in reference.weights.values()})
         written = write_weights(temporary, weights.values(), source, references or {}, shard_bytes)
@@ -138,7 +138,7 @@ def _write_program(
     folder: Path, name: str, program: Program, view: View | None
 ) -> dict[str, Any]:
     """Writes a program as JSON, and as text for people; what the manifest records of each file."""
-    text = json_text(program_to_json(program))
+    text = json_text(program_to_text(program))
     records = {f"{name}.json": write_text(folder / f"{name}.json", text)}
     if view is not None:
         records[f"{name}.py"] = write_text(folder / f"{name}.py", view(program))

@@ -13,22 +13,26 @@ import keyword
 import operator
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from sympy.core.function import Application
 from torch import fx
 
+from ringcompile.errors import SourceLocation
 from ringcompile.ir import expr
 from ringcompile.ir.call_text import elided, given_arguments, python_name, symbols_of
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.legend import legend, rank_text, title
 from ringcompile.ir.nodes import kinds_of_nodes, location_of
-from ringcompile.ir.printer import block_of, blocks, type_text
+from ringcompile.ir.printer import block_at, runs_of_blocks, type_text
 from ringcompile.ir.program import Program
+from ringcompile.ir.stretched import Section, sections_of
+from ringcompile.ir.templates import Said, Templates
 from ringcompile.ir.types import ValueType
 from ringcompile.ops import schemas
 
@@ -36,6 +40,7 @@ _RESERVED = {"inputs", "state", "weights", "comm", "torch", "aten", "ours", "ope
 _AFFIX = re.compile(r"_(default|tensor|scalar|dtype|int)(?=_\d+$|$)", re.IGNORECASE)
 _MATH_NAMES = ("ceil", "floor", "log", "log2", "sqrt")
 _MATH = re.compile(rf"(?<![.\w])({'|'.join(_MATH_NAMES)})\(")
+_NOWHERE = SourceLocation()
 _INDENT = " " * 4
 _WIDTH, _MAX_CODE = 100, 84
 _NOTICE = "A view for reading: ringcompile never imports or executes this file."
@@ -80,10 +85,18 @@ def _functions(lines: Sequence[str]) -> list[str]:
     return sorted({name for line in where for name in _MATH.findall(line)})
 
 
+class _Statement(NamedTuple):
+    """A line of code, what is noted behind it, and the user's line that it comes from."""
+
+    code: str
+    note: str = ""
+    location: SourceLocation = _NOWHERE
+
+
 class _View:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.calls = [node for node in program.graph.nodes if node.op == "call_function"]
+        self.sections = sections_of(program.graph)
         kinds = kinds_of_nodes(program.graph)
         used = {name for n in kinds if n.op == "call_function" for name in symbols_of(n)}
         if expr.LOCAL in used:
@@ -91,71 +104,82 @@ class _View:
         self.symbols = sorted(used, key=lambda name: (name == expr.LOCAL, name))
         self.names = self._names()
         self.types: dict[ValueType | None, str] = {}  # their texts
+        self.templates = Templates(_code)
 
-    def _names(self) -> dict[fx.Node, str]:
+    def _names(self) -> dict[str, str]:
         """Identifiers: the graph's names without overloads, distinct from all else."""
         taken = {*_RESERVED, *self.symbols, *keyword.kwlist, *dir(builtins)}
-        names: dict[fx.Node, str] = {}
-        for node in self.program.graph.nodes:
-            if node.op == "output":
+        names: dict[str, str] = {}
+        for given in self._given():
+            if given in self.program.weights:
+                names[given] = f"weights[{json.dumps(self.program.weights[given].name)}]"
                 continue
-            if node.name in self.program.weights:
-                names[node] = f"weights[{json.dumps(self.program.weights[node.name].name)}]"
-                continue
-            clean = _AFFIX.sub("", node.name)
-            base = clean.rstrip("0123456789").rstrip("_") or clean
-            numbered = (f"{base}_{i}" for i in itertools.count(1))
-            names[node] = next(
-                name for name in itertools.chain((clean, base), numbered) if name not in taken
-            )
-            taken.add(names[node])
+            clean, base = _stems(given)
+            if clean in taken:
+                numbered = (f"{base}_{i}" for i in itertools.count(1))
+                named = itertools.chain((base,), numbered)
+                clean = next(name for name in named if name not in taken)
+            names[given] = clean
+            taken.add(clean)
         return names
+
+    def _given(self) -> Iterator[str]:
+        """The graph's names, in order."""
+        for section in self.sections:
+            yield from (section.names[node] for node in section.nodes if node.op != "output")
 
     def body(self) -> list[str]:
         lines = self._aligned([*self._inputs(), *map(self._length, self.symbols)])
-        for block, run in blocks(self.calls, below=1):
-            lines += ["", f"{_INDENT}# {self._heading(block, run)}"]
-            lines += self._aligned([(self._statement(node), self._note(node)) for node in run])
-        value = self.program.nested(self.names[node] for node in self.program.outputs)
+        statements = [made for section in self.sections for made in self._statements(section)]
+        for block, run in runs_of_blocks(statements, lambda made: made.location.layer, below=1):
+            lines += ["", f"{_INDENT}# {_heading(block, [made.location for made in run])}"]
+            lines += self._aligned(run)
+        *_, last = self.sections
+        returned = [self.names[last.names[node]] for node in last.nodes[-1].args[0]]  # type: ignore
+        value = self.program.output_structure.build(returned, repr) if returned else ()
         return [*lines, "", f"{_INDENT}return {_nested(value)}"]
 
     # -- statements, each with what is noted behind it -------------------------------------------
 
-    def _inputs(self) -> list[tuple[str, str]]:
+    def _inputs(self) -> list[_Statement]:
         return [
-            (f'{self.names[node]} = {self._taken_from(node)}["{node.name}"]', self._note(node))
-            for node in self.program.graph.nodes
+            _Statement(f'{self.names[node.name]} = {self._taken_from(node)}["{node.name}"]',
+                       self._note(node))
+            for section in self.sections for node in section.nodes
             if node.op == "placeholder" and node.name not in self.program.weights
         ]
 
     def _taken_from(self, node: fx.Node) -> str:
         return "state" if node.name in self.program.state else "inputs"
 
-    def _length(self, name: str) -> tuple[str, str]:
+    def _length(self, name: str) -> _Statement:
         sequence, mesh = self.program.sequence, self.program.mesh
         if name in self.program.lengths:
-            return f"{name} = {self.program.lengths[name]}", ""
+            return _Statement(f"{name} = {self.program.lengths[name]}")
         if name == expr.LOCAL and sequence is not None:
             chunk = f"-(-{expr.SEQUENCE} // {sequence.num_chunks})"
             times = f" * {sequence.chunks_per_piece}" if sequence.chunks_per_piece > 1 else ""
             what = "tokens that this rank holds"
             if sequence.num_pieces > 1:
                 what += " of a piece" if sequence.across else ", one piece after another"
-            return f"{name} = {chunk}{times}", what
+            return _Statement(f"{name} = {chunk}{times}", what)
         if mesh is not None and name in mesh.names:
-            return f'{name} = comm.coordinate("{name}")', "of this rank"
-        return f'{name} = comm.length("{name}")', ""
+            return _Statement(f'{name} = comm.coordinate("{name}")', "of this rank")
+        return _Statement(f'{name} = comm.length("{name}")')
 
-    def _statement(self, node: fx.Node) -> str:
-        if node.target is operator.getitem:
-            source, index = (self._value(value) for value in node.args)
-            return f"{self.names[node]} = {source}[{index}]"
-        arguments, named = [], False
-        for argument in given_arguments(node):
-            named = named or argument.is_named
-            text = self._value(argument.value)
-            arguments.append(f"{argument.name}={text}" if named else text)
-        return f"{self.names[node]} = {_function(node.target)}({', '.join(arguments)})"
+    def _statements(self, section: Section) -> list[_Statement]:
+        """The calls of a section."""
+        def said(value: Any) -> str:
+            if isinstance(value, fx.Node):
+                return self.names[section.names[value]]
+            return json.dumps(section.text(value))
+
+        calls = [node for node in section.nodes if node.op == "call_function"]
+        texts = self.templates.texts(replace(section, nodes=calls), said, said)
+        return [
+            _Statement(text, self._note(node), section.location(location_of(node)))
+            for text, node in zip(texts, calls, strict=True)
+        ]
 
     def _note(self, node: fx.Node) -> str:
         type_ = node.meta.get("type")
@@ -163,50 +187,13 @@ class _View:
             self.types[type_] = type_text(self.program, type_)
         return "; ".join(filter(None, (self.types[type_], node.meta.get("why"))))
 
-    def _heading(self, block: str, run: list[fx.Node]) -> str:
-        """The layer, and from where to where the model's own lines reach."""
-        own = [node for node in run if block_of(node, 1) == block]
-        layers = dict.fromkeys(location_of(node).layer for node in own)
-        name = block or ", ".join(filter(None, layers)) or "the model itself"
-        if not block and len(layers) > 1:
-            return name
-        files: dict[str, list[int]] = {}
-        for node in own:
-            file, _, line = location_of(node).short.rpartition(":")
-            if file:
-                files.setdefault(file, []).append(int(line))
-        spans = (
-            f"{file}:{min(lines)}" + (f"-{max(lines)}" if len(set(lines)) > 1 else "")
-            for file, lines in files.items()
-        )
-        where = ", ".join(spans)
-        return f"{name} ({where})" if where else name
-
-    def _value(self, value: Any) -> str:
-        match value:
-            case fx.Node():
-                return self.names[value]
-            case int() | None:
-                return str(value)
-            case list() | tuple():
-                return f"[{', '.join(elided([self._value(item) for item in value]))}]"
-            case sympy.Expr():
-                return _size(value)
-            case float():
-                finite = value == value and abs(value) != float("inf")
-                return repr(value) if finite else f'float("{value}")'
-            case torch.device():
-                return json.dumps(str(value))
-            case str():
-                return json.dumps(value)
-        return str(value)
-
     @staticmethod
-    def _aligned(statements: list[tuple[str, str]]) -> list[str]:
+    def _aligned(statements: list[_Statement]) -> list[str]:
         """Statements, long ones on several lines, with their notes below each other."""
-        width = max((len(code) for code, _ in statements if len(code) <= _MAX_CODE), default=0)
+        widths = (len(made.code) for made in statements)
+        width = max((width for width in widths if width <= _MAX_CODE), default=0)
         lines = []
-        for code, note in statements:
+        for code, note, _ in statements:
             comment = f"  # {note}" if note else ""
             if len(code) <= _MAX_CODE or "(" not in code:
                 lines.append(f"{_INDENT}{code:<{width}}{comment}".rstrip())
@@ -214,6 +201,63 @@ class _View:
             head, rest = code.split("(", 1)
             lines += [f"{_INDENT}{head}(", *_wrapped(rest[:-1]), f"{_INDENT}){comment}"]
         return lines
+
+
+def _heading(block: str, run: list[SourceLocation]) -> str:
+    """The layer, and from where to where the model's own lines reach."""
+    own = [location for location in run if block_at(location.layer, 1) == block]
+    layers = dict.fromkeys(location.layer for location in own)
+    name = block or ", ".join(filter(None, layers)) or "the model itself"
+    if not block and len(layers) > 1:
+        return name
+    files: dict[str, list[int]] = {}
+    for location in own:
+        if location.file:
+            files.setdefault(location.file.rpartition("/")[2], []).append(location.line)
+    spans = (
+        f"{file}:{min(lines)}" + (f"-{max(lines)}" if len(set(lines)) > 1 else "")
+        for file, lines in files.items()
+    )
+    where = ", ".join(spans)
+    return f"{name} ({where})" if where else name
+
+
+def _code(node: fx.Node, said: Said) -> str:
+    """A call as a statement."""
+    if node.target is operator.getitem:
+        source, index = (_value(value, said) for value in node.args)
+        return f"{said(node)} = {source}[{index}]"
+    arguments, named = [], False
+    for argument in given_arguments(node):
+        named = named or argument.is_named
+        text = _value(argument.value, said)
+        arguments.append(f"{argument.name}={text}" if named else text)
+    return f"{said(node)} = {_function(node.target)}({', '.join(arguments)})"
+
+
+def _value(value: Any, said: Said) -> str:
+    match value:
+        case fx.Node() | str():
+            return str(said(value))
+        case int() | None:
+            return str(value)
+        case list() | tuple():
+            return f"[{', '.join(elided([_value(item, said) for item in value]))}]"
+        case sympy.Expr():
+            return _size(value)
+        case float():
+            finite = value == value and abs(value) != float("inf")
+            return repr(value) if finite else f'float("{value}")'
+        case torch.device():
+            return json.dumps(str(value))
+    return str(value)
+
+
+@lru_cache(maxsize=65536)  # ranks call most of their values the same
+def _stems(name: str) -> tuple[str, str]:
+    """A name of the graph without overloads, and without its number."""
+    clean = _AFFIX.sub("", name)
+    return clean, clean.rstrip("0123456789").rstrip("_") or clean
 
 
 def _wrapped(text: str) -> list[str]:

@@ -8,10 +8,10 @@ The same program prints the same text on every machine: no addresses, no absolut
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx
 
@@ -24,6 +24,7 @@ from ringcompile.ir.types import ValueType, bind_type, format_type
 if TYPE_CHECKING:
     from ringcompile.ir.program import Program
 
+T = TypeVar("T")
 # Columns follow the lines that fit; the few longer ones stick out.
 _MAX_TYPE, _MAX_CODE = 40, 96
 
@@ -160,18 +161,26 @@ def _nested(value: Any) -> str:
 # -- layers --------------------------------------------------------------------------------------
 
 
-def blocks(nodes: list[fx.Node], below: int = 0) -> list[tuple[str, list[fx.Node]]]:
-    """Runs of nodes of one block, such as `blocks.0`, with its name; empty outside the blocks.
+def blocks(nodes: list[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
+    """Runs of nodes of one block, such as `blocks.0`, with its name; empty outside the blocks."""
+    return runs_of_blocks(nodes, lambda node: location_of(node).layer)
+
+
+def runs_of_blocks(
+    items: Iterable[T], layer: Callable[[T], str], below: int = 0
+) -> list[tuple[str, list[T]]]:
+    """Runs of items of one block, with its name; empty outside the blocks.
 
     What a pass computed again inside a block, positions for instance, belongs to that block.
 
     Args:
-        nodes: in the order of the graph.
+        items: in the order of the graph.
+        layer: of an item.
         below: how many levels below the block still make a run of their own.
     """
-    runs: list[tuple[str, list[fx.Node]]] = []
-    for name, run in itertools.groupby(nodes, lambda node: block_of(node, below)):
-        if len(runs) > 1 and not block_of(runs[-1][1][0]) and runs[-2][0] == name:
+    runs: list[tuple[str, list[T]]] = []
+    for name, run in itertools.groupby(items, lambda item: block_at(layer(item), below)):
+        if len(runs) > 1 and not block_at(layer(runs[-1][1][0])) and runs[-2][0] == name:
             between = runs.pop()[1]
             runs[-1] = (name, [*runs[-1][1], *between, *run])
         else:
@@ -179,13 +188,14 @@ def blocks(nodes: list[fx.Node], below: int = 0) -> list[tuple[str, list[fx.Node
     return runs
 
 
-def block_of(node: fx.Node, below: int = 0) -> str:
-    """`model.layers.3` of `model.layers.3.self_attn.q_proj`, or empty outside the blocks."""
-    return _block(location_of(node).layer, below)
+def block_of(node: fx.Node) -> str:
+    """The block that a node belongs to."""
+    return block_at(location_of(node).layer)
 
 
 @lru_cache(maxsize=4096)
-def _block(layer: str, below: int) -> str:
+def block_at(layer: str, below: int = 0) -> str:
+    """`model.layers.3` of `model.layers.3.self_attn.q_proj`, or empty outside the blocks."""
     parts = layer.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0] + 1 + below]) if numbers else ""

@@ -8,12 +8,14 @@ and nodes hold its index.
 
 from __future__ import annotations
 
+import json
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import sympy
@@ -26,6 +28,8 @@ from ringcompile.ir.expression_bounds import is_bounded
 from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import IdLimit, Program, Structure, Weight
+from ringcompile.ir.stretched import Section, section_of, sections_of
+from ringcompile.ir.templates import Said, Templates
 from ringcompile.ir.types import SequenceSplit, ValueType
 
 # The values that stand as {kind: name}.
@@ -37,6 +41,8 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 # Functions that are no torch op; `str` of the others is their name.
 PYTHON_OPS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem}
 MAX_INT = 2**63
+# The text of a JSON value.
+encode = json.JSONEncoder(allow_nan=False).encode
 # Short, and no long numbers: reading an expression must not take for ever (see `is_bounded`).
 _EXPRESSION = re.compile(r"(?!.*\d[A-Za-z_])(?!.*\d{20})[\w+\-*/(), ]{1,1000}", re.ASCII)
 
@@ -53,13 +59,18 @@ def weight_to_json(weight: Weight) -> dict[str, Any]:
 
 def portable(file: str) -> str:
     """A source path without this machine's folders: below site-packages, or the working folder."""
+    return _portable(file, os.getcwd())
+
+
+@lru_cache(maxsize=4096)
+def _portable(file: str, working_folder: str) -> str:
     path = PurePosixPath(file)
     parts = path.parts
     for packages in ("site-packages", "dist-packages"):
         if packages in parts:
             return "/".join(parts[len(parts) - parts[::-1].index(packages) :])
-    if path.is_absolute() and path.is_relative_to(Path.cwd()):
-        return str(path.relative_to(Path.cwd()))
+    if path.is_absolute() and path.is_relative_to(working_folder):
+        return str(path.relative_to(working_folder))
     if path.is_absolute() or ".." in parts:
         return "/".join([part for part in parts if part not in (path.anchor, "..")][-3:])
     return file
@@ -93,8 +104,22 @@ def program_to_json(program: Program) -> dict[str, Any]:
     Raises:
         RingCompileError: an argument of a kind that no program should hold, by its node.
     """
-    types, locations = _Table(_type_to_json), _Table(_location_to_json)
-    nodes = [_node_to_json(node, types, locations) for node in program.graph.nodes]
+    rows = _Rows()
+    return _members(program, rows, rows.of(section_of(program.graph)))
+
+
+def program_to_text(program: Program) -> dict[str, Any]:
+    """As `program_to_json`, with nodes that are texts already: blocks alike are written once.
+
+    Raises:
+        RingCompileError: an argument of a kind that no program should hold, by its node.
+    """
+    rows = _Rows()
+    nodes = [line for section in sections_of(program.graph) for line in rows.lines(section)]
+    return _members(program, rows, nodes)
+
+
+def _members(program: Program, rows: _Rows, nodes: list[Any]) -> dict[str, Any]:
     return {
         "name": program.name,
         "passes": list(program.passes),
@@ -115,8 +140,8 @@ def program_to_json(program: Program) -> dict[str, Any]:
             for placeholder, weight in program.weights.items()
         },
         "output_structure": _structure_to_json(program.output_structure),
-        "types": types.rows,
-        "locations": locations.rows,
+        "types": rows.types.rows,
+        "locations": rows.locations.rows,
         "nodes": nodes,
     }
 
@@ -147,41 +172,74 @@ def _limit_to_json(limit: IdLimit) -> dict[str, Any]:
     return {"low": limit.low, "high": limit.high, "location": _location_to_json(limit.location)}
 
 
-def _node_to_json(node: fx.Node, types: _Table, locations: _Table) -> dict[str, Any]:
-    call = node.op == "call_function"
-    data: dict[str, Any] = {"name": node.name, "op": op_name(node.target) if call else node.op}
-    try:
-        if node.op == "placeholder" and node.target != node.name:
-            data["target"] = node.target
-        if node.op == "output":
-            data["args"] = [_argument_to_json(value) for value in node.args[0]]  # type: ignore[union-attr]
-        if call:
-            data["args"] = [_argument_to_json(value) for value in node.args]
-            data["kwargs"] = {key: _argument_to_json(v) for key, v in node.kwargs.items()}
-        if "type" in node.meta:
-            data["type"] = types.index(node.meta["type"])
-    except RingCompileError as error:
-        raise error_at(node, error.message) from None
-    if "loc" in node.meta:
-        data["loc"] = locations.index(node.meta["loc"])
-    for key in ("why", "mask_kind", "stage"):
-        if key in node.meta:
-            data[key] = node.meta[key]
-    return data
+class JsonText(str):
+    """A value that is written as JSON already."""
 
 
-def _argument_to_json(value: Any) -> Any:
+class _Rows:
+    """The nodes of a program, and the types and source lines that they name by number."""
+
+    def __init__(self) -> None:
+        self.types, self.locations = _Table(_type_to_json), _Table(_location_to_json)
+        self._templates = Templates(lambda node, said: encode(self._row(node, said)))
+
+    def of(self, section: Section) -> list[dict[str, Any]]:
+        """The nodes of a section, as objects."""
+        said = self._said(section)
+        return [self._row(node, said) for node in section.nodes]
+
+    def lines(self, section: Section) -> list[JsonText]:
+        """The same as text."""
+        said = self._said(section)
+        texts = self._templates.texts(section, said, lambda gap: encode(said(gap)))
+        return list(map(JsonText, texts))
+
+    def _said(self, section: Section) -> Said:
+        def said(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return section.names[value]
+            if isinstance(value, str):
+                return section.text(value)
+            return self.locations.index(section.location(value))
+
+        return said
+
+    def _row(self, node: fx.Node, said: Said) -> dict[str, Any]:
+        call = node.op == "call_function"
+        data: dict[str, Any] = {"name": said(node), "op": op_name(node.target) if call else node.op}
+        try:
+            if node.op == "placeholder" and node.target != node.name:
+                data["target"] = node.target
+            if node.op == "output":
+                data["args"] = [_argument_to_json(value, said) for value in node.args[0]]  # type: ignore[union-attr]
+            if call:
+                data["args"] = [_argument_to_json(value, said) for value in node.args]
+                data["kwargs"] = {k: _argument_to_json(v, said) for k, v in node.kwargs.items()}
+            if "type" in node.meta:
+                data["type"] = self.types.index(node.meta["type"])
+        except RingCompileError as error:
+            raise error_at(node, error.message) from None
+        if "loc" in node.meta:
+            data["loc"] = said(node.meta["loc"])
+        for key in ("why", "mask_kind", "stage"):
+            if key in node.meta:
+                data[key] = node.meta[key]
+        return data
+
+
+def _argument_to_json(value: Any, said: Said) -> Any:
     match value:
         case fx.Node():
-            return {"node": value.name}
-        case None | bool() | int() | str():
+            return {"node": said(value)}
+        case str():
+            return said(value)
+        case None | bool() | int():
             return value
         case float():
             return value if math.isfinite(value) else {"float": str(value)}
-        case list():
-            return [_argument_to_json(v) for v in value]
-        case tuple():
-            return {"tuple": [_argument_to_json(v) for v in value]}
+        case list() | tuple():
+            items = [_argument_to_json(v, said) for v in value]
+            return items if isinstance(value, list) else {"tuple": items}
         case sympy.Expr():
             return _size_to_json(value)
         case torch.device():

@@ -103,6 +103,45 @@ def split(name: str) -> tuple[str, int]:
     return found[1], int(found[2] or 0)
 
 
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A run of nodes of a graph, each shown by a node that is like it but for names and line.
+
+    Attributes:
+        nodes: in the order of the graph.
+        names: what these nodes, and those that they read, are called in the graph.
+        images: of a block that was left out, what stands for what.
+        ahead: how many blocks ahead of `nodes` it stands; 0 where it is `nodes` themselves.
+    """
+
+    nodes: Sequence[fx.Node]
+    names: Mapping[fx.Node, str]
+    images: Images | None = None
+    ahead: int = 0
+
+    def text(self, text: str) -> str:
+        """A text argument: the name of a state of this block in place of the other block's."""
+        return (self.images and self.images.name(text, self.ahead)) or text
+
+    def location(self, location: SourceLocation) -> SourceLocation:
+        """The user's line behind a node, where `location` is behind the one that shows it."""
+        lines = self.images.lines.get(location) if self.images else None
+        return location if lines is None else lines[self.ahead]
+
+
+def sections_of(graph: fx.Graph) -> list[Section]:
+    """All nodes of a graph, in order; of a stretched graph without writing it."""
+    if isinstance(graph, StretchedGraph) and not graph.is_written:
+        return graph.sections()
+    return [section_of(graph)]
+
+
+def section_of(graph: fx.Graph) -> Section:
+    """All nodes of a graph as they are; a stretched graph is written."""
+    nodes = list(graph.nodes)
+    return Section(nodes, {node: node.name for node in nodes})
+
+
 class StretchedGraph(fx.Graph):
     """A graph that is written when something of it is asked for: most ranks' are never looked at.
 
@@ -114,57 +153,79 @@ class StretchedGraph(fx.Graph):
         self.short, self._parts, self._heads = short, parts, heads
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_root" in self.__dict__:
+        if name.startswith("__") or self.is_written:
             raise AttributeError(name)
+        found = self.sections()
         super().__init__()
-        _Writer(self, self.short, self._parts, self._heads).write()
+        _write(self, found)
         return getattr(self, name)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether its nodes are there, and count."""
+        return "_root" in self.__dict__
 
-class _Writer:
-    """Writes a stretched graph."""
+    def sections(self) -> list[Section]:
+        """What it has or would have, in order."""
+        return list(_Stretching(self.short, self._parts, self._heads).sections())
+
+
+def _write(graph: fx.Graph, sections: Sequence[Section]) -> None:
+    """Write the nodes of all sections to an empty graph."""
+    written: dict[str, fx.Node] = {}
+    for section in sections:
+        names, text = section.names, section.text
+
+        def value(found: Any, names: Any = names, text: Any = text) -> Any:
+            if isinstance(found, fx.Node):
+                return written[names[found]]
+            return text(found) if isinstance(found, str) else found
+
+        for node in section.nodes:
+            name = names[node]
+            args, kwargs = map_aggregate((node.args, node.kwargs), value)
+            new = written[name] = append(graph, node.op, node.target, args, kwargs, name)
+            assert new.name == name, f"two nodes are called {name}"
+            new.meta.update(node.meta)
+            if "loc" in node.meta:
+                new.meta["loc"] = section.location(node.meta["loc"])
+
+
+class _Stretching:
+    """Goes through a stretched graph, and finds what each node is called."""
 
     def __init__(
-        self, graph: fx.Graph, short: Program, parts: Sequence[Repeat], heads: Sequence[fx.Node]
+        self, short: Program, parts: Sequence[Repeat], heads: Sequence[fx.Node]
     ) -> None:
-        self.graph, self.short, self.parts, self.heads = graph, short, parts, heads
+        self.short, self.parts, self.heads = short, parts, heads
         self.calls = [node for node in short.graph.nodes if node.op == "call_function"]
-        self.env: dict[fx.Node, fx.Node] = {}
-        self.placeholders: dict[str, fx.Node] = {}
+        self.names = {
+            node: node.name for node in short.graph.nodes if node.op == "placeholder"
+        }
         self.given = {node.name for images in parts for node in images.images.run.calls}
         # What was added so far to the number in a made-up name.
         self.added: Counter[str] = Counter()
 
-    def write(self) -> None:
-        self._write_placeholders()
+    def sections(self) -> Iterator[Section]:
+        yield Section(self.heads, {head: head.name for head in self.heads})
         at = 0
         for part in self.parts:
-            self._copy(self.calls[at : part.end])
+            yield self._copy(self.calls[at : part.end])
             for ahead in range(1, part.times + 1):
-                self._repeat(part, ahead)
+                yield self._repeat(part, ahead)
             self.added.update({base: step * part.times for base, step in part.steps.items()})
             at = part.end
-        self._copy([*self.calls[at:], self.short.output_node])
+        yield self._copy([*self.calls[at:], self.short.output_node])
 
-    def _write_placeholders(self) -> None:
-        own = {node.name: node for node in self.short.graph.nodes if node.op == "placeholder"}
-        for head in self.heads:
-            new = self._append(head, (), {}, head.name)
-            self.placeholders[head.name] = new
-            new.meta.update(head.meta)
-            if head.name in own:
-                self.env[own[head.name]] = new
+    def _copy(self, nodes: Sequence[fx.Node]) -> Section:
+        self.names.update({node: self._name(node, self.added) for node in nodes})
+        return Section(nodes, self._said(nodes))
 
-    def _append(self, node: fx.Node, args: Any, kwargs: Any, name: str) -> fx.Node:
-        new = append(self.graph, node.op, node.target, args, kwargs, name)
-        assert new.name == name, f"two nodes are called {name}"
-        return new
-
-    def _copy(self, nodes: Sequence[fx.Node]) -> None:
-        for node in nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-            new = self.env[node] = self._append(node, args, kwargs, self._name(node, self.added))
-            new.meta.update(node.meta)
+    def _said(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
+        """The names of these nodes and of those that they read."""
+        said = {node: self.names[node] for node in nodes}
+        said.update({read: self.names[read] for node in nodes for read in node.all_input_nodes})
+        return said
 
     def _name(self, node: fx.Node, added: Mapping[str, int]) -> str:
         if node.op != "call_function" or node.name in self.given:
@@ -172,27 +233,19 @@ class _Writer:
         base, number = split(node.name)
         return f"{base}_{number + added[base]}" if added.get(base) else node.name
 
-    def _repeat(self, part: Repeat, ahead: int) -> None:
-        """Write a block as it is so many blocks ahead; `env` then holds its nodes."""
-        size, images = part.end - part.start, part.images
+    def _repeat(self, part: Repeat, ahead: int) -> Section:
+        """A block as it is so many blocks ahead; `names` then holds what its nodes are called."""
+        size, images, nodes = part.end - part.start, part.images, self.calls[part.start : part.end]
         steps = {base: self.added[base] + step * ahead for base, step in part.steps.items()}
-        behind = {self.calls[i - size]: self.env[self.calls[i]]
-                  for i in range(part.start, part.end)}
-
-        def value(found: Any) -> Any:
-            if isinstance(found, str):
-                return images.name(found, ahead) or found
-            if not isinstance(found, fx.Node):
-                return found
-            if found.op == "placeholder":
-                name = images.name(found.name, ahead)
-                return self.env[found] if name is None else self.placeholders[name]
-            return behind[found] if found in behind else self.env[found]
-
-        for node in self.calls[part.start : part.end]:
-            args, kwargs = map_aggregate((node.args, node.kwargs), value)
-            name = images.name(node.name, ahead) or self._name(node, steps)
-            new = self.env[node] = self._append(node, args, kwargs, name)
-            new.meta.update(node.meta)
-            if (lines := images.lines.get(node.meta.get("loc", _NOWHERE))) is not None:
-                new.meta["loc"] = lines[ahead]
+        behind = {before: self.names[node] for before, node
+                  in zip(self.calls[part.start - size : part.start], nodes, strict=True)}
+        self.names.update({
+            node: images.name(node.name, ahead) or self._name(node, steps) for node in nodes
+        })
+        said = self._said(nodes)
+        for read in said:
+            if read.op == "placeholder":
+                said[read] = images.name(read.name, ahead) or said[read]
+            elif read in behind:
+                said[read] = behind[read]
+        return Section(nodes, said, images, ahead)

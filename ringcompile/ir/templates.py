@@ -1,0 +1,78 @@
+"""Texts of calls with gaps for names: what differs between blocks that are alike, written once.
+
+A call of a block that was left out (`ir/stretched.py`) is written as the call that it is like, with
+other names. So its text is made once, with marks in place of names, and filled for each block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from ringcompile.ir.stretched import Section
+
+# What stands for a node, a text argument or a source line.
+Said = Callable[[Any], Any]
+# A character for private use; JSON writes it as an escape, between quotes.
+_MARK, _ESCAPED = "\ue000", r"\ue000"
+_GAP = re.compile(r'\ue000(\d+)\ue000|"\\ue000(\d+)\\ue000"')
+
+
+class Templates:
+    """Writes nodes of a graph: those of blocks that were left out by filling templates."""
+
+    def __init__(self, write: Callable[[fx.Node, Said], str]) -> None:
+        """Make none yet.
+
+        Args:
+            write: the text of a node, given what is said of the nodes, texts and lines in it.
+        """
+        self.write = write
+        self._known: dict[fx.Node, _Template | None] = {}
+
+    def texts(self, section: Section, said: Said, fill: Said) -> list[str]:
+        """The texts of a section's nodes.
+
+        Args:
+            section: of a graph.
+            said: what `write` is given for a node, a text argument or a source line.
+            fill: what stands in the text for these.
+        """
+        if not section.ahead:
+            return [self.write(node, said) for node in section.nodes]
+        return [self._filled(node, said, fill) for node in section.nodes]
+
+    def _filled(self, node: fx.Node, said: Said, fill: Said) -> str:
+        if node not in self._known:
+            self._known[node] = _template(lambda mark: self.write(node, mark))
+        template = self._known[node]
+        if template is None:
+            return self.write(node, said)
+        return template.text % tuple([fill(gap) for gap in template.gaps])
+
+
+class _Template(NamedTuple):
+    """A text with `%s` for each gap, and what is said there."""
+
+    text: str
+    gaps: tuple[Any, ...]
+
+
+def _template(write: Callable[[Said], str]) -> _Template | None:
+    """The template of a text; None where the text itself has what marks are made of."""
+    asked: list[Any] = []
+
+    def mark(value: Any) -> str:
+        asked.append(value)
+        return f"{_MARK}{len(asked) - 1}{_MARK}"
+
+    text, plain = write(mark), write(lambda value: "")
+    if _MARK in plain or _ESCAPED in plain:
+        return None
+    parts = _GAP.split(text)
+    places = [first or second for first, second in zip(parts[1::3], parts[2::3], strict=True)]
+    literal = "%s".join(part.replace("%", "%%") for part in parts[::3])
+    return _Template(literal, tuple(asked[int(place)] for place in places))
