@@ -20,8 +20,8 @@ from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.repeats import FEWEST
 from ringcompile.ir.program import Program
+from ringcompile.ir.repeats import FEWEST
 from ringcompile.ir.serialize import program_to_json, program_to_text
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.transformer import Transformer
