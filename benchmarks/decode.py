@@ -110,6 +110,9 @@ def measure(
     context, program = ids.shape[1], rc.capture(model, (ids[:, :24],))
     made = {spec: rc.transform(program, spec, cache=context + count)
             for spec in ("ring=1", "tp=3", "ring=2")}
+    # First: a table that is too small for a side is told before minutes are spent on measuring.
+    request = GenerationRequest(context, count)
+    predicted = {spec: _predicted(one, request, cluster) for spec, one in made.items()}
     with ExitStack() as stack:
         def session(spec: str, backend: str) -> rc.Session:
             return stack.enter_context(rc.Session(made[spec], backend, threads=1))
@@ -126,24 +129,19 @@ def measure(
     tokens = {tuple(made) for one in found for made, _ in one.values()}
     if len(tokens) != 1:
         raise SystemExit(f"sides make other tokens: {sorted(tokens)}")
-    return [_row(side, found, made, GenerationRequest(context, count), cluster) for side in sides]
+    return [_row(side, found, count, predicted) for side in sides]
 
 
 def _row(
-    side: Side, found: list[dict[str, Any]], made: dict[str, ParallelProgram],
-    request: GenerationRequest, cluster: str | None,
+    side: Side, found: list[dict[str, Any]], count: int, predicted: dict[str, float | None]
 ) -> dict[str, Any]:
-    tpot = {name: [sum(one[name][1][1:]) / (request.new_tokens - 1) for one in found]
-            for name in found[0]}
-    mine, spec = tpot[side.name], side.name.partition(" ")[0]
-    ratio = None
+    tpot = {name: [sum(one[name][1][1:]) / (count - 1) for one in found] for name in found[0]}
+    mine, ratio = tpot[side.name], None
     if side.against:
         ratio = median(a / b for a, b in zip(mine, tpot[side.against], strict=True))
-    predicted = None
-    if spec in made:
-        predicted = _predicted(made[spec], request, cluster)
     return {"side": side.name, "threads": side.threads, "tpot_ms": median(mine) * 1e3,
-            "against": side.against, "ratio": ratio, "predicted_ms": predicted}
+            "against": side.against, "ratio": ratio,
+            "predicted_ms": predicted.get(side.name.partition(" ")[0])}
 
 
 def _predicted(
@@ -184,7 +182,8 @@ def run(
 @click.option("--context", default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--new-tokens", default=32, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--cluster", help="Tables for what is predicted, as `calibrate` writes them.")
+@click.option("--cluster", help="Tables for what is predicted, as `calibrate --ranks 3` writes "
+              "them.")
 def main(context: int, new_tokens: int, rounds: int, cluster: str | None) -> None:
     """Measure TPOT of every side, interleaved."""
     click.echo(table(run(rounds, context, new_tokens, cluster)))
