@@ -158,6 +158,8 @@ def _early_local(plan: Plan) -> None:
             if os.fork() == 0:
                 time.sleep(1.5)
                 plan.strike(process.pid)
+                if plan.fault == "SIGTERM":  # which a stopped process takes when it goes on
+                    os.kill(process.pid or 0, signal.SIGCONT)
                 os._exit(0)
         elif plan.moment == "start":
             plan.strike(process.pid)
