@@ -75,3 +75,19 @@ def test_pages_from_docstrings_are_current() -> None:
     """`python docs/generate_pages.py` writes them."""
     for page, write in generator().PAGES.items():
         assert (ROOT / "docs" / page).read_text() == write(), page
+
+
+def test_files_that_pages_name_exist() -> None:
+    """Paths from the root of the checkout, or of the package; bare names anywhere in it."""
+    every = {path.relative_to(ROOT).as_posix() for folder in ("ringcompile", "tests", "docs")
+             for path in (ROOT / folder).rglob("*")}
+    named = set()
+    for page in (ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"):
+        text = page.read_text()
+        named |= set(re.findall(r"`([\w/]+\.(?:py|md|json|png))`", text))
+        named |= {found.rstrip("/") for found in re.findall(r"`((?:\w+/)+)`", text)}
+    made_by_users = {"reference.json"}
+    missing = {name for name in named - made_by_users
+               if not any(f"/{path}".endswith(f"/{name}") for path in every)}
+    assert not missing
+    assert "runtime/exchange.py" in named

@@ -523,7 +523,13 @@ const rank = make("select", { onchange: () => {
   show();
 } }, ...D.ranks.map((_, i) => make("option", { value: i }, `rank ${i}`)));
 const slider = make("input", { type: "range", min: 0, max: D.stages.length, value: at.stage,
-  oninput: () => { at.stage = Number(slider.value); at.node = null; at.run = 0; show(); } });
+  oninput: () => {
+    const block = program().runs[at.run][0];
+    at.stage = Number(slider.value);
+    at.node = null;
+    at.run = Math.max(0, program().runs.findIndex((run) => run[0] === block));
+    show();
+  } });
 const stage = make("b"), changed = make("span", { className: "changed" });
 function showStage() {
   stage.textContent = isRank() ? `rank ${at.rank}` : program().label;
