@@ -1,8 +1,9 @@
 """Capture of Hugging Face's state space layers: as scans, which hold at every length.
 
-Mamba 1 and its kin can go through associative_scan. Mamba 2, Qwen3-Next, Kimi Linear and their kin
-go through chunks of a fixed size, to a multiple of which they pad the sequence: what they compute
-is linear attention with a decay, some by the delta rule, and captured as such.
+Mamba 1 and its kin can go through associative_scan; RecurrentGemma's loop over tokens is the same
+linear recurrence. Mamba 2, Qwen3-Next, Kimi Linear and their kin go through chunks of a fixed size,
+to a multiple of which they pad the sequence: what they compute is linear attention with a decay,
+some by the delta rule, and captured as such.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ringcompile.linear_attention import linear_attention
+from ringcompile.ops.schemas import op
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def states_by_scan(model: nn.Module) -> Iterator[None]:
 
 
 def _replaced(model: nn.Module) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """Functions that the files of layers call by name, and what they call while inside.
+    """Functions of the files of layers, or methods of layers, and what is called in their place.
 
     Layers that may use associative_scan ask torch whether it compiles, since that needs it;
     captured it is an op of its own.
@@ -41,7 +43,11 @@ def _replaced(model: nn.Module) -> Iterator[tuple[Any, str, Callable[..., Any]]]
     for module in _files(scanning):
         for name in filter(partial(hasattr, module), _ANSWERS):
             yield module, name, _ANSWERS[name]
-    for module in _files({type(layer) for layer in model.modules()}):
+    kinds = {type(layer) for layer in model.modules()}
+    for kind in kinds:
+        if hasattr(kind, _LOOP) and kind.__module__.startswith("transformers."):
+            yield kind, _LOOP, _linear_unit(getattr(kind, _LOOP))
+    for module in _files(kinds):
         if module.__name__.startswith("transformers."):
             for name in filter(partial(hasattr, module), _CHUNKED):
                 yield module, name, partial(_unless_begun, getattr(module, name), _CHUNKED[name])
@@ -131,6 +137,29 @@ def _delta_rule(
     return y.to(query.dtype), None
 
 
+def _linear_unit(original: Callable[..., Any]) -> Callable[..., Any]:
+    """RecurrentGemma's linear recurrence, which it computes in a loop over tokens.
+
+    Args:
+        original: its method, which goes on from a state of its own cache.
+    """
+
+    def scanned(
+        layer: nn.Module, hidden_states: torch.Tensor, recurrent_gate: torch.Tensor,
+        reset: torch.Tensor, recurrent_states: torch.Tensor | None,
+        acc_dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        if recurrent_states is not None:
+            return original(
+                layer, hidden_states, recurrent_gate, reset, recurrent_states, acc_dtype
+            )
+        gate = (recurrent_gate * ~reset).to(acc_dtype)
+        states = op("recurrence")(gate, hidden_states.to(acc_dtype), dim=1)
+        return states.to(hidden_states.dtype), states[:, -1]
+
+    return scanned
+
+
 def _for_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B,S,G,N] as [B,S,H,N]: heads of a group share it."""
     groups = x.shape[2]
@@ -146,6 +175,8 @@ def _attended(*operands: torch.Tensor) -> torch.Tensor:
 
 # What layers ask torch, and what they are told.
 _ANSWERS = {"is_torchdynamo_compiling": lambda: True, "is_torchdynamo_exporting": lambda: False}
+# A method that goes through the tokens in a loop.
+_LOOP = "_rnn_scan"
 # Functions that go through chunks of a fixed size, and what they compute.
 _CHUNKED: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _chunk_scan,

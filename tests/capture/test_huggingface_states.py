@@ -14,7 +14,11 @@ from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+import ringcompile as rc
 from ringcompile.capture.huggingface_states import states_by_scan
+from tests.families.catalogue import FAMILIES
+from tests.families.trial import CAPTURED, MATCHED, any_length, judged, reference
+from tests.support import run
 
 BATCH, HEADS, SIZE, STATES, GROUPS = 2, 4, 6, 5, 2
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -73,3 +77,19 @@ def test_the_delta_rule_is_that_of_transformers(
             ours(module, name)(q, k, v, **given), getattr(module, name)(q, k, v, **given),
             rtol=1e-5, atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("name", [
+    "recurrent_gemma",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba2", "kimi_linear")),
+])
+def test_a_model_is_captured_for_all_lengths(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build()
+    program = rc.capture(model, (), family.example(CAPTURED))
+    assert any_length(program)
+    parallel = rc.transform(program, "ring=2")
+    for length in (2, 2 * CAPTURED + 1):
+        inputs = family.example(length)
+        found = judged(family, run(parallel, inputs).outputs, reference(model, inputs), inputs)
+        assert found.kind == MATCHED, found
