@@ -9,21 +9,25 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import transformers
 
 from tests.families.catalogue import FAMILIES
-from tests.families.trial import CRASHED, Outcome, Trial, try_family
+from tests.families.trial import CRASHED, SPEC, Outcome, Trial, try_family
 
 DIED = Outcome(CRASHED, reason="the process died")
 T = TypeVar("T")
 
 
-def sweep(names: Sequence[str], jobs: int = 2, seconds: int = 300) -> Iterator[Trial]:
+def sweep(
+    names: Sequence[str], jobs: int = 2, seconds: int = 300, spec: str = SPEC
+) -> Iterator[Trial]:
     """The trials of these families, in their order."""
-    return each(names, jobs, seconds, _trial, lambda name: Trial(name, DIED))
+    attempt = partial(_trial, spec=spec)
+    return each(names, jobs, seconds, attempt, lambda name: Trial(name, DIED))
 
 
 def each(
@@ -78,5 +82,5 @@ def quiet() -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
 
-def _trial(name: str, seconds: int) -> Trial:
-    return try_family(FAMILIES[name], seconds)
+def _trial(name: str, seconds: int, spec: str) -> Trial:
+    return try_family(FAMILIES[name], seconds, spec)

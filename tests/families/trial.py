@@ -79,14 +79,14 @@ class _TimeoutError(Exception):
     """A trial takes too long."""
 
 
-def try_family(family: Family, seconds: int = 240) -> Trial:
+def try_family(family: Family, seconds: int = 240, spec: str = SPEC) -> Trial:
     """All of it; exceptions become outcomes, but for mistakes in the catalogue itself."""
     model = family.build()
     found: list[ParallelProgram] = []
-    plain = guarded(lambda: _compare(family, model, 1, found), seconds)
+    plain = guarded(lambda: _compare(family, model, 1, found, spec), seconds)
     padding = None
     if family.padding:
-        padding = guarded(lambda: _compare(family, model, 2, []), seconds)
+        padding = guarded(lambda: _compare(family, model, 2, [], spec), seconds)
     if not found:
         return Trial(family.name, plain, padding)
     program = found[0].program
@@ -152,13 +152,13 @@ def shortened(text: str) -> str:
 
 
 def _compare(
-    family: Family, model: nn.Module, batch: int, found: list[ParallelProgram]
+    family: Family, model: nn.Module, batch: int, found: list[ParallelProgram], spec: str
 ) -> Outcome:
     inputs = _inputs(family, LENGTH, batch)
     program = capture(model, (), _inputs(family, CAPTURED, batch))
     if not any_length(program):
         program = capture(model, (), inputs)
-    parallel = transform(program, SPEC)
+    parallel = transform(program, spec)
     found.append(parallel)
     outputs = run(parallel, inputs).outputs
     return judged(family, outputs, reference(model, inputs), inputs)
