@@ -51,7 +51,8 @@ class Options:
         order: which positions a rank holds: "contiguous", "zigzag", or "auto" (zigzag where all
             attention is causal, so that every rank has the same work).
         capacity: where experts take a limited number of tokens: "exact" drops the tokens that a
-            single device drops, "local" lets each rank count its own tokens only.
+            single device drops, "local" lets each rank count its own tokens only, or with a cache
+            the new tokens of each call.
         ring: "rotate" passes keys and values around the ring; "gather" brings all of them to
             every rank at once, which is faster for short sequences.
         tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
@@ -79,7 +80,8 @@ class Options:
     )
     capacity: str = _option(
         "exact", "How experts with a limited capacity count tokens. exact: over all ranks, so that "
-        "the same tokens are dropped as on one device. local: each rank counts its own tokens.",
+        "the same tokens are dropped as on one device. local: each rank counts its own tokens; "
+        "with a cache, the new tokens of each call.",
         choices=("exact", "local"),
     )
     ring: str = _option(

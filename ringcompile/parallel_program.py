@@ -78,7 +78,9 @@ class ParallelProgram:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of how the model was compiled."""
-        return self.program.notes
+        whole = self.program.notes
+        later = () if self.carried is None else self.carried.program.notes
+        return (*whole, *(f"with a cache: {note}" for note in later if note not in whole))
 
     @property
     def world_size(self) -> int:

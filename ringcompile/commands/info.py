@@ -69,7 +69,7 @@ def _facts(out: Out, made: ParallelProgram) -> dict[str, Any]:
         "length": _length(made),
         "batch": _batch(made),
         "weight_bytes": [communication.weight_bytes(rank) for rank in made.ranks()],
-        "notes": list(program.notes),
+        "notes": list(made.notes),
         "options": made.options,
         "run": [
             f"ringcompile run {name}",

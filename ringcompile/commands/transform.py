@@ -184,7 +184,7 @@ def _print_summary(out: Path, made: ParallelProgram, as_json: bool) -> None:
         "ranks": made.world_size,
         "order": program.sequence.order,
         "nodes": sizes,
-        "notes": list(program.notes),
+        "notes": list(made.notes),
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -193,7 +193,7 @@ def _print_summary(out: Path, made: ParallelProgram, as_json: bool) -> None:
         f"wrote {out}: {program.name}, {made.mesh}, {program.sequence.order}, "
         f"{made.world_size} programs of {max(sizes)} nodes"
     )
-    for note in program.notes:
+    for note in facts["notes"]:
         click.echo(f"note: {note}")
     name = shlex.quote(str(out))
     click.echo(f"next: ringcompile run {name}, ringcompile view {name}")

@@ -21,6 +21,7 @@ from ringcompile.ops.running import ALONG
 
 _S = symbol(SEQUENCE)
 _HINT = "leave out --cache, or compute each result from the current and earlier tokens only"
+COUNTED = "if it is a capacity of experts, --capacity local counts the new tokens of each call"
 # Entry t of the result depends on entries up to t.
 _PREFIX = frozenset({
     *ALONG, "aten.cummax.default", "aten.cummin.default", "aten.tril.default", "aten.triu.default",
@@ -120,5 +121,5 @@ def _check_numbers(node: fx.Node, rule: Rule) -> None:
     if found:
         raise error_at(
             node, f"with a cache, the length of the sequence ({found[0]}) is used as a number, "
-                  "which would change with every new token", hint=_HINT,
+                  "which would change with every new token", hint=f"{_HINT}; {COUNTED}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -10,7 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import ringcompile as rc
-from tests.generate.models import WIDTH, Rotary, cached, checked_session, difference, ids
+from ringcompile.models.config import TransformerConfig
+from ringcompile.models.moe import MoE
+from tests.generate.models import (
+    CAPACITY,
+    VOCABULARY,
+    WIDTH,
+    Rotary,
+    cached,
+    captured,
+    checked_session,
+    difference,
+    ids,
+)
 
 EXACT, EXPERTS, TURNS = 1e-10, 4, (1, 1, 20, 1, 5)
 
@@ -110,6 +123,22 @@ class Routed(Rotary):
         return x
 
 
+class Behind(Rotary):
+    """One layer, and behind it a mixture with slots: no key depends on which tokens are dropped."""
+
+    def __init__(self, factor: int | None) -> None:
+        super().__init__(layers=1)
+        self.mixture = MoE(TransformerConfig(
+            vocab_size=VOCABULARY, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=WIDTH // 2,
+            hidden_size=WIDTH, mlp_hidden=32, num_experts=EXPERTS, top_k=2,
+            capacity_factor=factor and Fraction(factor),
+        ))
+
+    def run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        x = super().run(x, mask)
+        return x + self.mixture(x)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("mixture", "spec"),
@@ -130,6 +159,38 @@ def test_turns(mixture: type[Mixture], spec: str) -> None:
         for new in TURNS:
             now = slice(session.length, session.length + new)
             assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["ring=2", "ep=2"])
+def test_a_capacity_may_count_the_tokens_of_a_call(spec: str) -> None:
+    """A prompt drops what the model drops of it as a whole sequence; one token is never dropped."""
+    (module, program), (free, _) = (captured(partial(Behind, factor)) for factor in (1, None))
+    parallel = rc.transform(program, spec, cache=CAPACITY, capacity="local")
+    assert any("capacity is counted over these" in note for note in parallel.notes)
+    assert parallel.with_cache().program.notes == (
+        "mixture: experts run on the new tokens of each call; capacity is counted over these",
+    )
+    tokens = ids(34)
+    expected = module(tokens[:, :30])
+    assert difference(free(tokens[:, :30]), expected) > 1e-2
+    with checked_session(parallel) as session:
+        assert difference(session.extend(tokens[:, :30]), expected) < EXACT
+        for end in range(31, 35):
+            found = session.extend(tokens[:, end - 1 : end])
+            assert difference(found, free(tokens[:, :end])[:, -1:]) < EXACT
+
+
+def test_a_capacity_over_several_sequences_is_refused() -> None:
+    with pytest.raises(rc.RingCompileError) as refused:
+        cached(partial(Behind, 1), "ring=2")
+    assert str(refused.value).endswith(
+        "error: a prefix sum runs over the tokens of several sequences\n"
+        "    arrival = ((one_hot.cumsum(dim=0) - 1) * one_hot).sum(dim=-1)\n"
+        "  node: %cumsum\n  layer: mixture\n"
+        "  hint: sum along the tokens of each sequence; if it is a capacity of experts, "
+        "--capacity local counts the new tokens of each call"
+    )
 
 
 def test_a_capacity_that_counts_all_tokens_is_refused() -> None:

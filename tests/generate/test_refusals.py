@@ -32,6 +32,7 @@ AT_ONCE = (
 BEFORE = (
     "  hint: leave out --cache, or compute each result from the current and earlier tokens only"
 )
+COUNTED = "; if it is a capacity of experts, --capacity local counts the new tokens of each call"
 
 
 class Earlier(Rotary):
@@ -67,7 +68,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
         ("error: with a cache, the length of the sequence (floor(s/2)) is used as a number, which "
          "would change with every new token"),
         "    kept = (hot.cumsum(1) * hot).sum(-1) <= x.shape[1] // 2", "  node: %le",
-        "  layer: mixture", BEFORE,
+        "  layer: mixture", BEFORE + COUNTED,
     )),
 }
 

@@ -55,7 +55,7 @@ from ringcompile.ops.running import ALONG, SCANS, dim_along
 from ringcompile.ops.schemas import op
 from ringcompile.ops.slots import BLOCK
 from ringcompile.passes.base import Pass, refuse
-from ringcompile.passes.carried_dims import check_call, is_last, is_positions
+from ringcompile.passes.carried_dims import COUNTED, check_call, is_last, is_positions
 from ringcompile.passes.carry.attention import AttentionWriter, check_fixed_keys, splits_of
 from ringcompile.passes.carry.context import NEW, Carrying
 from ringcompile.passes.carry.shifts import ShiftWriter
@@ -269,7 +269,7 @@ class _Carrier:
             return self._call(node)
         if len(type_.layout.dims[dim]) > 1:
             raise error_at(node, "a prefix sum runs over the tokens of several sequences",
-                           hint="sum along the tokens of each sequence")
+                           hint=f"sum along the tokens of each sequence; {COUNTED}")
         new, name = self.into.type(type_), f"cached_{node.name}"
         entering = [self.builder.env[operand] for operand in call.operands]
         if node.target is op("linear_attention"):

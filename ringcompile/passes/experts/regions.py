@@ -104,19 +104,27 @@ def sizes_of(node: fx.Node) -> list[Any]:
                      if is_symbolic(leaf)]
 
 
-def describe(regions: Sequence[Region]) -> list[str]:
-    """What becomes of each region, layers that are treated alike in one line."""
+def describe(regions: Sequence[Region], by_call: bool = False) -> list[str]:
+    """What becomes of each region, layers that are treated alike in one line.
+
+    Args:
+        regions: of a program.
+        by_call: whether the program is for the next tokens, which every rank has.
+    """
     alike: dict[str, list[str]] = {}
     for region in regions:
-        alike.setdefault(_description(region), []).append(region.name or "the model")
+        alike.setdefault(_description(region, by_call), []).append(region.name or "the model")
     return [
         f"{names[0]}{f' and {len(names) - 1} layers like it' if len(names) > 1 else ''}: {text}"
         for text, names in alike.items()
     ]
 
 
-def _description(region: Region) -> str:
+def _description(region: Region, by_call: bool) -> str:
     what = "declared token-wise: runs" if region.declared else "experts run"
+    if by_call:
+        text = f"{what} on the new tokens of each call"
+        return f"{text}; capacity is counted over these" if region.local else text
     text = f"{what} on each rank's own tokens"
     if region.counted:
         return f"{text}; capacity is counted over all ranks"

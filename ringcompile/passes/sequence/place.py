@@ -119,7 +119,7 @@ class Place(Pass):
         return self._regions(program, self._sequence(program))
 
     def _check_time(self, axes: Sequence[tuple[str, int]]) -> None:
-        if self.capacity == "local":
+        if self.capacity == "local" and self.windows:
             raise RingCompileError(
                 f"--capacity local cannot be combined with {TIME}: one rank runs all pieces and "
                 "counts all tokens",
@@ -169,7 +169,7 @@ class _Placer(Requests):
         self.names = tuple(axis for axis in sequence.names if axis != "tp")
         self.notes: list[str] = []
         self.without_rule: list[str] = []
-        self.routing = describe(regions)
+        self.routing = describe(regions, by_call=not options.windows)
         self.gathering: set[fx.Node] = set()
         self.writers: dict[fx.Node, list[OwnTokens]] = {}
         self.windows = Windows(self.builder, sequence, self._value, self.request, single)
