@@ -193,7 +193,7 @@ def _print_summary(out: Path, made: ParallelProgram, as_json: bool) -> None:
         f"wrote {out}: {program.name}, {made.mesh}, {program.sequence.order}, "
         f"{made.world_size} programs of {max(sizes)} nodes"
     )
-    for note in facts["notes"]:
+    for note in made.notes:
         click.echo(f"note: {note}")
     name = shlex.quote(str(out))
     click.echo(f"next: ringcompile run {name}, ringcompile view {name}")
