@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    blockwise_overlay,
+    causal_mask_function,
+    or_masks,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5.modeling_t5 import eager_attention_forward
 
 from ringcompile.capture.export import capture
 from ringcompile.capture.huggingface import prepared
-from ringcompile.capture.huggingface_attention import attention
+from ringcompile.capture.huggingface_attention import attention, mask
 from ringcompile.compiler import transform
 from ringcompile.dump.report import attention_of
 from ringcompile.errors import RingCompileError
@@ -280,3 +285,31 @@ def test_one_sequence_is_exported_once_for_any_batch(
     found = run(parallel, (given,)).outputs
     with torch.no_grad():
         assert difference(found["logits"], model(given).logits) < 1e-5
+
+
+class InBlocks(Attention):
+    """Causal, and both ways among the tokens of a block, as text with images in it is."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: {})
+
+    def forward(self, x: Tensor, blocks: Tensor) -> Tensor:
+        seen = mask(
+            batch_size=x.shape[0], q_length=x.shape[1], kv_length=x.shape[1], use_vmap=True,
+            mask_function=or_masks(causal_mask_function, blockwise_overlay(blocks)),
+        )
+        self.extra = lambda _: {"attention_mask": seen}
+        return super().forward(x)
+
+
+def test_a_mask_of_blocks() -> None:
+    """What a model adds to a mask's function is applied to all indices at once."""
+    module = InBlocks()
+    example, inputs = ((y, (torch.arange(y.shape[1]) - 4).clamp(-1, 1).expand(2, -1))
+                       for y in (EXAMPLE, torch.cat([EXAMPLE, EXAMPLE.flip(1)], 1)))
+    program = capture(module, example)
+    for spec in ("ring=4", "tp=2"):
+        found = run(transform(program, spec), inputs).outputs
+        assert difference(found, module(*inputs)) < 1e-6
+    other = (inputs[0], torch.full_like(inputs[1], -1))
+    assert difference(module(*other), module(*inputs)) > 0.01

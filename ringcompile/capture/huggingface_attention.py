@@ -111,8 +111,14 @@ def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Te
 
 
 def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The boolean mask from positions, never skipped in favour of a flag elsewhere."""
+    """The boolean mask from positions, never skipped in favour of a flag elsewhere.
+
+    It is written for all positions at once, by broadcasting: `torch.vmap`, which models ask for
+    where they add to a mask's function, cannot be captured where a function looks up a position.
+    """
     from transformers import masking_utils
 
-    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    kwargs.update(
+        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=False
+    )
     return masking_utils.sdpa_mask(*args, **kwargs)

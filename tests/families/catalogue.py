@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.families import decoders, encoders, experts, others
+from tests.families import decoders, encoders, experts, others, vision_language
 
 CHAPTERS = {
     "Decoders": decoders.FAMILIES,
@@ -10,6 +10,7 @@ CHAPTERS = {
     "Text encoders": encoders.FAMILIES,
     "Encoders beside images": others.TEXT_TOWERS,
     "Image encoders": others.IMAGES,
+    "Vision-language models whole": vision_language.FAMILIES,
     "Encoder-decoders": others.ENCODER_DECODERS,
     "State space and recurrence": others.STATES,
     "Sound": others.SOUNDS,
