@@ -104,6 +104,7 @@ class _View:
         self.symbols = sorted(used, key=lambda name: (name == expr.LOCAL, name))
         self.names = self._names()
         self.types: dict[ValueType | None, str] = {}  # their texts
+        self.notes: dict[fx.Node, str] = {}
         self.templates = Templates(_code)
 
     def _names(self) -> dict[str, str]:
@@ -182,10 +183,12 @@ class _View:
         ]
 
     def _note(self, node: fx.Node) -> str:
-        type_ = node.meta.get("type")
-        if type_ not in self.types:
-            self.types[type_] = type_text(self.program, type_)
-        return "; ".join(filter(None, (self.types[type_], node.meta.get("why"))))
+        if node not in self.notes:
+            type_ = node.meta.get("type")
+            if type_ not in self.types:
+                self.types[type_] = type_text(self.program, type_)
+            self.notes[node] = "; ".join(filter(None, (self.types[type_], node.meta.get("why"))))
+        return self.notes[node]
 
     @staticmethod
     def _aligned(statements: list[_Statement]) -> list[str]:

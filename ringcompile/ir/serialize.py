@@ -190,9 +190,12 @@ class _Rows:
 
     def lines(self, section: Section) -> list[JsonText]:
         """The same as text."""
-        said = self._said(section)
-        texts = self._templates.texts(section, said, lambda gap: encode(said(gap)))
-        return list(map(JsonText, texts))
+        said, names = self._said(section), section.names
+
+        def fill(gap: Any) -> str:
+            return f'"{names[gap]}"' if isinstance(gap, fx.Node) else encode(said(gap))
+
+        return list(map(JsonText, self._templates.texts(section, said, fill)))
 
     def _said(self, section: Section) -> Said:
         def said(value: Any) -> Any:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import fx
@@ -96,6 +96,7 @@ class Repeat:
         return self.images.run.count - KEPT
 
 
+@lru_cache(maxsize=65536)  # the same names in every rank's program
 def split(name: str) -> tuple[str, int]:
     """A name without the number that makes it unique, and that number."""
     found = _NUMBER.fullmatch(name)
