@@ -204,6 +204,7 @@ def test_dump_of_a_layer(folder: Path) -> None:
 def test_check_names_layers_that_are_alike_once(folder: Path) -> None:
     done = ringcompile("check", "llama-tiny", "--parallel", "ring=2", "--seq", "2048")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Transformer with ring=2, order zigzag\n")  # on a line of its own
     assert "blocks.0.attention and" in done.stdout
     assert done.stdout.count("causal") == 1
     assert done.stdout.endswith(

@@ -174,7 +174,8 @@ def _predicted_request(
     except RingCompileError as error:
         if cluster is not None:
             raise
-        return {"cluster": None, "why_not": error.message}
+        hint = f" ({error.hint})" if error.hint else ""
+        return {"cluster": None, "why_not": error.message + hint}
     return {"cluster": hardware.name, "ttft_ms": found.ttft * 1e3,
             "tpot_ms": found.step.seconds * 1e3, "memory_bytes": found.memory_bytes}
 
@@ -233,7 +234,8 @@ def _predicted(
     except RingCompileError as error:
         if cluster is not None:
             raise
-        return {"cluster": None, "why_not": error.message}
+        hint = f" ({error.hint})" if error.hint else ""
+        return {"cluster": None, "why_not": error.message + hint}
     return {
         "cluster": hardware.name,
         "tps": tokens / found.seconds,

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from ringcompile.commands.options import (
     JSON,
@@ -18,6 +16,7 @@ from ringcompile.commands.options import (
     ModelArgument,
     compile_options,
     model_options,
+    print_table,
     working,
 )
 from ringcompile.garbage import few_collections
@@ -73,16 +72,16 @@ def check(
 
 
 def _print_report(found: Report) -> None:
-    console = Console()
-    table = Table(title=f"{found.model} with {found.mesh}, order {found.order}")
-    for column in ("layer", "line", "attention", "mask"):
-        table.add_column(column)
-    for names, (line, form, mask) in _alike(
-        [(row.layer, (row.line, row.form, row.mask)) for row in found.attention]
-    ):
-        table.add_row(names, line, form, mask)
-    if found.attention:
-        console.print(table)
+    title = f"{found.model} with {found.mesh}, order {found.order}"
+    rows = [
+        [names, line, form, mask] for names, (line, form, mask) in _alike(
+            [(row.layer, (row.line, row.form, row.mask)) for row in found.attention]
+        )
+    ]
+    if rows:
+        print_table(title, ["layer", "line", "attention", "mask"], rows)
+    else:
+        click.echo(title)
     for text in found.inputs:
         click.echo(f"input {text}")
     for text in found.notes:

@@ -261,7 +261,8 @@ def _names(_context: click.Context, _option: click.Parameter, text: str | None) 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output; what does not fit into the terminal is not cut."""
-    table = Table(title=title, title_justify="left")
+    click.echo(title)  # a table's own title is wrapped to the width of its columns
+    table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -79,3 +79,5 @@ def _print(out: Out, found: execution.Verification) -> None:
         )
     for note in found.notes:
         click.echo(f"note: {note}")
+    if found.numerics and found.passed:
+        click.echo("the outputs agree with those of the single-device model")

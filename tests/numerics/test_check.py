@@ -204,8 +204,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--seq", "19"])
     assert done.exit_code == 0, done.output
     assert "length 19, seed 0, no padding: largest difference" in done.output
+    agree = "the outputs agree with those of the single-device model"
+    assert agree in done.output.splitlines()
     damaged(small()).save(tmp_path / "bad")
     failed = CliRunner().invoke(cli, ["verify", str(tmp_path / "bad"), "--seq", "19"])
     assert isinstance(failed.exception, rc.RingCompileError)
+    assert agree not in failed.output
     assert "the numbers differ from the single-device model: output 'logits'" in str(
         failed.exception)
