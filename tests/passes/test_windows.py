@@ -156,6 +156,23 @@ class Layers(nn.Module):
         return x
 
 
+class OnePad(Mixing):
+    """Every layer convolves the same padded tokens: they cross between stages as windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 4) for _ in range(4))
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x.transpose(1, 2), (3, 0))
+        for conv, qkv in zip(self.layers, self.qkv, strict=True):
+            x = x + conv(padded).transpose(1, 2)
+            q, k, v = qkv(x).unsqueeze(1).chunk(3, -1)
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        return x
+
+
 # The tokens of 8 float64 that the ranks send, in all and for one sequence; None where all travel.
 CASES = {
     Cut: 3, Twice: 3 + 4, Shifted: 1, Joined: 2, Products: 1, Copies: 3, Both: 4, Later: 1,
@@ -205,6 +222,16 @@ SPECS = ("ring=3", "ring=2,ulysses=2", "time=3", "ring=2,time=2", "ring=2,tp=2",
 )
 def test_beside_other_axes(kind: type[Mixing], spec: str) -> None:
     parallel = compiled(kind, spec)
+    for length in (17, 2):
+        check(parallel, length)
+
+
+@pytest.mark.parametrize(
+    "spec", ["pp=2,time=2", *(pytest.param(spec, marks=pytest.mark.slow)
+                              for spec in ("pp=4,time=3", "pp=2,ring=2,time=2"))],
+)
+def test_windows_cross_between_stages(spec: str) -> None:
+    parallel = compiled(OnePad, spec)
     for length in (17, 2):
         check(parallel, length)
 

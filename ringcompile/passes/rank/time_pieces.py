@@ -21,6 +21,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, symbols_in, target_name
 from ringcompile.ir.communication import COLLECTIVES, GATHER, short_name
 from ringcompile.ir.expr import (
+    LOCAL,
     OWN,
     Size,
     bind,
@@ -331,7 +332,8 @@ def _holds_time(node: fx.Node) -> bool:
 
 
 def _is_timed(type_: TensorType) -> bool:
-    """Whether a type is split over `time`, or as long as a piece without its padding."""
+    """Whether a type is split over `time`, or as long as a piece or a window of one."""
     if TIME in (*type_.layout.axes, *type_.layout.partial):
         return True
-    return any(is_symbolic(size) and symbol(OWN) in size.free_symbols for size in type_.shape)
+    lengths = {symbol(LOCAL), symbol(OWN)}
+    return any(is_symbolic(size) and lengths & size.free_symbols for size in type_.shape)

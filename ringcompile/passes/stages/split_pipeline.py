@@ -30,7 +30,9 @@ from ringcompile.passes.base import Builder, Pass
 AXIS = "pp"
 # Lengths that are not known are weighed as this many tokens.
 _NOMINAL_LENGTH = 4096
-_MADE_ANYWHERE = frozenset({"ringcompile.positions.default"})
+_MADE_ANYWHERE = frozenset({
+    "ringcompile.positions.default", "ringcompile.window_positions.default",
+})
 
 
 @dataclass(frozen=True)
