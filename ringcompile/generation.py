@@ -169,8 +169,10 @@ def _check(session: Session, ids: torch.Tensor, max_new_tokens: int, chunk: int 
         raise RingCompileError(
             f"the prompt has shape {list(ids.shape)}", hint="pass [batch, tokens], one at least"
         )
-    if max_new_tokens < 0 or (chunk is not None and chunk < 1):
-        raise RingCompileError("the numbers of new tokens and of a chunk cannot be negative")
+    if max_new_tokens < 0:
+        raise RingCompileError(f"max_new_tokens={max_new_tokens}: it must be 0 or more")
+    if chunk is not None and chunk < 1:
+        raise RingCompileError(f"chunk={chunk}: it must be at least 1")
     # The last new token is not taken in.
     needed = session.length + ids.shape[1] + max(max_new_tokens - 1, 0)
     if needed > session.capacity:
