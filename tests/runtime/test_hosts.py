@@ -64,7 +64,7 @@ def place(first: Host, rank: int) -> dict[str, str]:
 @pytest.mark.slow
 def test_two_hosts(hosts: tuple[Host, Host], saved: tuple[ParallelProgram, Path]) -> None:
     parallel, folder = saved
-    command = ringcompile(folder, "--outputs", str(folder / "outputs"), "--json")
+    command = ringcompile(folder, "--outputs", str(folder / "outputs.safetensors"), "--json")
     jobs = [host.start(torchrun(hosts[0], i) + command) for i, host in enumerate(hosts)]
     said = [job.communicate(timeout=200) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
@@ -72,7 +72,7 @@ def test_two_hosts(hosts: tuple[Host, Host], saved: tuple[ParallelProgram, Path]
     alone = run_lockstep(parallel.ranks(), parallel.mesh, parallel.source, inputs)
     assert json.loads(said[0][0])["bytes_sent"] == alone.bytes_sent
     assert said[1][0] == ""  # rank 0 reports for all
-    found = load_file(folder / "outputs")["output"]
+    found = load_file(folder / "outputs.safetensors")["output"]
     with torch.no_grad():
         assert difference(found, module(*inputs)) <= TOLERANCE
     assert torch.equal(found, alone.outputs)
