@@ -99,7 +99,8 @@ def test_replicas_and_microbatches_are_counted(tmp_path: Path) -> None:
     hidden = 16 * 64 * 4  # bytes of a sequence between stages; each replica has 6 of them
     assert [row["bytes_sent"] for row in found["ranks"]] == [6 * hidden, 0] * 2
     assert found["predicted"] == {
-        "cluster": None, "why_not": "cluster 'cpu' has 1 x 2 devices, 4 are asked for"}
+        "cluster": None, "why_not": "cluster 'cpu' has 1 x 2 devices, 4 are asked for (its table "
+        "has no link between nodes; name another cluster)"}
     message = refused("bench", out, "--batch", "1")
     assert "a batch of 1 is too small for dp=2" in message
 

@@ -87,11 +87,12 @@ def _learn(ops: list[Any]) -> None:
     if not ops:
         return
     before = {op: dict(op.py_kernels) for op in ops}
-    ruled = {op for op in ops if op in _FAKE_RULES}
+    ruled = {op: _FAKE_RULES[op] for op in ops if op in _FAKE_RULES}
     with _original(dict.fromkeys(ops, _PRESERVE)):
         for op in ops:
             rule = None if op in ruled else _FAKE_RULES.get(op)
             _known[op] = _Kernels(before[op], dict(op.py_kernels), rule)
+    _FAKE_RULES.update(ruled)  # torch takes away what it did not give
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ def test_the_graph_is_the_one_that_torch_makes(taken_apart: tuple[Any, ...]) -> 
     before, rules = kernels(), dict(composite_ops._FAKE_RULES)
     for _ in range(2):
         found = decomposed(exported(), table)
-        expected = exported().run_decompositions(dict(table))
+        with mock.patch.dict(composite_ops._FAKE_RULES):
+            expected = exported().run_decompositions(dict(table))
         assert found.graph_module.code == expected.graph_module.code
         assert kernels() == before
         assert rules == composite_ops._FAKE_RULES
@@ -116,3 +117,27 @@ def test_kernels_are_as_before_when_a_trace_fails() -> None:
     ):
         raise RuntimeError("inside")
     assert kernels() == before
+
+
+def test_rules_that_torch_has_of_its_own_stay() -> None:
+    """torch takes them away with those that it gave; `nonzero` would then not be traced again."""
+    composite_ops._known.clear()
+    rule = {aten.nonzero_numpy.default: object()}
+    with mock.patch.dict(composite_ops._FAKE_RULES, rule):
+        decomposed(exported(), {})
+        assert rule.items() <= composite_ops._FAKE_RULES.items()
+
+
+class Found(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        y += 1  # is traced again
+        row, column = torch.where(x > 0)
+        return y.index_put((row, column), y[row, column] * 2)
+
+
+def test_entries_that_data_choose_are_traced_again() -> None:
+    with torch.no_grad():
+        traced = decomposed(export(Found(), (torch.randn(4, 4),), strict=False), {})
+    x = torch.randn(4, 4)
+    assert torch.equal(traced.module()(x), Found()(x))

@@ -85,7 +85,7 @@ def test_parts_keep_their_line_and_layer() -> None:
 def test_linear_algebra_on_what_is_split_is_refused_by_name() -> None:
     model = Model(lambda m, x: torch.linalg.inv(x.unflatten(-1, (4, 4)))).eval()
     program = rc.capture(model, (torch.randn(2, 24, 16),))
-    with pytest.raises(rc.RingCompileError, match=r"aten\.linalg_inv\.default has no rule"):
+    with pytest.raises(rc.RingCompileError, match=r"linalg_inv\.default has no sharding rule"):
         rc.transform(program, "ring=2")
 
 
