@@ -48,7 +48,7 @@ class Text:
 
 
 def candidates() -> list[str]:
-    """The families whose tokens see those before them only."""
+    """The families that take tokens alone, which see those before them only."""
     return [
         family.name
         for chapter, families in CHAPTERS.items()
@@ -56,7 +56,7 @@ def candidates() -> list[str]:
         if not family.two_sequences and (
             "causal" in family.attention or (chapter in _DECODERS and "full" not in
                                              family.attention)
-        )
+        ) and len(family.example(8)) == 1
     ]
 
 
