@@ -56,19 +56,16 @@ def front_passes(
         prefill: write the program that takes a prompt into that cache.
     """
     known = {} if checked is None else checked
-    placed, carry, split, alike = mesh, list[Pass](), mesh, 1
-    experts: list[Pass] = [ExpertParallel(mesh), CleanUp()]
+    placed, split, alike = mesh, mesh, 1
+    carry: list[Pass] = []
+    experts: Pass = ExpertParallel(mesh)
     if prefill:
         assert options.cache is not None
         carry = [Keep(mesh, options.cache), CleanUp()]
     if carried:
         placed, split, alike, carry = _for_next_tokens(mesh, options)
-        experts = [ExpertTerms(with_experts(placed, mesh)), CleanUp()]
+        experts = ExpertTerms(with_experts(placed, mesh))
         options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
-    place = Place(
-        placed, options.order, options.gather_unknown, options.capacity, options.ring,
-        options.tp_sequence, known, windows=not carried,
-    )
     return [
         Canonicalize(),
         RecognizeAttention(),
@@ -78,9 +75,10 @@ def front_passes(
         *([Unfuse()] if mesh.size("tp") > 1 else []),
         *([DealBatch(mesh, known, options.capacity), CleanUp()]
           if mesh.size("dp") * mesh.size("pp") * mesh.size(HALVES) > 1 else []),
-        place,
+        Place(placed, options.order, options.gather_unknown, options.capacity, options.ring,
+              options.tp_sequence, known, windows=not carried),
         CleanUp(),
-        *(experts if mesh.size(EP) > 1 else []),
+        *([experts, CleanUp()] if mesh.size(EP) > 1 else []),
         *([TensorParallel(split, told or {}, alike), CleanUp()] if split.size("tp") > 1 else []),
         *carry,
         Partition(),

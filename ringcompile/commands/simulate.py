@@ -102,10 +102,7 @@ def simulate(
     --new-tokens one decode step is simulated: the one that makes the token in the middle of the
     new ones.
     """
-    if context is not None and new_tokens is None:
-        raise click.UsageError("--context needs --new-tokens")
-    if compiled and new_tokens is not None:
-        raise click.UsageError("--compile is for a whole step, without --new-tokens")
+    _check_together(new_tokens, context, compiled)
     drawn = _Drawn.checked(trace, plot, measured)
     made = out.load()
     hardware = load_cluster(cluster).sized(made.world_size)
@@ -118,8 +115,7 @@ def simulate(
         return
     length, batch = _length(out, made, seq), _batch(made, batch)
     with working(f"simulating {made.world_size} ranks"):
-        costs = [ranks.cost_of(program, length, batch, compiled=compiled)
-                 for program in made.ranks()]
+        costs = [ranks.cost_of(one, length, batch, compiled=compiled) for one in made.ranks()]
         found = simulation.simulate(costs, hardware, how)
     if drawn.wanted:
         title = f"{out.path.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
@@ -130,6 +126,13 @@ def simulate(
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(facts, found)
+
+
+def _check_together(new_tokens: int | None, context: int | None, compiled: bool) -> None:
+    if context is not None and new_tokens is None:
+        raise click.UsageError("--context needs --new-tokens")
+    if compiled and new_tokens is not None:
+        raise click.UsageError("--compile is for a whole step, without --new-tokens")
 
 
 def _batch(made: ParallelProgram, asked: int) -> int:

@@ -36,7 +36,7 @@ def _recurrence(work: Work) -> list[Kernel]:
 def _linear_attention(work: Work) -> list[Kernel]:
     """In blocks of tokens: scores, values, the state of each block, and what is read of it."""
     q, v, decay = work["q"], work["v"], work["decay"]
-    blocks = _Blocks(q, v, decay, q.shape[-2], block_of(q, decay), work["beta"] is not None)
+    blocks = _BlockKernels(q, v, decay, q.shape[-2], block_of(q, decay), work["beta"] is not None)
     if blocks.count == 1 and work["state"] is None:
         return blocks.within()
     return [*blocks.within(), *blocks.states(), blocks.read()]
@@ -48,7 +48,7 @@ def _linear_state(work: Work) -> list[Kernel]:
     delta = work["beta"] is not None
     if delta:
         v = torch.empty((*v.shape[:-1], k.shape[-1] + v.shape[-1]), dtype=v.dtype, device="meta")
-    blocks = _Blocks(k, v, decay, k.shape[-2], block_of(k, decay), delta)
+    blocks = _BlockKernels(k, v, decay, k.shape[-2], block_of(k, decay), delta)
     return [*blocks.solved(), *blocks.states()]
 
 
@@ -62,12 +62,12 @@ def _chained_states(work: Work) -> list[Kernel]:
 def _running_linear_attention(work: Work) -> list[Kernel]:
     """The new tokens with those of their block before them; states are kept block by block."""
     q, v, size = work["q"], work["v"], work["q"].shape[-2] + KEPT - 1
-    blocks = _Blocks(q, v, work["decay"], size, KEPT, work["beta"] is not None)
+    blocks = _BlockKernels(q, v, work["decay"], size, KEPT, work["beta"] is not None)
     taken = [work[name] for name in ("kept_k", "kept_v", "k", "v")]
     return [kernel("strided", taken, taken), *blocks.within(), *blocks.states(), blocks.read()]
 
 
-class _Blocks:
+class _BlockKernels:
     """The kernels of `ops/linear_attention.Blocks`.
 
     Args:

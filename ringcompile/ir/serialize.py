@@ -104,7 +104,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
     Raises:
         RingCompileError: an argument of a kind that no program should hold, by its node.
     """
-    rows = _Rows()
+    rows = _NodeRows()
     return _members(program, rows, rows.of(section_of(program.graph)))
 
 
@@ -114,12 +114,12 @@ def program_to_text(program: Program) -> dict[str, Any]:
     Raises:
         RingCompileError: an argument of a kind that no program should hold, by its node.
     """
-    rows = _Rows()
+    rows = _NodeRows()
     nodes = [line for section in sections_of(program.graph) for line in rows.lines(section)]
     return _members(program, rows, nodes)
 
 
-def _members(program: Program, rows: _Rows, nodes: list[Any]) -> dict[str, Any]:
+def _members(program: Program, rows: _NodeRows, nodes: list[Any]) -> dict[str, Any]:
     return {
         "name": program.name,
         "passes": list(program.passes),
@@ -176,7 +176,7 @@ class JsonText(str):
     """A value that is written as JSON already."""
 
 
-class _Rows:
+class _NodeRows:
     """The nodes of a program, and the types and source lines that they name by number."""
 
     def __init__(self) -> None:
