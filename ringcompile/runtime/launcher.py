@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.program import Program
 from ringcompile.runtime.batches import deal
 from ringcompile.runtime.distributed import answer_task, open_peer, rewind
 from ringcompile.runtime.join import EXCHANGE_TIMEOUT, check_world_size
@@ -87,6 +88,7 @@ class LocalRanks(Processes):
         if nproc is not None:
             check_world_size(self.parallel.mesh, nproc)
         self.bytes_sent: list[int] = []
+        self._read: dict[tuple[str, int], Program] = {}
         super().__init__(self.parallel.mesh.world_size, **options)
         theirs = self.call(open_peer, load, args, kinds, settings or Settings())
         if theirs[0] != self.parallel.identity:
@@ -95,16 +97,22 @@ class LocalRanks(Processes):
 
     def answer(self, task: Task) -> Result:
         """See `Driver`; after an error the ranks are gone, unless the inputs do not fit."""
-        programs = of_kind(self.parallel, task.kind)
-        deal(programs.rank(0), task.inputs)
+        deal(self._program(task.kind, 0), task.inputs)
         runs: list[RankRun] = self.call(answer_task, task)
-        found = together(programs.rank(self.num_ranks - 1), task, runs)
+        found = together(self._program(task.kind, self.num_ranks - 1), task, runs)
         self.bytes_sent = found.bytes_sent
         return found
 
     def run(self, inputs: Any, *, keep: Kept = EVERYTHING, whole: bool = True) -> Result:
         """Run the program of the whole sequence once: see `run_task`."""
-        return self.answer(run_task(self.parallel.rank(0), inputs, keep, whole))
+        return self.answer(run_task(self._program(WHOLE, 0), inputs, keep, whole))
+
+    def _program(self, kind: str, rank: int) -> Program:
+        """A rank's program, read once: to read it takes longer than to compute a token."""
+        key = (kind, rank)
+        if key not in self._read:
+            self._read[key] = of_kind(self.parallel, kind).rank(rank)
+        return self._read[key]
 
     def rewind(self, length: int) -> None:
         """See `Driver`."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import ringcompile as rc
+from ringcompile.artifact.store import Artifact
+from ringcompile.ir.program import Program
 from tests.generate.models import Learned, Rotary, cached, captured, difference, ids
 
 
@@ -65,3 +67,23 @@ def test_processes(spec: str) -> None:
     parallel = cached(Rotary, spec)[1]
     lockstep = rc.generate(parallel, ids(9, batch), 16)
     assert torch.equal(rc.generate(parallel, ids(9, batch), 16, backend="gloo"), lockstep)
+
+
+def test_programs_are_read_once_for_many_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the process that asks the ranks, too: to read one takes longer than to compute a token."""
+    read, former = [0], Artifact.rank
+
+    def rank(self: Artifact, index: int) -> Program:
+        read[0] += 1
+        return former(self, index)
+
+    monkeypatch.setattr(Artifact, "rank", rank)
+    with rc.Session(rc.load(folder), backend="gloo", threads=1) as session:
+        session.extend(ids(5))
+        session.extend(ids(1))
+        first = read[0]
+        for _ in range(3):
+            session.extend(ids(1))
+        assert read[0] == first
