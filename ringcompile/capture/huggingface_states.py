@@ -12,6 +12,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 from unittest import mock
 
@@ -62,11 +63,20 @@ def _files(kinds: Collection[type]) -> list[Any]:
 def _unless_begun(
     original: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Ours; the original where a state is begun from or returned, or sequences are packed."""
-    given = ("initial_states", "initial_state", "seq_idx", "cu_seqlens")
-    wanted = ("return_final_states", "output_final_state")
-    other = any(kwargs.get(name) is not None for name in given) or any(map(kwargs.get, wanted))
-    return (original if other else function)(*args, **kwargs)
+    """Ours; the original where it is told what ours does not know, or sequences are packed.
+
+    A state to begin from or to return is such an argument, and so is any that a later version of
+    transformers may add.
+    """
+    parameters, known = signature(original).parameters, signature(function).parameters
+    told = {
+        name: value for name, value in signature(original).bind(*args, **kwargs).arguments.items()
+        if parameters[name].kind is not Parameter.VAR_KEYWORD
+    }
+    packed = any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
+    if packed or any(told[name] is not parameters[name].default for name in told.keys() - known):
+        return original(*args, **kwargs)
+    return function(**{name: told[name] for name in known if name in told})
 
 
 def _chunk_scan(
@@ -81,7 +91,6 @@ def _chunk_scan(
     dt_bias: torch.Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
-    **_: Any,
 ) -> torch.Tensor:
     """Mamba 2's states, read by each token, as transformers computes them, in float32.
 
@@ -96,7 +105,6 @@ def _chunk_scan(
         dt_bias: [H].
         dt_softplus: whether steps pass through softplus.
         dt_limit: the smallest and largest step.
-        _: what transformers' own does not use either.
     """
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
     dt = torch.clamp(F.softplus(dt) if dt_softplus else dt, min=dt_limit[0], max=dt_limit[1])
@@ -114,9 +122,8 @@ def _delta_rule(
     value: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
-    *_: Any,
+    chunk_size: int = 64,
     use_qk_l2norm_in_kernel: bool = False,
-    **__: Any,
 ) -> tuple[torch.Tensor, None]:
     """The gated delta rule of Qwen3-Next, and Kimi's, whose features decay apart; in float32.
 
@@ -126,9 +133,8 @@ def _delta_rule(
         value: [B,S,H,P].
         g: [B,S,H] or [B,S,H,N], logarithms of decays.
         beta: [B,S,H].
-        _: the size of chunks.
+        chunk_size: not needed.
         use_qk_l2norm_in_kernel: whether queries and keys are normalised.
-        __: what transformers' own does not use either.
     """
     q, k = (_for_heads(x.float(), value.shape[2]) for x in (query, key))
     if use_qk_l2norm_in_kernel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 import ringcompile as rc
+from ringcompile.capture import huggingface_states
 from ringcompile.capture.huggingface_states import states_by_scan
 from tests.families.catalogue import FAMILIES
 from tests.families.trial import CAPTURED, MATCHED, any_length, judged, reference
@@ -93,3 +95,24 @@ def test_a_model_is_captured_for_all_lengths(name: str) -> None:
         inputs = family.example(length)
         found = judged(family, run(parallel, inputs).outputs, reference(model, inputs), inputs)
         assert found.kind == MATCHED, found
+
+
+def test_a_state_that_is_given_by_place_is_begun_from() -> None:
+    torch.manual_seed(0)
+    q, k, v = (F.normalize(torch.randn(BATCH, 9, HEADS, SIZE), dim=-1) for _ in range(3))
+    decay, beta = -torch.rand(BATCH, 9, HEADS), torch.rand(BATCH, 9, HEADS)
+    state = torch.randn(BATCH, HEADS, SIZE, SIZE)
+    name, given = "torch_chunk_gated_delta_rule", (q, k, v, decay, beta, 64, state)
+    expected = getattr(modeling_qwen3_next, name)(*given)
+    torch.testing.assert_close(ours(modeling_qwen3_next, name)(*given), expected)
+
+
+def test_what_a_later_version_is_told_is_left_to_it() -> None:
+    def original(query: Any, key: Any, value: Any, g: Any, beta: Any, scale: Any = None) -> str:
+        return "the original's"
+
+    x = torch.randn(1, 4, 2, 3)
+    call = partial(huggingface_states._unless_begun, original, huggingface_states._delta_rule,
+                   x, x, x, -torch.rand(1, 4, 2), torch.rand(1, 4, 2))
+    assert call(scale=0.5) == "the original's"
+    assert call()[0].shape == x.shape
