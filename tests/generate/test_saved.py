@@ -87,3 +87,15 @@ def test_programs_are_read_once_for_many_tokens(
         for _ in range(3):
             session.extend(ids(1))
         assert read[0] == first
+
+
+@torch.no_grad()
+def test_whole_sequences_between_turns_on_processes(folder: Path) -> None:
+    """Each kind of task by its own program; what a whole sequence gives is of all its tokens."""
+    module, tokens = captured(Learned)[0], ids(40)
+    expected = module(tokens)
+    with rc.Session(rc.load(folder), backend="gloo", threads=1) as session:
+        for _ in range(2):
+            now = slice(session.length, session.length + 3)
+            assert difference(session.extend(tokens[:, now]), expected[:, now]) < 1e-10
+            assert difference(session.run((tokens,)), expected) < 1e-10
