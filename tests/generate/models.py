@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -245,3 +246,33 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, of the largest expected value."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+@torch.no_grad()
+def check_going_back(
+    module: nn.Module, parallel: ParallelProgram, again: int, too_far: int
+) -> None:
+    """Turns of a session that keeps states of 32 tokens: it goes back by as many, and no further.
+
+    Args:
+        module: the model, in float64.
+        parallel: what it is compiled to, for two sequences.
+        again: up to which token it goes on from token 18, of 50.
+        too_far: a length that it then cannot go back to.
+    """
+    tokens = ids(80, batch=2)
+    expected = module(tokens)
+    with checked_session(parallel) as session:
+
+        def extend(end: int) -> None:
+            now = slice(session.length, end)
+            assert difference(session.extend(tokens[:, now]), expected[:, now]) < 1e-10
+
+        for end in (1, 7, 8, 48, 50):
+            extend(end)
+        session.rewind(18)
+        extend(again)
+        with pytest.raises(rc.RingCompileError, match="only the last 32 tokens is kept"):
+            session.rewind(too_far)
+        session.reset()
+        extend(3)

@@ -14,7 +14,7 @@ from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import BATCH, bind, product
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.types import local_shape
-from tests.generate.models import Rotary, cached, checked_session, difference, ids
+from tests.generate.models import Rotary, cached, check_going_back
 from tests.support import some_fast
 
 WIDTH, HEADS, SIZE, FEATURES, EXACT = 8, 2, 3, 5, 1e-10
@@ -141,21 +141,8 @@ class GeneratingByDelta(Generating):
               fast=lambda model, spec: (model is Generating) == (spec == "ring=2,tp=2")
               and spec != "ulysses=2"),
 )
-@torch.no_grad()
 def test_a_cache_keeps_states_at_the_starts_of_blocks(model: type[Generating], spec: str) -> None:
-    module, parallel = cached(model, spec, batch=2)
-    tokens = ids(80, batch=2)
-    expected = module(tokens)
-    with checked_session(parallel) as session:
-        for new in (1, 6, 1, 40, 2):
-            now = slice(session.length, session.length + new)
-            assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
-        session.rewind(18)
-        assert difference(session.extend(tokens[:, 18:70]), expected[:, 18:70]) < EXACT
-        with pytest.raises(rc.RingCompileError, match="only the last 32 tokens is kept"):
-            session.rewind(37)
-        session.reset()
-        assert difference(session.extend(tokens[:, :3]), expected[:, :3]) < EXACT
+    check_going_back(*cached(model, spec, batch=2), again=70, too_far=37)
 
 
 def test_what_is_kept_is_three_states_and_64_tokens() -> None:

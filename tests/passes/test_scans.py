@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import ringcompile as rc
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import BATCH, bind
-from tests.generate.models import Rotary, cached, checked_session, difference, ids
+from tests.generate.models import Rotary, cached, check_going_back, checked_session, difference, ids
 from tests.support import some_fast
 
 WIDTH, HEAD, EXACT = 8, 4, 1e-10
@@ -213,18 +213,5 @@ class Alone(Recurring):
                   (Recurring, "ring=2,tp=2"), (Alone, "pp=2"),
     )),
 )
-@torch.no_grad()
 def test_a_cache_keeps_the_last_states(kind: type[Rotary], spec: str) -> None:
-    module, parallel = cached(kind, spec, batch=2)
-    tokens = ids(80, batch=2)
-    expected = module(tokens)
-    with checked_session(parallel) as session:
-        for new in (1, 6, 1, 40, 2):
-            now = slice(session.length, session.length + new)
-            assert difference(session.extend(tokens[:, now]), expected[:, now]) < EXACT
-        session.rewind(18)
-        assert difference(session.extend(tokens[:, 18:25]), expected[:, 18:25]) < EXACT
-        with pytest.raises(rc.RingCompileError, match="of only the last 32 tokens is kept"):
-            session.rewind(17)
-        session.reset()
-        assert difference(session.extend(tokens[:, :3]), expected[:, :3]) < EXACT
+    check_going_back(*cached(kind, spec, batch=2), again=25, too_far=17)
