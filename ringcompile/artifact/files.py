@@ -91,7 +91,11 @@ def digest(content: bytes) -> str:
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
     """Write a file; its record for the manifest."""
-    content = text.encode()
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file; its record for the manifest."""
     path.write_bytes(content)
     return {"bytes": len(content), "sha256": digest(content)}
 

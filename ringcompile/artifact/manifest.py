@@ -22,6 +22,7 @@ from ringcompile.artifact.files import (
     read_checked,
 )
 from ringcompile.artifact.opened import DAMAGED, OpenFolder
+from ringcompile.artifact.packed import plain_program_name
 from ringcompile.artifact.shards import WrittenWeights
 from ringcompile.artifact.weights import WeightPlace
 from ringcompile.errors import RingCompileError
@@ -78,7 +79,7 @@ def programs_digest(files: Mapping[str, Any]) -> str:
     programs = {
         name: record.get("sha256")
         for name, record in files.items()
-        if name.endswith(".json") and name != DIGESTS
+        if plain_program_name(name).endswith(".json") and name != DIGESTS
     }
     return digest(json.dumps([_own_version(), programs], sort_keys=True).encode())
 
@@ -139,14 +140,15 @@ def _check_format(manifest: dict[str, Any]) -> None:
 def _check_complete(files: dict[str, Any], mesh: Mesh) -> None:
     for name in files:
         plain_name(name)
+    present = [plain_program_name(name) for name in files]
     others = (p for p in (CARRIED, PREFILL) if any(name.startswith(p) for name in files))
     for prefix in ("", *others):
-        ranks = [name for name in files
+        ranks = [name for name in present
                  if name.startswith(f"{prefix}rank") and name.endswith(".json")]
         if len(ranks) != mesh.world_size:
             raise RingCompileError(f"{len(ranks)} rank files for {mesh.world_size} ranks")
         own = {f"{prefix}rank{rank}.json" for rank in range(mesh.world_size)}
-        if missing := {f"{prefix}{PROGRAM}", DIGESTS, *own} - files.keys():
+        if missing := {f"{prefix}{PROGRAM}", DIGESTS, *own} - set(present):
             raise RingCompileError(f"'{min(missing)}' is not among the files")
 
 

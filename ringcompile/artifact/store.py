@@ -6,8 +6,11 @@ rank0.json ...          each rank's own program
 cached-program.json ... with a cache, the same for the next tokens of a sequence
 prefill-program.json .. with a cache that lies along a ring, the same for taking in a prompt
 reference.json          the model for one device, which `verify --numerics` compares the ranks with
-program.py, rank0.py    the same to read; never imported, and never read back
+program.py, rank0.py    the same to read, of the first ranks; never imported, and never read back
 weights.safetensors     weights, each once; weights-0001.safetensors and on if they are large
+
+Long programs are packed, `rank0.json.gz`. `ringcompile dump OUT --rank N --format python` prints
+the program of any rank, as `rankN.py` has it.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ from ringcompile.artifact.manifest import (
 )
 from ringcompile.artifact.opened import DAMAGED, OpenFolder, unreadable
 from ringcompile.artifact.ops import AllowedOps
+from ringcompile.artifact.packed import stored_name, unpacked, write_program_text
 from ringcompile.artifact.shards import SHARD_BYTES, write_weights
 from ringcompile.artifact.signature import check_signature, read_private_key, sign
 from ringcompile.artifact.weights import Weights, open_weight_files
@@ -62,6 +66,9 @@ from ringcompile.mesh import Mesh
 from ringcompile.progress import counted
 
 View = Callable[[Program], str]
+# Programs of so many ranks are also written to read. Nobody reads more, and they take as long to
+# write as all else.
+VIEWED_RANKS = 16
 
 
 def save(
@@ -93,7 +100,7 @@ def save(
         options: how the model was compiled; anything that JSON can hold.
         reference: the model for one device, with the weights that `source` has; left out where it
             has ops that an artifact may not hold.
-        view: the text of a program for people.
+        view: the text of a program for people; written for the first `VIEWED_RANKS` ranks.
         references: weight -> (safetensors file, tensor name) for data that stays where it is.
         overwrite: replace an artifact that is there, once the new one is complete.
         shard_bytes: the size at which another weight file is begun.
@@ -116,13 +123,13 @@ def save(
         files: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
         sets = {"": (spmd, ranks), CARRIED: carried, PREFILL: prefill}
-        for name, program in counted("programs", _named(sets)):
+        for name, program, viewed in counted("programs", _named(sets)):
             _check_ops(program)
-            files.update(_write_program(temporary, name, program, view))
+            files.update(_write_program(temporary, name, program, view if viewed else None))
             weights.update({weight.name: weight for weight in program.weights.values()})
         if reference is not None and not _unknown_ops(reference):
             text = json_text(program_to_text(reference))
-            files[REFERENCE] = write_text(temporary / REFERENCE, text)
+            files.update(write_program_text(temporary, REFERENCE, text))
             weights.update({weight.name: weight for weight in reference.weights.values()})
         written = write_weights(temporary, weights.values(), source, references or {}, shard_bytes)
         files[DIGESTS] = write_text(temporary / DIGESTS, json_text(written.digests))
@@ -139,7 +146,7 @@ def _write_program(
 ) -> dict[str, Any]:
     """Writes a program as JSON, and as text for people; what the manifest records of each file."""
     text = json_text(program_to_text(program))
-    records = {f"{name}.json": write_text(folder / f"{name}.json", text)}
+    records = write_program_text(folder, f"{name}.json", text)
     if view is not None:
         records[f"{name}.py"] = write_text(folder / f"{name}.py", view(program))
     return records
@@ -147,14 +154,15 @@ def _write_program(
 
 def _named(
     sets: Mapping[str, tuple[Program, Iterable[Program]] | None]
-) -> list[tuple[str, Program]]:
-    """The programs of all sets that there are, each with the name of its file."""
-    named: list[tuple[str, Program]] = []
+) -> list[tuple[str, Program, bool]]:
+    """The programs of all sets, each with the name of its file, and whether people get a text."""
+    named: list[tuple[str, Program, bool]] = []
     for prefix, programs in sets.items():
         if programs is not None:
             spmd, ranks = programs
-            named.append((f"{prefix}program", spmd))
-            named += [(f"{prefix}rank{rank}", program) for rank, program in enumerate(ranks)]
+            named.append((f"{prefix}program", spmd, True))
+            named += [(f"{prefix}rank{rank}", program, rank < VIEWED_RANKS)
+                      for rank, program in enumerate(ranks)]
     return named
 
 
@@ -204,8 +212,8 @@ class Artifact:
         return self._set(PREFILL)
 
     def _set(self, prefix: str) -> Artifact | None:
-        there = not self.prefix and f"{prefix}{PROGRAM}" in self.manifest["files"]
-        return replace(self, prefix=prefix) if there else None
+        there = stored_name(self.manifest["files"], f"{prefix}{PROGRAM}") is not None
+        return replace(self, prefix=prefix) if there and not self.prefix else None
 
     @property
     def identity(self) -> str:
@@ -261,7 +269,7 @@ class Artifact:
         Raises:
             RingCompileError: its file is damaged.
         """
-        if REFERENCE not in self.manifest["files"]:
+        if stored_name(self.manifest["files"], REFERENCE) is None:
             return None
         program = self._read(REFERENCE)
         if program.mesh is not None or program.coordinates is not None:
@@ -288,11 +296,15 @@ class Artifact:
         for _ in self.source.check():
             pass
 
-    def _read(self, name: str) -> Program:
-        content = read_checked(self.folder, name, self.manifest["files"][name])
+    def _read(self, plain_name: str) -> Program:
+        files = self.manifest["files"]
+        name = stored_name(files, plain_name)
+        assert name is not None, "the manifest names all files"
+        content = read_checked(self.folder, name, files[name])
         try:
             with one_error("reading the program"):
-                program = program_from_json(parse_json(content), AllowedOps())
+                text = unpacked(name, content, files[name])
+                program = program_from_json(parse_json(text), AllowedOps())
             self._check_weights(program)
         except RingCompileError as error:
             raise in_file(self.folder.path / name, error) from None
