@@ -21,6 +21,7 @@ from ringcompile.mesh import Mesh
 
 if TYPE_CHECKING:
     from ringcompile.capture.export import capture
+    from ringcompile.capture.loaders import load_model
     from ringcompile.compiler import check, load, transform
     from ringcompile.execution import run, verify
     from ringcompile.extension import register_op
@@ -43,6 +44,7 @@ __all__ = [
     "generate",
     "linear_attention",
     "load",
+    "load_model",
     "parallelize",
     "plan",
     "register_kernel",
@@ -64,6 +66,7 @@ _MODULES = {
     "generate": "ringcompile.generation",
     "linear_attention": "ringcompile.linear_attention",
     "load": "ringcompile.compiler",
+    "load_model": "ringcompile.capture.loaders",
     "parallelize": "ringcompile.parallelize",
     "plan": "ringcompile.planning",
     "register_kernel": "ringcompile.kernel_extension",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ringcompile.capture import gguf_files
 from ringcompile.errors import RingCompileError
 from ringcompile.generation import Sampling, stream
 from ringcompile.ir.program import Program
@@ -121,10 +122,10 @@ def read_ids(file: Path) -> torch.Tensor:
 
 
 def load_tokenizer(given: str | None, recorded: str | None, otherwise: str) -> Any:
-    """The tokenizer of a checkpoint folder.
+    """The tokenizer of a checkpoint folder, or of a GGUF file.
 
     Args:
-        given: the folder that the user names.
+        given: the folder or file that the user names.
         recorded: what the artifact says it was made from.
         otherwise: the option that takes token ids in place of text.
 
@@ -132,7 +133,8 @@ def load_tokenizer(given: str | None, recorded: str | None, otherwise: str) -> A
         RingCompileError: there is no such folder, or it has no tokenizer that can be read.
     """
     folder = given or recorded
-    if folder is None or not Path(folder).is_dir():
+    is_gguf = folder is not None and gguf_files.is_file(folder)
+    if folder is None or not (is_gguf or Path(folder).is_dir()):
         unnamed = "the artifact does not name a checkpoint"
         what = f"'{folder}' is no checkpoint folder" if folder else unnamed
         raise RingCompileError(
@@ -147,6 +149,8 @@ def load_tokenizer(given: str | None, recorded: str | None, otherwise: str) -> A
             hint="pip install 'ringcompile[hf]'",
         ) from None
     try:
+        if is_gguf:
+            return transformers.AutoTokenizer.from_pretrained(**gguf_files.source(Path(folder)))
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -143,7 +143,7 @@ def load_weights(folder: Path, cls: Any, dtype: torch.dtype | None) -> nn.Module
     """
     check_weight_files(folder)
     try:
-        with _bars_on_terminals_only():
+        with bars_on_terminals_only():
             module, info = cls.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, dtype=dtype or "auto"
             )
@@ -163,7 +163,7 @@ def load_weights(folder: Path, cls: Any, dtype: torch.dtype | None) -> nn.Module
 
 
 @contextlib.contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
+def bars_on_terminals_only() -> Iterator[None]:
     """Keep the progress bars of transformers out of pipes and log files."""
     logging = sys.modules["transformers"].utils.logging
     if sys.stderr.isatty() or not logging.is_progress_bar_enabled():

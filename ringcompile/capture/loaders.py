@@ -1,4 +1,4 @@
-"""MODEL on the command line: a zoo name, a Hugging Face checkpoint folder, or `module:function`."""
+"""MODEL on the command line: a zoo name, a checkpoint folder, a GGUF file, `module:function`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringcompile.capture import checkpoints
+from ringcompile.capture import checkpoints, gguf_files
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.models import zoo
 from ringcompile.options import DTYPES
@@ -50,8 +50,9 @@ def load_model(
     """Load what a model spec names.
 
     Args:
-        spec: a zoo name, a folder with a Hugging Face checkpoint, or `package.module:function`
-            where the function returns a module and its example inputs, see `_parts`.
+        spec: a zoo name, a folder with a Hugging Face checkpoint, a GGUF file, or
+            `package.module:function` where the function returns a module and its example inputs,
+            see `_parts`.
         batch: dim 0 of the example inputs; a function chooses its own.
         length: sequence length of the example inputs, likewise.
         dtype: cast parameters and buffers to it.
@@ -68,7 +69,7 @@ def load_model(
         raise RingCompileError(
             f"unknown input '{unknown[0]}'", hint=f"one of: {', '.join(checkpoints.EXTRA_INPUTS)}"
         )
-    if extra and not os.path.isdir(spec):
+    if extra and not (os.path.isdir(spec) or gguf_files.is_file(spec)):
         raise RingCompileError(
             f"'{spec}' is not a Hugging Face checkpoint, so it determines its inputs itself",
             hint="leave --extra-inputs out",
@@ -77,12 +78,15 @@ def load_model(
         return _zoo(spec, batch, length, dtype, weights)
     if os.path.isdir(spec):
         return _checkpoint(Path(spec), batch, length, dtype, weights, extra)
+    if gguf_files.is_file(spec):
+        module = _gguf(Path(spec), dtype, weights)
+        return _of_tokens(module, Path(spec).stem, batch, length, extra)
     if ":" in spec:
         return _function(spec, dtype)
     raise RingCompileError(
         f"no model '{spec}'",
         hint=checkpoints.hub_hint(spec) or "give a zoo name (`ringcompile models`), a checkpoint "
-        "folder, or package.module:function",
+        "folder, a GGUF file, or package.module:function",
     )
 
 
@@ -130,10 +134,31 @@ def _checkpoint(
         checkpoints.load_weights(folder, cls, wanted) if weights
         else checkpoints.without_weights(cls, config, wanted)
     )
-    ids = torch.zeros((batch, length or DEFAULT_LENGTH), dtype=torch.int64)
     names = extra or (() if "CausalLM" in cls.__name__ else ("attention_mask",))
-    kwargs = {name: checkpoints.EXTRA_INPUTS[name](ids) for name in names}
-    return LoadedModel(module.eval(), (ids,), kwargs, folder.name)
+    return _of_tokens(module, folder.name, batch, length, names)
+
+
+def _gguf(file: Path, dtype: str | None, weights: bool) -> nn.Module:
+    try:
+        import gguf
+        import transformers
+    except ImportError as error:
+        raise RingCompileError(
+            f"'{file}' is a GGUF file, and {error.name} is not installed",
+            hint="pip install 'ringcompile[hf]'",
+        ) from None
+    held = gguf_files.GgufFile(file, gguf, transformers)
+    wanted = None if dtype is None else getattr(torch, dtype)
+    return held.load(wanted) if weights else held.without_weights(wanted)
+
+
+def _of_tokens(
+    module: nn.Module, name: str, batch: int, length: int | None, extra: Sequence[str]
+) -> LoadedModel:
+    """A model that takes token ids, and `extra` besides."""
+    ids = torch.zeros((batch, length or DEFAULT_LENGTH), dtype=torch.int64)
+    kwargs = {each: checkpoints.EXTRA_INPUTS[each](ids) for each in extra}
+    return LoadedModel(module.eval(), (ids,), kwargs, name)
 
 
 def _function(spec: str, dtype: str | None) -> LoadedModel:

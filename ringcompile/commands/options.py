@@ -84,10 +84,10 @@ def complete_clusters(_context: click.Context, _option: click.Parameter, text: s
 def _complete_models(
     _context: click.Context, _argument: click.Parameter, text: str
 ) -> list[CompletionItem]:
-    """The models whose names begin with `text`, and the shell's folders, as a checkpoint is one."""
+    """The models whose names begin with `text`, and the shell's folders and files."""
     known = [CompletionItem(name, help=table.describe(name)) for name in table.names()]
     return [*(item for item in known if item.value.startswith(text)),
-            CompletionItem(text, type="dir")]
+            CompletionItem(text, type="file")]
 
 
 MODEL = click.argument("model", shell_complete=_complete_models)
