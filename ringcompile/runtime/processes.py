@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -285,6 +285,7 @@ def _start_server() -> None:
 
     The terminal sends it to them, too; a rank that has just been forked would print a traceback.
     """
+    resource_tracker.ensure_running()  # first: where it is started, it unblocks Ctrl-C behind it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
