@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ringcompile import artifact
-from ringcompile.axes import TIME
+from ringcompile.axes import HALVES, TIME
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError, one_error
 from ringcompile.ir.crosscheck import cross_check
@@ -27,6 +27,7 @@ from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize.canonicalize import Canonicalize
 from ringcompile.passes.cleanup import CleanUp
+from ringcompile.passes.rank.alike_rings import alike_attentions, outlined
 from ringcompile.passes.rank.schedule import Schedule
 from ringcompile.passes.stages.split_pipeline import starts_of
 from ringcompile.progress import counted
@@ -115,6 +116,12 @@ class ParallelProgram:
             if stretched is not None:
                 self._short[rank] = short
                 return stretched
+        elif self._alike_rings:
+            passes = rank_passes(rank, self.mesh)
+            found = outlined(self.program, self._alike_rings, passes, self.check)
+            if found is not None:
+                self._short[rank] = found.short
+                return found.program
         return self._passed(rank, self.program)
 
     def _passed(self, rank: int, program: Program) -> Program:
@@ -127,6 +134,13 @@ class ParallelProgram:
         if self.observe or self.schedule or self.mesh.size(TIME) > 1:
             return None
         return shorten(self.program)
+
+    @cached_property
+    def _alike_rings(self) -> dict[str, str]:
+        """Ring attentions of which passes see the first alone, where each is written by itself."""
+        if self.observe or self.schedule or self.mesh.size(TIME) * self.mesh.size(HALVES) > 1:
+            return {}
+        return alike_attentions(self.program)
 
     def ranks(self) -> list[Program]:
         """The programs of all ranks, in order."""

@@ -214,3 +214,71 @@ def test_numbers() -> None:
     with torch.no_grad():
         assert difference(run(parallel, (IDS,)).outputs, given(IDS)) < TOLERANCE
     assert parallel._short
+
+
+# -- few layers on a long ring: their attentions are written out once ------------------------------
+
+
+class Unlike(Mixer):
+    """Keys are values: one operand where others have two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[0], x.shape[1], 2, 8)
+        q, k = (self.qkv[i](x).view(shape).transpose(1, 2) for i in range(2))
+        out = nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True)
+        return x + out.transpose(1, 2).flatten(2)
+
+
+FEW: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "a decoder": (lambda: model(num_layers=3), 1),
+    "an encoder": (lambda: model(num_layers=3, causal=False), 1),
+    "windows in turn": (lambda: Plain(lambda i: Mixer(window=3 * (i % 2)), count=5), 2),
+    "two and one": (lambda: Plain(lambda i: Mixer(window=3 * (i == 2)), count=4), 2),
+    "one has more heads": (lambda: Plain(lambda i: Mixer(heads=4 if i == 1 else 2), count=3), 2),
+    "one has keys for values": (
+        lambda: Plain(lambda i: (Unlike if i == 0 else Mixer)(), count=3), 2,
+    ),
+}
+
+
+def attentions(program: Program) -> int:
+    names = [str(node.target) for node in program.graph.nodes]
+    return names.count("ringcompile.finish.default")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "two and one" else pytest.mark.slow) for name in FEW
+])
+def test_attentions_that_are_alike(name: str) -> None:
+    make, kinds = FEW[name]
+    program = capture(make(), (IDS,), compare_with_eager=False)
+    parallel = transform(program, "ring=8")
+    parallel.verify()
+    _ = list(map(files, parallel.ranks()))
+    assert not any("_root" in vars(rank.graph) for rank in parallel.ranks())
+    assert [attentions(short) for short in parallel._short.values()] == 8 * [kinds]
+    same(parallel)
+
+
+@pytest.mark.slow
+def test_attentions_that_are_alike_beside_other_axes_and_options() -> None:
+    program = capture(model(num_layers=3), (IDS,), compare_with_eager=False)
+    for spec, options, outlined in (
+        ("ring=8,tp=2", {}, True), ("ring=8,tile=2", {}, True), ("ring=8,ulysses=2", {}, True),
+        ("ring=8,dp=2", {}, True), ("ring=8", {"order": "contiguous"}, True),
+        ("ring=8", {"length": 1024}, True), ("ring=8", {"cache": 64}, True),
+        # Stages have transfers of their own, which take part in the numbers of names.
+        ("pp=2,ring=8", {}, False), ("ring=8,time=2", {}, False), ("ring=4", {}, False),
+    ):
+        parallel = transform(program, spec, **options)  # type: ignore[arg-type]
+        same(parallel)
+        assert bool(parallel._short) == outlined, spec
+
+
+@pytest.mark.slow
+def test_numbers_of_attentions_that_are_alike() -> None:
+    given = model(num_layers=3)
+    parallel = transform(capture(given, (IDS,)), "ring=8")
+    with torch.no_grad():
+        assert difference(run(parallel, (IDS,)).outputs, given(IDS)) < TOLERANCE
+    assert parallel._short

@@ -56,13 +56,12 @@ def reached(
 
 
 def kinds_of_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes of every kind that a graph has: of blocks that are alike, those of a few blocks.
+    """Nodes of every kind that a graph has: of parts that are alike, those of a few parts.
 
     A graph that is written out from a shorter one (`ir/stretched.py`) has no op, type or symbol
     that the shorter one does not have.
     """
-    short = getattr(graph, "short", None)
-    return list(graph.nodes if short is None else short.graph.nodes)
+    return list(getattr(graph, "kinds", None) or graph.nodes)
 
 
 def error_at(node: fx.Node, message: str, hint: str | None = None) -> RingCompileError:

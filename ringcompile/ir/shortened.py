@@ -22,7 +22,15 @@ from ringcompile.errors import SourceLocation
 from ringcompile.ir.calls import append
 from ringcompile.ir.program import Program
 from ringcompile.ir.repeats import Pairs, Repeats, find_runs
-from ringcompile.ir.stretched import HEAD, Images, Repeat, StretchedGraph, UnclearError, split
+from ringcompile.ir.stretched import (
+    HEAD,
+    Images,
+    Repeat,
+    StretchedGraph,
+    Stretching,
+    UnclearError,
+    split,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +123,9 @@ class _Stretch:
                    if node.op == "placeholder" and node.name in known)
         if len(heads) != len(names) or kinds != sorted(kinds, reverse=True) or not same:
             raise UnclearError
-        graph = StretchedGraph(self.rank, added, heads)
+        graph = StretchedGraph(
+            list(self.rank.graph.nodes), Stretching(self.rank, added, heads)
+        )
         tables = _with_placeholders(whole, graph, names)
         return self.rank.with_graph(
             graph, placeholders=tables.placeholders, weights=tables.weights, state=tables.state

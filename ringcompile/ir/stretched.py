@@ -1,7 +1,7 @@
-"""A graph with many alike blocks, written out from a program that has few of them.
+"""A graph with many parts that are alike, written out from a program that has few of them.
 
-What is repeated, and what stands for what in each repetition, is a `Repeat`; `shortened` finds
-them.
+Parts are blocks of layers, of which `shortened` finds out what is repeated (a `Repeat`), or the
+steps of ring attentions (`passes/rank/alike_rings.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from torch import fx
 from torch.fx.node import map_aggregate
@@ -30,6 +30,22 @@ _NUMBER = re.compile(r"(.*?)(?:_(\d+))?", re.DOTALL)
 
 class UnclearError(Exception):
     """The blocks of a rank's program are not alike, or not as the names of the model's are."""
+
+
+class StandIns(Protocol):
+    """What stands, in a part that is left out, for the names and lines of the part that is there.
+
+    Attributes:
+        lines: for a source line, those in the parts ahead, by how many parts; None where they
+            differ.
+    """
+
+    @property
+    def lines(self) -> Mapping[SourceLocation, Sequence[SourceLocation] | None]:  # noqa: D102
+        ...
+
+    def name(self, name: str, ahead: int) -> str | None:
+        """What has this name so many parts ahead; None for names that no part has."""
 
 
 class Images:
@@ -111,13 +127,13 @@ class Section:
     Attributes:
         nodes: in the order of the graph.
         names: what these nodes, and those that they read, are called in the graph.
-        images: of a block that was left out, what stands for what.
-        ahead: how many blocks ahead of `nodes` it stands; 0 where it is `nodes` themselves.
+        images: of a part that was left out, what stands for what.
+        ahead: how many parts ahead of `nodes` it stands; 0 where `nodes` are shown only once.
     """
 
     nodes: Sequence[fx.Node]
     names: Mapping[fx.Node, str]
-    images: Images | None = None
+    images: StandIns | None = None
     ahead: int = 0
 
     def text(self, text: str) -> str:
@@ -143,15 +159,22 @@ def section_of(graph: fx.Graph) -> Section:
     return Section(nodes, {node: node.name for node in nodes})
 
 
+class Writing(Protocol):
+    """Knows what a graph consists of."""
+
+    def sections(self) -> Iterator[Section]:
+        """All nodes in order, found anew at every call."""
+
+
 class StretchedGraph(fx.Graph):
     """A graph that is written when something of it is asked for: most ranks' are never looked at.
 
     Attributes:
-        short: the program of the rank with few blocks.
+        kinds: nodes of every kind that it has.
     """
 
-    def __init__(self, short: Program, parts: Sequence[Repeat], heads: Sequence[fx.Node]) -> None:
-        self.short, self._parts, self._heads = short, parts, heads
+    def __init__(self, kinds: Sequence[fx.Node], writing: Writing) -> None:
+        self.kinds, self._writing = kinds, writing
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or self.is_written:
@@ -168,7 +191,7 @@ class StretchedGraph(fx.Graph):
 
     def sections(self) -> list[Section]:
         """What it has or would have, in order."""
-        return list(_Stretching(self.short, self._parts, self._heads).sections())
+        return list(self._writing.sections())
 
 
 def _write(graph: fx.Graph, sections: Sequence[Section]) -> None:
@@ -192,22 +215,30 @@ def _write(graph: fx.Graph, sections: Sequence[Section]) -> None:
                 new.meta["loc"] = section.location(node.meta["loc"])
 
 
-class _Stretching:
-    """Goes through a stretched graph, and finds what each node is called."""
+class Stretching:
+    """Goes through a graph of which blocks were left out, and finds what each node is called.
+
+    Args:
+        short: the program with few blocks.
+        parts: the blocks that are repeated.
+        heads: the placeholders of the whole program.
+    """
 
     def __init__(
         self, short: Program, parts: Sequence[Repeat], heads: Sequence[fx.Node]
     ) -> None:
         self.short, self.parts, self.heads = short, parts, heads
         self.calls = [node for node in short.graph.nodes if node.op == "call_function"]
-        self.names = {
-            node: node.name for node in short.graph.nodes if node.op == "placeholder"
-        }
         self.given = {node.name for images in parts for node in images.images.run.calls}
+        self.names: dict[fx.Node, str] = {}
         # What was added so far to the number in a made-up name.
         self.added: Counter[str] = Counter()
 
     def sections(self) -> Iterator[Section]:
+        """All nodes in order."""
+        nodes = self.short.graph.nodes
+        self.names = {node: node.name for node in nodes if node.op == "placeholder"}
+        self.added = Counter()
         yield Section(self.heads, {head: head.name for head in self.heads})
         at = 0
         for part in self.parts:

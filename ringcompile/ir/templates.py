@@ -41,7 +41,7 @@ class Templates:
             said: what `write` is given for a node, a text argument or a source line.
             fill: what stands in the text for these.
         """
-        if not section.ahead:
+        if not section.ahead:  # its nodes are shown nowhere else
             return [self.write(node, said) for node in section.nodes]
         return [self._filled(node, said, fill) for node in section.nodes]
 
@@ -69,10 +69,10 @@ def _template(write: Callable[[Said], str]) -> _Template | None:
         asked.append(value)
         return f"{_MARK}{len(asked) - 1}{_MARK}"
 
-    text, plain = write(mark), write(lambda value: "")
-    if _MARK in plain or _ESCAPED in plain:
-        return None
-    parts = _GAP.split(text)
-    places = [first or second for first, second in zip(parts[1::3], parts[2::3], strict=True)]
+    parts = _GAP.split(write(mark))
+    places = [int(one or two) for one, two in zip(parts[1::3], parts[2::3], strict=True)]
     literal = "%s".join(part.replace("%", "%%") for part in parts[::3])
-    return _Template(literal, tuple(asked[int(place)] for place in places))
+    strange = _MARK in literal or _ESCAPED in literal or len(set(places)) < len(places)
+    if strange or not all(place < len(asked) for place in places):
+        return None
+    return _Template(literal, tuple(asked[place] for place in places))

@@ -52,9 +52,13 @@ class LowerRing(Pass):
     Keys and values of earlier pieces in time, `past_k` and `past_v`, go round beside those of the
     queries' own piece, and are merged into the same state. Along `tile` queries are gathered before
     and results reduced behind it: see `query_tiles`.
+
+    Args:
+        left: the names of attentions to leave as they are; see `alike_rings`.
     """
 
     name: ClassVar[str] = "lower-ring"
+    left: frozenset[str] = field(default=frozenset(), repr=False)
 
     def run(self, program: Program) -> Program:
         """Expand each ring attention on its own; other nodes are copied."""
@@ -65,7 +69,7 @@ class LowerRing(Pass):
         builder = Builder()
         for node in program.graph.nodes:
             builder.at(node)
-            if node.target is op("ring_attention"):
+            if node.target is op("ring_attention") and node.name not in self.left:
                 builder.env[node] = _Ring(program, node, builder).write()
             else:
                 builder.env[node] = builder.copy(node)
