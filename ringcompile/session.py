@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -19,6 +20,7 @@ from ringcompile.ops.slots import BLOCK, Reach
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.cache import reach_of, token_dim
 from ringcompile.runtime.data import name_inputs
+from ringcompile.runtime.decode_step import CUDA_GRAPHS
 from ringcompile.runtime.distributed import JobRanks
 from ringcompile.runtime.inprocess import LockStepRanks
 from ringcompile.runtime.join import (
@@ -72,12 +74,18 @@ class Session:
         compiler: a backend of torch.compile, such as "inductor", for the code between
             communications.
         check_finite: find the first op, layer and line where NaN or infinity appears.
+        cuda_graphs: how the step of one new token runs. "auto" records it as a CUDA graph on GPUs
+            and replays that for every token; on CPUs it runs op by op. "off" runs it op by op
+            everywhere. "rehearse", for tests on CPUs, records torch's operators and replays them.
         trace: record what each rank does at what time, if ranks are processes; `run` then runs the
             program twice and records the second run.
         processes: for ranks that are processes: `nproc`, the number of ranks, which must be that of
             the mesh; `threads` of each (by default this process' threads are divided over them);
             `timeout`, the seconds that a call may take; `join_timeout`, the seconds until all ranks
             have connected.
+
+    Attributes:
+        notes: what the user should know of how the ranks compute, each said as a warning too.
 
     Raises:
         RingCompileError: an unknown backend, ranks that do not fit together, or that do not join.
@@ -92,9 +100,11 @@ class Session:
         compiler: str | None = None,
         check_finite: bool = False,
         trace: bool = False,
+        cuda_graphs: str = "auto",
         **processes: Unpack[ProcessOptions],
     ) -> None:
         check_choice("backend", backend, _BACKENDS)
+        check_choice("use of CUDA graphs", cuda_graphs, CUDA_GRAPHS)
         parallel.ensure_verified()
         self.parallel, self.length = parallel, 0
         self.reach = Reach(False)
@@ -107,7 +117,8 @@ class Session:
                 "a trace times every op, on ranks that run at the same time",
                 hint="use backend='gloo' or 'nccl', and no compiler",
             )
-        settings = Settings(check_types, compiler, check_finite, trace)
+        self.notes: list[str] = []
+        settings = Settings(check_types, compiler, check_finite, trace, cuda_graphs)
         self.driver: Driver | None = self._ranks(backend, settings, processes)
 
     def _ranks(self, backend: str, settings: Settings, processes: ProcessOptions) -> Driver:
@@ -222,10 +233,18 @@ class Session:
             self.length, self.batch = new - 1, batch
             rest = {name: x.narrow(dim, new - 1, 1) for name, x, dim in self._along(named)}
             named, new = {**named, **rest}, 1
-        outputs = self._open().answer(Extend(named, new, last)).outputs
+        found = self._open().answer(Extend(named, new, last))
         self.length, self.batch = self.length + new, batch
-        leaves = pytree.tree_leaves(outputs)
+        self._note(found)
+        leaves, outputs = pytree.tree_leaves(found.outputs), found.outputs
         return leaves[0] if len(leaves) == 1 else outputs
+
+    def _note(self, result: Result) -> None:
+        """Say what ranks want the user to know, once."""
+        for note in dict.fromkeys(note for run in result.runs for note in run.notes):
+            if note not in self.notes:
+                self.notes.append(note)
+                warnings.warn(note, stacklevel=3)
 
     @property
     def reports(self) -> bool:

@@ -50,12 +50,12 @@ class Band:
     def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Bool [Sq, Sk] from int64 positions [Sq] and [Sk]."""
         apart = queries[:, None] - keys[None, :]
-        visible = torch.ones_like(apart, dtype=torch.bool)
-        if self.lower is not None:
-            visible &= apart >= self.lower
-        if self.upper is not None:
-            visible &= apart <= self.upper
-        return visible
+        if self.upper is None:
+            return torch.ones_like(apart, dtype=torch.bool) if self.lower is None else (
+                apart >= self.lower
+            )
+        visible = apart <= self.upper
+        return visible if self.lower is None else visible.logical_and_(apart >= self.lower)
 
     def __str__(self) -> str:
         if self == Band():

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, cached, schemas
-from ringcompile.ops.experts import expert_linear, route
+from ringcompile.ops.experts import expert_linear, expert_linear_on_device, route
 from ringcompile.ops.linear_attention import chained_states, linear_attention, linear_state
 from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import (
@@ -93,6 +93,12 @@ BODIES: dict[str, Callable[..., Any]] = {
     "running_linear_attention": cached.running_linear_attention,
 }
 
+# Bodies for programs of fixed shapes, which ask the device for nothing.
+ON_DEVICE: dict[str, Callable[..., Any]] = {
+    "cached_attention": cached.attention_of_slots,
+    "expert_linear": expert_linear_on_device,
+}
+
 # Ops that make tensors out of nothing and so must be told the device.
 CREATION = frozenset(
     {
@@ -102,11 +108,16 @@ CREATION = frozenset(
 )
 
 
-def body_of(target: Any) -> Callable[..., Any]:
-    """What runs an op that does not communicate: our body, or torch's operator itself."""
+def body_of(target: Any, on_device: bool = False) -> Callable[..., Any]:
+    """What runs an op that does not communicate: our body, or torch's operator itself.
+
+    Args:
+        target: the op.
+        on_device: whether shapes are fixed and the host may not be asked; see `ON_DEVICE`.
+    """
     name = schemas.name_of(target)
     if name is not None:
-        return BODIES[name]
+        return ON_DEVICE.get(name, BODIES[name]) if on_device else BODIES[name]
     if find_rule(target) is None and is_pure(target):
         return partial(_on_dense, target)
     return _FOR_TORCH.get(str(target), target)

@@ -67,7 +67,6 @@ def cached_attention(
         wide: whether out is wanted as precise as lse, for states to be merged.
     """
     used, band = places.shape[0], Band(lower, upper)
-    keys, values = cached_k.narrow(2, 0, used), cached_v.narrow(2, 0, used)
     parts = [x if x.shape[3] == 1 else x.index_select(3, places)
              for x in (key_mask, mask) if x is not None]
     causal = not parts and band.is_causal and places.shape == positions.shape and torch.equal(
@@ -77,8 +76,42 @@ def cached_attention(
     if not causal and (q.shape[2] > 1 or upper is not None or lower != 0):
         parts.append(band.mask(positions, places))
     out, lse = kernels.attend(
-        q, keys, values, scale=scale, causal=causal, mask=combine(parts), softcap=softcap,
-        wide=wide,
+        q, cached_k.narrow(2, 0, used), cached_v.narrow(2, 0, used), scale=scale, causal=causal,
+        mask=combine(parts), softcap=softcap, wide=wide,
+    )
+    return [out, lse]
+
+
+def attention_of_slots(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cached_k: torch.Tensor,
+    cached_v: torch.Tensor,
+    places: torch.Tensor,
+    positions: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    lower: int | None = None,
+    upper: int | None = None,
+    wide: bool = False,
+) -> State:
+    """`cached_attention` of fixed shapes: how many slots are in use is known to the device alone.
+
+    `places` has an entry for every slot that is read. Of one that is not in use it is a position
+    behind every query, so that the band, which lets no query see a later key, hides it. Such slots
+    hold finite numbers.
+    """
+    parts = [x if x.shape[3] == 1 else x.index_select(3, places.clamp(max=x.shape[3] - 1))
+             for x in (key_mask, mask) if x is not None]
+    parts.append(Band(lower, upper).mask(positions, places))
+    read = places.shape[0]
+    out, lse = kernels.attend(
+        q, cached_k.narrow(2, 0, read), cached_v.narrow(2, 0, read), scale=scale,
+        mask=combine(parts), softcap=softcap, wide=wide,
     )
     return [out, lse]
 

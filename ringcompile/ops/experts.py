@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 _BYTES_PER_LOAD = 16
+# Rows for which a GPU takes as long to multiply a matrix as to read it, or longer.
+_FEW_ROWS = 128
+# To copy a matrix and multiply the copy takes as long as reading so many.
+_A_COPY = 3
 
 
 def expert_linear(
@@ -30,9 +36,35 @@ def expert_linear(
     Returns:
         [..., O], in x's dtype.
     """
+    return _by_rows(_one_by_one, x, expert, weight, bias, transposed)
+
+
+def expert_linear_on_device(
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """`expert_linear` for few rows, as in decoding, on any device without asking it."""
+    few = expert.numel() <= _FEW_ROWS
+    return _by_rows(_batched if few else _one_by_one, x, expert, weight, bias, transposed)
+
+
+def _by_rows(
+    product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    """By the grouped product where there is one, or else by this one."""
     matrices = weight.mT if transposed else weight
     rows, chosen = x.reshape(-1, x.shape[-1]), expert.reshape(-1)
-    product = _grouped if _groups_on_device(rows, matrices) else _one_by_one
+    if _groups_on_device(rows, matrices):
+        product = _grouped
     return product(rows, chosen, matrices, bias).view(*x.shape[:-1], matrices.shape[1])
 
 
@@ -47,6 +79,20 @@ def _one_by_one(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | N
                 rows[taken], matrices[i], None if bias is None else bias[i]
             )
     return out
+
+
+def _batched(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    """All rows at once: by copies of their experts' matrices, or by every expert's."""
+    num_experts, group = len(matrices), chosen.long()
+    index = group.clamp(max=num_experts - 1)
+    if _A_COPY * len(rows) < num_experts:
+        out = torch.bmm(matrices.index_select(0, index), rows.unsqueeze(2)).squeeze(2)
+    else:
+        every = torch.matmul(rows, matrices.mT)  # [experts, rows, O]
+        out = every.gather(0, index.view(1, -1, 1).expand(1, *every.shape[1:])).squeeze(0)
+    if bias is not None:
+        out = out + bias.index_select(0, index)
+    return out.masked_fill((group >= num_experts).unsqueeze(1), 0.0)
 
 
 def _grouped(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,6 +19,25 @@ def slots_of(capacity: int, ranks: int) -> int:
     return capacity if ranks == 1 else min(capacity, capacity // ranks + _SLACK)
 
 
+# The fewest slots that a step of fixed shapes reads; sizes from one power of two to the next.
+_SMALLEST_BUCKET, _SIZES_A_DOUBLING = 256, 4
+
+
+def bucket_of(used: int, slots: int) -> int:
+    """How many of a rank's slots a step of fixed shapes reads, so that it reads all in use.
+
+    Sizes are few, and at most a quarter more than what is in use is read.
+
+    Args:
+        used: slots in use, on the rank that keeps most.
+        slots: those there are.
+    """
+    if used <= _SMALLEST_BUCKET:
+        return min(slots, _SMALLEST_BUCKET)
+    apart = max(1, (1 << (used - 1).bit_length()) // (2 * _SIZES_A_DOUBLING))
+    return min(slots, -(-used // apart) * apart)
+
+
 @dataclass
 class Reach:
     """How far back a sequence can go, where some of its state is written over in turn.
@@ -55,35 +74,43 @@ class Ledger:
         ranks: how many ranks share the sequence.
         length: positions so far.
         runs: (rank, first position, end), in order of positions.
+        counts: the positions that each rank keeps.
     """
 
     ranks: int
     length: int = 0
     runs: list[tuple[int, int, int]] = field(default_factory=list)
+    counts: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._count()
 
     def count(self, rank: int) -> int:
         """The positions that a rank keeps."""
-        return sum(end - start for owner, start, end in self.runs if owner == rank)
+        return self.counts[rank]
+
+    def _count(self) -> None:
+        self.counts = [0] * self.ranks
+        for owner, start, end in self.runs:
+            self.counts[owner] += end - start
 
     def extend(self, num: int) -> list[tuple[int, int, int]]:
         """Give `num` new positions to ranks; the new runs."""
-        counts = [self.count(rank) for rank in range(self.ranks)]
         end, added = self.length + num, []
         while self.length < end:
-            rank, room = self._open(counts)
+            rank, room = self._open()
             stop = min(self.length + room, end)
-            counts[rank] += stop - self.length
             added.append((rank, self.length, stop))
             self._add(rank, stop)
         return added
 
-    def _open(self, counts: list[int]) -> tuple[int, int]:
+    def _open(self) -> tuple[int, int]:
         """The rank whose turn it is, and how many positions it still takes."""
         if self.runs:
             rank, start, end = self.runs[-1]
             if (end - start) % BLOCK:
                 return rank, BLOCK - (end - start) % BLOCK
-        return min(range(self.ranks), key=counts.__getitem__), BLOCK
+        return min(range(self.ranks), key=self.counts.__getitem__), BLOCK
 
     def _add(self, rank: int, stop: int) -> None:
         """A run of one block at most: one that is not full is continued."""
@@ -92,6 +119,7 @@ class Ledger:
             self.runs[-1] = (rank, last[1], stop)
         else:
             self.runs.append((rank, self.length, stop))
+        self.counts[rank] += stop - self.length
         self.length = stop
 
     def place(self, runs: Iterable[tuple[int, int, int]]) -> None:
@@ -103,8 +131,10 @@ class Ledger:
         assert not self.runs, "positions are kept already"
         self.runs = sorted(runs, key=lambda run: run[1])
         self.length = self.runs[-1][2]
+        self._count()
 
     def rewind(self, length: int) -> None:
         """Forget the positions from `length` on."""
         kept = [(rank, start, min(end, length)) for rank, start, end in self.runs if start < length]
         self.runs, self.length = kept, length
+        self._count()

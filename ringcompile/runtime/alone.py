@@ -14,7 +14,7 @@ import torch
 
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import Collective
-from ringcompile.runtime.executor import Request, Shift, Wait
+from ringcompile.runtime.executor import Replayed, Request, Shift, Wait
 
 
 @dataclass
@@ -48,6 +48,9 @@ class Alone:
                 num_ranks = self.mesh.size(request.axis)
                 self.bytes_sent += request.num_bytes(num_ranks, 0)
                 return _STANDS_IN.get(request.kind, _as_sent)(request, num_ranks)
+            case Replayed():
+                self.bytes_sent += request.num_bytes
+                return None
 
     def _start(self, shift: Shift) -> torch.Tensor:
         """The arrival, in one of two buffers of its shape, in turn."""

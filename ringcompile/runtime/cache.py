@@ -13,7 +13,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.state import KEPT
 from ringcompile.ir.types import TensorType, local_shape
-from ringcompile.ops.slots import Ledger, Reach, slots_of
+from ringcompile.ops.slots import Ledger, Reach, bucket_of, slots_of
 from ringcompile.runtime.batches import Part, part_of
 from ringcompile.runtime.data import shares_of
 
@@ -50,7 +50,8 @@ class Memory:
         assert capacity is not None
         self.capacity, self.slots = capacity, slots_of(capacity, self.ranks)
         self.ledger, self.reach = Ledger(self.ranks), reach_of(program)
-        self.places = torch.empty(self.slots, dtype=torch.int64, device=self.device)
+        # A slot that is not in use has a position behind every query: masks hide it.
+        self.places = torch.full((self.slots,), capacity, device=self.device)
         self.sizes: dict[str, int] | None = None
         self.kept: dict[str, torch.Tensor] = {}
         self.history: dict[str, torch.Tensor] = {}
@@ -75,14 +76,18 @@ class Memory:
         return torch.zeros(shape, dtype=type_.dtype, device=self.device)
 
     def begin(
-        self, inputs: Mapping[str, torch.Tensor], new: int, part: Part
+        self, inputs: Mapping[str, torch.Tensor], new: int, part: Part, fixed: bool = False
     ) -> dict[str, torch.Tensor]:
         """Take in the new tokens of a call: what the program reads besides weights, by placeholder.
+
+        What is kept lies where it lies at every call. The rest is on the host.
 
         Args:
             inputs: whole inputs by name, with an entry for each new token.
             new: how many tokens are new; there has to be room for them.
             part: of the batch, what the replica has; always the same.
+            fixed: whether `places` has an entry for every slot of a bucket, used or not; see
+                `bucket_of`. All ranks have the same.
         """
         self._made(part)
         start, used = self.length, self.ledger.count(self.rank)
@@ -99,14 +104,14 @@ class Memory:
                 slots[first - start : end - start] = torch.arange(used, used + count)
                 self.places[used : used + count] = torch.arange(first, end, device=self.device)
                 used += count
+        read = bucket_of(max(self.ledger.counts), self.slots) if fixed else used
         of_call = {
-            "positions": torch.arange(start, start + new, device=self.device),
-            "slots": slots.to(self.device),
-            "places": self.places[:used],
+            "positions": torch.arange(start, start + new), "slots": slots,
+            "places": self.places[:read],
         }
         values = {name: of_call[kind] for name, kind in self.program.state.items()
                   if kind in of_call}
-        own = {p: x.to(self.device) for p, x in part_of(self.program, inputs, part).items()}
+        own = part_of(self.program, inputs, part)
         return {**values, **own, **self._noted(own, start), **self.kept}
 
     def begin_prompt(
@@ -164,5 +169,12 @@ class Memory:
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
+        before = self.ledger.count(self.rank)
         self.ledger.rewind(length)
         self.reach.rewind(length)
+        used = self.ledger.count(self.rank)
+        # Hidden keys have a weight of 0, which leaves nothing of a number, but NaN.
+        self.places[used:before] = self.capacity
+        for name, kept in self.kept.items():
+            if self.program.state[name] == "cache":
+                kept[:, :, used:before] = 0

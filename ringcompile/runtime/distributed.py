@@ -152,7 +152,9 @@ class Peer:
             self.rank.index, self.exchange.bytes_sent, time.perf_counter() - started,
             self.exchange.wait_seconds, peak_bytes(device),
         )
-        return RankRun(made.microbatches, made.dealt, stats, made.summaries)
+        return RankRun(
+            made.microbatches, made.dealt, stats, made.summaries, notes=self.runner.notes()
+        )
 
     def let_go(self) -> None:
         """Keep this rank's shares of weights alone: what the model itself holds may be freed."""

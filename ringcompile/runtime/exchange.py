@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.mesh import Mesh
 from ringcompile.runtime.collectives import ANSWERS, Collective
-from ringcompile.runtime.executor import Request, Shift, Wait
+from ringcompile.runtime.executor import Replayed, Request, Shift, Wait
 from ringcompile.runtime.join import Rank, first_line, limit_exchanges, name_ranks
 from ringcompile.runtime.recorder import Recorder
 from ringcompile.runtime.reports import silent_ranks
@@ -108,6 +108,9 @@ class Exchange:
                 return self._finish(request)
             case Collective():
                 return self._meet(request)
+            case Replayed():
+                self.bytes_sent += request.num_bytes
+                return None
 
     def end(self) -> None:
         """Say that a run has ended, and hear it of the others, if ranks check each other."""

@@ -51,7 +51,15 @@ class Wait:
     handle: Any
 
 
-Request = Shift | Wait | Collective
+@dataclass(frozen=True)
+class Replayed:
+    """A recorded run is launched with all that it exchanges; answered by nothing."""
+
+    node: str
+    num_bytes: int
+
+
+Request = Shift | Wait | Collective | Replayed
 
 
 # Called with a node, its arguments and what computes it; returns the result. For measuring.
@@ -69,6 +77,7 @@ class Executor:
         compiler: a backend of torch.compile, such as "inductor", for what is computed between
             communications; None to run op by op. See `piecewise`.
         watch: called in place of every op that does not communicate.
+        on_device: run bodies that ask the device for nothing; see `bodies.ON_DEVICE`.
 
     Raises:
         RingCompileError: a program from a file would take more memory than there is, or than its
@@ -84,8 +93,9 @@ class Executor:
         *,
         compiler: str | None = None,
         watch: Watch | None = None,
+        on_device: bool = False,
     ) -> None:
-        self.program, self.check_types = program, check_types
+        self.program, self.check_types, self.on_device = program, check_types, on_device
         self.lengths = _with_own(program, lengths)
         self.device = torch.device(device)
         nodes = list(program.graph.nodes)
@@ -123,7 +133,7 @@ class Executor:
         nested = holds_slot([a for a in args if not isinstance(a, Slot)]) or holds_slot(kwargs)
         if not node.users:
             frees = [*frees, self.slots[node]]
-        function: Any = node.target if communicates else body_of(node.target)
+        function: Any = node.target if communicates else body_of(node.target, self.on_device)
         return Step(
             node, function, args, kwargs, fill, nested, self.slots[node], frees, communicates
         )

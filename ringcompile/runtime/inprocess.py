@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,10 +57,12 @@ class LockStepRanks:
         self.engine = engine
         self.mesh, self.bytes_sent = mesh, list[int]()
         self.device, self._programs = torch.device(device), programs
-        weights = OpenWeights(source, self.device)
+        weights, how = OpenWeights(source, self.device), settings or Settings()
+        if self.device.type == "cuda":  # ranks take turns: none of them is recorded alone
+            how = replace(how, cuda_graphs="off")
 
         def runner(rank: int) -> Runner:
-            return Runner(lambda kind: programs(kind, rank), weights, settings or Settings())
+            return Runner(lambda kind: programs(kind, rank), weights, how)
 
         self.runners = [runner(rank) for rank in range(mesh.world_size)]
 
@@ -93,7 +96,7 @@ class LockStepRanks:
         seconds, peak = time.perf_counter() - started, peak_bytes(self.device)
         return [
             RankRun(mine.microbatches, mine.dealt, Stats(rank, sent, seconds, 0.0, peak),
-                    mine.summaries)
+                    mine.summaries, notes=self.runners[rank].notes())
             for rank, (mine, sent) in enumerate(zip(made, self.bytes_sent, strict=True))
         ]
 

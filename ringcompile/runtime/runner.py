@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 import torch
 
@@ -23,6 +23,7 @@ from ringcompile.runtime.data import (
     share_slices,
     shares_of,
 )
+from ringcompile.runtime.decode_step import DecodeSteps, recorder
 from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
 from ringcompile.runtime.memory_order import column_by_column, read_by_few
@@ -117,12 +118,37 @@ class Settings:
             to exchange; see `finite_watch` and `stamps`.
         trace: write down what ranks do when; nothing is compiled then. A run is done twice, as the
             first one takes time that later ones do not: to load kernels, to get memory.
+        cuda_graphs: how the step of one new token runs, one of `CUDA_GRAPHS`.
     """
 
     check_types: bool = False
     compiler: str | None = None
     check_finite: bool = False
     trace: bool = False
+    cuda_graphs: str = "auto"
+
+
+class Runs(Protocol):
+    """What computes a call: an `Executor`, or a step that was recorded."""
+
+    program: Program
+    lengths: dict[str, int]
+
+    def run(
+        self, values: Inputs, /
+    ) -> Generator[Request, Any, tuple[torch.Tensor, ...]]:
+        """See `Executor.run`."""
+
+
+def why_not_recorded(settings: Settings) -> str | None:
+    """Why ranks that compute in this way cannot record steps; None if they can."""
+    if settings.check_finite:
+        return "with check_finite the host looks at every value"
+    if settings.trace:
+        return "with trace every op is timed"
+    if settings.compiler is not None and settings.cuda_graphs == "rehearse":
+        return "the rehearsal sees no ops of compiled code"
+    return None
 
 
 @dataclass(frozen=True)
@@ -138,7 +164,7 @@ class Prepared:
     """
 
     dealt: Deal
-    calls: list[tuple[Executor, Inputs]]
+    calls: list[tuple[Runs, Inputs]]
     keep: Kept = EVERYTHING
     last: bool = False
     tracer: Tracer | None = None
@@ -182,6 +208,9 @@ class Runner:
         self.tracer = tracer
         self.opened: dict[str, _Opened] = {}
         self._memory: Memory | None = None
+        self._record = recorder(settings.cuda_graphs, weights.device)
+        self._steps: DecodeSteps | None = None
+        self._told = False
 
     def open(self, kind: str) -> _Opened:
         """The program of a kind, its weights read."""
@@ -223,16 +252,47 @@ class Runner:
         """
         opened = self.open(task.kind)
         dealt = deal(opened.program, task.inputs)
-        parts = dealt.of(opened.program)
+        parts, steps = dealt.of(opened.program), self._recorded(task, opened)
         last = isinstance(task, Extend) and task.last
         computed = Kept(1) if _cuts(task, opened.program) else task.keep
+        fixed = steps is not None
         calls = [
-            self._call(opened, part, computed, values)
-            for part, values in zip(parts, self._taken(task, opened, parts), strict=True)
+            self._call(opened, part, computed, values) if steps is None
+            else (steps.step(part.needed(opened.numbered), values, self.weights.device), values)
+            for part, values in zip(parts, self._taken(task, opened, parts, fixed), strict=True)
         ]
         return Prepared(dealt, calls, task.keep, last, self.tracer)
 
-    def _taken(self, task: Task, opened: _Opened, parts: Iterable[Part]) -> Iterator[Inputs]:
+    def _recorded(self, task: Task, opened: _Opened) -> DecodeSteps | None:
+        """The steps that are recorded, if the task is one of them: a single new token."""
+        if self._record is None or not isinstance(task, Extend) or task.new != 1:
+            return None
+        if self._steps is None:
+            self._steps = DecodeSteps(
+                opened.program, opened.weights, lambda lengths: self._fixed(opened, lengths),
+                self._record, why_not_recorded(self.settings),
+            )
+        return self._steps if self._steps.refusal is None else None
+
+    def _fixed(self, opened: _Opened, lengths: dict[str, int]) -> list[Executor]:
+        """Executors of fixed shapes: one that can be watched, and the compiled one, if any."""
+        settings = self.settings
+        return [
+            Executor(opened.program, lengths, self.weights.device, settings.check_types,
+                     compiler=compiler, on_device=True)
+            for compiler in dict.fromkeys((None, settings.compiler))
+        ]
+
+    def notes(self) -> tuple[str, ...]:
+        """Why steps are not recorded though they should be; said once."""
+        if self._told or self._steps is None or self._steps.refusal is None:
+            return ()
+        self._told = True
+        return (f"decode steps run op by op instead of as CUDA graphs: {self._steps.refusal}",)
+
+    def _taken(
+        self, task: Task, opened: _Opened, parts: Iterable[Part], fixed: bool
+    ) -> Iterator[Inputs]:
         """What the program takes besides weights, for each microbatch."""
         program = opened.program
         for part in parts:
@@ -241,7 +301,7 @@ class Runner:
                     own = part_of(program, task.inputs, part)
                     yield shares_of(program, own, part.lengths)
                 case Extend():
-                    yield self.memory.begin(task.inputs, task.new, part)
+                    yield self.memory.begin(task.inputs, task.new, part, fixed)
                 case Prompt():
                     yield self.memory.begin_prompt(program, task.inputs, task.new, part)
                 case _:

@@ -177,6 +177,7 @@ class RankRun:
         trace: what it did when, if that was written down.
         handed: in place of `microbatches`, the same in pieces, for another process that puts whole
             outputs together. They are gone once it has.
+        notes: what the user should know.
     """
 
     microbatches: tuple[tuple[torch.Tensor, ...], ...]
@@ -185,6 +186,7 @@ class RankRun:
     summaries: tuple[tuple[Summary, ...], ...] = ()
     trace: RankTrace | None = None
     handed: tuple[tuple[Share, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind
@@ -17,6 +16,7 @@ from ringcompile.runtime.cuda_graph import GraphedStep
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.executor import Executor
 from ringcompile.runtime.inprocess import run_lockstep
+from ringcompile.runtime.needs_host import HostWatch, NeedsHost
 from tests.runtime.one_rank import OneRank, one_rank
 from tests.support import difference
 
@@ -28,33 +28,6 @@ CASES = {
     "tensor-parallel": ("dense-4l-tiny", "tp=4"),
     "ulysses": ("dense-4l-tiny", "ring=2,ulysses=2"),
 }
-# What gives the host a number of the device, or waits until it knows a size.
-NEEDS_HOST = {
-    "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.masked_select",
-    "aten._unique2", "aten.unique_dim", "aten.unique_consecutive", "aten.equal",
-    "aten.repeat_interleave.Tensor",
-}
-
-
-class NeedsHost(TorchDispatchMode):
-    """Notes ops that would make a GPU's host wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = str(func)
-        by_mask = name.startswith("aten.index") and any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool
-            for x in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
-        )
-        if by_mask or name in NEEDS_HOST or name.removesuffix(".default") in NEEDS_HOST:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
 
 def run_alone(made: OneRank, executor: Executor) -> tuple[torch.Tensor, ...]:
     return drive(executor.run(made.values), Alone(made.parallel.mesh, executor.device).answer)
@@ -73,25 +46,28 @@ def test_outputs_have_their_types_and_bytes_are_counted(name: str, parallel: str
 @pytest.mark.parametrize(("name", "parallel"), CASES.values(), ids=CASES)
 def test_a_step_never_needs_the_host(name: str, parallel: str) -> None:
     made = one_rank(name, parallel)
-    found = []
-
-    def watch(node: fx.Node, args: list[Any], kwargs: dict[str, Any], function: Any) -> Any:
-        with NeedsHost() as mode:
-            result = function(*args, **kwargs)
-        # one_hot looks whether its indices are in range, on CPUs only.
-        found.extend((node.name, op) for op in mode.found if "one_hot" not in str(node.target))
-        return result
-
+    watch = HostWatch()
     run_alone(made, Executor(made.program, made.lengths, watch=watch))
-    assert found == []
+    assert watch.found is None
 
 
 def test_needing_the_host_is_seen() -> None:
-    with NeedsHost() as mode:
-        x = torch.arange(4)
+    x = torch.arange(4)
+    with NeedsHost().everywhere() as mode:
         x[x > 1]
+        x[x]
         x.max().item()
-    assert mode.found == ["aten.index.Tensor", "aten._local_scalar_dense.default"]
+        bool(x.equal(x))
+        x.clone()[x > 1] = x[:2]
+        x.tolist()
+        torch.bincount(x)
+        torch.tensor([1])
+        x.clone().masked_fill_(x > 1, 0)
+    assert mode.found == [
+        "aten.index.Tensor", "aten._local_scalar_dense.default", "aten.equal.default",
+        "aten.index_put_.default", "Tensor.tolist", "aten.bincount.default",
+        "aten.lift_fresh.default",
+    ]
 
 
 def test_arrivals_of_a_shape_take_turns_in_two_buffers() -> None:

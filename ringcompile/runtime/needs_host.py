@@ -1,0 +1,93 @@
+"""Does an op need the host? A CUDA graph can only record what the device does on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Results whose value or size the host reads from the device, by torch's own account.
+_READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+# Those that do so with a mask as the index alone.
+_BY_MASK = ("aten.index.", "aten.index_put", "aten._index_put_impl", "aten._unsafe_index")
+# A tensor that is made of the host's numbers.
+_COPIES = "aten.lift_fresh.default"
+# What a tensor gives the host without an op that a dispatch mode sees.
+_GIVES = frozenset({"tolist", "numpy", "__array__", "cpu", "__repr__"})
+# On CPUs alone these look whether their indices are in range.
+_CHECKED_ON_CPU = ("aten.one_hot",)
+
+
+class NeedsHost(TorchDispatchMode):
+    """Notes ops for which a GPU's host waits, or that copy the host's own numbers.
+
+    Attributes:
+        found: their names, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if _needs_host(func, args):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def everywhere(self) -> Iterator[NeedsHost]:
+        """Notes methods of tensors too that no op stands behind."""
+        with _Methods(self.found), self:
+            yield self
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if (name := getattr(func, "__name__", "")) in _GIVES:
+            self.found.append(f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
+
+
+def _needs_host(func: Any, args: Any) -> bool:
+    name = str(func)
+    if name.startswith(_BY_MASK):
+        return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
+                   for x in tree_leaves(args[1]))
+    return name == _COPIES or not _READS.isdisjoint(func.tags)
+
+
+class HostWatch:
+    """What an `Executor` calls in place of every op: it computes, and notes what needs the host.
+
+    Attributes:
+        found: the first node that does, and the op in it.
+    """
+
+    def __init__(self) -> None:
+        self.found: tuple[fx.Node, str] | None = None
+
+    def __call__(
+        self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], function: Callable[..., Any]
+    ) -> Any:
+        """Compute one op."""
+        if self.found is not None or str(node.target).startswith(_CHECKED_ON_CPU):
+            return function(*args, **kwargs)
+        with NeedsHost().everywhere() as mode:
+            result = function(*args, **kwargs)
+        if mode.found:
+            self.found = (node, mode.found[0])
+        return result
