@@ -45,7 +45,7 @@ class _Exchange:
 
 class _Notes(TorchDispatchMode):
     def __init__(self, done: list[_Op | _Exchange]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.done = done
 
     def __torch_dispatch__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, assert_never
 
@@ -164,7 +164,7 @@ class Prepared:
     """
 
     dealt: Deal
-    calls: list[tuple[Runs, Inputs]]
+    calls: Sequence[tuple[Runs, Inputs]]
     keep: Kept = EVERYTHING
     last: bool = False
     tracer: Tracer | None = None
