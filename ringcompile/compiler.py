@@ -18,7 +18,7 @@ from ringcompile.decode_choice import faster_form
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
-from ringcompile.ir.expr import bind
+from ringcompile.ir.expr import SEQUENCE, bind
 from ringcompile.ir.plan import SplitPlan
 from ringcompile.ir.program import Program
 from ringcompile.mesh import Mesh
@@ -157,7 +157,7 @@ def _lengths(program: Program, length: int) -> dict[str, int]:
             f"sequence length {length}: the model's code fixes it at {whole}",
             hint="leave --seq out, or capture the model for another length",
         )
-    return program.checked(program.sequence.bindings(length))
+    return program.checked({SEQUENCE: length})
 
 
 def load(folder: str | Path, *, verify_key: str | Path | None = None) -> ParallelProgram:

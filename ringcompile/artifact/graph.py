@@ -33,13 +33,14 @@ from ringcompile.artifact.ops import check_arguments, resolve
 from ringcompile.axes import TIME, base_axis
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import (
+    LENGTHS,
     PART_AXIS,
-    SEQUENCE,
+    SHARES,
     SIZE_NAMES,
     Size,
     depends_on_data,
     is_symbolic,
-    symbol,
+    symbols_in,
 )
 from ringcompile.ir.layout import Atom, Layout
 from ringcompile.ir.program import IdLimit, Input, Program, Structure, Weight
@@ -84,6 +85,7 @@ def _read_program(data: dict[str, Any], allowed: Container[str]) -> Program:
         weights={k: _weight(k, v) for k, v in member(data, "weights", dict).items()},
         output_structure=structure_from_json(data.get("output_structure")),
         length_range=range_from_json(data, "length_range"),
+        other_ranges=_other_ranges(data),
         name=member(data, "name", str),
         mesh=mesh,
         sequence=None if data.get("sequence") is None else _sequence(data, reader),
@@ -115,15 +117,38 @@ def _state(kind: Any) -> str:
     return str(kind)
 
 
+def _other_ranges(data: dict[str, Any]) -> dict[str, tuple[int, int | None]]:
+    """The ranges of further lengths, if there are any."""
+    found = member(data, "other_ranges", dict) if "other_ranges" in data else {}
+    for name in found:
+        if name not in LENGTHS[1:]:
+            raise RingCompileError(f"'{name[:40]}' is not a further length")
+    return {name: range_from_json(found, name) for name in found}
+
+
 def _sequence(data: dict[str, Any], reader: _Reader) -> SequenceSplit:
-    fields, mesh = member(data, "sequence", dict), reader.mesh
+    """How the lengths of a program are divided, each with a symbol of its own for a share."""
+    fields = member(data, "sequence", dict)
+    rest = member(fields, "others", list) if "others" in fields else []
+    splits = [_split(expect(x, dict, "a further length"), reader) for x in (fields, *rest)]
+    main, *others = splits
+    if len(splits) > len(SHARES) or len({split.length for split in splits}) < len(splits):
+        raise RingCompileError("'sequence' has too many lengths, or one of them twice")
+    shares = list(SHARES.values())[1:]
+    return replace(main, others=tuple(
+        replace(other, share=share) for other, share in zip(others, shares, strict=False)
+    ))
+
+
+def _split(fields: dict[str, Any], reader: _Reader) -> SequenceSplit:
+    mesh = reader.mesh
     names, order = texts(fields, "axes"), member(fields, "order", str)
     ranks, axis = member(fields, "num_ranks", int), ",".join(names)
     fits = mesh is not None and (not names or mesh.has(axis)) and mesh.size(axis) == ranks
     if mesh is None or not fits or len(set(names)) < len(names) or order not in ORDERS:
         raise RingCompileError(f"'sequence' does not fit the mesh {mesh}")
     length = reader.size(fields.get("length"))
-    if is_symbolic(length) and length.free_symbols != {symbol(SEQUENCE)}:
+    if is_symbolic(length) and not symbols_in(length) <= {*LENGTHS}:
         raise RingCompileError(f"the sequence cannot have the length {length}")
     pieces = count(fields.get("pieces", 1), "'pieces'")
     if pieces not in (1, mesh.size(TIME)) or (pieces > 1 and TIME in names):

@@ -1,14 +1,16 @@
-"""Which dims of the inputs vary: the batch and the sequence.
+"""Which dims of the inputs vary: the batch, the sequence, and further lengths of tokens.
 
 The caller may say it for each input. For the others the sizes of the example make candidates, and
 the code decides: every candidate is exported as a size of its own, and those that the code ties to
-the batch of the first input are the batch. Equal numbers alone prove nothing.
+the batch of the first input are the batch. Equal numbers alone prove nothing. A length of its own
+(`sequence2` and so on) is what other inputs have as their dim 1: a decoder's tokens beside an
+encoder's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from torch import nn
 from torch.export import Dim
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir import expr
 
 BATCH, SEQUENCE, FIXED = "batch", "sequence", "fixed"
-ROLES = (BATCH, SEQUENCE, FIXED)
+# The lengths that inputs may have, by what our expressions call them.
+LENGTHS = {"s": SEQUENCE, **{name: f"{SEQUENCE}{name[1:]}" for name in expr.LENGTHS[1:]}}
+OTHERS = tuple(LENGTHS.values())[1:]
+ROLES = (BATCH, *LENGTHS.values(), FIXED)
 # For each input by name: what its dims are; those that are not listed are fixed.
 Dims = Mapping[str, Mapping[int, str]]
 # How many sequences an example of one becomes: a number that no other size equals.
@@ -32,7 +38,7 @@ class Leaf:
     Attributes:
         name: of the input.
         tensor: the example.
-        roles: for each dim "batch", "sequence" or "fixed".
+        roles: for each dim "batch", "sequence", "sequence2", .. or "fixed".
         said: whether the caller said so.
     """
 
@@ -55,6 +61,10 @@ class Leaf:
         found = {dim: Dim.AUTO for dim, role in enumerate(self.roles) if role != FIXED}
         return found or None
 
+    def renamed(self, roles: Mapping[str, str]) -> Leaf:
+        """The same with other roles for some."""
+        return replace(self, roles=tuple(roles.get(role, role) for role in self.roles))
+
     def without(self, role: str) -> Leaf:
         """The same with these dims fixed."""
         return replace(self, roles=tuple(FIXED if r == role else r for r in self.roles))
@@ -68,6 +78,7 @@ class Example:
         leaves: the inputs, in order.
         batch: how many sequences there are; None where no dim is the batch.
         length: their length; None where no dim is the sequence.
+        others: the further lengths, by role.
         notes: what the caller should know of what was taken for what.
         widened: whether one sequence was repeated, so that torch.export sees a batch.
     """
@@ -75,15 +86,35 @@ class Example:
     leaves: tuple[Leaf, ...]
     batch: int | None
     length: int | None
+    others: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     widened: bool = False
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that vary, by role."""
+        known = {BATCH: self.batch, SEQUENCE: self.length, **self.others}
+        return {role: size for role, size in known.items() if size is not None}
+
     def fixed(self, role: str) -> Example:
-        """The same for this batch, or this length, alone."""
+        """The same for this batch, or this length, alone; what is left begins with the sequence."""
         leaves = tuple(leaf.without(role) for leaf in self.leaves)
         if role == BATCH:
             return replace(self, leaves=leaves, batch=None)
-        return replace(self, leaves=leaves, length=None)
+        lengths = [(r, size) for r, size in self.sizes.items() if r not in (BATCH, role)]
+        renamed = {old: new for (old, _), new in zip(lengths, LENGTHS.values(), strict=False)}
+        known = {renamed[old]: size for old, size in lengths}
+        return replace(
+            self, leaves=tuple(leaf.renamed(renamed) for leaf in leaves),
+            length=known.pop(SEQUENCE, None), others=known,
+        )
+
+    def of_one_length(self) -> Example:
+        """The same with further lengths fixed."""
+        leaves = self.leaves
+        for role in self.others:
+            leaves = tuple(leaf.without(role) for leaf in leaves)
+        return replace(self, leaves=leaves, others={})
 
     def without_batch(self, sizes: Collection[str]) -> Example:
         """The same, with these dims of the inputs fixed; as torch's guards write them."""
@@ -105,13 +136,16 @@ class Example:
 
     def with_roles(self, found: Mapping[str, str]) -> Example:
         """The same, with what dims turned out to be: by what torch's guards call them, a role."""
-        return replace(self, leaves=tuple(
+        leaves = tuple(
             replace(leaf, roles=tuple(
                 role if (role := found.get(leaf.size_text(dim), FIXED)) in ROLES else FIXED
                 for dim in range(len(leaf.roles))
             ))
             for leaf in self.leaves
-        ))
+        )
+        held = {role for leaf in leaves for role in leaf.roles}
+        others = {role: size for role, size in self.others.items() if role in held}
+        return replace(self, leaves=leaves, others=others)
 
     def dims_of(self, role: str) -> list[str]:
         """The dims of the inputs with that role, as torch's guards write them."""
@@ -139,12 +173,47 @@ def read_example(inputs: Mapping[str, torch.Tensor], dims: Dims | None) -> Examp
             length = int(first.tensor.shape[1])
     if length is not None and length < 2:
         raise RingCompileError(f"the example sequence has length {length}; use at least 2")
-    guessed = tuple(
+    guessed = [
         leaf if leaf.said else replace(leaf, roles=_guess(leaf is first, leaf, batch, length))
         for leaf in leaves
-    )
+    ]
+    others = {role: size for role in OTHERS if (size := _size_said(leaves, role)) is not None}
+    if length is not None:
+        _add_lengths(guessed, others)
     notes = () if length is not None else (_why_fixed(first),)
-    return Example(guessed, batch, length, notes)
+    return Example(tuple(guessed), batch, length, others, notes)
+
+
+def _add_lengths(leaves: list[Leaf], others: dict[str, int]) -> None:
+    """Give further lengths to dims of inputs that are not said: what may be, the code decides.
+
+    Dim 1 of token ids [batch, length] and of features [batch, length, D] is one, and so are other
+    dims of that size.
+
+    Args:
+        leaves: as they are guessed so far; changed in place.
+        others: the lengths that the caller says, by role; added to.
+    """
+    free = (role for role in OTHERS if role not in others)
+    for size in _further_lengths(leaves):
+        if size not in others.values() and (role := next(free, None)) is not None:
+            others[role] = size
+    known = {size: role for role, size in others.items()}
+    for i, leaf in enumerate(leaves):
+        if leaf.said or i == 0:
+            continue
+        leaves[i] = replace(leaf, roles=tuple(
+            known.get(size, FIXED) if role == FIXED else role
+            for role, size in zip(leaf.roles, leaf.tensor.shape, strict=True)
+        ))
+
+
+def _further_lengths(leaves: Sequence[Leaf]) -> Iterator[int]:
+    for leaf in leaves[1:]:
+        tokens = 2 if not leaf.tensor.is_floating_point() else 3
+        shape, free = leaf.tensor.shape, leaf.roles[:2] == (BATCH, FIXED)
+        if free and not leaf.said and len(shape) == tokens and shape[1] > 1:
+            yield int(shape[1])
 
 
 def _first(tensor: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
@@ -169,7 +238,7 @@ def widened(example: Example, model: nn.Module, sure: bool = False) -> Example:
     Args:
         example: with a batch of one.
         model: whose sizes the new batch must not equal.
-        sure: only inputs of tokens ([batch, sequence]) and the first one are taken to have a batch,
+        sure: only inputs of tokens ([batch, length]) and the first one are taken to have a batch,
             and it is the smallest one.
     """
     taken = {size for leaf in example.leaves for size in leaf.tensor.shape}
@@ -177,7 +246,8 @@ def widened(example: Example, model: nn.Module, sure: bool = False) -> Example:
     batch = 2 if sure else next((number for number in _UNUSUAL if number not in taken), 47)
     made = []
     for i, leaf in enumerate(example.leaves):
-        certain = i == 0 or leaf.said or leaf.roles == (BATCH, SEQUENCE)
+        tokens = len(leaf.roles) == 2 and leaf.roles[0] == BATCH and leaf.roles[1] != FIXED
+        certain = i == 0 or leaf.said or tokens
         kept = leaf if certain or not sure else leaf.without(BATCH)
         tensor = kept.tensor
         for dim in kept.dims_of(BATCH):
@@ -223,7 +293,10 @@ def _size_said(leaves: list[Leaf], role: str) -> int | None:
              for dim in leaf.dims_of(role)}
     if len(set(sizes.values())) > 1:
         text = ", ".join(f"'{name}': {size}" for name, size in sizes.items())
-        raise RingCompileError(f"dims: the {role} has different sizes: {text}")
+        raise RingCompileError(
+            f"dims: the {role} has different sizes: {text}",
+            hint=None if role == BATCH else f"call a further length '{OTHERS[0]}'",
+        )
     return next(iter(sizes.values()), None)
 
 

@@ -21,7 +21,16 @@ from ringcompile.capture import huggingface
 from ringcompile.capture.alike import same_for_one_sequence
 from ringcompile.capture.associative_scan import read_as_scans
 from ringcompile.capture.decompose import known_ops_only
-from ringcompile.capture.dims import BATCH, SEQUENCE, Dims, Example, read_example, widened
+from ringcompile.capture.dims import (
+    BATCH,
+    LENGTHS,
+    OTHERS,
+    SEQUENCE,
+    Dims,
+    Example,
+    read_example,
+    widened,
+)
 from ringcompile.capture.export_errors import explained
 from ringcompile.capture.few import FEW, Few, refused
 from ringcompile.capture.flat_call import FlatCall, unwrapped
@@ -89,6 +98,10 @@ def capture(
         notes=found.notes,
         length_range=found.ranges.get(SEQUENCE, (2, None)),
         batch_range=found.ranges.get(BATCH, (1, None)),
+        other_ranges={
+            name: found.ranges[role] for name, role in LENGTHS.items()
+            if role in OTHERS and role in found.ranges
+        },
         tp_plan=huggingface.tp_plan(model),
     )
 
@@ -183,7 +196,9 @@ def _compared(call: FlatCall, found: _Captured) -> _Captured:
         found = replace(found, notes=(*found.notes, *notes))
         if any(note.startswith(NOT_COMPARED) for note in notes):
             return found
-        return found.with_range(SEQUENCE, *found.few(call).smallest(SEQUENCE, found.ranges))
+        for role in LENGTHS.values():
+            found = found.with_range(role, *found.few(call).smallest(role, found.ranges))
+        return found
 
 
 def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captured:
@@ -191,11 +206,17 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
     with specialised() as lines:
         try:
             exported, tried = _exported(call, example, lines)
-        except _AloneError as error:
+        except RingCompileError as error:
+            if example.others:
+                return _settled(call, example.of_one_length(), notes)
+            if not isinstance(error, _AloneError):
+                raise
             note = f"{_ONE_SEQUENCE}, {error.message}"
             where = f"{error.location.short}: " if error.location else ""
             return _settled(call, example.fixed(BATCH), (*notes, where + note))
     sizes = read_sizes(exported, tried)
+    if sizes.tied:
+        return _settled(call, example.of_one_length(), notes)
     ranges, fixed = _ranges(exported, tried, sizes, lines)
     if BATCH in ranges and example.batch == 1 and ranges[BATCH][0] > FEW:
         fixed.append(BATCH)  # the example itself is computed in another way
@@ -204,10 +225,10 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
         return _Captured(
             exported, example.with_roles(sizes.names), sizes, ranges, notes, about_one
         )
-    for role in fixed:
+    for role in sorted(set(fixed), reverse=True):  # later lengths first: they move up
         line = lines.first(tried.dims_of(role)) or lines.about_one(sizes.names, role)
-        number = example.batch if role == BATCH else example.length
-        notes = (*notes, f"{line.short + ': ' if line else ''}{_FIXES[role]}, {number}")
+        text = f"{_FIXES[role]}, {example.sizes[role]}"
+        notes = (*notes, f"{line.short + ': ' if line else ''}{text}")
         example = example.fixed(role)
     return _settled(call, example.without_batch(sizes.loose), notes)
 
@@ -216,6 +237,7 @@ _ONE_SEQUENCE = "the batch is fixed to that of the example, 1; with more sequenc
 _FIXES = {
     BATCH: "the model's code fixes the batch to that of the example",
     SEQUENCE: "the model's code fixes the sequence length to that of the example",
+    **{role: f"the model's code fixes '{role}' to the length of the example" for role in OTHERS},
 }
 
 
@@ -251,8 +273,7 @@ def _ranges(
     exported: ExportedProgram, example: Example, sizes: Sizes, lines: Lines
 ) -> tuple[dict[str, Range], list[str]]:
     """For each role the sizes that the captured code is right for; and the roles that it fixes."""
-    known = {BATCH: example.batch, SEQUENCE: example.length}
-    roles = {role: size for role, size in known.items() if role in sizes.names.values() and size}
+    roles = {role: size for role, size in example.sizes.items() if role in sizes.names.values()}
     guards = Guards(exported, sizes.names, roles)
     fixed, squeezed = sorted(sizes.numbers, reverse=True), read_squeezed(exported, sizes)
     ranges: dict[str, Range] = {}
@@ -265,9 +286,8 @@ def _ranges(
             fixed.append(role)
         else:
             ranges[role] = allowed
-    if not fixed and not guards.independent(ranges):
-        fixed.append(BATCH)
-    return ranges, fixed
+    bound = None if fixed else guards.dependent(ranges)
+    return ranges, fixed if bound is None else [bound]
 
 
 def _limits(exported: ExportedProgram, sizes: Sizes, role: str) -> Range:
@@ -281,7 +301,7 @@ def _limits(exported: ExportedProgram, sizes: Sizes, role: str) -> Range:
     return low, high if high is None or high < 2**40 else None
 
 
-_SMALLEST = {BATCH: 1, SEQUENCE: 2}
+_SMALLEST = {BATCH: 1, **dict.fromkeys(LENGTHS.values(), 2)}
 
 
 def _export(call: FlatCall, example: Example) -> ExportedProgram:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from ringcompile.capture.dims import BATCH, SEQUENCE, Example, Leaf
+from ringcompile.capture.dims import BATCH, OTHERS, SEQUENCE, Example, Leaf
 from ringcompile.capture.flat_call import FlatCall
 from ringcompile.capture.guards import Range
 from ringcompile.capture.same_as_eager import NOT_COMPARED, Kept, compare
@@ -35,7 +35,9 @@ _GAINS = (1.0, 40.0, -1000.0)
 # Sizes from here on are left to what torch says of them.
 FEW = 4
 _MEANT = {BATCH: ("one sequence alone", "{} sequences alone"),
-          SEQUENCE: ("one token alone", "{} tokens alone")}
+          SEQUENCE: ("one token alone", "{} tokens alone"),
+          **{role: (f"one token of '{role}' alone", f"{{}} tokens of '{role}' alone")
+             for role in OTHERS}}
 
 
 def refused(role: str, size: int) -> str:
@@ -71,7 +73,7 @@ class Few:
             return ranges.get(role), ()
         low, high = ranges[role]
         for size in range(low - 1, 0, -1):
-            for others in self._batches(ranges) if role == SEQUENCE else [{}]:
+            for others in self._batches(ranges) if role != BATCH else [{}]:
                 reason = self.why_not(role, {**others, role: size})
                 if reason:
                     return (size + 1, high), (reason,)
@@ -97,7 +99,7 @@ class Few:
             reason = self._differs(numbers, gain, kept)
             if reason:
                 return f"{begin}: {reason}"
-        sizes = {BATCH: self.example.batch or 1, SEQUENCE: self.example.length or 1, **numbers}
+        sizes = {BATCH: 1, SEQUENCE: 1, **self.example.sizes, **numbers}
         known = {SYMBOLS[of]: size for of, size in sizes.items()}
         wrong = next((n for n, value in kept if not _fits(n, value, self.sizes, known)), None)
         return "" if wrong is None else (

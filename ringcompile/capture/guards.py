@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from types import CodeType
 
 from torch.export import ExportedProgram
+
+from ringcompile.capture.dims import BATCH
 
 _INPUT_SIZE = re.compile(r"L(?:\[[^\]]*\]|\.\w+)+\.size\(\)\[\d+\]")
 _NAMES = {"max": max, "min": min, "math": math}
@@ -68,19 +71,22 @@ class Guards:
         few = known in violated or (high is not None and high - low + 1 < _FEWEST)
         return None if few and violated else (low, high)
 
-    def independent(self, ranges: Mapping[str, Range]) -> bool:
-        """Whether all combinations of sizes within these ranges pass, as far as samples tell."""
+    def dependent(self, ranges: Mapping[str, Range]) -> str | None:
+        """A size that is not free of the others: some combination within these ranges fails.
+
+        As far as samples tell. The batch goes before lengths, and later lengths before earlier.
+        """
         def within(name: str) -> Sequence[int]:
             low, high = ranges[name]
             return [s for s in _FEW_SAMPLES if s >= low and (high is None or s <= high)]
 
-        if len(ranges) < 2:
-            return True
-        first, second = list(ranges)[:2]
-        return all(
-            self._hold({**self.example, first: a, second: b})
-            for a in within(first) for b in within(second)
-        )
+        for first, second in combinations(ranges, 2):
+            together = (
+                {first: a, second: b} for a in within(first) for b in within(second)
+            )
+            if not all(self._hold({**self.example, **sizes}) for sizes in together):
+                return first if first == BATCH else second
+        return None
 
     def _hold(self, sizes: Mapping[str, int]) -> bool:
         return all(_holds(condition, sizes) for condition in self.conditions)

@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ringcompile.capture.dims import BATCH, FIXED, SEQUENCE, Example, Leaf
+from ringcompile.capture.dims import BATCH, FIXED, LENGTHS, OTHERS, SEQUENCE, Example, Leaf
 from ringcompile.errors import RingCompileError
 from ringcompile.ir import expr
 
@@ -26,17 +26,19 @@ class Sizes:
     """The symbols of an exported program, by what they mean.
 
     Attributes:
-        symbols: torch's name -> ours, `b` or `s`.
+        symbols: torch's name -> ours, `b`, `s`, `s2`, ...
         names: an input's dim, as torch's guards write it -> the role it turned out to have, or the
             number that it is.
         numbers: roles that the code turned into numbers, all of them.
         loose: dims of inputs that could be the batch by their size alone, and are not.
+        tied: whether lengths depend on each other otherwise than by being equal, or are joined.
     """
 
     symbols: dict[str, sympy.Symbol] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     numbers: set[str] = field(default_factory=set)
     loose: list[str] = field(default_factory=list)
+    tied: bool = False
 
 
 def user_inputs(exported: ExportedProgram) -> list[torch.fx.Node]:
@@ -54,17 +56,17 @@ def user_inputs(exported: ExportedProgram) -> list[torch.fx.Node]:
 
 
 def read_sizes(exported: ExportedProgram, example: Example) -> Sizes:
-    """Which symbols are the batch and which the length.
+    """Which symbols are the batch and which are lengths.
 
     Raises:
         RingCompileError: a feature size of the first input equals the example's length.
     """
     dims = list(_dims(exported, example))
     found = Sizes()
-    anchors = {role: _anchor(dims, role) for role in (BATCH, SEQUENCE)}
+    anchors = {role: _anchor(dims, role) for role in SYMBOLS}
     for role, anchor in anchors.items():
         if _has(example, role) and anchor is None:
-            found.numbers.add(role)
+            found.numbers |= {role} if role not in OTHERS or _is_said(example, role) else set()
     first = dims[0][0] if dims else None
     for leaf, dim, size in dims:
         if is_number(size):
@@ -84,10 +86,39 @@ def read_sizes(exported: ExportedProgram, example: Example) -> Sizes:
             )
         if meant == BATCH and size != anchors[BATCH] and _is_loose(leaf, dim, dims, anchors[BATCH]):
             found.loose.append(leaf.size_text(dim))
+        found.tied |= bool(example.others) and not size.is_Symbol
         ours = expr.symbol(SYMBOLS[meant])
         found.symbols.update({free.name: ours for free in size.free_symbols})
         found.names[leaf.size_text(dim)] = meant
+    found.tied |= bool(example.others) and _joins_lengths(exported, found)
     return found
+
+
+def _joins_lengths(exported: ExportedProgram, sizes: Sizes) -> bool:
+    """Whether some value holds tokens of several lengths, one behind the other, or cut by another.
+
+    Then they are one sequence, of which a part is fixed.
+    """
+    ours = {
+        name: str(symbol) for name, symbol in sizes.symbols.items() if str(symbol) in expr.LENGTHS
+    }
+    return any(_mixes(size, ours) for size in set(_sizes_of_values(exported)))
+
+
+def _sizes_of_values(exported: ExportedProgram) -> Iterator[Any]:
+    for node in exported.graph.nodes:
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            shape: Any = value.shape if torch.is_tensor(value) else ()
+            yield from (size.node.expr for size in shape if isinstance(size, torch.SymInt))
+
+
+def _mixes(size: Any, ours: dict[str, str]) -> bool:
+    """Whether a size is more than a product of lengths, and of several of them."""
+    def lengths(part: Any) -> set[str]:
+        return {ours[free.name] for free in part.free_symbols if free.name in ours}
+
+    factors = sympy.Mul.make_args(sympy.factor(size)) if len(lengths(size)) > 1 else ()
+    return any(len(lengths(factor)) > 1 for factor in factors)
 
 
 def read_squeezed(exported: ExportedProgram, sizes: Sizes) -> set[str]:
@@ -106,7 +137,7 @@ def read_squeezed(exported: ExportedProgram, sizes: Sizes) -> set[str]:
 
 
 # What our expressions call the size with a role.
-SYMBOLS = {BATCH: expr.BATCH, SEQUENCE: expr.SEQUENCE}
+SYMBOLS = {BATCH: expr.BATCH, **{role: name for name, role in LENGTHS.items()}}
 
 
 def is_number(size: Any) -> bool:
@@ -126,7 +157,7 @@ def _anchor(dims: list[tuple[Leaf, int, Any]], role: str) -> Any:
     """The symbol that means a role: what is said, else of the first input; None if a number."""
     sizes = [(leaf, size) for leaf, dim, size in dims if leaf.roles[dim] == role]
     said = [size for leaf, size in sizes if leaf.said]
-    for size in said or [size for _, size in sizes[:1]]:
+    for size in said or [size for _, size in (sizes if role in OTHERS else sizes[:1])]:
         if not is_number(size):
             return size
     return None
@@ -134,7 +165,7 @@ def _anchor(dims: list[tuple[Leaf, int, Any]], role: str) -> Any:
 
 def _role(leaf: Leaf, dim: int, size: Any, anchors: dict[str, Any]) -> str | None:
     """What a dim is: as the code says, else as the caller, else as its size."""
-    for role in (SEQUENCE, BATCH):
+    for role in (*LENGTHS.values(), BATCH):
         if anchors[role] is not None and size == anchors[role]:
             return role
     role = leaf.roles[dim]
@@ -143,6 +174,10 @@ def _role(leaf: Leaf, dim: int, size: Any, anchors: dict[str, Any]) -> str | Non
 
 def _has(example: Example, role: str) -> bool:
     return any(leaf.dims_of(role) for leaf in example.leaves)
+
+
+def _is_said(example: Example, role: str) -> bool:
+    return any(leaf.said and leaf.dims_of(role) for leaf in example.leaves)
 
 
 def _is_loose(leaf: Leaf, dim: int, dims: list[tuple[Leaf, int, Any]], anchor: Any) -> bool:

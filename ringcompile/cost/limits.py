@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ringcompile.cost.ops import kernels_of
 from ringcompile.cost.values import Values
-from ringcompile.ir.expr import BATCH, SEQUENCE
+from ringcompile.ir.expr import BATCH
 from ringcompile.ir.program import Program
 
 
@@ -22,7 +22,7 @@ def kernel_limit(
         top: experts that a token goes through, in a model whose experts have buffers: what their
             capacity adds is then left out. 0 counts products as they stand in the graph.
     """
-    values = Values(program, {SEQUENCE: length, BATCH: 1})
+    values = Values(program, {**program.at_length(length), BATCH: 1})
     seconds = 0.0
     for node in program.graph.nodes:
         for kernel in kernels_of(values, node):

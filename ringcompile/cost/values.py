@@ -49,7 +49,7 @@ def bind_lengths(
     fixed = program.lengths.get(SEQUENCE)
     if fixed is not None and length not in (None, fixed):
         raise RingCompileError(f"the program is for {fixed} tokens, {length} are asked for")
-    known = {SEQUENCE: length} if length is not None else dict(program.lengths)
+    known = program.at_length(length) if length is not None else dict(program.lengths)
     sequences = max(batch or 1, program.batch_range[0])
     known |= {BATCH: sequences, PART: sequences, FIRST: 0}
     known |= _slots_in_use(program, context or length or 1)
@@ -62,7 +62,7 @@ def bind_lengths(
     sequence, coordinates = program.sequence, program.coordinates
     if sequence is None:
         return known
-    known |= sequence.bindings(known.get(SEQUENCE))
+    known |= sequence.bindings(known)
     if coordinates is not None:
         known[OWN] = sequence.own_length(coordinates, known)
     return known

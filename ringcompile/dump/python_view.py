@@ -33,7 +33,7 @@ from ringcompile.ir.printer import block_at, runs_of_blocks, type_text
 from ringcompile.ir.program import Program
 from ringcompile.ir.stretched import Section, sections_of
 from ringcompile.ir.templates import Said, Templates
-from ringcompile.ir.types import ValueType
+from ringcompile.ir.types import SequenceSplit, ValueType
 from ringcompile.ops import schemas
 
 _RESERVED = {"inputs", "state", "weights", "comm", "torch", "aten", "ours", "operator", "step"}
@@ -99,13 +99,21 @@ class _View:
         self.sections = sections_of(program.graph)
         kinds = kinds_of_nodes(program.graph)
         used = {name for n in kinds if n.op == "call_function" for name in symbols_of(n)}
-        if expr.LOCAL in used:
-            used.add(expr.SEQUENCE)  # a rank's share follows from the length
-        self.symbols = sorted(used, key=lambda name: (name == expr.LOCAL, name))
+        shares = set(expr.SHARES.values())
+        for split in self._splits:  # a rank's share follows from the length
+            if split.share in used and expr.is_symbolic(split.length):
+                used |= expr.symbols_in(split.length)
+        self.symbols = sorted(used, key=lambda name: (name in shares, name))
         self.names = self._names()
         self.types: dict[ValueType | None, str] = {}  # their texts
         self.notes: dict[fx.Node, str] = {}
         self.templates = Templates(_code)
+
+    @property
+    def _splits(self) -> tuple[SequenceSplit, ...]:
+        """How each length that is divided is."""
+        sequence = self.program.sequence
+        return () if sequence is None else (sequence, *sequence.others)
 
     def _names(self) -> dict[str, str]:
         """Identifiers: the graph's names without overloads, distinct from all else."""
@@ -154,11 +162,13 @@ class _View:
         return "state" if node.name in self.program.state else "inputs"
 
     def _length(self, name: str) -> _Statement:
-        sequence, mesh = self.program.sequence, self.program.mesh
+        sequence, mesh = next((s for s in self._splits if s.share == name), None), self.program.mesh
         if name in self.program.lengths:
             return _Statement(f"{name} = {self.program.lengths[name]}")
-        if name == expr.LOCAL and sequence is not None:
-            chunk = f"-(-{expr.SEQUENCE} // {sequence.num_chunks})"
+        if sequence is not None:
+            length = expr.to_text(sequence.length)
+            length = f"({length})" if " " in length else length
+            chunk = f"-(-{length} // {sequence.num_chunks})"
             times = f" * {sequence.chunks_per_piece}" if sequence.chunks_per_piece > 1 else ""
             what = "tokens that this rank holds"
             if sequence.num_pieces > 1:

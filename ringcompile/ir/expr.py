@@ -2,7 +2,8 @@
 
 A graph's arguments hold numbers that are known (an int) or not known yet (a sympy expression): the
 global sequence length `s`, the length `n` of one rank's share, the sequences `b` of the whole batch
-and `k` of one part of it, a mesh coordinate such as `ring`.
+and `k` of one part of it, a mesh coordinate such as `ring`. Where inputs are of several lengths, as
+those of an encoder and a decoder, the others are `s2`, `s3`, .. and their shares `n2`, `n3`, ...
 `bind` fills symbols in; what remains symbolic stays symbolic. A number that is not whole, such as
 `1 / x.shape[1]` in a model, is written `float(1/s)`. Expressions are written to files as text and
 read back by a small parser that knows ten functions and never evaluates anything.
@@ -269,12 +270,16 @@ PART = "k"
 FIRST = "k0"
 # The axis of layouts along the batch; a part is what one replica runs at a time.
 PART_AXIS = "part"
-SIZE_NAMES = frozenset({SEQUENCE, LOCAL, OWN, BATCH, PART, FIRST})
+# Of each length of a program: its symbol, and that of a rank's share of it.
+SHARES = {SEQUENCE: LOCAL, "s2": "n2", "s3": "n3", "s4": "n4"}
+LENGTHS = tuple(SHARES)
+SIZE_NAMES = frozenset({*SHARES, *SHARES.values(), OWN, BATCH, PART, FIRST})
 UNBACKED = re.compile(r"u\d{1,6}")
 
 
 def of_tokens(size: Size) -> bool:
-    """Whether a size grows with the sequence."""
-    return is_symbolic(size) and not {SEQUENCE, LOCAL, OWN}.isdisjoint(
-        str(name) for name in size.free_symbols
-    )
+    """Whether a size grows with a sequence."""
+    return is_symbolic(size) and not _OF_TOKENS.isdisjoint(symbols_in(size))
+
+
+_OF_TOKENS = frozenset({*SHARES, *SHARES.values(), OWN})

@@ -126,19 +126,22 @@ class _Uses:
 def _lengths(uses: _Uses) -> _Entries:
     program = uses.program
     used = uses.symbols
-    if expr.SEQUENCE in {*used, *program.lengths}:
-        low, high = program.length_range
-        allowed = f"{low} to {high}" if high is not None else f"at least {low}"
-        fixed = expr.SEQUENCE in program.lengths
-        yield _term(program, expr.SEQUENCE), (
-            f"length of the sequence in tokens, {'fixed' if fixed else allowed}"
-        )
-    if program.sequence is not None and (expr.LOCAL in used or any(uses.split_atoms)):
-        sequence = program.sequence
-        yield _term(program, expr.LOCAL), (
-            f"tokens {_share(sequence)}: s, padded to a multiple of {sequence.num_chunks}, over "
-            f"{_shares(sequence)}"
-        )
+    ranges = {expr.SEQUENCE: program.length_range, **program.other_ranges}
+    for name, (low, high) in ranges.items():
+        if name in {*used, *program.lengths}:
+            allowed = f"{low} to {high}" if high is not None else f"at least {low}"
+            what = "the sequence" if name == expr.SEQUENCE else "another sequence"
+            fixed = name in program.lengths
+            yield _term(program, name), (
+                f"length of {what} in tokens, {'fixed' if fixed else allowed}"
+            )
+    sequence = program.sequence
+    for split in (sequence, *sequence.others) if sequence is not None else ():
+        if split.share in used or (split is sequence and any(uses.split_atoms)):
+            yield _term(program, split.share), (
+                f"tokens {_share(split)}: {expr.to_text(split.length)}, padded to a multiple of "
+                f"{split.num_chunks}, over {_shares(split)}"
+            )
 
 
 def _share(sequence: SequenceSplit) -> str:
@@ -187,10 +190,12 @@ def _split_dims(uses: _Uses) -> _Entries:
     sequence, seen = program.sequence, {}
     for atom in uses.split_atoms:
         text = f"a dim of {atom.size}, split over mesh axis {' and '.join(atom.axes)}"
-        if sequence is not None and atom.sequence and expr.equal(
-            atom.size, expr.bind(sequence.length, program.lengths)
-        ):
-            share = sequence.level(atom.axes).local
+        split = None if sequence is None or not atom.sequence else next(
+            (of for of in (sequence, *sequence.others)
+             if expr.equal(atom.size, expr.bind(of.length, program.lengths))), None
+        )
+        if split is not None:
+            share = split.level(atom.axes).local
             text += f": a rank holds {expr.bind(share, program.lengths)} of it"
         seen[format_dim(None, (atom,))] = text
     yield from seen.items()
@@ -216,9 +221,11 @@ def _chunks(uses: _Uses) -> _Entries:
     sequence = program.sequence
     if sequence is None or not uses.takes({"chunks", "queries"}):
         return
-    chunk = expr.bind(sequence.chunk, program.lengths)
+    sizes = (expr.bind(s.chunk, program.lengths) for s in (sequence, *sequence.others))
+    chunk = " or ".join(map(str, sizes))
+    what = "each padded sequence is" if sequence.others else "the padded sequence is"
     yield "chunks", (
-        f"the padded sequence is cut into chunks 0 to {sequence.num_chunks - 1} of {chunk} tokens; "
+        f"{what} cut into chunks 0 to {sequence.num_chunks - 1} of {chunk} tokens; "
         f"this rank {_held(program, sequence)}; no query sees a key of the padding"
     )
 

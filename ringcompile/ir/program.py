@@ -18,7 +18,16 @@ from torch import fx
 
 from ringcompile.axes import HALVES
 from ringcompile.errors import RingCompileError, SourceLocation
-from ringcompile.ir.expr import BATCH, SEQUENCE, Size, bind, symbol
+from ringcompile.ir.expr import (
+    BATCH,
+    LENGTHS,
+    SEQUENCE,
+    Size,
+    bind,
+    is_symbolic,
+    symbol,
+    symbols_in,
+)
 from ringcompile.ir.legend import rank_text
 from ringcompile.ir.printer import print_program
 from ringcompile.ir.types import SequenceSplit, TensorType
@@ -111,6 +120,8 @@ class Program:
         output_structure: how the flat outputs are nested for the caller.
         source: where the data of weights comes from, when something needs it.
         length_range: smallest and largest sequence length the captured code is valid for.
+        other_ranges: the same of further lengths, by symbol: of `s2`, a decoder's beside an
+            encoder's, and so on.
         batch_range: the same of the number of sequences in a batch.
         returns: where the program is for a part of a batch, the outputs' types with their layouts
             along the batch; placeholders that come in parts have `k` sequences.
@@ -134,6 +145,7 @@ class Program:
     weights: dict[str, Weight]
     output_structure: Structure
     length_range: tuple[int, int | None] = (2, None)
+    other_ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     batch_range: tuple[int, int | None] = (1, None)
     returns: tuple[TensorType, ...] = ()
     microbatches: int | None = None
@@ -222,18 +234,41 @@ class Program:
 
     def checked(self, lengths: dict[str, int]) -> dict[str, int]:
         """The lengths, and those of a rank's share; raises RingCompileError for what cannot be."""
-        length, batch = lengths.get(SEQUENCE), lengths.get(BATCH)
+        batch = lengths.get(BATCH)
         if batch is not None and batch % self.batch_multiple:
             raise RingCompileError(
                 f"a batch of {batch} cannot be split into {self.batch_multiple} equal parts",
                 hint=f"pass a multiple of {self.batch_multiple} sequences, or compile without "
                 f"{HALVES} (--overlap {HALVES})",
             )
-        _check_range(self.length_range, length, _LENGTHS, self.notes)
+        _check_range(self.length_range, lengths.get(SEQUENCE), _LENGTHS, self.notes)
+        for name, range_ in self.other_ranges.items():
+            words = (f"a length {name} of {{}}", *_LENGTHS[1:])
+            _check_range(range_, lengths.get(name), words, self.notes)
         _check_range(self.batch_range, batch, _BATCHES, self.notes)
         if self.sequence is not None:
-            lengths.update(self.sequence.bindings(length))
+            lengths.update(self.sequence.bindings(lengths))
         return lengths
+
+    def at_length(self, length: int) -> dict[str, int]:
+        """All lengths of the inputs where the sequence has that one, which others have as well.
+
+        Others are as long as the program takes at most, or at least; what is fixed stays fixed.
+        """
+        found = {SEQUENCE: length}
+        for name in self.length_names:
+            low, high = self.other_ranges.get(name, (1, None))
+            found.setdefault(name, max(low, length if high is None else min(length, high)))
+        return {**found, **{n: v for n, v in self.lengths.items() if n in LENGTHS}}
+
+    @property
+    def length_names(self) -> tuple[str, ...]:
+        """The symbols of the lengths that inputs have, `s` first."""
+        found = {
+            name for spec in self.inputs for size in spec.type.shape if is_symbolic(size)
+            for name in symbols_in(size)
+        }
+        return tuple(name for name in LENGTHS if name in found)
 
 
 # What a size is called; one of it; several; why else a range begins at 2; what else fixes it.

@@ -128,6 +128,8 @@ def _members(program: Program, rows: _NodeRows, nodes: list[Any]) -> dict[str, A
         "sequence": None if program.sequence is None else _sequence_to_json(program.sequence),
         "coordinates": program.coordinates,
         "length_range": list(program.length_range),
+        **({"other_ranges": {name: list(range_) for name, range_ in program.other_ranges.items()}}
+           if program.other_ranges else {}),
         "lengths": dict(program.lengths),
         "batch_range": list(program.batch_range),
         "returns": [_type_to_json(type_) for type_ in program.returns],
@@ -154,6 +156,7 @@ def _sequence_to_json(sequence: SequenceSplit) -> dict[str, Any]:
         **({"pieces": sequence.pieces} if sequence.pieces > 1 else {}),
         **({"least": sequence.least} if sequence.least > 1 else {}),
         "length": _size_to_json(sequence.length),
+        **({"others": list(map(_sequence_to_json, sequence.others))} if sequence.others else {}),
     }
 
 

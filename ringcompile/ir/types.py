@@ -16,6 +16,7 @@ from ringcompile.axes import AXES, TIME
 from ringcompile.ir.expr import (
     LOCAL,
     SEQUENCE,
+    SHARES,
     Size,
     bind,
     coordinate,
@@ -133,6 +134,9 @@ class SequenceSplit:
         mirrored: in a level in zigzag order that keeps `time` and no axis of ranks, the size of
             the first of these, tiles included: its places' chunks lie side by side.
         least: tokens that a chunk has at least, padding included: what its neighbours take of it.
+        share: the symbol that stands for a rank's share.
+        others: how further lengths of the model are divided, each padded for itself; an encoder's
+            tokens beside a decoder's. A dim says by its size which length it is.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -142,6 +146,21 @@ class SequenceSplit:
     pieces: int = 1
     mirrored: int = 1
     least: int = 1
+    share: str = LOCAL
+    others: tuple[SequenceSplit, ...] = ()
+
+    def of(self, length: Size) -> SequenceSplit:
+        """The division of one length of the model: this one, if it is none of the others."""
+        return next((other for other in self.others if equal(other.length, length)), self)
+
+    def at(self, atom: Atom) -> SequenceSplit:
+        """The division that an atom of a layout says: of its length, over its axes."""
+        return self.of(atom.size).level(atom.axes)
+
+    @property
+    def lengths(self) -> tuple[Size, ...]:
+        """All lengths that are divided, the main one first."""
+        return (self.length, *(other.length for other in self.others))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,12 +216,12 @@ class SequenceSplit:
     @property
     def local(self) -> Size:
         """The length of one share: `n` a piece, padding included; a multiple on a level above."""
-        return simplify(symbol(LOCAL) * (self.inner * self.pieces))
+        return simplify(symbol(self.share) * (self.inner * self.pieces))
 
     @property
     def chunk(self) -> Size:
         """The length of one chunk."""
-        return simplify(sympy.sympify(symbol(LOCAL) * self.inner) / self.chunks_per_piece)
+        return simplify(sympy.sympify(symbol(self.share) * self.inner) / self.chunks_per_piece)
 
     def level(self, names: Sequence[str]) -> SequenceSplit:
         """The division over the first axes only; ranks on the others hold its shares together.
@@ -297,20 +316,29 @@ class SequenceSplit:
         held = (bind(index, {}) for index in split.own_chunks(coordinates))
         return sum(min(max(total - index * chunk, 0), chunk) for index in held)
 
-    def bindings(self, length: int | None = None) -> dict[str, int]:
-        """The values of `s` and `n` for inputs of `length`; None where the model fixes it."""
-        known = {} if length is None else {SEQUENCE: length}
-        total = bind(self.length, known)
-        assert isinstance(total, int), f"{self.length} needs the length of the inputs"
-        return {**known, LOCAL: self.local_length(total) // (self.inner * self.pieces)}
+    def bindings(self, known: Mapping[str, int]) -> dict[str, int]:
+        """The lengths that are known, and a rank's share of each: `s` and `n`, `s2` and `n2`.
+
+        Args:
+            known: lengths by symbol; those that the model fixes need none.
+        """
+        found = {name: known[name] for name in SHARES if name in known}
+        for split in (self, *self.others):
+            total = bind(split.length, known)
+            if isinstance(total, int):
+                found[split.share] = split.local_length(total) // (split.inner * split.pieces)
+        assert self.share in found, f"{self.length} needs the length of the inputs"
+        return found
 
 
 def local_size(atom: Atom, mesh: Mesh | None, sequence: SequenceSplit | None) -> Size | None:
     """The size of one rank's piece of an atom, or None where it cannot be cut evenly."""
     if not atom.axes:
         return atom.size
-    if sequence is not None and atom.sequence and equal(atom.size, sequence.length):
-        return sequence.level(atom.axes).local
+    if sequence is not None and atom.sequence and any(
+        equal(atom.size, length) for length in sequence.lengths
+    ):
+        return sequence.at(atom).local
     assert mesh is not None
     return divide(atom.size, product(mesh.size(axis) for axis in atom.axes))
 

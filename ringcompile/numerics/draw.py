@@ -7,7 +7,7 @@ padding on the right, holes, or padding on the left; seed 0 has masks of ones, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,7 @@ class Draw:
     """How inputs are drawn; the same fields give the same inputs.
 
     Attributes:
-        length: of the sequence.
+        length: of the sequence; further lengths are as long, shorter or longer, by the seed.
         seed: decides numbers, and the form of masks.
         plain: 0, or how often a model has refused such inputs: special ids are left out first,
             then indices come from half, a quarter, ... of the rows.
@@ -71,14 +71,27 @@ def draw_inputs(
     if batch is None:
         batch = max(low, replicas, min(wanted, high or wanted))
         batch += -batch % run_by.batch_multiple
-    known = {SEQUENCE: draw.length, BATCH: batch}
+    known = {**_lengths(run_by, draw), BATCH: batch}
     for spec in program.inputs:
         shape = [int(bind(size, known)) for size in spec.type.shape]
-        role = roles[spec.name]
+        role = _bound(roles[spec.name], known)
         values = _DRAWN.get(role.kind, _small)(spec, shape, role, draw, generator)
         if role.kind == INDEX:
             _put_edges(values, role, draw, shares, generator)
         found[spec.name] = values.to(spec.type.dtype)
+    return found
+
+
+def _lengths(program: Program, draw: Draw) -> dict[str, int]:
+    """The lengths of the inputs: further ones are as long, about half as long, or longer."""
+    length = draw.length
+    wanted = (length // 2 + 1, length, length + length // 3 + 1)
+    found = {SEQUENCE: length}
+    for i, name in enumerate(program.length_names):
+        if name != SEQUENCE:
+            low, high = program.other_ranges.get(name, (1, None))
+            size = max(wanted[(draw.seed + i) % 3], low)
+            found[name] = size if high is None else min(size, high)
     return found
 
 
@@ -90,10 +103,15 @@ def token_mask(
     return masks[0].bool() if masks else None
 
 
+def _bound(role: Role, lengths: Mapping[str, int]) -> Role:
+    """The same with its number of rows; a row of the smallest batch is one of any."""
+    known = {**lengths, BATCH: 1}
+    return role if role.rows is None else replace(role, rows=bind(role.rows, known))
+
+
 def _rows(role: Role, draw: Draw) -> tuple[int, int]:
     """The first and the last value that an index may have."""
-    known = {SEQUENCE: draw.length, BATCH: 1}  # a row of the smallest batch is one of any
-    rows = int(bind(role.rows, known)) if role.rows is not None else draw.length
+    rows = draw.length if role.rows is None else int(role.rows)
     rows = max(rows >> max(draw.plain - 1, 0), 1)
     return -role.shift, rows - role.shift - 1
 

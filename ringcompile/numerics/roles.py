@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ringcompile.ir.expr import SEQUENCE, Size, is_symbolic
+from ringcompile.ir.expr import Size, of_tokens
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
@@ -77,7 +77,9 @@ def roles_of(program: Program) -> dict[str, Role]:
 
 def _role(name: str, type_: TensorType, found: _Found) -> Role:
     values = tuple(sorted(found.compared))
-    pairs = len(type_.shape) > 2 and type_.shape[-1] == type_.shape[-2] and _varies(type_.shape[-1])
+    pairs = len(type_.shape) > 2 and type_.shape[-1] == type_.shape[-2] and (
+        of_tokens(type_.shape[-1])
+    )
     if pairs:
         return Role(PAIRS)
     if type_.dtype == torch.bool or "mask" in name:
@@ -90,10 +92,6 @@ def _role(name: str, type_: TensorType, found: _Found) -> Role:
     if found.angles or "position" in name:
         return Role(POSITIONS)
     return Role(SMALL, values=values)
-
-
-def _varies(size: Size) -> bool:
-    return is_symbolic(size) and any(symbol.name == SEQUENCE for symbol in size.free_symbols)
 
 
 def _smallness(entry: tuple[Size, int]) -> tuple[bool, int]:

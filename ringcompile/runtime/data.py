@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate, product
 from typing import Any
 
@@ -178,7 +177,7 @@ def _piece(
         width = tensor.shape[dim] // mesh.size(axis)
         return tensor.narrow(dim, mesh.index(coordinates, axis) * width, width)
     assert sequence is not None
-    level = sequence.level(atom.axes)
+    level = sequence.at(atom)
     chunks: Any = level.own_chunks(coordinates)
     chunk, limit = int(bind(level.chunk, lengths)), int(bind(level.length, lengths))
     return tensor.index_select(dim, positions(chunks, chunk, limit, tensor.device))
@@ -209,12 +208,12 @@ def assembled(
         return shares[0]
     assert mesh is not None
     dims = [dim or (Atom(size),) for size, dim in zip(type_.shape, type_.layout.dims, strict=True)]
-    atoms = [replace(atom, size=int(bind(atom.size, lengths))) for dim in dims for atom in dim]
+    atoms = [atom for dim in dims for atom in dim]
     ranges = [_ranges(program, atom, lengths) for atom in atoms]
-    sizes = [int(atom.size) for atom in atoms]
+    sizes = [int(bind(atom.size, lengths)) for atom in atoms]
     shape = [int(bind(size, lengths)) for size in type_.shape]
     if last is not None and (dim := sequence_dim(program, type_)) is not None:
-        window, at = windows(program, lengths, last), sum(map(len, dims[:dim]))
+        window, at = windows(type_, dim, lengths, last), sum(map(len, dims[:dim]))
         ranges[at] = {place: _within(rows, window) for place, rows in ranges[at].items()}
         sizes[at] = shape[dim] = len(window)
     if out is None:
@@ -298,7 +297,7 @@ def by_replica(mesh: Mesh, values: Sequence[Any]) -> list[list[Any]]:
 
 def _ranges(program: Program, atom: Atom, lengths: Mapping[str, int]) -> dict[int, list[range]]:
     """Where in an atom the shares lie, by place on its axes; a share may be several runs."""
-    size = int(atom.size)
+    size = int(bind(atom.size, lengths))
     if not atom.axes:
         return {0: [range(size)]}
     assert program.mesh is not None
@@ -307,7 +306,7 @@ def _ranges(program: Program, atom: Atom, lengths: Mapping[str, int]) -> dict[in
         places = program.mesh.size(",".join(atom.axes))
         width = size // places
         return {place: [range(place * width, (place + 1) * width)] for place in range(places)}
-    level = program.sequence.level(atom.axes)
+    level = program.sequence.at(atom)
     chunk, places = int(bind(level.chunk, lengths)), level.num_ranks
     return {
         place: [range(int(c) * chunk, (int(c) + 1) * chunk) for c in level.chunks(place)]

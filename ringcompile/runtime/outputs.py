@@ -139,7 +139,7 @@ def shape_of(
     whole = program.returns[index] if program.returns else type_
     shape = [int(bind(size, lengths)) for size in whole.shape]
     if last is not None and (dim := sequence_dim(program, type_)) is not None:
-        shape[dim] = len(windows(program, lengths, last))
+        shape[dim] = len(windows(type_, dim, lengths, last))
     return shape
 
 
@@ -161,11 +161,12 @@ def positions_of(
     if dim is None:
         return None
     assert program.sequence is not None
-    total = int(bind(program.sequence.length, lengths))
-    window = range(total) if last is None else windows(program, lengths, last)
+    atoms = type_.layout.dims[dim] or (Atom(type_.shape[dim]),)
+    total = int(bind(program.sequence.of(atoms[-1].size).length, lengths))
+    window = range(total) if last is None else windows(type_, dim, lengths, last)
     if not type_.layout.dims[dim]:
         return torch.arange(window.start, window.stop)
-    level = program.sequence.level(type_.layout.dims[dim][-1].axes)
+    level = program.sequence.at(atoms[-1])
     chunk = int(bind(level.chunk, lengths))
     held = [int(bind(index, {})) * chunk for index in level.own_chunks(program.coordinates)]
     rows = torch.cat([torch.arange(start, start + chunk) for start in held])
@@ -202,7 +203,7 @@ def _real_rows(
     if not atom.sequence:
         width = size // mesh.size(",".join(atom.axes))
         return width, [range(width)]
-    level = sequence.level(atom.axes)
+    level = sequence.at(atom)
     chunk, held = int(bind(level.chunk, lengths)), level.own_chunks(program.coordinates)
     left = [size - int(bind(index, {})) * chunk for index in held]
     rows = [

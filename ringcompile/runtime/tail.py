@@ -37,15 +37,17 @@ def take_rows(x: torch.Tensor, dim: int, rows: Rows) -> torch.Tensor:
 
 
 def sequence_dim(program: Program, type_: TensorType) -> int | None:
-    """The dim of an output that is the sequence, or None where it has none.
+    """The dim of an output that is the sequence, or one of several, or None where it has none.
 
     Raises:
         RingCompileError: several dims could be, or the sequence is one of several factors of one.
     """
     assert program.sequence is not None
-    length = program.sequence.length
+    lengths = program.sequence.lengths
     split = [i for i, dim in enumerate(type_.layout.dims) if any(atom.sequence for atom in dim)]
-    found = split or [i for i, size in enumerate(type_.shape) if i and equal(size, length)]
+    found = split or [
+        i for i, size in enumerate(type_.shape) if i and any(equal(size, x) for x in lengths)
+    ]
     if len(found) > 1 or any(len(type_.layout.dims[i]) > 1 for i in found):
         raise RingCompileError(
             f"the output {type_} has no dim that is the sequence alone: its last positions cannot "
@@ -65,10 +67,9 @@ def has_last_positions(program: Program) -> bool:
     return True
 
 
-def windows(program: Program, lengths: Mapping[str, int], last: int) -> range:
-    """The last positions of the sequence, `last` of them or all."""
-    assert program.sequence is not None
-    total = int(bind(program.sequence.length, lengths))
+def windows(type_: TensorType, dim: int, lengths: Mapping[str, int], last: int) -> range:
+    """The last positions of a dim that is a sequence, `last` of them or all."""
+    total = int(bind(type_.shape[dim], lengths))
     return range(max(0, total - last), total)
 
 
@@ -81,7 +82,7 @@ def own_rows(
     sequence, coordinates = program.sequence, program.coordinates
     assert sequence is not None
     assert coordinates is not None
-    level = sequence.level(type_.layout.dims[dim][0].axes)
+    level = sequence.at(type_.layout.dims[dim][0])
     width = int(bind(level.chunk, lengths))
     rows = []
     for place, chunk in enumerate(level.own_chunks(coordinates)):
@@ -114,7 +115,7 @@ def rows_by_rank(
     if dim is None:
         return None
     assert program.mesh is not None
-    window, everyone = windows(program, lengths, last), range(program.mesh.world_size)
+    window, everyone = windows(type_, dim, lengths, last), range(program.mesh.world_size)
     ranks = (
         program.with_graph(program.graph, coordinates=program.mesh.coordinates(rank))
         for rank in everyone
@@ -135,7 +136,6 @@ def last_positions(program: Program, lengths: Mapping[str, int], last: int) -> P
     Raises:
         RingCompileError: see `sequence_dim`.
     """
-    window = windows(program, lengths, last)
     graph: fx.Graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(program.graph, copies)
@@ -146,6 +146,7 @@ def last_positions(program: Program, lengths: Mapping[str, int], last: int) -> P
         if dim is None:
             outputs.append(copies[node])
             continue
+        window = windows(type_of(node), dim, lengths, last)
         rows = own_rows(program, type_of(node), dim, window, lengths)
         outputs.append(tail.reduced(copies[node], dim, rows))
     graph.output(tuple(outputs))

@@ -79,7 +79,7 @@ def _data(parallel: ParallelProgram, cluster: str, length: int | None) -> dict[s
         low, min(NOMINAL_LENGTH, high or NOMINAL_LENGTH)
     )
     one_sequence = {BATCH: 1, PART: 1}  # messages are those of one sequence, of each replica
-    lengths = program.checked({**program.lengths, **program.sequence.bindings(tokens)})
+    lengths = program.checked({**program.lengths, **program.at_length(tokens)})
     tables = Tables({**one_sequence, **lengths})
     stages = _stages(parallel, tables)
     ranks = [

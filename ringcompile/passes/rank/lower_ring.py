@@ -24,6 +24,7 @@ from ringcompile.ir.expr import Size, bind, simplify
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import (
+    SequenceSplit,
     TensorType,
     accumulator_type,
     local_shape,
@@ -33,7 +34,7 @@ from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.rank.query_tiles import QueryTiles
-from ringcompile.passes.rank.ring_routes import Route, chunk_shares, route
+from ringcompile.passes.rank.ring_routes import Route, chunk_shares, route, runs_of
 
 aten = torch.ops.aten
 _Slots = tuple[int, ...]
@@ -99,7 +100,10 @@ class _Ring:
         self.rank, self.ranks = self._place(self.axis), self.mesh.size(self.axis)
         rows = type_of(self.call["q"]).layout.dims[2]
         self.axes = rows[0].axes if rows else ()
-        self.level = self.sequence.level(self.axes)
+        self.level, self.of_keys = (
+            self.sequence.of(type_of(self.call[name]).shape[2]).level(self.axes)
+            for name in ("q", "k")
+        )
         self.tile: str | None = self.call["tile"]
         self.unit = self.level.chunk
         self.band = Band(self.call["lower"], self.call["upper"])
@@ -152,25 +156,27 @@ class _Ring:
         piece = self.call["piece"] or 0
         return tuple(
             tuple(chain(*(
-                self._chunks(self._share(place, tile, own), piece) for tile in range(self._tiles)
+                self._chunks(self.level, self._share(place, tile, own), piece)
+                for tile in range(self._tiles)
             )))
             for place in range(self.ranks)
         )
 
     def keys(self, pieces: list[int]) -> tuple[_Slots, ...]:
-        """The chunks of keys at each place of the ring, piece by piece, as short as of queries."""
+        """The chunks of keys at each place of the ring, piece by piece, as many as of queries."""
         tile = 0 if self.tile is None else self._place(self.tile)
         return tuple(
             tuple(chain(*(
-                self._chunks(self._share(place, tile, i), piece)
+                self._chunks(self.of_keys, self._share(place, tile, i), piece)
                 for piece in pieces for i in range(self._below)
             )))
             for place in range(self.ranks)
         )
 
-    def _chunks(self, share: int, piece: int) -> _Slots:
+    @staticmethod
+    def _chunks(level: SequenceSplit, share: int, piece: int) -> _Slots:
         """The chunks of a share in one piece in time."""
-        each, held = self.level.chunks_per_piece, chunk_shares(self.level)[share]
+        each, held = level.chunks_per_piece, chunk_shares(level)[share]
         return held[piece * each : (piece + 1) * each]
 
     def write(self) -> fx.Node:
@@ -211,10 +217,10 @@ class _Ring:
     def _block(self, stream: _Stream, held: _Held, rows: _Slots, columns: _Slots) -> fx.Node:
         queries = [self.queries[self.rank][row] for row in rows]
         keys = stream.indices(held.block, columns)
-        q, mask = self.slots(self.q, self.rows, rows), self.mask
+        q, mask = self.slots(self.q, self.rows, rows, self.unit), self.mask
         if mask is not None and type_of(mask).shape[2] != 1:
-            mask = self.slots(mask, self.rows, rows)
-        kv = [self.slots(node, held.slots, columns) for node in held.nodes]
+            mask = self.slots(mask, self.rows, rows, self.unit)
+        kv = [self.slots(node, held.slots, columns, self.of_keys.chunk) for node in held.nodes]
         out, whose = type_of(q), f"rank {held.block}" if self.ranks > 1 else f"chunks {keys}"
         return self.builder.call(
             op("block_attention"),
@@ -224,33 +230,33 @@ class _Ring:
             ),
             why=f"keys of {whose}: {stream.visible(queries, keys)}",
             head_dim=type_of(stream.k).shape[3],
-            queries=queries,
+            queries=queries if self.level == self.of_keys else None,  # else they see all keys
             keys=keys,
-            chunk=self.unit,
-            limit=self.sequence.length,
+            chunk=self.of_keys.chunk,
+            limit=self.of_keys.length,
             **{name: self.call[name] for name in ("scale", "softcap", "lower", "upper")},
         )
 
     # -- parts of tensors ----------------------------------------------------------------------
 
-    def slots(self, x: fx.Node, have: _Slots, kept: _Slots) -> fx.Node:
-        """Some of the chunks of a tensor [.., .., tokens, ..]."""
+    def slots(self, x: fx.Node, have: _Slots, kept: _Slots, unit: Size) -> fx.Node:
+        """Some of the chunks, of so many tokens each, of a tensor [.., .., tokens, ..]."""
         if kept == have:
             return x
         if (x, kept) not in self.cut:
-            parts = [self._slice(x, have, run) for run in _runs(have, kept)]
+            parts = [self._slice(x, have, run, unit) for run in runs_of(have, kept)]
             self.cut[x, kept] = parts[0] if len(parts) == 1 else self.builder.call(
-                aten.cat.default, (parts, 2), self._local_type(type_of(x), len(kept)),
+                aten.cat.default, (parts, 2), self._local_type(type_of(x), len(kept) * unit),
                 name="chunks",
             )
         return self.cut[x, kept]
 
-    def _slice(self, x: fx.Node, have: _Slots, run: _Slots) -> fx.Node:
+    def _slice(self, x: fx.Node, have: _Slots, run: _Slots, unit: Size) -> fx.Node:
         """Chunks that lie side by side in a tensor."""
         first = have.index(run[0])
-        start, end = simplify(first * self.unit), simplify((first + len(run)) * self.unit)
+        start, end = simplify(first * unit), simplify((first + len(run)) * unit)
         return self.builder.call(
-            aten.slice.Tensor, (x, 2, start, end), self._local_type(type_of(x), len(run)),
+            aten.slice.Tensor, (x, 2, start, end), self._local_type(type_of(x), len(run) * unit),
             name="chunks",
         )
 
@@ -258,9 +264,9 @@ class _Ring:
         """The shape of this rank's share."""
         return local_shape(type_, self.mesh, self.sequence)
 
-    def _local_type(self, type_: TensorType, num_chunks: int) -> TensorType:
+    def _local_type(self, type_: TensorType, rows: Size) -> TensorType:
         local = self.local(type_)
-        return TensorType.whole(type_.dtype, (*local[:2], num_chunks * self.unit, local[3]))
+        return TensorType.whole(type_.dtype, (*local[:2], rows, local[3]))
 
 
 @dataclass
@@ -281,7 +287,7 @@ class _Stream:
     transfers: dict[int, fx.Node | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ring, chunk = self.ring, bind(self.ring.unit, self.ring.program.lengths)
+        ring, chunk = self.ring, bind(self.ring.of_keys.chunk, self.ring.program.lengths)
         self.k, self.v = ring.given(self.k_name), ring.given(self.v_name)
         keys = ring.keys(self.pieces)
         known = chunk if isinstance(chunk, int) else None
@@ -346,7 +352,7 @@ class _Stream:
         coming = self._coming(way, step)
         if not out and not coming:
             return None
-        arriving = self._packed_shape(len(coming) * ring.unit) if coming else (0,)
+        arriving = self._packed_shape(len(coming) * ring.of_keys.chunk) if coming else (0,)
         return ring.builder.call(
             op("shift_start"),
             (self._payload(held, out) if held and out else self.k,),
@@ -367,7 +373,8 @@ class _Stream:
         return _Held((node,), self._from(way, step), slots) if slots else None
 
     def _payload(self, held: _Held, slots: _Slots) -> fx.Node:
-        nodes = [self.ring.slots(node, held.slots, slots) for node in held.nodes]
+        unit = self.ring.of_keys.chunk
+        nodes = [self.ring.slots(node, held.slots, slots, unit) for node in held.nodes]
         return self._pack(*nodes) if len(nodes) == 2 else nodes[0]
 
     def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
@@ -384,14 +391,3 @@ class _Stream:
         if head_dim == value_dim:
             return batch, 2 * heads, rows, head_dim
         return batch, heads, rows, head_dim + value_dim
-
-
-def _runs(have: _Slots, kept: _Slots) -> list[_Slots]:
-    """The chunks that are kept, in runs that lie side by side."""
-    runs: list[list[int]] = []
-    for slot in kept:
-        if runs and have.index(slot) == have.index(runs[-1][-1]) + 1:
-            runs[-1].append(slot)
-        else:
-            runs.append([slot])
-    return [tuple(run) for run in runs]

@@ -74,3 +74,14 @@ route = lru_cache(maxsize=256)(Route)  # one for all layers and ranks
 def chunk_shares(level: SequenceSplit) -> tuple[tuple[int, ...], ...]:
     """The chunks of every share, once for all layers and ranks."""
     return tuple(tuple(map(int, level.chunks(rank))) for rank in range(level.num_ranks))
+
+
+def runs_of(have: tuple[int, ...], kept: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Some of the slots of a tensor's chunks, in runs that lie side by side."""
+    runs: list[list[int]] = []
+    for slot in kept:
+        if runs and have.index(slot) == have.index(runs[-1][-1]) + 1:
+            runs[-1].append(slot)
+        else:
+            runs.append([slot])
+    return [tuple(run) for run in runs]

@@ -17,7 +17,7 @@ from torch import fx
 from ringcompile.axes import AXES, TIME
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import SEQUENCE, equal, is_symbolic, simplify, symbol
+from ringcompile.ir.expr import SEQUENCE, SHARES, Size, equal, is_symbolic, simplify, symbol
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
@@ -40,7 +40,7 @@ from ringcompile.passes.sequence.attention_rows import (
     repeats,
 )
 from ringcompile.passes.sequence.one_origin import with_one_origin
-from ringcompile.passes.sequence.split_sequence import order_of, sequence_length
+from ringcompile.passes.sequence.split_sequence import order_of, other_lengths, sequence_length
 from ringcompile.passes.sequence.token_pairs import note_of_pairs, rows_of_pairs
 from ringcompile.passes.windows.windows import Windows, with_one_halo
 
@@ -107,7 +107,26 @@ class Place(Pass):
             self._check_time(axes)
         across = [AXES[name] for name, _ in axes if AXES[name].has_ranks]
         balances = bool(across) and across[0].balances
-        return SequenceSplit(axes, self._order(program) if balances else "contiguous", length)
+        order = self._order(program) if balances else "contiguous"
+        return SequenceSplit(
+            axes, order, length, others=self._others(program, length, axes, order)
+        )
+
+    def _others(
+        self, program: Program, length: Size, axes: tuple[tuple[str, int], ...], order: str
+    ) -> tuple[SequenceSplit, ...]:
+        """How further lengths are divided: over the same ranks, which hold them in the same order.
+
+        With pieces in time they are replicated: a piece would need all of them.
+        """
+        if axes[0][0] == TIME:
+            return ()
+        over = tuple(axis for axis in axes if axis[0] != "tp")
+        shares = list(SHARES.values())[1:]
+        return tuple(
+            SequenceSplit(over, order, other, share=share)
+            for other, share in zip(other_lengths(program, length), shares, strict=False)
+        ) if over else ()
 
     def routing(self, program: Program) -> list[Region]:
         """The regions of a program that is not placed yet; see regions.py.
@@ -208,14 +227,19 @@ class _Placer(Requests):
             return self.builder.placeholder(node.name, type_)
         self.placeholders[node.name] = self.program.placeholders[node.name]
         layout = Layout.whole(len(type_.shape))
-        dims = [i for i, size in enumerate(type_.shape) if equal(size, self.sequence.length)]
-        if dims and is_symbolic(self.sequence.length):  # an equal number may be any size
-            layout = layout.with_dim(dims[0], self._rows(self.names))
+        dims = [i for i, size in enumerate(type_.shape) if self._is_divided(size)]
+        if dims:
+            layout = layout.with_dim(dims[0], self._rows(self.names, type_.shape[dims[0]]))
         return self.builder.placeholder(node.name, type_.with_layout(layout))
 
-    def _rows(self, names: Sequence[str]) -> DimLayout:
-        """The sequence over these axes."""
-        return (Atom(self.sequence.length, tuple(names), sequence=True),) if names else WHOLE
+    def _is_divided(self, size: Size) -> bool:
+        """Whether a size is one of the lengths that vary; an equal number may be any size."""
+        return is_symbolic(size) and any(equal(size, x) for x in self.sequence.lengths)
+
+    def _rows(self, names: Sequence[str], length: Size) -> DimLayout:
+        """The sequence of that length over these axes; whole if it is none that is divided."""
+        whole = not names or not any(equal(length, x) for x in self.sequence.lengths)
+        return WHOLE if whole else (Atom(length, tuple(names), sequence=True),)
 
     def _write(self, node: fx.Node) -> None:
         """A call, now or, if it may lie between tokens and an entry for each, when it is read."""
@@ -297,8 +321,7 @@ class _Placer(Requests):
         call = Call(node)
         q, k, v = (self._taken(n) for n in operands[:3])
         rows = Rows(next(filter(None, (x.dims[0] for x in (q, k, v))), WHOLE), queries=q.dims[2])
-        split = q.dims[2] and q.dims[2] in (k.dims[2], v.dims[2])
-        if split and equal(type_of(operands[1]).shape[2], self.sequence.length):
+        if q.dims[2] and (k.dims[2] or v.dims[2]) and self._may_travel(node):
             rows = self._over_split_keys(node, rows)
         if rows.heads:
             times = repeats(*head_counts(call), self._ways(call))
@@ -310,8 +333,19 @@ class _Placer(Requests):
         out = self.emit(node, new, placement.output)
         return self.request(out, Layout((rows.batch, WHOLE, q.dims[2], WHOLE)))
 
+    def _may_travel(self, node: fx.Node) -> bool:
+        """Whether a rank may attend to keys chunk by chunk: these are as long as those of queries.
+
+        Over keys of another length it may if it sees all of them.
+        """
+        call = Call(node)
+        queries, keys = (type_of(call[name]).shape[2] for name in ("q", "k"))
+        return equal(queries, keys) or (call["lower"] is None and call["upper"] is None)
+
     def _over_split_keys(self, node: fx.Node, rows: Rows) -> Rows:
-        """The row for queries, keys and values that are all split along the sequence."""
+        """The row for queries, keys and values that are all split along their sequences."""
+        call = Call(node)
+        of_queries, of_keys = (type_of(call[name]).shape[2] for name in ("q", "k"))
         rotating = tuple(name for name in self.names if AXES[name].rotates)
         tiles = tuple(name for name in self.names if AXES[name].gathers_queries)
         if self.options.ring == "gather":
@@ -322,10 +356,10 @@ class _Placer(Requests):
                     hint="leave --ring out",
                 )
             rotating = tuple(name for name in rotating if name == TIME)
-        rows = replace(rows, keys=self._rows((*rotating, *tiles)))
+        rows = replace(rows, keys=self._rows((*rotating, *tiles), of_keys))
         if "ulysses" not in self.names:
             return rows
-        queries, _ = head_counts(Call(node))
+        queries, _ = head_counts(call)
         if queries % self.mesh.size("ulysses"):
             self.notes.append(
                 f"{location_of(node).short}: {queries} heads do not divide over ulysses="
@@ -333,7 +367,7 @@ class _Placer(Requests):
             )
             return rows
         kept = [axis for axis in self.names if axis != "ulysses"]
-        return replace(rows, heads=("ulysses",), queries=self._rows(kept))
+        return replace(rows, heads=("ulysses",), queries=self._rows(kept, of_queries))
 
     def _ways(self, call: Call) -> int:
         """Over how many ranks the heads will be divided, tensor parallelism included."""
@@ -346,9 +380,9 @@ class _Placer(Requests):
         Queries, keys and values of the sequence's length are split, even if they came whole. Rows
         that hold the sequence several times over are not a run of positions, and are gathered.
         """
-        layout, sequence = layout_of(operand), self._rows(self.names)
-        rows = type_of(operand).shape[2]
-        if layout.is_whole and equal(rows, self.sequence.length):
+        layout = layout_of(operand)
+        sequence = self._rows(self.names, type_of(operand).shape[2])
+        if layout.is_whole:
             return layout.with_dim(2, sequence)
         return layout if layout.dims[2] in (WHOLE, sequence) else layout.with_dim(2, WHOLE)
 
@@ -356,7 +390,8 @@ class _Placer(Requests):
         """Attention in pieces only where its rows are the sequence itself, or whole."""
         if node.target is not _ATTENTION:
             return True
-        return wanted.dims[2] in (WHOLE, self._rows(self.names)) and not wanted.dims[1]
+        rows = self._rows(self.names, type_of(node).shape[2])
+        return wanted.dims[2] in (WHOLE, rows) and not wanted.dims[1]
 
 
 _WHOLE_RULE = FactorRule(all_whole, cheap=False)

@@ -1,11 +1,11 @@
-"""Which length of a model is the sequence that ranks divide, and in which order they hold it."""
+"""Which lengths of a model ranks divide, which is the main one, and in which order they hold it."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import SEQUENCE, Size, equal, is_symbolic, symbol
+from ringcompile.ir.expr import LENGTHS, SEQUENCE, Size, equal, is_symbolic, symbol, symbols_in
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ops.schemas import op
@@ -48,3 +48,33 @@ def sequence_length(program: Program) -> Size | None:
     return max(
         lengths, key=lambda x: (is_symbolic(x), lengths[x], x == symbol(SEQUENCE)), default=None
     )
+
+
+def other_lengths(program: Program, main: Size) -> tuple[Size, ...]:
+    """Further lengths that are divided, as many as programs have symbols for.
+
+    They vary independently of the main one, and are those of queries or of keys: of a decoder
+    beside an encoder, of what a decoder attends to. The most frequent ones come first.
+
+    Args:
+        program: in which attention is recognized.
+        main: from `sequence_length`.
+    """
+    found: Counter[Size] = Counter()
+    for node in program.graph.nodes:
+        if node.target is _ATTENTION:
+            rows = {type_of(n).shape[2] for n in Call(node).operands[:2]}
+            found.update(size for size in rows if _is_apart(size, main))
+    chosen: list[Size] = []
+    for size, _ in found.most_common():
+        if all(_is_apart(size, other) for other in chosen):
+            chosen.append(size)
+    return tuple(chosen[: len(LENGTHS) - 1])
+
+
+def _is_apart(size: Size, other: Size) -> bool:
+    """Whether a size varies, and not with another one."""
+    if not is_symbolic(size):
+        return False
+    names = symbols_in(size)
+    return names <= {*LENGTHS} and (not is_symbolic(other) or names.isdisjoint(symbols_in(other)))

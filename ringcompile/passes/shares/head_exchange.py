@@ -59,15 +59,15 @@ class HeadExchange:
         )
 
     def write(self, call: Call) -> None:
-        """The exchanges that the operands of an attention wait for; of one head dim in one."""
+        """The exchanges that operands of an attention wait for; one for those of like rows."""
         here = [
             node for node in dict.fromkeys(call[name] for name in _ROWS) if node in self.waiting
         ]
         self.waiting.difference_update(here)
-        by_width: dict[Any, list[fx.Node]] = {}
+        alike: dict[Any, list[fx.Node]] = {}
         for node in here:
-            by_width.setdefault(type_of(node).shape[3], []).append(node)
-        for nodes in by_width.values():
+            alike.setdefault(type_of(node).shape[2:], []).append(node)
+        for nodes in alike.values():
             self._exchange(nodes)
 
     def _exchange(self, nodes: list[fx.Node]) -> None:
@@ -113,7 +113,7 @@ class HeadExchange:
             x.meta["type"] = type_
             return x
         return self.builder.call(
-            aten.slice.Tensor, (x, _TOKENS, 0, self.sequence.length), type_, why="without padding"
+            aten.slice.Tensor, (x, _TOKENS, 0, type_.shape[_TOKENS]), type_, why="without padding"
         )
 
     def _call(

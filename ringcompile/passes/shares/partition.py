@@ -102,7 +102,7 @@ class _Partitioner:
             whole = self.builder.copy(node)
             whole.meta["type"] = TensorType.whole(type_.dtype, type_.shape)
             return self.mover.move(whole, type_of(whole), type_, None)
-        here = self.mover.positions(atoms[0].axes)
+        here = self.mover.positions(atoms[0])
         return range_at(self.builder, here, call, type_)
 
     def _scan(self, node: fx.Node) -> fx.Node:
@@ -113,7 +113,8 @@ class _Partitioner:
             return self.builder.copy(node)
         atoms = type_.layout.dims[dim]
         assert any(atom.sequence for atom in atoms), f"%{node.name} sums features"
-        chunks = Chunks(self.builder, self.sequence, self._shape, dim, atoms)
+        along = next(atom for atom in atoms if atom.axes)
+        chunks = Chunks(self.builder, self.sequence.of(along.size), self._shape, dim, atoms)
         operands = [self.builder.env[operand] for operand in call.operands]
         if node.target is op("recurrence"):
             return write_recurrence(chunks, operands[0], operands[1], type_)
@@ -185,7 +186,7 @@ class _Partitioner:
         """Split queries over keys that every rank has whole."""
         q, k, v, key_mask, mask, sink = args
         type_ = type_of(node)
-        level = self.sequence.level(type_of(q).layout.dims[2][0].axes)
+        level = self.sequence.at(type_of(q).layout.dims[2][0])
         state = self.builder.call(
             op("block_attention"),
             (q, [k, v], key_mask, mask),

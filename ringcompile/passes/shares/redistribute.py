@@ -50,7 +50,7 @@ class Mover:
     sequence: SequenceSplit
     shape: Callable[[TensorType], list[Any]]
     why: str | None = None
-    _positions: dict[tuple[str, ...], fx.Node] = field(default_factory=dict)
+    _positions: dict[Atom, fx.Node] = field(default_factory=dict)
 
     def move(self, x: fx.Node, source: TensorType, target: TensorType, why: str | None) -> fx.Node:
         """`x`, laid out as `source` says, laid out as `target` says.
@@ -129,12 +129,13 @@ class Mover:
         x = self._padded(x, here, to, wanted.dims[to])
         layout = here.layout.with_dim(dim, left).with_dim(to, wanted.dims[to])
         type_ = here.with_layout(layout)
-        padded = not left and here.layout.dims[dim][0].sequence
-        made = self._call("all_to_all", x, self._of_padded(type_, dim) if padded else type_,
+        atom = here.layout.dims[dim][0]
+        padded = not left and atom.sequence
+        made = self._call("all_to_all", x, self._of_padded(type_, dim, atom) if padded else type_,
                           split=to, concat=dim, axis=axis)
         if not padded:
             return made, type_
-        return self._cut(made, type_, dim, self.sequence.level((axis,))), type_
+        return self._cut(made, type_, dim, atom), type_
 
     def _gathered(
         self, x: fx.Node, here: TensorType, wanted: Layout, dim: int
@@ -148,7 +149,7 @@ class Mover:
         atom = have[0]
         rest = normalise([replace(atom, axes=kept)])
         type_ = here.with_layout(here.layout.with_dim(dim, rest))
-        limit = self.sequence.length if atom.sequence and not kept else None
+        limit = self.sequence.of(atom.size).length if atom.sequence and not kept else None
         return self._call(
             "gather", x, type_, dim=dim, axis=",".join(dropped), limit=limit
         ), type_
@@ -162,7 +163,7 @@ class Mover:
             return x, here
         type_ = here.with_layout(here.layout.with_dim(dim, want))
         if want[0].sequence and not have:
-            places = self.positions(want[0].axes)
+            places = self.positions(want[0])
             made = self.builder.call(
                 aten.index_select.default, (x, dim, places), type_, why=self.why
             )
@@ -179,65 +180,66 @@ class Mover:
 
     # -- the sequence -----------------------------------------------------------------------------
 
-    def positions(self, axes: Sequence[str]) -> fx.Node:
-        """The positions of the tokens in this rank's share over the first axes, made once."""
-        key = tuple(axes)
-        if key not in self._positions:
-            level = self.sequence.level(key)
-            self._positions[key] = self.builder.call(
+    def positions(self, atom: Atom) -> fx.Node:
+        """The positions of the tokens in this rank's share of a sequence, made once."""
+        if atom not in self._positions:
+            level = self.sequence.at(atom)
+            self._positions[atom] = self.builder.call(
                 op("positions"),
                 (list(level.own_chunks()),),
                 TensorType(
                     torch.int64,
                     (level.length,),
-                    Layout.split(1, 0, level.length, key, sequence=True),
+                    Layout.split(1, 0, level.length, atom.axes, sequence=True),
                 ),
                 chunk=level.chunk,
                 limit=level.length,
                 why="positions of this rank's tokens",
             )
-        return self._positions[key]
+        return self._positions[atom]
 
     def _padded(self, x: fx.Node, here: TensorType, dim: int, want: DimLayout) -> fx.Node:
         """A sequence that is whole, made ready to be cut into equal shares in order of ranks."""
         if here.layout.dims[dim] or not want or not want[0].sequence:
             return x
-        level = self.sequence.level(want[0].axes)
+        level = self.sequence.at(want[0])
         chunks = [chunk for rank in range(level.num_ranks) for chunk in level.chunks(rank)]
         everyone = self.builder.call(
             op("positions"), (chunks,),
-            TensorType.whole(torch.int64, (self._padded_length(),)),
+            TensorType.whole(torch.int64, (self._padded_length(want[0]),)),
             chunk=level.chunk, limit=level.length, why="positions of all ranks' tokens",
         )
         return self.builder.call(
-            aten.index_select.default, (x, dim, everyone), self._of_padded(type_of(x), dim),
-            why="padding",
+            aten.index_select.default, (x, dim, everyone),
+            self._of_padded(type_of(x), dim, want[0]), why="padding",
         )
 
-    def _cut(self, x: fx.Node, type_: TensorType, dim: int, level: SequenceSplit) -> fx.Node:
+    def _cut(self, x: fx.Node, type_: TensorType, dim: int, atom: Atom) -> fx.Node:
         """The sequence in order, without padding, behind an exchange that made it whole.
 
         What came lies in the order of ranks, each with its own chunks.
         """
+        level, padded = self.sequence.at(atom), self._padded_length(atom)
         held = [chunk for rank in range(level.num_ranks) for chunk in level.chunks(rank)]
         places = [held.index(chunk) for chunk in range(len(held))]
         if held != sorted(held):
             ordered = self.builder.call(
-                op("positions"), (places,), TensorType.whole(torch.int64, (self._padded_length(),)),
-                chunk=level.chunk, limit=self._padded_length(), why="chunks in order",
+                op("positions"), (places,), TensorType.whole(torch.int64, (padded,)),
+                chunk=level.chunk, limit=padded, why="chunks in order",
             )
             x = self.builder.call(
-                aten.index_select.default, (x, dim, ordered), self._of_padded(type_, dim)
+                aten.index_select.default, (x, dim, ordered), self._of_padded(type_, dim, atom)
             )
         return self.builder.call(
-            aten.slice.Tensor, (x, dim, 0, self.sequence.length), type_, why="without padding"
+            aten.slice.Tensor, (x, dim, 0, level.length), type_, why="without padding"
         )
 
-    def _padded_length(self) -> Size:
-        return simplify(self.sequence.local * self.sequence.num_ranks)
+    def _padded_length(self, atom: Atom) -> Size:
+        split = self.sequence.of(atom.size)
+        return simplify(split.local * split.num_ranks)
 
-    def _of_padded(self, type_: TensorType, dim: int) -> TensorType:
-        shape = (*type_.shape[:dim], self._padded_length(), *type_.shape[dim + 1 :])
+    def _of_padded(self, type_: TensorType, dim: int, atom: Atom) -> TensorType:
+        shape = (*type_.shape[:dim], self._padded_length(atom), *type_.shape[dim + 1 :])
         return replace(type_, shape=shape)
 
     def _call(self, name: str, x: fx.Node, type_: TensorType, **how: Any) -> fx.Node:
