@@ -116,6 +116,16 @@ class Example:
             leaves = tuple(leaf.without(role) for leaf in leaves)
         return replace(self, leaves=leaves, others={})
 
+    def why_tied(self) -> tuple[str, ...]:
+        """A note on each further length that is fixed, as the model ties lengths together."""
+        dims = [(role, leaf.name) for role in self.others for leaf in self.leaves
+                if leaf.dims_of(role)]
+        return tuple(
+            f"the length of the input '{name}' is fixed to that of the example, "
+            f"{self.others[role]}: the model joins lengths, or computes one from another"
+            for role, name in dims
+        )
+
     def without_batch(self, sizes: Collection[str]) -> Example:
         """The same, with these dims of the inputs fixed; as torch's guards write them."""
         leaves = tuple(

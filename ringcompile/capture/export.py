@@ -216,7 +216,7 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
             return _settled(call, example.fixed(BATCH), (*notes, where + note))
     sizes = read_sizes(exported, tried)
     if sizes.tied:
-        return _settled(call, example.of_one_length(), notes)
+        return _settled(call, example.of_one_length(), (*notes, *example.why_tied()))
     ranges, fixed = _ranges(exported, tried, sizes, lines)
     if BATCH in ranges and example.batch == 1 and ranges[BATCH][0] > FEW:
         fixed.append(BATCH)  # the example itself is computed in another way
@@ -227,7 +227,7 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
         )
     for role in sorted(set(fixed), reverse=True):  # later lengths first: they move up
         line = lines.first(tried.dims_of(role)) or lines.about_one(sizes.names, role)
-        text = f"{_FIXES[role]}, {example.sizes[role]}"
+        text = f"{_fixes(example, role)}, {example.sizes[role]}"
         notes = (*notes, f"{line.short + ': ' if line else ''}{text}")
         example = example.fixed(role)
     return _settled(call, example.without_batch(sizes.loose), notes)
@@ -237,8 +237,15 @@ _ONE_SEQUENCE = "the batch is fixed to that of the example, 1; with more sequenc
 _FIXES = {
     BATCH: "the model's code fixes the batch to that of the example",
     SEQUENCE: "the model's code fixes the sequence length to that of the example",
-    **{role: f"the model's code fixes '{role}' to the length of the example" for role in OTHERS},
 }
+
+
+def _fixes(example: Example, role: str) -> str:
+    """What is fixed, as a note begins that says so."""
+    if role in _FIXES:
+        return _FIXES[role]
+    names = [f"'{leaf.name}'" for leaf in example.leaves if leaf.dims_of(role)]
+    return f"the model's code fixes the length of {' and '.join(names)} to that of the example"
 
 
 def _exported(call: FlatCall, example: Example, lines: Lines) -> tuple[ExportedProgram, Example]:

@@ -78,7 +78,9 @@ class Guards:
         """
         def within(name: str) -> Sequence[int]:
             low, high = ranges[name]
-            return [s for s in _FEW_SAMPLES if s >= low and (high is None or s <= high)]
+            ends = (low, low + 1, *(() if high is None else (high - 1, high)))
+            samples = dict.fromkeys((*_FEW_SAMPLES, *ends))
+            return [s for s in samples if s >= low and (high is None or s <= high)]
 
         for first, second in combinations(ranges, 2):
             together = (

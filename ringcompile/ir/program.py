@@ -243,7 +243,8 @@ class Program:
             )
         _check_range(self.length_range, lengths.get(SEQUENCE), _LENGTHS, self.notes)
         for name, range_ in self.other_ranges.items():
-            words = (f"a length {name} of {{}}", *_LENGTHS[1:])
+            of = next((i.name for i in self.inputs if symbol(name) in i.type.shape), name)
+            words = (f"length {{}} of the input '{of}'", *_LENGTHS[1:])
             _check_range(range_, lengths.get(name), words, self.notes)
         _check_range(self.batch_range, batch, _BATCHES, self.notes)
         if self.sequence is not None:

@@ -53,8 +53,8 @@ def sequence_length(program: Program) -> Size | None:
 def other_lengths(program: Program, main: Size) -> tuple[Size, ...]:
     """Further lengths that are divided, as many as programs have symbols for.
 
-    They vary independently of the main one, and are those of queries or of keys: of a decoder
-    beside an encoder, of what a decoder attends to. The most frequent ones come first.
+    They are those of queries that vary independently of the main one, as a decoder's beside an
+    encoder's. What is only attended to, such as a text that an image looks at, is replicated.
 
     Args:
         program: in which attention is recognized.
@@ -63,8 +63,8 @@ def other_lengths(program: Program, main: Size) -> tuple[Size, ...]:
     found: Counter[Size] = Counter()
     for node in program.graph.nodes:
         if node.target is _ATTENTION:
-            rows = {type_of(n).shape[2] for n in Call(node).operands[:2]}
-            found.update(size for size in rows if _is_apart(size, main))
+            size = type_of(Call(node)["q"]).shape[2]
+            found.update([size] if _is_apart(size, main) else [])
     chosen: list[Size] = []
     for size, _ in found.most_common():
         if all(_is_apart(size, other) for other in chosen):
