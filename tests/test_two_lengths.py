@@ -1,4 +1,4 @@
-"""Inputs of several lengths, as an encoder's and a decoder's: each is split and padded by itself."""
+"""Inputs of several lengths, as an encoder's and a decoder's: each is split by itself."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ def test_what_is_only_attended_to_is_replicated() -> None:
 def test_lengths_that_the_model_joins_are_one_and_a_note_says_so() -> None:
     made = parallel("joined", "ring=4")
     assert [str(spec.type) for spec in made.program.inputs] == ["f64[b, s, 32]", "f64[b, 12, 32]"]
-    assert made.program.notes == (
+    (note,) = made.program.notes
+    assert note == (
         "the length of the input 'context' is fixed to that of the example, 12: the model joins "
-        "lengths, or computes one from another",
+        "lengths, or computes one from another"
     )
     assert furthest(made, "joined", ((20, 12), (7, 12), (1, 12))) < 1e-12
 
