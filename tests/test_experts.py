@@ -354,7 +354,7 @@ def test_experts_have_slots_for_one_ranks_tokens_only() -> None:
     """Exact capacity: buffers are as long as a rank's own tokens need, not as the whole's."""
     loaded = _moe()
     parallel = compiled(loaded.module, loaded.args, "ring=16", length=256)
-    lengths = {**parallel.program.sequence.bindings(256), "m": 16, "b": 1}
+    lengths = {**parallel.program.sequence.bindings({"s": 256}), "m": 16, "b": 1}
     buffers = [n for n in parallel.rank(3).graph.nodes if str(n.target) == "aten.bmm.default"]
     assert buffers
     for node in buffers:

@@ -200,7 +200,7 @@ def numbers(row: Row, length: int) -> list[int]:
     """The formula's bytes of every rank, for a length."""
     parallel = compiled(row)
     assert parallel.program.sequence is not None
-    lengths = parallel.program.sequence.bindings(length)
+    lengths = parallel.program.sequence.bindings({"s": length})
     return [int(bind(expected(row, rank), lengths)) for rank in range(parallel.world_size)]
 
 

@@ -54,7 +54,7 @@ class World:
         return S * self._symbolised(size // self.length)
 
     def bound(self, size: Size) -> int:
-        return int(bind(size, self.sequence.bindings(self.length)))
+        return int(bind(size, self.sequence.bindings({"s": self.length})))
 
     def type_of(self, x: Tensor) -> TensorType:
         return TensorType.whole(x.dtype, self.symbolised(x.shape))

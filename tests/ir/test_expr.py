@@ -254,7 +254,7 @@ REFUSED = {
     "signs too deep": "-" * 5000 + "s",
     "functions too deep": "floor(" * 250 + "s" + ")" * 250,
     "too long a sum": "s+" * 5000 + "s",
-    "a name of nothing": "s2",
+    "a name of nothing": "s9",
     "a null byte": "s\0",
     "a line break inside": "s\n+n",
     "an infinite maximum": "Max(1/0, 2)",

@@ -257,7 +257,7 @@ def test_views_around_a_symbolic_length(
     found = regroup(shape, layout, out, {"ring": ranks})
     assert found is not None
     assert regroup(out, found, shape, {"ring": ranks}) == layout
-    known = sequence.bindings(length)
+    known = sequence.bindings({"s": length})
     x = arange(tuple(int(bind(size, known)) for size in shape))
     view_type = TensorType(torch.int64, out, found)
     here = tuple(int(bind(n, known)) for n in local_shape(view_type, None, sequence))

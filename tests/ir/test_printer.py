@@ -170,7 +170,7 @@ def test_only_used_symbols_are_explained(stages: Any) -> None:
 def test_a_fixed_length_stands_in_the_types(stages: Any) -> None:
     program = stages["zigzag"]["rank1"]
     assert program.sequence is not None
-    text = print_program(replace(program, lengths=program.sequence.bindings(4094)))
+    text = print_program(replace(program, lengths=program.sequence.bindings({"s": 4094})))
     assert re.search(r"\n// s = 4094 +length of the sequence in tokens, fixed", text)
     assert re.search(r"\n// n = 2048 +tokens that a rank holds", text)
     assert "f32[b, 4094/ring, 8]" in text

@@ -53,7 +53,7 @@ from tests.test_ops_across_the_sequence import H
 def counted_bytes(parallel: ParallelProgram, length: int) -> list[int]:
     """What each rank sends, read off its graph."""
     assert parallel.program.sequence is not None
-    known = {**parallel.program.sequence.bindings(length), "b": BATCH}
+    known = {**parallel.program.sequence.bindings({"s": length}), "b": BATCH}
     return [int(bind(bytes_sent(program), known)) for program in parallel.ranks()]
 
 

@@ -145,7 +145,7 @@ def most_sent(parallel: str) -> int:
     made = transform(captured("bert-tiny"), parallel, length=512)
     lengths = {**made.rank(0).lengths, BATCH: 1, PART: 1, FIRST: 0}
     assert made.program.sequence is not None
-    lengths |= made.program.sequence.bindings(512)
+    lengths |= made.program.sequence.bindings({"s": 512})
     return int(bind(bytes_sent(made.rank(0)), lengths))
 
 

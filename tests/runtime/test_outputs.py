@@ -74,7 +74,7 @@ def test_the_head_runs_on_the_last_positions_alone() -> None:
     parallel = made("llama-tiny", "ring=4")
     seen = []
     for program in parallel.ranks():
-        lengths = program.checked(program.sequence.bindings(LENGTH))
+        lengths = program.checked(program.sequence.bindings({"s": LENGTH}))
         found = last_positions(program, lengths, 3)
         taken = [node for node in found.graph.nodes if node.target is take_rows]
         seen.append({sum(map(len, node.args[2])) for node in taken})
