@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import fx
 
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.calls import target_name
+from ringcompile.ir.nodes import reached, results_of
 from ringcompile.ir.program import Program
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.session import Session
@@ -93,7 +97,9 @@ def generate(
         seed: the seed of the random numbers.
         eos_token_id: a sequence ends with this token, or any of these.
         pad_token_id: what follows in a sequence that has ended; by default the first end token.
-        attention_mask: [batch, tokens], 0 at padding; the model has to take it as an input.
+        attention_mask: [batch, tokens], 0 at padding; the model has to take it as an input. If it
+            takes position_ids, they are counted from the mask; if not, padding takes places too,
+            and a warning says so.
         chunk: process this many tokens of the prompts at a time; by default all.
         backend: as for `Session`.
 
@@ -220,6 +226,8 @@ class _Feed:
                 hint="use a Session and pass it for the new tokens of every call",
             )
         self.mask = _padding(ids, mask, self.names, start)
+        if "position_ids" not in self.names and not bool(self.mask.all()) and not _counts(program):
+            warnings.warn(_BY_PLACE, stacklevel=4)
         self.counts = torch.full((ids.shape[0],), start, dtype=torch.int64)
         self.taken = 0
 
@@ -235,6 +243,12 @@ class _Feed:
 
 
 _MADE = ("attention_mask", "position_ids")
+_BY_PLACE = (
+    "the prompts are padded, and the model takes no position_ids: it numbers tokens by their "
+    "place, padding included. With learned or other absolute positions the results are not those "
+    "without padding, nor those of transformers' `generate`. Capture the model with position_ids "
+    "as well; they are then counted from the mask"
+)
 
 
 def _padding(
@@ -261,3 +275,17 @@ def _padding(
             hint="pad with padding_side='left'",
         )
     return mask
+
+
+def _counts(program: Program) -> bool:
+    """Whether a program sums up whole numbers that come from the mask it takes: its positions."""
+    names = program.placeholders
+    taken = [node for node in program.graph.nodes if names.get(node.name) == "attention_mask"]
+    found = reached(taken, _whole_numbers)
+    return any(target_name(node.target).startswith("ringcompile.running_sum") for node in found)
+
+
+def _whole_numbers(node: fx.Node) -> list[fx.Node]:
+    """What reads a node and gives whole numbers or truth values."""
+    return [user for user in node.users if user.op == "call_function"
+            and not any(result.dtype.is_floating_point for result in results_of(user))]

@@ -192,8 +192,11 @@ class Padded(Rotary):
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         at = torch.arange(ids.shape[1])
         mask = (at[:, None] >= at) & (attention_mask[:, None, None] != 0)
-        x = self.embed(ids) + self.positions((attention_mask.cumsum(1) - 1).clamp(min=0))
+        x = self.embed(ids) + self.positions(self.positions_of(attention_mask))
         return self.head(self.run(x, mask))
+
+    def positions_of(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 ALL: dict[str, Callable[[], Decoder]] = {

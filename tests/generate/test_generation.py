@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -138,3 +140,27 @@ def test_padding_on_the_right_is_refused() -> None:
     mask[0, -2:] = 0
     with pytest.raises(rc.RingCompileError, match="padded on the left"):
         rc.generate(parallel, ids(9), 4, attention_mask=mask)
+
+
+class ByPlace(Padded):
+    """Its positions do not know of the mask."""
+
+    def positions_of(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        return torch.arange(attention_mask.shape[1])
+
+
+@pytest.mark.parametrize("module", [Padded(), ByPlace()])
+def test_padding_that_takes_places_is_said(module: Padded) -> None:
+    """Learned positions count padding too, unless they are counted from the mask."""
+    mask = torch.ones(1, 9, dtype=torch.int64)
+    example = (ids(12), torch.ones(1, 12, dtype=torch.int64))
+    parallel = rc.transform(rc.capture(with_gain(module), example), "tp=2", cache=64)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rc.generate(parallel, ids(9), 2, attention_mask=mask)
+        assert not said
+        mask[0, :2] = 0
+        rc.generate(parallel, ids(9), 2, attention_mask=mask)
+    expected = "it numbers tokens by their place, padding included"
+    assert [expected in str(warning.message) for warning in said] == (
+        [True] if isinstance(module, ByPlace) else [])
