@@ -38,12 +38,13 @@ from ringcompile.passes.carry.context import NEW, Carrying
 from ringcompile.passes.carry.front import filled, in_front, places
 from ringcompile.passes.requests import REDISTRIBUTE
 from ringcompile.passes.windows.shift_forms import (
+    MOVES,
     NEEDS_ALL,
     front_of,
     joined,
     pads_of,
 )
-from ringcompile.passes.windows.shift_region import MOVES, ShiftRegion, gathers_time, joined_along
+from ringcompile.passes.windows.shift_region import ShiftRegion, gathers_time, joined_along
 
 aten = torch.ops.aten
 

@@ -278,3 +278,5 @@ _FORMS: dict[str, Callable[[fx.Node, Form, Size], Form]] = {
     "aten.unfold.default": _unfolded,
     "aten.diff.default": _differences,
 }
+# Ops that say which entry is whose: their window is their operand's, token by token.
+MOVES = frozenset(_FORMS)

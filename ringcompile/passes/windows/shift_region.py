@@ -20,13 +20,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType
 from ringcompile.passes.carried_dims import check_call, is_last
 from ringcompile.passes.requests import REDISTRIBUTE
-from ringcompile.passes.windows.shift_forms import Form, UnknownError, form_of, joined
-
-# Ops that say which entry is whose: their window is their operand's, token by token.
-MOVES = {
-    "aten.constant_pad_nd.default", "aten.pad.default", "aten.slice.Tensor", "aten.conv1d.default",
-    "aten.conv2d.default", "aten.unfold.default", "aten.diff.default",
-}
+from ringcompile.passes.windows.shift_forms import MOVES, Form, UnknownError, form_of, joined
 
 
 class ShiftRegion:

@@ -32,8 +32,15 @@ from ringcompile.passes.requests import origin_of
 from ringcompile.passes.windows.few_tokens import few_tokens
 from ringcompile.passes.windows.ops import write, write_part
 from ringcompile.passes.windows.region import HALO, TRIM, Reach, WindowRegion
-from ringcompile.passes.windows.shift_forms import Form, UnknownError, beside, form_of, joined
-from ringcompile.passes.windows.shift_region import MOVES, joined_along
+from ringcompile.passes.windows.shift_forms import (
+    MOVES,
+    Form,
+    UnknownError,
+    beside,
+    form_of,
+    joined,
+)
+from ringcompile.passes.windows.shift_region import joined_along
 
 
 @dataclass
