@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
-from ringcompile.ops import attention, cached, schemas
+from ringcompile.ops import attention, bindings, cached, schemas
 from ringcompile.ops.experts import expert_linear, expert_linear_on_device, route
 from ringcompile.ops.linear_attention import chained_states, linear_attention, linear_state
 from ringcompile.ops.running import recurrence
@@ -59,6 +59,7 @@ def _bits(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 # Of torch's operators, what is run in another way.
 _FOR_TORCH: dict[str, Callable[..., Any]] = {
+    **bindings.FUNCTIONS,
     "aten.cumsum.default": _cumsum,
     "aten.view.dtype": _bits,
 }
@@ -109,7 +110,7 @@ CREATION = frozenset(
 
 
 def body_of(target: Any, on_device: bool = False) -> Callable[..., Any]:
-    """What runs an op that does not communicate: our body, or torch's operator itself.
+    """What runs an op that does not communicate: our body, or torch's function for it.
 
     Args:
         target: the op.

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from ringcompile.ops import bindings
 from ringcompile.ops.bodies import body_of, cumsum_along_memory
+from tests.ir.cases import CASES
+from tests.ir.draws import Draws
+from tests.ir.rule_check import target_of
 
 aten = torch.ops.aten
 KINDS = (torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -22,6 +28,17 @@ def test_a_running_sum_along_memory(
     assert found.dtype == expected.dtype
     assert found.stride() == expected.stride()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", bindings.FUNCTIONS)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None,
+          suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_function_of_torch_is_its_operator(name: str, data: st.DataObject) -> None:
+    args, kwargs = CASES[name].make(Draws(data.draw))
+    found, expected = body_of(target_of(name))(*args, **kwargs), target_of(name)(*args, **kwargs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.stride() == expected.stride()
 
 
 @pytest.mark.gpu
