@@ -73,6 +73,7 @@ class Exchange:
     devices: DeviceMesh | None = field(init=False)
     groups: dict[str, dist.ProcessGroup | None] = field(init=False)
     recorder: Recorder = field(init=False)
+    _along: dict[str, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.rank.index)
@@ -165,14 +166,23 @@ class Exchange:
         num_ranks = self.mesh.size(asked.axis)
         if num_ranks == 1:
             return ANSWERS[asked.kind]([asked], 0)
-        group = self._group(asked.axis)
-        peers = dist.get_process_group_ranks(group)
-        with self._meeting(peers, asked.kind, asked.node, asked.tensor.nbytes):
+        group, links = self._group(asked.axis), self.rank.links
+        ranks = self._ranks(asked.axis)
+        with self._meeting(ranks, asked.kind, asked.node, asked.tensor.nbytes):
             if self.stamps is not None:
                 self.stamps.meet(asked)
-            answer = self._in_order(asked, group)
+            if links is not None and links.carries(asked, ranks):
+                answer = links.meet(asked, ranks)
+            else:
+                answer = self._in_order(asked, group)
         self.bytes_sent += asked.num_bytes(num_ranks, dist.get_rank(group))
         return answer
+
+    def _ranks(self, axis: str) -> list[int]:
+        """The ranks along an axis, in its order, this one among them."""
+        if axis not in self._along:
+            self._along[axis] = self.mesh.group_of(self.rank.index, axis)
+        return self._along[axis]
 
     def _in_order(self, asked: Collective, group: dist.ProcessGroup) -> Any:
         """What a group gives, with its ranks in the order of the axes that are named.
@@ -182,7 +192,7 @@ class Exchange:
         """
         if "," not in asked.axis:
             return BY_KIND[asked.kind](asked, group)
-        ranks = self.mesh.group_of(self.rank.index, asked.axis)
+        ranks = self._ranks(asked.axis)
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
         if asked.kind in ("reduce_scatter", "all_to_all"):
             asked = replace(asked, tensor=asked.tensor[order])

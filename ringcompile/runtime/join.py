@@ -9,10 +9,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from ipaddress import ip_address
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ringcompile.errors import RingCompileError
 from ringcompile.mesh import Mesh
+from ringcompile.runtime.links import Links
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 BACKENDS = ("auto", "gloo", "nccl")
@@ -48,6 +50,7 @@ class Rank:
         state: what a call wants to keep in the process for the next call.
         timeout: seconds that it waits for another rank in one exchange.
         devices: the caller's device mesh, whose process groups are used; None to make groups.
+        links: to the other ranks, if they are known to be on the same machine.
     """
 
     index: int
@@ -56,6 +59,7 @@ class Rank:
     state: Any = None
     timeout: float = EXCHANGE_TIMEOUT
     devices: DeviceMesh | None = None
+    links: Links | None = None
 
 
 def pick_backend(backend: str, num_ranks: int) -> str:
@@ -87,6 +91,7 @@ def join_local(
     backend: str = "auto",
     timeout: float = EXCHANGE_TIMEOUT,
     join_timeout: float = JOIN_TIMEOUT,
+    ends: Mapping[int, Connection] | None = None,
 ) -> Rank:
     """Join the other processes of this machine; listens on the loopback interface only.
 
@@ -97,6 +102,7 @@ def join_local(
         backend: see `pick_backend`.
         timeout: seconds that a rank waits for another in one exchange.
         join_timeout: seconds to wait for the others to join.
+        ends: of connections to the other ranks; see `Links`.
 
     Raises:
         RingCompileError: some ranks did not join.
@@ -104,7 +110,8 @@ def join_local(
     os.environ.update(GLOO_SOCKET_IFNAME=LOOPBACK, NCCL_SOCKET_IFNAME=LOOPBACK)
     found = FileStore(str(store), world_size)
     picked = pick_backend(backend, world_size)
-    return _join(found, index, world_size, index, picked, timeout, join_timeout)
+    rank = _join(found, index, world_size, index, picked, timeout, join_timeout)
+    return replace(rank, links=Links(index, ends or {}, timeout))
 
 
 def leave() -> None:

@@ -35,6 +35,7 @@ from ringcompile.runtime.join import (
     name_ranks,
     pick_backend,
 )
+from ringcompile.runtime.links import connected_pairs
 from ringcompile.runtime.transport import pack, unpack
 from ringcompile.runtime.worker import Failure, RankCall, RankPlace, Reply, serve
 
@@ -173,12 +174,13 @@ class Processes:
 
     def _start(self, place: RankPlace) -> None:
         _start_server()
+        ends = connected_pairs(self._context, self.num_ranks)
         for index in range(self.num_ranks):
             ours, theirs = self._context.Pipe()
             self._connections.append(ours)
             process = self._context.Process(
                 target=serve,
-                args=(theirs, self._lifelines[0], replace(place, index=index)),
+                args=(theirs, self._lifelines[0], replace(place, index=index, ends=ends[index])),
                 name=f"ringcompile-rank{index}",
                 daemon=True,
             )
@@ -192,7 +194,8 @@ class Processes:
                     "enough for a socket, and there has to be memory for the processes",
                 ) from error
             finally:
-                theirs.close()
+                for end in (theirs, *ends[index].values()):
+                    end.close()
             self._processes.append(process)
 
     def _send(self, message: bytes) -> None:

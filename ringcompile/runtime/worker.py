@@ -8,7 +8,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ringcompile.runtime.transport import pack, unpack
 
 @dataclass(frozen=True)
 class RankPlace:
-    """What a rank's process is told when it starts."""
+    """What a rank's process is told when it starts; `ends` is for `Links`."""
 
     index: int
     world_size: int
@@ -33,6 +33,7 @@ class RankPlace:
     timeout: float
     join_timeout: float
     environment: dict[str, str]
+    ends: dict[int, Connection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def _join(place: RankPlace) -> Rank:
         backend=place.backend,
         timeout=place.timeout,
         join_timeout=place.join_timeout,
+        ends=place.ends,
     )
 
 
