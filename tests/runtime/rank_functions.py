@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from ringcompile.mesh import Mesh
 from ringcompile.runtime import collecting
 from ringcompile.runtime.collectives import Collective
 from ringcompile.runtime.distributed import Peer
-from ringcompile.runtime.exchange import Exchange, PeerLostError
+from ringcompile.runtime.exchange import BY_KIND, Exchange, PeerLostError
 from ringcompile.runtime.executor import Shift, Wait
 from ringcompile.runtime.handshake import agree
 from ringcompile.runtime.join import Rank
@@ -263,3 +264,19 @@ def memory_of_whole(rank: Rank, folder: str, x: torch.Tensor) -> tuple[float, in
     made = peer.assemble(run)
     num_bytes = 0 if made is None else made.nbytes
     return (peak_bytes(rank.device) - before) / max(num_bytes, 1), num_bytes
+
+
+def meet_without_gloo(rank: Rank, most_bytes: int) -> tuple[float, str]:
+    """The sum of a small exchange, and what a large one says, where gloo does no collective."""
+    def refused(asked: Collective, group: dist.ProcessGroup) -> None:
+        raise ValueError("gloo was asked")
+
+    exchange = Exchange(Mesh.parse("tp=2"), rank)
+    with mock.patch.dict(BY_KIND, all_reduce=refused):
+        asked = Collective("node", "all_reduce", "tp", torch.tensor([rank.index + 1.0]))
+        small = float(exchange.answer(asked))
+        try:
+            exchange.answer(replace(asked, tensor=torch.zeros(most_bytes // 4 + 1)))
+        except ValueError as error:
+            return small, str(error)
+    return small, "it did not fail"
