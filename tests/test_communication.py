@@ -11,15 +11,15 @@ from tests.communication.count import LENGTH, compiled, counted, expected, numbe
 from tests.communication.page import PAGE, page
 from tests.communication.rows import ROWS, Row
 
-rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-# Whose formulas sympy takes long to compare; what runs send is compared for all, in numbers.
+# To compile it takes as long as all others; each of its axes is in another row.
 LONG = ("time x ep, exact capacity",)
-
-
-@pytest.mark.parametrize("row", [
+rows = pytest.mark.parametrize("row", [
     pytest.param(row, id=row.name, marks=pytest.mark.slow if row.name in LONG else ())
     for row in ROWS
 ])
+
+
+@rows
 def test_graphs_send_what_the_formula_says(row: Row) -> None:
     for rank in range(compiled(row).world_size):
         difference = sympy.expand(counted(row, rank) - expected(row, rank))

@@ -235,6 +235,10 @@ def test_calibrate_writes_a_table_that_simulate_takes(ring: str, tmp_path: Path)
     links = found.links["node"].figures.keys()
     assert {"startup", "bandwidth", "all_reduce", "interference"} <= links
     assert told("simulate", ring, "--cluster", str(file), "--seq", "64")["tps"] > 0
+
+
+@pytest.mark.slow
+def test_what_is_not_measured_is_the_other_tables(tmp_path: Path) -> None:
     based = tmp_path / "based.json"
     done = run("calibrate", "--quick", "--ranks", "1", "--base", "h100x16", "-o", str(based))
     assert done.returncode == 0, done.stderr

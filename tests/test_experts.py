@@ -121,7 +121,7 @@ _moe = cache(partial(load_model, "moe-4l-tiny", batch=2))
 @pytest.mark.parametrize(
     ("ring", "order"),
     some_fast(
-        [2, 8, 16], ORDERS, fast=lambda ring, order: ring < 16 and order == ORDERS[ring != 2]
+        [2, 8, 16], ORDERS, fast=lambda ring, order: (ring, order) == (8, "zigzag")
     ),
 )
 def test_exact_capacity_drops_what_one_device_drops(ring: int, order: str) -> None:
@@ -323,7 +323,9 @@ class Prefixed(nn.Module):
         return x + self.mixture(x)
 
 
-@pytest.mark.parametrize("name", ["scatter_add", "loop, nonzero and index_add_"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("scatter_add", marks=pytest.mark.slow), "loop, nonzero and index_add_"]
+)
 def test_behind_prefix_tokens(name: str) -> None:
     style, mixture_ = made(name)
     module = Prefixed(mixture_).eval()

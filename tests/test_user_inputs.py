@@ -78,7 +78,7 @@ def matches(model: nn.Module, example: dict[str, Any], given: dict[str, Any], sp
     some_fast(
         ["in order", "from ten on", "documents", "out of order", "backwards"],
         ["ring=4", "ring=3"],
-        fast=lambda kind, spec: spec == "ring=3" and kind not in ("from ten on", "backwards"),
+        fast=lambda kind, spec: spec == "ring=3" and kind in ("documents", "out of order"),
     ),
 )
 def test_positions_that_the_user_passes(llama: nn.Module, kind: str, spec: str) -> None:
@@ -110,7 +110,7 @@ def test_a_cache_would_change_what_positions_mean() -> None:
 
 @pytest.mark.parametrize("kind", some_fast(
     ["all", "right", "left", "holes", "four dims"],
-    fast=lambda kind: kind in ("left", "holes", "four dims"),
+    fast=lambda kind: kind in ("holes", "four dims"),
 ))
 def test_ragged_batches(llama: nn.Module, kind: str) -> None:
     example, given = (

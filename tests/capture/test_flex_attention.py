@@ -96,7 +96,7 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-FAST = {"window", "soft cap", "alibi"}
+FAST = {"window", "alibi"}
 
 
 @pytest.mark.parametrize("name", some_fast(READ, fast=FAST.__contains__))

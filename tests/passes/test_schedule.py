@@ -22,7 +22,7 @@ from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, bytes_sent
 from ringcompile.ir.program import Program
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.passes.rank.schedule import Schedule
-from tests.support import TOLERANCE, difference, run, zoo_program
+from tests.support import TOLERANCE, difference, run, some_fast, zoo_program
 
 LENGTH = 48
 TIMED = Schedule(node_times(load_cluster("h100x16"), LENGTH))
@@ -52,7 +52,8 @@ def test_the_numbers_stay(spec: str, schedule: Schedule) -> None:
     compare(transform(captured("dense-4l-tiny"), spec, schedule=schedule), "dense-4l-tiny", 1)
 
 
-@pytest.mark.parametrize("name", ["moe-4l-tiny", "llama-tiny", "bert-tiny"])
+@pytest.mark.parametrize("name", some_fast(
+    ["moe-4l-tiny", "llama-tiny", "bert-tiny"], fast=lambda name: name == "bert-tiny"))
 def test_the_numbers_of_other_models_stay(name: str) -> None:
     compare(transform(captured(name), "ring=2", schedule=TIMED), name, 1)
 
@@ -156,17 +157,28 @@ def test_keys_of_a_pieces_next_layer_travel_while_the_other_piece_is_computed() 
 # -- halves of a batch ----------------------------------------------------------------------------
 
 
+HALVED = ("ring=4", "tp=2", "ulysses=2", "ring=2,tp=2", "pp=2,ring=2")
+
+
 def halves(name: str, spec: str, **options: Any) -> ParallelProgram:
     return transform(captured(name, 2), f"{spec},halves=2", **options)
 
 
-@pytest.mark.parametrize("schedule", [None, TIMED], ids=["as-it-is", "scheduled"])
-@pytest.mark.parametrize("spec", ["ring=4", "tp=2", "ulysses=2", "ring=2,tp=2", "pp=2,ring=2"])
+@pytest.mark.parametrize(
+    ("spec", "schedule"),
+    [
+        *(pytest.param(spec, None, id=f"{spec}-as-it-is",
+                       marks=pytest.mark.slow if spec == "ring=4" else ()) for spec in HALVED),
+        *(pytest.param(spec, TIMED, id=f"{spec}-scheduled",
+                       marks=pytest.mark.slow if spec != "ring=4" else ()) for spec in HALVED),
+    ],
+)
 def test_halves_give_what_the_batch_gives(spec: str, schedule: Schedule | None) -> None:
     compare(halves("dense-4l-tiny", spec, schedule=schedule), "dense-4l-tiny", 2)
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny", "bert-tiny"])
+@pytest.mark.parametrize("name", some_fast(
+    ["llama-tiny", "gpt-tiny", "bert-tiny"], fast=lambda name: name == "llama-tiny"))
 def test_halves_of_other_models(name: str) -> None:
     compare(halves(name, "ring=2", schedule=TIMED), name, 2)
 

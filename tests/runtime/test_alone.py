@@ -79,7 +79,13 @@ def test_arrivals_of_a_shape_take_turns_in_two_buffers() -> None:
     assert len(set(shapes)) == 1
 
 
-@pytest.mark.parametrize(("name", "parallel"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        pytest.param(*case, id=name, marks=() if name in ("dense", "ulysses") else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_compiled_pieces_compute_the_same(name: str, parallel: str) -> None:
     made = one_rank(name, parallel)
     plain = run_alone(made, Executor(made.program, made.lengths, check_types=True))

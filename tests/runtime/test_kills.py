@@ -37,7 +37,6 @@ KILLED = {
 }
 LOST = r"rank \d lost ranks? (1|0, 1|1, 2|0, 2|0) in %"
 UNJOINED = r"rank 1 did not join within 6 s|cannot connect to rank 1|torch.*error|lost ranks? 1"
-QUICK = {("torchrun", "SIGKILL", "decode")}
 
 
 @dataclass
@@ -160,10 +159,11 @@ def rows() -> Iterator[object]:
                 if fault == "packets" or (fault == "socket" and moment in ("start", "join")):
                     continue
                 row = (start, fault, moment)
-                marks = () if row in QUICK else (pytest.mark.slow, pytest.mark.timeout(300))
-                yield pytest.param(*row, marks=marks, id="-".join(row))
+                yield pytest.param(*row, id="-".join(row))
 
 
+@pytest.mark.slow  # test_blame.py has a rank that is killed while it decodes among the fast ones
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("start", "fault", "moment"), list(rows()))
 def test_the_others_end_and_say_who_was_lost(

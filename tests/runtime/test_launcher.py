@@ -151,7 +151,10 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+# test_interrupt.py has Ctrl-C for a command with ranks among the fast ones.
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_no_rank_outlives_the_script_that_started_it(
     tmp_path: Path, folder: Path, number: signal.Signals, within
 ) -> None:

@@ -87,6 +87,7 @@ def test_small_shares_and_those_of_many_ranks_go_at_once() -> None:
     assert in_pieces((large,), 64) == (large,)
 
 
+@pytest.mark.slow  # test_collecting.py has a job that does not hold them twice among the fast ones
 def test_whole_outputs_take_no_more_than_their_own_memory() -> None:
     """Of the process that puts them together: it held them twice when shares came at once."""
     done = subprocess.run(

@@ -67,6 +67,7 @@ def test_decoder() -> None:
     matches(model, "ring=2", inputs=with_memory)
 
 
+@pytest.mark.slow  # the encoder and the decoder, each of which is among the fast ones
 def test_both() -> None:
     module = nn.Transformer(WIDTH, HEADS, 1, 1, 32, batch_first=True)
     model = OfTorch(module, lambda m, x, source: m(source, x, tgt_mask=hidden_later(x.shape[1])))
