@@ -91,7 +91,6 @@ def known_ops_only(exported: ExportedProgram) -> ExportedProgram:
 def _is_unknown(node: fx.Node) -> bool:
     return (
         isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "aten"
         and not str(node.target).startswith(_KEPT)
         and find_rule(node.target) is None
         and short_name(node) not in REWRITES

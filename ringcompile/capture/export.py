@@ -38,6 +38,7 @@ from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer, check_writes
 from ringcompile.capture.math_of_sizes import math_of_sizes
+from ringcompile.capture.plain_weights import with_plain_weights
 from ringcompile.capture.regions import written_out
 from ringcompile.capture.same_as_eager import NOT_COMPARED, compare, has_data
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
@@ -84,7 +85,7 @@ def capture(
             state that a call would change, or `dims` that do not fit the inputs; or what was
             captured computes something else than the model does when it is called.
     """
-    model = unwrapped(model)
+    model = with_plain_weights(unwrapped(model))
     call = FlatCall(model, args, kwargs or {})
     example = read_example(call.example, dims)
     notes = (*huggingface.caveats(model, call.example), *example.notes)

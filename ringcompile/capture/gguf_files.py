@@ -7,8 +7,8 @@ tensor in the file, value by value, gets these rows back as they are in the file
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -235,11 +235,11 @@ class GgufFile:
 @contextmanager
 def _its_own_bar_too(transformers: Any) -> Iterator[None]:
     """The bar over weights that are unpacked asks nobody whether it is wanted."""
-    found = sys.modules.get("transformers.modeling_gguf_pytorch_utils")
-    if transformers.utils.logging.is_progress_bar_enabled() or not hasattr(found, "tqdm"):
+    if transformers.utils.logging.is_progress_bar_enabled():
         yield
         return
-    with mock.patch.object(found, "tqdm", lambda entries, **_: entries):
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    with mock.patch.object(reader, "tqdm", lambda entries, **_: entries):
         yield
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ringcompile.ir.calls import Call
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.nodes import type_of
@@ -121,6 +123,13 @@ def _einsum_free(call: Call) -> Free:
     }
 
 
+def _int_mm(draws: Draws) -> Arguments:
+    """int8 times int8, summed in int32."""
+    m, k, n = (draws.size() for _ in range(3))
+    operands = [draws.integers(size, -128, 127).to(torch.int8) for size in ((m, k), (k, n))]
+    return called(*operands)
+
+
 def _grouped_mm(draws: Draws) -> Arguments:
     """Runs of rows through their matrices; or a matrix each for a batch of equal runs."""
     groups, k = draws.number(1, 3), 8
@@ -207,6 +216,7 @@ _TABLE: dict[str, Case] = {
     "baddbmm.default": _biased(batched=True),
     "matmul.default": Case(_matmul, _matmul_free),
     "mm.default": _product("mk", "kn"),
+    "_int_mm.default": Case(_int_mm, pairs((0, 0), (1, 1))),
     "bmm.default": _product("bmk", "bkn"),
     "mv.default": _product("mk", "k"),
     "dot.default": _product("k", "k"),

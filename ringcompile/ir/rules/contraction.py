@@ -78,7 +78,7 @@ TERMS: dict[str, Callable[[Call], Factors]] = {
     "aten.linear.default": _linear,
     "aten.addmm.default": _addmm,
     "aten.baddbmm.default": _addmm,
-    **{f"aten.{name}.default": _matmul for name in ("matmul", "bmm", "mm", "mv", "dot")},
+    **{f"aten.{name}.default": _matmul for name in ("matmul", "bmm", "mm", "_int_mm", "mv", "dot")},
     "aten.einsum.default": _einsum,
 }
 
