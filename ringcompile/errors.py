@@ -61,6 +61,10 @@ def one_error(what: str, strange: bool = True) -> Iterator[None]:
         ) from error
 
 
+class RingCompileWarning(UserWarning):
+    """What a user should know though nothing is wrong."""
+
+
 class RingCompileError(Exception):
     """An error that the user can fix: a message, the source line that it is about, and a hint.
 

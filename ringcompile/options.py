@@ -19,6 +19,9 @@ DECODES = ("simple", "helix")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # How compiled programs run: all ranks in this process, or a process for each.
 BACKENDS = ("lockstep", "gloo", "nccl")
+# How the step of one new token runs: on GPUs as a CUDA graph; op by op; or, on CPUs, recorded and
+# replayed as a CUDA graph is, for tests.
+CUDA_GRAPHS = ("auto", "off", "rehearse")
 # Random inputs at each length that `verify` compares numbers at.
 TRIES = 2
 # How far transfers may overlap with compute.

@@ -63,7 +63,8 @@ def answer(asked: Asked, how: Mapping[str, Any]) -> Iterator[Answer]:
 
     Args:
         asked: the prompt.
-        how: `max_new_tokens`, `chunk`, `temperature`, `top_k`, `top_p`, `seed`, `backend`.
+        how: `max_new_tokens`, `chunk`, `temperature`, `top_k`, `top_p`, `seed`, `backend`,
+            `cuda_graphs`.
 
     Raises:
         RingCompileError: files that cannot be read, no tokenizer, or as `generation.generate`.
@@ -76,7 +77,7 @@ def answer(asked: Asked, how: Mapping[str, Any]) -> Iterator[Answer]:
     ids = _encoded(known, asked) if asked.input_ids is None else read_ids(asked.input_ids)
     ends = list(asked.eos) or ([] if known is None else _ends(known))
     sampling = Sampling(how["temperature"], how["top_k"], how["top_p"], how["seed"])
-    with Session(parallel, how["backend"]) as session:
+    with Session(parallel, how["backend"], cuda_graphs=how["cuda_graphs"]) as session:
         columns = stream(
             session, ids, how["max_new_tokens"], sampling, eos_token_id=ends, chunk=how["chunk"]
         )

@@ -12,15 +12,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ringcompile import artifact
-from ringcompile.errors import RingCompileError
+from ringcompile.errors import RingCompileError, RingCompileWarning
 from ringcompile.held import scratch
 from ringcompile.ir.expr import BATCH, symbol
 from ringcompile.ir.program import Program
 from ringcompile.ops.slots import BLOCK, Reach
+from ringcompile.options import CUDA_GRAPHS
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.runtime.cache import reach_of, token_dim
 from ringcompile.runtime.data import name_inputs
-from ringcompile.runtime.decode_step import CUDA_GRAPHS
 from ringcompile.runtime.distributed import JobRanks
 from ringcompile.runtime.inprocess import LockStepRanks
 from ringcompile.runtime.join import (
@@ -244,7 +244,7 @@ class Session:
         for note in dict.fromkeys(note for run in result.runs for note in run.notes):
             if note not in self.notes:
                 self.notes.append(note)
-                warnings.warn(note, stacklevel=3)
+                warnings.warn(note, RingCompileWarning, stacklevel=3)
 
     @property
     def reports(self) -> bool:

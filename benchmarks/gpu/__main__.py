@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu [--dry-run] [--only kernels,lockstep,step,calibrate,tests]
+"""python -m benchmarks.gpu [--dry-run] [--only tests,kernels,decode,lockstep,step,calibrate]
 
 Each section runs in a process of its own, in its own time, and writes its rows as it goes: what was
 measured stays when a section fails, hangs or is killed.
@@ -15,17 +15,19 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.gpu import calibrate, kernels, lockstep, step
+from benchmarks.gpu import calibrate, decode, kernels, lockstep, step
 from benchmarks.gpu.report import RESULTS, Report, environment, table
 
 ROOT = Path(__file__).parents[2]
-_SECTIONS = {"kernels": kernels.run, "lockstep": lockstep.run, "step": step.run,
-             "calibrate": calibrate.run}
+_SECTIONS = {"kernels": kernels.run, "decode": decode.run, "lockstep": lockstep.run,
+             "step": step.run, "calibrate": calibrate.run}
 # Seconds, on an H100; the first is for the whole suite of GPU tests.
-_BUDGETS = {"tests": 120, "kernels": 100, "lockstep": 90, "step": 100, "calibrate": 40}
+_BUDGETS = {"tests": 120, "kernels": 100, "decode": 80, "lockstep": 90, "step": 100,
+            "calibrate": 40}
 _GPU_TESTS = ("tests/ops/test_kernels.py", "tests/ops/test_merges.py",
               "tests/ops/test_custom_kernels.py",
-              "tests/ops/test_experts.py", "tests/runtime/test_alone.py")
+              "tests/ops/test_experts.py", "tests/runtime/test_alone.py",
+              "tests/generate/test_recorded_steps.py")
 
 
 @click.command()

@@ -109,7 +109,7 @@ class _Step:
         if not on_gpu():
             return None
         step = GraphedStep(executor, self.weights, self.share, self.alone.answer)
-        return event_seconds(step.graph.replay)
+        return event_seconds(step.replay)
 
     def _by_op(self, roof: Roofline) -> None:
         """What each kind of op takes of an eager step, beside what it has to."""

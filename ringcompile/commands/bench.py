@@ -15,10 +15,12 @@ from ringcompile.commands.options import (
     CONTEXT,
     JSON,
     NEW_TOKENS,
+    RECORDING,
     Out,
     artifact_argument,
     complete_clusters,
     milliseconds,
+    noted,
     print_table,
     working,
 )
@@ -77,6 +79,7 @@ _PERCENTILES = (10, 50, 90, 99)
               help="Give up if a step takes longer.")
 @NEW_TOKENS
 @CONTEXT
+@RECORDING
 @JSON
 def bench(
     out: Out,
@@ -90,6 +93,7 @@ def bench(
     timeout: float,
     new_tokens: int | None,
     context: int | None,
+    cuda_graphs: str,
     as_json: bool,
 ) -> None:
     """Measure the step time of the artifact OUT on local processes.
@@ -100,11 +104,14 @@ def bench(
     """
     made = out.load()
     if new_tokens is not None:
-        how = {"steps": steps, "warm_up": warm_up, "threads": threads, "timeout": timeout}
+        how = {"steps": steps, "warm_up": warm_up, "threads": threads, "timeout": timeout,
+               "cuda_graphs": cuda_graphs}
         _generation(made, cluster, backend, (batch or 1, context, new_tokens), as_json, how)
         return
     if context is not None:
         raise click.UsageError("--context needs --new-tokens")
+    if cuda_graphs != "auto":
+        raise click.UsageError("--cuda-graphs needs --new-tokens")
     length = made.program.lengths.get(expr.SEQUENCE, seq)
     batch = _batch(out, made, batch)
     predicted = _predicted(made, cluster, length, batch)
@@ -150,7 +157,7 @@ def _generation(
     steps, warm_up = how.pop("steps"), how.pop("warm_up")
     picked = join.pick_backend(backend, made.world_size)
     opened = session.Session(made, picked, **how)
-    with working(f"running {made.world_size} ranks"), opened as ranks:
+    with working(f"running {made.world_size} ranks"), noted(), opened as ranks:
         found = [latency.request(ranks, ids, new) for _ in range(warm_up + steps)][warm_up:]
     facts = {
         "parallel": str(made.mesh), "model": made.program.name, "context": context,

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringcompile.commands.options import BACKEND, JSON, PROMPT, Out, artifact_argument
+from ringcompile.commands.options import (
+    BACKEND,
+    JSON,
+    PROMPT,
+    RECORDING,
+    Out,
+    artifact_argument,
+    noted,
+)
 from ringcompile.later import Later
 
 if TYPE_CHECKING:
@@ -45,6 +53,7 @@ else:
 @click.option("--eos", type=int, multiple=True, metavar="ID",
               help="Id of a token that ends the text. By default that of the tokenizer.")
 @BACKEND
+@RECORDING
 @JSON
 def generate(
     out: Out,
@@ -68,7 +77,7 @@ def generate(
         raise click.UsageError("--chat is for a prompt that is text")
     text = prompts.read_text(prompt_file) if prompt_file is not None else prompt
     asked = prompts.Asked(out.load(), text, input_ids, chat, tokenizer, eos)
-    with prompts.answer(asked, how) as answer:
+    with noted(), prompts.answer(asked, how) as answer:
         started = time.perf_counter()
         times: list[float] = []
         columns = _noted(answer.columns, times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, dataclass
@@ -17,9 +18,10 @@ from rich.table import Table
 from ringcompile import progress
 from ringcompile.axes import AXES
 from ringcompile.cost.hardware import cluster_names
+from ringcompile.errors import RingCompileWarning
 from ringcompile.later import Later
 from ringcompile.models import table
-from ringcompile.options import BACKENDS, DTYPES, Options, option_fields
+from ringcompile.options import BACKENDS, CUDA_GRAPHS, DTYPES, Options, option_fields
 
 if TYPE_CHECKING:
     from rich import progress as progress_bars
@@ -39,6 +41,11 @@ BACKEND = click.option(
     help="lockstep: all ranks in this process, in turn. gloo, nccl: one process for each rank. "
     "auto: nccl if there are as many GPUs as ranks, otherwise gloo.",
 )
+RECORDING = click.option(
+    "--cuda-graphs", type=click.Choice(CUDA_GRAPHS), default="auto", show_default=True,
+    help="auto: on GPUs the step of one new token is recorded as a CUDA graph. off: it runs op by "
+    "op. rehearse: on CPUs it is recorded and replayed as a CUDA graph is, for tests.",
+)
 PROMPT = (
     click.option("--prompt", metavar="TEXT",
                  help="The prompt as text. It is encoded with the checkpoint's tokenizer."),
@@ -47,6 +54,19 @@ PROMPT = (
     click.option("--tokenizer", metavar="FOLDER", help="A checkpoint folder with the tokenizer, if "
                  "the one that the artifact was made from has moved."),
 )
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """What a user should know of how a program runs is said in a line: `note: ...`."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", RingCompileWarning)
+        yield
+    for one in found:
+        if issubclass(one.category, RingCompileWarning):
+            click.echo(f"note: {one.message}", err=True)
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 @contextmanager

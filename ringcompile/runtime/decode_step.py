@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import bind, depends_on_data
 from ringcompile.ir.nodes import location_of, results_of, type_of
@@ -33,10 +34,6 @@ Requests = Generator[Request, Any, tuple[torch.Tensor, ...]]
 _COUNTED = frozenset({"dispatch", "combine"})
 # What a call brings. All other state lies where it lies.
 _BROUGHT = frozenset({None, "positions", "slots"})
-
-# How the step of one new token runs: on GPUs as a CUDA graph; op by op; or, on CPUs, recorded and
-# replayed as a CUDA graph is, for tests.
-CUDA_GRAPHS = ("auto", "off", "rehearse")
 
 
 class Recording(Protocol):
@@ -63,10 +60,17 @@ def recorder(how: str, device: torch.device) -> Callable[[], Recording] | None:
     """What makes empty recordings on a device; None where steps are not recorded.
 
     Args:
-        how: one of `CUDA_GRAPHS`.
+        how: one of `options.CUDA_GRAPHS`.
         device: where steps run.
+
+    Raises:
+        RingCompileError: a rehearsal on a GPU, where torch's operators are not all that runs.
     """
     if how == "rehearse":
+        if device.type == "cuda":
+            raise RingCompileError(
+                "cuda_graphs='rehearse' is for ranks on CPUs", hint="use backend='gloo'"
+            )
         return Rehearsed
     if how == "off" or device.type != "cuda":
         return None

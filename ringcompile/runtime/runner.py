@@ -13,6 +13,7 @@ from ringcompile.ir.expr import SEQUENCE, equal, symbol
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import TensorType
+from ringcompile.ops import kernels
 from ringcompile.runtime.batches import Deal, Part, deal, part_of, uses_numbers
 from ringcompile.runtime.cache import Memory
 from ringcompile.runtime.data import (
@@ -118,7 +119,7 @@ class Settings:
             to exchange; see `finite_watch` and `stamps`.
         trace: write down what ranks do when; nothing is compiled then. A run is done twice, as the
             first one takes time that later ones do not: to load kernels, to get memory.
-        cuda_graphs: how the step of one new token runs, one of `CUDA_GRAPHS`.
+        cuda_graphs: how the step of one new token runs, one of `options.CUDA_GRAPHS`.
     """
 
     check_types: bool = False
@@ -146,8 +147,11 @@ def why_not_recorded(settings: Settings) -> str | None:
         return "with check_finite the host looks at every value"
     if settings.trace:
         return "with trace every op is timed"
-    if settings.compiler is not None and settings.cuda_graphs == "rehearse":
-        return "the rehearsal sees no ops of compiled code"
+    if settings.cuda_graphs == "rehearse":
+        if settings.compiler is not None:
+            return "the rehearsal sees no ops of compiled code"
+        if unseen := kernels.unseen():
+            return f"the rehearsal sees no ops of the kernel '{unseen}'"
     return None
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.gpu import decode as gpu_decode
+from benchmarks.gpu.report import Report
 from tests.generate.models import ids
 
 transformers = pytest.importorskip("transformers")
@@ -30,6 +35,19 @@ def test_time_per_output_token() -> None:
         "Hugging Face", "ring=1 x 3", "ring=1"
     ]
     assert len(decode.table(rows).splitlines()) == 7
+
+
+def test_steps_of_a_token_beside_their_recordings(tmp_path: Path) -> None:
+    file = tmp_path / "decode.json"
+    gpu_decode.run(Report(file, "decode"), dry=True, seconds=120)
+    rows = json.loads(file.read_text())["rows"]
+    kernels, steps = ([row for row in rows if key in row] for key in ("kernel", "graph_ms"))
+    assert {row["kernel"] for row in kernels} == {
+        "cpu-flash", "cpu-flash +mask", "math", "math +mask", "sdpa +mask"
+    }
+    assert all(row["max_error"] < 1e-5 for row in kernels)
+    assert [row["parallel"] for row in steps] == ["ring=1", "ring=2"]
+    assert all(row["graph_ms"] > 0 and row["notes"] == "" for row in steps)
 
 
 def test_the_table_of_modelled_times() -> None:

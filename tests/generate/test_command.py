@@ -18,6 +18,8 @@ from click.testing import CliRunner, Result
 import ringcompile as rc
 from ringcompile.cli import cli
 from ringcompile.errors import RingCompileError
+from ringcompile.ops import bodies
+from ringcompile.ops.cached import attention_of_slots
 from tests.generate.models import VOCABULARY, Learned, Rotary, cached, ids
 
 transformers = pytest.importorskip("transformers")
@@ -70,6 +72,24 @@ def test_token_ids(out: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(prompt.tolist()))
     chunked = run(out, "--input-ids", file, "--max-new-tokens", 8, "--chunk", 4, "--json")
     assert json.loads(chunked.stdout) == {"tokens": [wanted]}
+
+
+def test_recorded_steps(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, file = ids(5), tmp_path / "ids.txt"
+    file.write_text(" ".join(map(str, prompt[0].tolist())))
+    found = run(out, "--input-ids", file, "--max-new-tokens", 6, "--cuda-graphs", "rehearse")
+    assert found.exit_code == 0, found.output
+    assert [int(word) for word in found.stdout.split()] == expected(prompt, 6)
+    assert "note" not in found.stderr
+    monkeypatch.setitem(
+        bodies.ON_DEVICE, "cached_attention",
+        lambda *args, **how: (args[0].tolist(), attention_of_slots(*args, **how))[1],
+    )
+    found = run(out, "--input-ids", file, "--max-new-tokens", 2, "--cuda-graphs", "rehearse")
+    assert found.exit_code == 0, found.output
+    notes = [line for line in found.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "Tensor.tolist needs the host" in notes[0]
 
 
 def test_several_prompts_of_one_length(out: Path, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import ringcompile as rc
 from ringcompile.ops import bodies, slots
@@ -19,7 +20,17 @@ from ringcompile.runtime import decode_step
 from ringcompile.runtime.cuda_graph import NotRecordedError
 from ringcompile.runtime.executor import Executor
 from ringcompile.runtime.rehearsal import Rehearsed
-from tests.generate.models import ALL, CAPACITY, WIDTH, Padded, Rotary, difference, ids, with_gain
+from tests.generate.models import (
+    ALL,
+    CAPACITY,
+    WIDTH,
+    Padded,
+    Rotary,
+    Window,
+    difference,
+    ids,
+    with_gain,
+)
 from tests.generate.models import cached as compiled
 from tests.generate.test_experts import Rows
 from tests.generate.test_mixtures import FirstFew, Gathered, Mixture, Routed
@@ -259,6 +270,34 @@ def test_an_unknown_way() -> None:
     assert str(raised.value) == (
         "error: unknown use of CUDA graphs 'on'\n  hint: one of: auto, off, rehearse"
     )
+
+
+def test_kernels_that_a_rehearsal_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringcompile.ops.kernels.select._OF_TORCH", ())
+    module, parallel = compiled(Rotary, "ring=1")
+    check_note(parallel, module, "the rehearsal sees no ops of the kernel 'cpu-flash'")
+
+
+def test_a_rehearsal_is_for_cpus() -> None:
+    with pytest.raises(rc.RingCompileError, match="'rehearse' is for ranks on CPUs"):
+        decode_step.recorder("rehearse", torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("kind", [Rotary, Window, partial(Routed, Rows)])
+def test_cuda_graphs_compute_the_same(
+    kind: Callable[[], nn.Module], dtype: torch.dtype, tolerance: float
+) -> None:
+    module, tokens = with_gain(kind()), ids(CAPACITY, batch=2)
+    expected = module(tokens)
+    program = rc.capture(module.to(dtype), (tokens[:, :12],))
+    with rc.Session(rc.transform(program, "ring=1", cache=CAPACITY), "nccl") as session:
+        for at in range(CAPACITY):
+            found = session.extend(tokens[:, at : at + 1]).double()
+            assert difference(found, expected[:, at : at + 1]) < tolerance, f"token {at}"
+        assert session.notes == []
 
 
 # -- buckets, and what stands in for a CUDA graph --------------------------------------------------

@@ -124,9 +124,11 @@ def _attempt(program: Program, expected: _Expected, spec: str, ties: list[int]) 
 
 
 @torch.no_grad()
-def outcome_of(parallel: rc.ParallelProgram, expected: _Expected, ties: list[int]) -> Outcome:
+def outcome_of(
+    parallel: rc.ParallelProgram, expected: _Expected, ties: list[int], cuda_graphs: str = "off"
+) -> Outcome:
     worst, (first, *new) = 0.0, expected.tokens.split([PROMPT, *(1,) * NEW], 1)
-    with rc.Session(parallel, check_types=True) as session:
+    with rc.Session(parallel, check_types=True, cuda_graphs=cuda_graphs) as session:
         for step, tokens in enumerate([first, *new[:-1]]):
             found = _first(session.extend({expected.name: tokens}, last=True))[0, -1]
             logits = expected.logits[step]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringcompile.ops import experts
-from ringcompile.ops.experts import expert_linear
+from ringcompile.ops.experts import expert_linear, expert_linear_on_device
 from ringcompile.ops.schemas import op
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -37,6 +39,7 @@ def by_row(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     transposed=st.booleans(),
     with_bias=st.booleans(),
+    call=st.sampled_from([expert_linear, expert_linear_on_device]),
     index=st.sampled_from([torch.int64, torch.int32]),
     seed=st.integers(0, 2**16),
 )
@@ -46,17 +49,18 @@ def test_every_row_through_its_own_matrix(
     sizes: tuple[int, int],
     transposed: bool,
     with_bias: bool,
+    call: Callable[..., Tensor],
     index: torch.dtype,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     width, out_width = sizes
     x = torch.randn(*lead, width, dtype=torch.float64)
-    expert = torch.randint(0, num_experts, lead, dtype=index)
+    expert = torch.randint(0, num_experts + 1, lead, dtype=index)  # the last: no expert
     shape = (width, out_width) if transposed else (out_width, width)
     weight = torch.randn(num_experts, *shape, dtype=torch.float64)
     bias = torch.randn(num_experts, out_width, dtype=torch.float64) if with_bias else None
-    found = expert_linear(x, expert, weight, bias, transposed=transposed)
+    found = call(x, expert, weight, bias, transposed=transposed)
     expected = by_row(x, expert, weight, bias, transposed)
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, **EXACT)

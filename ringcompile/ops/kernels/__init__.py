@@ -6,6 +6,6 @@ the contract, is told beside it; `attend` picks the first row of the table that 
 """
 
 from ringcompile.ops.kernels.merging import merge
-from ringcompile.ops.kernels.select import attend, attend_merge, providers
+from ringcompile.ops.kernels.select import attend, attend_merge, providers, unseen
 
-__all__ = ["attend", "attend_merge", "merge", "providers"]
+__all__ = ["attend", "attend_merge", "merge", "providers", "unseen"]

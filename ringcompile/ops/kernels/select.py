@@ -21,6 +21,8 @@ from ringcompile.ops.kernels.plain import MATH
 _PROVIDERS = [
     CUDA_FLASH, DECODE, HOPPER, TRITON, FFPA, CUDA_CUDNN, CUDA_EFFICIENT, CPU_FLASH, MATH,
 ]
+# Those that are made of torch's operators.
+_OF_TORCH = (CPU_FLASH, MATH)
 
 
 def attend(
@@ -116,6 +118,11 @@ def attend_merge(
 def providers() -> tuple[str, ...]:
     """The names `attend` takes as `provider`, in the order in which it tries them."""
     return tuple(provider.name for provider in _PROVIDERS)
+
+
+def unseen() -> str | None:
+    """A kernel that runs on CPUs and is perhaps not made of torch's operators; None without one."""
+    return next((p.name for p in _PROVIDERS if p.device != "cuda" and p not in _OF_TORCH), None)
 
 
 def put_first(provider: Provider) -> None:
