@@ -19,22 +19,21 @@ def slots_of(capacity: int, ranks: int) -> int:
     return capacity if ranks == 1 else min(capacity, capacity // ranks + _SLACK)
 
 
-# The fewest slots that a step of fixed shapes reads; sizes from one power of two to the next.
+# A step of fixed shapes reads a multiple of so many slots; from one power of two to the next there
+# are at most so many sizes.
 _SMALLEST_BUCKET, _SIZES_A_DOUBLING = 256, 4
 
 
 def bucket_of(used: int, slots: int) -> int:
     """How many of a rank's slots a step of fixed shapes reads, so that it reads all in use.
 
-    Sizes are few, and at most a quarter more than what is in use is read.
+    Sizes are few, and what is read besides is a quarter of what is in use, or less than 256.
 
     Args:
         used: slots in use, on the rank that keeps most.
         slots: those there are.
     """
-    if used <= _SMALLEST_BUCKET:
-        return min(slots, _SMALLEST_BUCKET)
-    apart = max(1, (1 << (used - 1).bit_length()) // (2 * _SIZES_A_DOUBLING))
+    apart = max(_SMALLEST_BUCKET, (1 << (used - 1).bit_length()) // (2 * _SIZES_A_DOUBLING))
     return min(slots, -(-used // apart) * apart)
 
 

@@ -91,6 +91,7 @@ class DecodeSteps:
     Attributes:
         refusal: why tokens are computed op by op, with a length that grows; None while they are
             not.
+        watched: whether a step was watched: what needs the host does so in every bucket.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class DecodeSteps:
     ) -> None:
         self.program, self.weights = program, weights
         self.executors, self.recording = executors, recording
-        self.refusal = refusal or why_not_fixed(program)
+        self.refusal, self.watched = refusal or why_not_fixed(program), False
         self._made: dict[Any, DecodeStep] = {}
         self._buffers: Inputs = {}
 
@@ -151,8 +152,6 @@ class DecodeStep:
         self._before = steps.executors(lengths)
         self.executor = self._before[-1]
         self.lengths = self.executor.lengths
-        self.checks = HostWatch()
-        self._before[0].watch = self.checks
         self.recording: Recording | None = None
         known = {**self.program.lengths, **self.lengths}
         self._num_bytes = int(bind(bytes_sent(self.program), known))
@@ -193,11 +192,12 @@ class DecodeStep:
         return outputs
 
     def _warm_up(self, executor: Executor) -> Requests:
-        """Op by op: libraries get ready, and what needs the host is seen."""
+        """Op by op: kernels are loaded, and in the first bucket what needs the host is seen."""
+        executor.watch = watch = None if self.steps.watched else HostWatch()
         outputs = yield from executor.run(self.held)
-        executor.watch = None
-        if self.checks.found is not None:
-            node, what = self.checks.found
+        executor.watch, self.steps.watched = None, True
+        if watch is not None and watch.found is not None:
+            node, what = watch.found
             self.steps.refusal = _at(node, f"{what} needs the host")
         return outputs
 
