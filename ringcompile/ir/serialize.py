@@ -194,9 +194,14 @@ class _NodeRows:
     def lines(self, section: Section) -> list[JsonText]:
         """The same as text."""
         said, names = self._said(section), section.names
+        texts: dict[int, str] = {}  # by what stands in the gap, which templates hold
 
         def fill(gap: Any) -> str:
-            return f'"{names[gap]}"' if isinstance(gap, fx.Node) else encode(said(gap))
+            if isinstance(gap, fx.Node):
+                return f'"{names[gap]}"'
+            if id(gap) not in texts:
+                texts[id(gap)] = encode(said(gap))
+            return texts[id(gap)]
 
         return list(map(JsonText, self._templates.texts(section, said, fill)))
 

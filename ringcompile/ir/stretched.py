@@ -149,8 +149,13 @@ class Section:
 def sections_of(graph: fx.Graph) -> list[Section]:
     """All nodes of a graph, in order; of a stretched graph without writing it."""
     if isinstance(graph, StretchedGraph) and not graph.is_written:
-        return graph.sections()
+        return _sections(graph)
     return [section_of(graph)]
+
+
+@lru_cache(maxsize=1)  # a program is written in several forms, one after another
+def _sections(graph: StretchedGraph) -> list[Section]:
+    return graph.sections()
 
 
 def section_of(graph: fx.Graph) -> Section:
