@@ -9,20 +9,25 @@ import dataclasses
 import json
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 from ringcompile.artifact.files import json_text
 from ringcompile.capture.export import capture
+from ringcompile.commands.transform import transform as transform_command
 from ringcompile.compiler import transform
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
+from ringcompile.ir import stretched
 from ringcompile.ir.program import Program
 from ringcompile.ir.repeats import FEWEST
 from ringcompile.ir.serialize import program_to_json, program_to_text
+from ringcompile.ir.stretched import num_nodes
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.transformer import Transformer
 from ringcompile.parallel_program import ParallelProgram
@@ -99,9 +104,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def same(parallel: ParallelProgram) -> None:
     parallel.verify()
     saved = list(map(files, parallel.ranks()))
+    counts = [num_nodes(program.graph) for program in parallel.ranks()]
     for rank, found in enumerate(parallel.ranks()):
         expected = parallel._passed(rank, parallel.program)
         assert saved[rank] == files(expected), f"rank {rank}"
+        assert counts[rank] == len(expected.graph.nodes), f"rank {rank}"
         texts = [json.dumps(program_to_json(program)) for program in (found, expected)]
         assert texts[0] == texts[1], f"rank {rank}"
         assert list(map(repr, vars(found))) == list(map(repr, vars(expected)))
@@ -282,3 +289,15 @@ def test_numbers_of_attentions_that_are_alike() -> None:
     with torch.no_grad():
         assert difference(run(parallel, (IDS,)).outputs, given(IDS)) < TOLERANCE
     assert parallel._short
+
+
+def test_the_command_writes_no_graph_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prints how many nodes programs have, and observes passes only when it is asked to."""
+    monkeypatch.setattr(stretched, "_write", pytest.fail)
+    monkeypatch.setattr(ParallelProgram, "_passed", pytest.fail)  # with all that is alike
+    given = ["dense-4l-tiny", "--parallel", "ring=8", "--no-weights", "-o"]
+    result = CliRunner().invoke(transform_command, [*given, str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "8 programs of 363 nodes" in result.output

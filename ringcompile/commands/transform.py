@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ringcompile.artifact import files
     from ringcompile.capture import export
     from ringcompile.ir import plan as plans
-    from ringcompile.ir import printer
+    from ringcompile.ir import printer, stretched
     from ringcompile.ir.program import Program
     from ringcompile.parallel_program import ParallelProgram
     from ringcompile.passes import base
@@ -42,6 +42,7 @@ else:
     export = Later("ringcompile.capture.export")
     plans = Later("ringcompile.ir.plan")
     printer = Later("ringcompile.ir.printer")
+    stretched = Later("ringcompile.ir.stretched")
     base = Later("ringcompile.passes.base")
 
 
@@ -101,7 +102,10 @@ def transform(
     seconds: dict[str, float] = {}
     with working("transforming"):
         made = compiler.transform(
-            program, mesh, plan=told, observe=_observer(print_ir_after_all, seconds),
+            program, mesh, plan=told,
+            # What is observed is compiled layer by layer, each by itself.
+            observe=_observer(print_ir_after_all, seconds)
+            if print_ir_after_all or time_passes else None,
             record=_record(model, overlap),
             schedule=overlap.schedule(program, mesh, options.length), **options.given(),
         )
@@ -176,7 +180,7 @@ def _print_times(seconds: dict[str, float]) -> None:
 def _print_summary(out: Path, made: ParallelProgram, as_json: bool) -> None:
     program = made.program
     assert program.sequence is not None
-    sizes = [len(made.rank(rank).graph.nodes) for rank in range(made.world_size)]
+    sizes = [stretched.num_nodes(made.rank(rank).graph) for rank in range(made.world_size)]
     facts = {
         "out": str(out),
         "model": program.name,

@@ -158,6 +158,13 @@ def _sections(graph: StretchedGraph) -> list[Section]:
     return graph.sections()
 
 
+def num_nodes(graph: fx.Graph) -> int:
+    """How many nodes a graph has; a stretched graph is not written for it."""
+    if isinstance(graph, StretchedGraph) and not graph.is_written:
+        return graph.writing.num_nodes()
+    return len(graph.nodes)
+
+
 def section_of(graph: fx.Graph) -> Section:
     """All nodes of a graph as they are; a stretched graph is written."""
     nodes = list(graph.nodes)
@@ -170,16 +177,20 @@ class Writing(Protocol):
     def sections(self) -> Iterator[Section]:
         """All nodes in order, found anew at every call."""
 
+    def num_nodes(self) -> int:
+        """How many nodes there are."""
+
 
 class StretchedGraph(fx.Graph):
     """A graph that is written when something of it is asked for: most ranks' are never looked at.
 
     Attributes:
         kinds: nodes of every kind that it has.
+        writing: knows what it consists of.
     """
 
     def __init__(self, kinds: Sequence[fx.Node], writing: Writing) -> None:
-        self.kinds, self._writing = kinds, writing
+        self.kinds, self.writing = kinds, writing
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or self.is_written:
@@ -196,7 +207,7 @@ class StretchedGraph(fx.Graph):
 
     def sections(self) -> list[Section]:
         """What it has or would have, in order."""
-        return list(self._writing.sections())
+        return list(self.writing.sections())
 
 
 def _write(graph: fx.Graph, sections: Sequence[Section]) -> None:
@@ -253,6 +264,11 @@ class Stretching:
             self.added.update({base: step * part.times for base, step in part.steps.items()})
             at = part.end
         yield self._copy([*self.calls[at:], self.short.output_node])
+
+    def num_nodes(self) -> int:
+        """How many nodes there are."""
+        repeated = sum((part.end - part.start) * part.times for part in self.parts)
+        return len(self.heads) + len(self.calls) + repeated + 1
 
     def _copy(self, nodes: Sequence[fx.Node]) -> Section:
         self.names.update({node: self._name(node, self.added) for node in nodes})

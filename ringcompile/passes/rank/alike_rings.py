@@ -216,6 +216,12 @@ class _Writing:
             so_far.update(self.counts[first])
         yield self._plain(plain)
 
+    def num_nodes(self) -> int:
+        """How many nodes there are."""
+        steps = {name: len(nodes) for name, nodes in self._steps(self.short)}
+        repeated = sum(steps[first] - 1 for name, first in self.shown.items() if name != first)
+        return len(self.short.graph.nodes) + repeated
+
     def _shown_for(self, first: str, nodes: Sequence[fx.Node]) -> _Steps:
         others = [self.given[name] for name, shown in self.shown.items() if shown == first]
         return _Steps(nodes, self.given[first], others)
