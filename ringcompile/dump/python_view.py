@@ -180,14 +180,14 @@ class _View:
 
     def _statements(self, section: Section) -> list[_Statement]:
         """The calls of a section."""
-        names, own, texts = self.names, section.names, dict[str, str]()
+        names, own, quoted = self.names, section.names, dict[str, str]()
 
         def said(value: Any) -> str:
             if isinstance(value, fx.Node):
                 return names[own[value]]
-            if value not in texts:
-                texts[value] = json.dumps(section.text(value))
-            return texts[value]
+            if value not in quoted:
+                quoted[value] = json.dumps(section.text(value))
+            return quoted[value]
 
         calls = [node for node in section.nodes if node.op == "call_function"]
         texts = self.templates.texts(replace(section, nodes=calls), said, said)
