@@ -40,6 +40,7 @@ from ringcompile.capture.importer import Importer, check_writes
 from ringcompile.capture.math_of_sizes import math_of_sizes
 from ringcompile.capture.plain_weights import with_plain_weights
 from ringcompile.capture.regions import written_out
+from ringcompile.capture.remembered_sizes import sizes_remembered
 from ringcompile.capture.same_as_eager import NOT_COMPARED, compare, has_data
 from ringcompile.capture.sizes import SYMBOLS, Sizes, read_sizes, read_squeezed
 from ringcompile.capture.source_lines import all_frames, location_of_error
@@ -329,7 +330,7 @@ def _tracing() -> Iterator[None]:
     try:
         with (
             contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
-            torch.no_grad(), warnings.catch_warnings(), math_of_sizes(),
+            torch.no_grad(), warnings.catch_warnings(), math_of_sizes(), sizes_remembered(),
         ):
             warnings.filterwarnings("ignore", module=r"torch\.")  # of torch's own making
             warnings.simplefilter("ignore", FutureWarning)
