@@ -1,9 +1,9 @@
 """Arithmetic of symbolic sizes that torch does anew each time: what `s0 * 8` is, whether `s0 == 1`.
 
-For the strides of every value torch multiplies and compares sizes, and a model asks for the same few
-hundred results ten thousand times. A result depends on nothing but the expressions, their types and
-the numbers of the example, so it is remembered while a model is captured. What torch concludes from
-a result, its guards, is not: they are asked for and noted as ever.
+For the strides of every value torch multiplies and compares sizes, and a model asks for the same
+few hundred results ten thousand times. A result depends on nothing but the expressions, their types
+and the numbers of the example, so it is remembered while a model is captured. What torch concludes
+from a result, its guards, is not: they are asked for and noted as ever.
 """
 
 from __future__ import annotations

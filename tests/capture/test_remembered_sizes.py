@@ -74,7 +74,7 @@ def test_each_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torchs_own_methods_are_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(vars(SymNode))
-    with pytest.raises(KeyError), sizes_remembered():
+    with contextlib.suppress(KeyError), sizes_remembered():
         assert vars(SymNode)["_mul"] is not before["_mul"]
         raise KeyError
     assert dict(vars(SymNode)) == before
