@@ -347,7 +347,7 @@ class _Reader:
         limits = member(data, "limits", list) if "limits" in data else []
         return Input(
             member(data, "name", str), self.tensor_type(data.get("type")),
-            tuple(map(self._limit, limits)),
+            tuple(map(self._limit, limits)), _values(data.get("values")),
         )
 
     def _limit(self, value: Any) -> IdLimit:
@@ -368,6 +368,16 @@ class _Reader:
             count(line, "a line"),
             expect(layer, str, "a layer"),
         )
+
+
+def _values(given: Any) -> tuple[int, ...] | None:
+    """The only entries that an input may have, if there are such."""
+    if given is None:
+        return None
+    values = expect(given, list, "the values of an input")
+    if len(values) > 4096 or not all(type(v) is int and abs(v) < MAX_INT for v in values):
+        raise RingCompileError("the values of an input are too many, or no whole numbers")
+    return tuple(values)
 
 
 def _entry(table: list[T], row: dict[str, Any], key: str) -> T:

@@ -81,6 +81,7 @@ class Example:
         others: the further lengths, by role.
         notes: what the caller should know of what was taken for what.
         widened: whether one sequence was repeated, so that torch.export sees a batch.
+        known: inputs whose values are constants of the program.
     """
 
     leaves: tuple[Leaf, ...]
@@ -89,6 +90,7 @@ class Example:
     others: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     widened: bool = False
+    known: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,6 +127,16 @@ class Example:
             f"{self.others[role]}: the model joins lengths, or computes one from another"
             for role, name in dims
         )
+
+    def with_known(self, names: tuple[str, ...]) -> Example:
+        """The same with these inputs as constants, of which no dim varies."""
+        leaves = tuple(
+            replace(leaf, roles=(FIXED,) * len(leaf.roles)) if leaf.name in names else leaf
+            for leaf in self.leaves
+        )
+        held = {role for leaf in leaves for role in leaf.roles}
+        others = {role: size for role, size in self.others.items() if role in held}
+        return replace(self, leaves=leaves, others=others, known=names)
 
     def without_batch(self, sizes: Collection[str]) -> Example:
         """The same, with these dims of the inputs fixed; as torch's guards write them."""

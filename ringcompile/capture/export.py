@@ -37,6 +37,7 @@ from ringcompile.capture.flat_call import FlatCall, unwrapped
 from ringcompile.capture.flex_attention import read_as_attention
 from ringcompile.capture.guards import Guards, Range
 from ringcompile.capture.importer import Importer, check_writes
+from ringcompile.capture.known_values import asks_for_values, known, may_be_known, notes_on
 from ringcompile.capture.math_of_sizes import math_of_sizes
 from ringcompile.capture.plain_weights import with_plain_weights
 from ringcompile.capture.regions import written_out
@@ -130,7 +131,9 @@ class _Captured:
 
     def program(self, call: FlatCall, name: str = "") -> Program:
         """The graph as a program of ours."""
-        return Importer(self.exported, call, self.sizes.symbols).program(name)
+        values = {leaf.name: tuple(leaf.tensor.flatten().tolist()) for leaf in self.example.leaves
+                  if leaf.name in self.example.known}
+        return Importer(self.exported, call, self.sizes.symbols, values).program(name)
 
     def few(self, call: FlatCall) -> Few:
         """What tries small sizes by numbers."""
@@ -146,7 +149,7 @@ def _traced(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captur
     """The model as a graph of ops that have rules, for the sizes that torch is sure of."""
     with unchanged(call.model), huggingface.prepared(call.model):
         found = _settled(call, example, notes)
-        with _tracing():
+        with _tracing(), known(call, found.example.known):
             exported = known_ops_only(written_out(found.exported))
         check_writes(exported)
         return replace(found, exported=exported)
@@ -209,6 +212,8 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
         try:
             exported, tried = _exported(call, example, lines)
         except RingCompileError as error:
+            if found := _with_known(call, example, notes):
+                return found
             if example.others:
                 return _settled(call, example.of_one_length(), notes)
             if not isinstance(error, _AloneError):
@@ -216,6 +221,8 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
             note = f"{_ONE_SEQUENCE}, {error.message}"
             where = f"{error.location.short}: " if error.location else ""
             return _settled(call, example.fixed(BATCH), (*notes, where + note))
+    if asks_for_values(exported) and (found := _with_known(call, example, notes)):
+        return found
     sizes = read_sizes(exported, tried)
     if sizes.tied:
         return _settled(call, example.of_one_length(), (*notes, *example.why_tied()))
@@ -233,6 +240,20 @@ def _settled(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captu
         notes = (*notes, f"{line.short + ': ' if line else ''}{text}")
         example = example.fixed(role)
     return _settled(call, example.without_batch(sizes.loose), notes)
+
+
+def _with_known(
+    call: FlatCall, example: Example, notes: tuple[str, ...]
+) -> _Captured | None:
+    """The model exported with inputs of counts as constants; None where that does not help."""
+    names = may_be_known(example)
+    if example.known or not names:
+        return None
+    tried = example.with_known(names)
+    try:
+        return _settled(call, tried, (*notes, *notes_on(tried)))
+    except RingCompileError:
+        return None
 
 
 _ONE_SEQUENCE = "the batch is fixed to that of the example, 1; with more sequences"
@@ -319,6 +340,7 @@ def _export(call: FlatCall, example: Example) -> ExportedProgram:
     with (
         _tracing(), unchanged(call.model), without_casts_of_modules(), only_what_is_read(),
         all_frames(), read_as_attention(), read_as_scans(), without_looks_at_masks(),
+        known(call, example.known),
     ):
         return export(call, tensors, dynamic_shapes=shapes, strict=False)
 

@@ -47,6 +47,8 @@ class FlatCall(nn.Module):
     Attributes:
         model: the user's model; the names of its weights here begin with `PREFIX`.
         example: the tensors among the arguments, by name and in order.
+        known: for inputs whose values are constants while the model is exported, these as numbers
+            and their dtype; see known_values.py.
     """
 
     PREFIX = "model."
@@ -63,11 +65,17 @@ class FlatCall(nn.Module):
         self.example = {
             name: tensor.contiguous() for name, tensor in with_names(named) if tensor is not None
         }
+        self.known: dict[str, tuple[Any, torch.dtype]] = {}
         self._result = _Result()
         self.forward = _with_signature(self._call, self.example)
 
     def _call(self, *tensors: torch.Tensor, **by_name: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.arguments(*tensors, *by_name.values())
+        given = [
+            torch.tensor(self.known[name][0], dtype=self.known[name][1], device=tensor.device)
+            if name in self.known else tensor
+            for name, tensor in zip(self.example, (*tensors, *by_name.values()), strict=True)
+        ]
+        args, kwargs = self.arguments(*given)
         leaves: list[torch.Tensor] = []
         self._result.structure = flat(self.model(*args, **kwargs), leaves)
         return tuple(leaves)

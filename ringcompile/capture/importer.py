@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -35,6 +35,7 @@ class Importer:
     exported: ExportedProgram
     call: FlatCall
     symbols: Mapping[str, sympy.Symbol]
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph = fx.Graph()
@@ -74,7 +75,8 @@ class Importer:
         new.meta["type"] = self._type(value)
         self.env[node] = new
         if spec.kind is InputKind.USER_INPUT:
-            self.inputs.append(Input(node.name, new.meta["type"]))
+            values = self.values.get(node.name)
+            self.inputs.append(Input(node.name, new.meta["type"], values=values))
             self.placeholders[new.name] = node.name
         else:
             self.weights[new.name] = Weight(

@@ -67,11 +67,19 @@ class IdLimit:
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor the caller passes: its name, its global type, and what ids it may hold."""
+    """One tensor the caller passes.
+
+    Attributes:
+        name: of the argument.
+        type: the global one.
+        limits: which ids it may hold.
+        values: its entries in order, where the program is for these alone.
+    """
 
     name: str
     type: TensorType
     limits: tuple[IdLimit, ...] = ()
+    values: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

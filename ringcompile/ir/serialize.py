@@ -166,6 +166,7 @@ def inputs_to_json(program: Program) -> list[dict[str, Any]]:
         {
             "name": spec.name, "type": _type_to_json(spec.type),
             **({"limits": list(map(_limit_to_json, spec.limits))} if spec.limits else {}),
+            **({} if spec.values is None else {"values": list(spec.values)}),
         }
         for spec in program.inputs
     ]

@@ -78,6 +78,8 @@ def draw_inputs(
         values = _DRAWN.get(role.kind, _small)(spec, shape, role, draw, generator)
         if role.kind == INDEX:
             _put_edges(values, role, draw, shares, generator)
+        if spec.values is not None:
+            values = torch.tensor(spec.values).reshape(shape)
         found[spec.name] = values.to(spec.type.dtype)
     return found
 

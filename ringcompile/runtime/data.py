@@ -47,11 +47,18 @@ def name_inputs(program: Program, inputs: Any) -> dict[str, torch.Tensor]:
 
 
 def _check_ids(spec: Input, tensor: torch.Tensor) -> None:
-    """Raise RingCompileError for ids that a table has no row for, at the line that looks them up.
+    """Raise RingCompileError for other values than a program is for, or ids without a row.
 
     It is done here, on whole inputs, so that every rank says the same before any of them starts;
     for tensors on a GPU it waits for their smallest and largest entry.
     """
+    if spec.values is not None and tuple(tensor.flatten().tolist()) != spec.values:
+        wanted = torch.tensor(spec.values).reshape([int(size) for size in spec.type.shape])
+        raise RingCompileError(
+            f"input '{spec.name}' is {tensor.tolist()}: the program is for {wanted.tolist()} alone",
+            hint="capture the model with an example that has these values: its code decides by "
+            "them which positions, windows and pieces there are",
+        )
     if not spec.limits or tensor.is_floating_point() or not tensor.numel():
         return
     low, high = (int(x) for x in torch.aminmax(tensor))

@@ -18,9 +18,9 @@ def image(length: int, batch: int, generator: torch.Generator) -> dict[str, torc
 
 
 def pair(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """An encoder's tokens and a decoder's, of one length."""
+    """An encoder's tokens, and half as many of a decoder."""
     return {"input_ids": ids(length, batch, generator),
-            "decoder_input_ids": ids(length, batch, generator)}
+            "decoder_input_ids": ids(length // 2 + 1, batch, generator)}
 
 
 def video(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
