@@ -149,7 +149,7 @@ def _traced(call: FlatCall, example: Example, notes: tuple[str, ...]) -> _Captur
     """The model as a graph of ops that have rules, for the sizes that torch is sure of."""
     with unchanged(call.model), huggingface.prepared(call.model):
         found = _settled(call, example, notes)
-        with _tracing(), known(call, found.example.known):
+        with _tracing():
             exported = known_ops_only(written_out(found.exported))
         check_writes(exported)
         return replace(found, exported=exported)

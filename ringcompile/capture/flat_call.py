@@ -8,6 +8,7 @@ that are None need nothing from torch.export.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import keyword
@@ -47,8 +48,9 @@ class FlatCall(nn.Module):
     Attributes:
         model: the user's model; the names of its weights here begin with `PREFIX`.
         example: the tensors among the arguments, by name and in order.
-        known: for inputs whose values are constants while the model is exported, these as numbers
-            and their dtype; see known_values.py.
+        known: while the model is exported, the inputs whose values are constants; see
+            known_values.py.
+        around: what is entered around a call then.
     """
 
     PREFIX = "model."
@@ -65,19 +67,17 @@ class FlatCall(nn.Module):
         self.example = {
             name: tensor.contiguous() for name, tensor in with_names(named) if tensor is not None
         }
-        self.known: dict[str, tuple[Any, torch.dtype]] = {}
+        self.known: dict[str, torch.Tensor] = {}
+        self.around: Callable[[], Any] = contextlib.nullcontext
         self._result = _Result()
         self.forward = _with_signature(self._call, self.example)
 
     def _call(self, *tensors: torch.Tensor, **by_name: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = [
-            torch.tensor(self.known[name][0], dtype=self.known[name][1], device=tensor.device)
-            if name in self.known else tensor
-            for name, tensor in zip(self.example, (*tensors, *by_name.values()), strict=True)
-        ]
-        args, kwargs = self.arguments(*given)
+        given = zip(self.example, (*tensors, *by_name.values()), strict=True)
+        args, kwargs = self.arguments(*(self.known.get(name, tensor) for name, tensor in given))
         leaves: list[torch.Tensor] = []
-        self._result.structure = flat(self.model(*args, **kwargs), leaves)
+        with self.around():
+            self._result.structure = flat(self.model(*args, **kwargs), leaves)
         return tuple(leaves)
 
     @property

@@ -3,19 +3,21 @@
 A vision tower is told of how many rows and columns of patches each image has, in a tensor; its code
 makes Python numbers of that, and positions, windows and the lengths of pieces of these. A graph has
 no place for such numbers. So where an export fails on them, or leaves sizes open that only the data
-tells, the model is exported again with the values of the example: torch then computes at once what
-follows from them. The program still takes these inputs, and refuses other values.
+tells, the model is exported again with the values of the example: what follows from these alone is
+computed at once, and what of that meets other values stands in the program as a constant. The
+program still takes these inputs, and refuses other values.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch._subclasses import fake_tensor
 from torch.export import ExportedProgram
-from torch.fx.experimental import proxy_tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ringcompile.capture.dims import SEQUENCE, Example, Leaf
 from ringcompile.capture.flat_call import FlatCall
@@ -55,18 +57,45 @@ def asks_for_values(exported: ExportedProgram) -> bool:
 
 @contextlib.contextmanager
 def known(call: FlatCall, names: tuple[str, ...]) -> Iterator[None]:
-    """While inside, the model is given constants for these inputs, and torch computes with them."""
-    limits = fake_tensor.CONSTANT_NUMEL_LIMIT, proxy_tensor.CONSTANT_NUMEL_LIMIT
-    call.known = {
-        name: (call.example[name].tolist(), call.example[name].dtype) for name in names
-    }
-    if names:  # torch follows constants of one entry; here of all their entries
-        fake_tensor.CONSTANT_NUMEL_LIMIT = proxy_tensor.CONSTANT_NUMEL_LIMIT = _MOST**2
+    """While inside, the model is given numbers for these inputs, and computes with them."""
+    if not names:
+        yield
+        return
+    call.known, call.around = {name: call.example[name] for name in names}, Computed
     try:
         yield
     finally:
-        call.known = {}
-        fake_tensor.CONSTANT_NUMEL_LIMIT, proxy_tensor.CONSTANT_NUMEL_LIMIT = limits
+        call.known, call.around = {}, contextlib.nullcontext
+
+
+class Computed(TorchFunctionMode):
+    """Computes at once what depends on no input, weight or size that varies.
+
+    Whole numbers begin as such where a model makes them of Python's numbers.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """The function's result, computed or traced."""
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        if not _is_known(func, leaves):
+            return func(*args, **(kwargs or {}))
+        with _disable_current_modes():
+            return func(*args, **(kwargs or {}))
+
+
+_FACTORIES = frozenset({torch.arange, torch.tensor})
+
+
+def _is_known(func: Callable[..., Any], leaves: list[Any]) -> bool:
+    """Whether all that a function reads is numbers, and tensors that were computed of them."""
+    if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves):
+        return False
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        return func in _FACTORIES and not any(isinstance(leaf, float) for leaf in leaves)
+    return all(type(x) is torch.Tensor and not torch._is_functional_tensor(x) for x in tensors)
 
 
 def notes_on(example: Example) -> tuple[str, ...]:
