@@ -73,11 +73,13 @@ def capture(
         args: example inputs by position; one sequence is enough. Without `dims`, the first tensor
             is taken to be [batch, sequence, ...] (one of four dims for images, whose length is the
             model's own), and dims of other inputs to be the batch or the sequence where their sizes
-            are the same and the code treats them so.
+            are the same and the code treats them so. Another length in dim 1 of other inputs, as of
+            a decoder's tokens, varies by itself.
         kwargs: example inputs by name; their tensors come behind those of `args`.
         name: what to call the program; the module's class by default.
-        dims: for inputs by name what their dims are: "batch", "sequence" or "fixed"; dims that are
-            not listed are fixed, inputs that are not listed are read as above.
+        dims: for inputs by name what their dims are: "batch", "sequence", "fixed", or "sequence2"
+            to "sequence4" for further lengths; dims that are not listed are fixed, inputs that are
+            not listed are read as above.
         compare_with_eager: run the example through the model and through what was captured, and
             refuse where they differ; two forward passes. Not done where weights are not loaded,
             which a note says.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ TOWER = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": SIDE, "patch_size": PATCH,
 }  # fmt: skip
+QWEN_TOWER = {"depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": PATCH,
+              "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
 TEXT = {"vocab_size": 97, "pad_token_id": 0, "use_cache": False}
 
 
@@ -31,6 +34,48 @@ def with_image(tokens_of_image: int, *, kinds: bool = False) -> Inputs:
         image = torch.randn(batch, 3, SIDE, SIDE, generator=generator)
         found = {"input_ids": text, "pixel_values": image}
         return {**found, "token_type_ids": (text == IMAGE_TOKEN).long()} if kinds else found
+
+    return inputs
+
+
+def patches(tokens_of_image: int, grid: tuple[int, int, int], size: int, axes: int) -> Inputs:
+    """An image as rows of patches, how many there are, and positions by `axes` counts.
+
+    Args:
+        tokens_of_image: how many tokens the image becomes.
+        grid: its frames, and its rows and columns of patches.
+        size: numbers in a patch.
+        axes: counts of a position; those of the image's tokens differ.
+    """
+
+    def inputs(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        text = ids(length, batch, generator).clamp(max=IMAGE_TOKEN - 1)
+        text[:, 2 : 2 + tokens_of_image] = IMAGE_TOKEN
+        places = torch.arange(length).expand(axes, batch, length).clone()
+        places[-1, :, 2 : 2 + tokens_of_image] = 2 + torch.arange(tokens_of_image) // 2
+        return {
+            "input_ids": text, "position_ids": places,
+            "attention_mask": torch.ones_like(text),
+            "mm_token_type_ids": (text == IMAGE_TOKEN).long(),
+            "pixel_values": torch.randn(
+                batch * math.prod(grid), size, generator=generator
+            ),
+            "image_grid_thw": torch.tensor([grid] * batch),
+        }
+
+    return inputs
+
+
+def images(tokens_of_image: int, *, sizes: bool = False) -> Inputs:
+    """Two images of one size in each text, [B, 2, 3, H, W]; or one, and its size in pixels."""
+
+    def inputs(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        count = 1 if sizes else 2
+        text = ids(length, batch, generator).clamp(max=IMAGE_TOKEN - 1)
+        text[:, 2 : 2 + count * tokens_of_image] = IMAGE_TOKEN
+        shape = (batch, 3, SIDE, SIDE) if sizes else (batch, count, 3, SIDE, SIDE)
+        found = {"input_ids": text, "pixel_values": torch.randn(*shape, generator=generator)}
+        return {**found, "image_sizes": torch.tensor([[SIDE, SIDE]] * batch)} if sizes else found
 
     return inputs
 
@@ -63,4 +108,55 @@ FAMILIES = [
            "projection_dim": 64},
           "grouped-query, causal, full in the prefix; full over patches",
           with_image(16, kinds=True)),
+    *(whole(name, model,
+            {"vision_config": {**QWEN_TOWER, **tower}, "video_token_id": 91,
+             "vision_start_token_id": 92, "vision_end_token_id": 93,
+             "text_config": sizes(**TEXT, **text, rope_parameters={
+                 "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4})},
+            attention, patches(8, (1, 8, 4), 96, 3))
+      for name, model, tower, text, attention in (
+          ("qwen2_vl", "Qwen2VLForConditionalGeneration", {"embed_dim": 32, "mlp_ratio": 2}, {},
+           "grouped-query, causal; full over an image's patches"),
+          ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
+           {"out_hidden_size": 64, "hidden_size": 32, "intermediate_size": 48, "window_size": 16,
+            "fullatt_block_indexes": [1]}, {},
+           "grouped-query, causal; in windows of 4 by 4 patches, then full over an image's"),
+          ("qwen3_vl", "Qwen3VLForConditionalGeneration",
+           {"out_hidden_size": 64, "hidden_size": 32, "intermediate_size": 48,
+            "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}, {"head_dim": 16},
+           "grouped-query with query/key norm, causal; full over an image's patches"),
+          ("glm4v", "Glm4vForConditionalGeneration",
+           {"out_hidden_size": 64, "hidden_size": 32, "intermediate_size": 48,
+            "image_size": 32}, {},
+           "grouped-query, causal; full over an image's patches"),
+      )),
+    *(whole(name, model,
+            {"vision_config": TOWER, "text_config": {"model_type": "llama", **sizes(**TEXT)},
+             "scale_factor": 2},
+            "grouped-query, causal; full over patches", images(4))
+      for name, model in (("idefics3", "Idefics3ForConditionalGeneration"),
+                          ("smolvlm", "SmolVLMForConditionalGeneration"))),
+    whole("mistral3", "Mistral3ForConditionalGeneration",
+          {"vision_config": {"model_type": "pixtral", "head_dim": 16, **TOWER},
+           "text_config": {"model_type": "mistral", **sizes(**TEXT)}, "spatial_merge_size": 2,
+           "vision_feature_layer": -1},
+          "grouped-query, causal + window; full over an image's patches",
+          images(4, sizes=True)),
+    whole("internvl", "InternVLForConditionalGeneration",
+          {"vision_config": {"model_type": "internvl_vision", **TOWER, "image_size": [SIDE, SIDE],
+                             "patch_size": [PATCH, PATCH]},
+           "text_config": {"model_type": "llama", **sizes(**TEXT)}, "downsample_ratio": 0.5,
+           "vision_feature_layer": -1},
+          "grouped-query, causal; full over patches", with_image(4)),
+    whole("aya_vision", "AyaVisionForConditionalGeneration",
+          {"vision_config": {"model_type": "siglip_vision_model", **TOWER},
+           "text_config": {"model_type": "llama", **sizes(**TEXT)}, "downsample_factor": 2,
+           "vision_feature_layer": -1},
+          "grouped-query, causal; full over patches", with_image(4)),
+    whole("vipllava", "VipLlavaForConditionalGeneration",
+          {"vision_config": {"model_type": "clip_vision_model", **TOWER,
+                             "num_hidden_layers": 2},
+           "text_config": {"model_type": "llama", **sizes(**TEXT)},
+           "vision_feature_layers": [-1, -2]},
+          "grouped-query, causal; full over patches", with_image(16)),
 ]
