@@ -242,7 +242,8 @@ def _read_dims(text: str) -> tuple[str, dict[int, str]]:
     """`query=batch,sequence,_,_` as a name and what its dims are."""
     name, equals, roles = text.partition("=")
     if not (name.strip() and equals and roles):
-        raise click.BadParameter(f"'{text}': write INPUT=DIM,DIM,.., DIM one of batch, sequence, _")
+        raise click.BadParameter(f"'{text}': write INPUT=DIM,DIM,.., DIM one of batch, sequence, "
+                                 "sequence2, _")
     listed = enumerate(role.strip() for role in roles.split(","))
     return name.strip(), {dim: role for dim, role in listed if role != "_"}
 
