@@ -106,6 +106,9 @@ class DecodeSteps:
         self.executors, self.recording = executors, recording
         self.refusal, self.watched = refusal or why_not_fixed(program), False
         self._made: dict[Any, DecodeStep] = {}
+        # The placeholder whose size is the bucket's, and the symbol for it; none without attention.
+        self._sizes = {node.name: str(type_of(node).shape[0]) for node in program.graph.nodes
+                       if program.state.get(node.name) == "places"}
         self._buffers: Inputs = {}
 
     def step(self, lengths: dict[str, int], values: Inputs, device: torch.device) -> DecodeStep:
@@ -116,19 +119,11 @@ class DecodeSteps:
             values: what the program reads besides weights, from `Memory.begin` with `fixed`.
             device: where it runs.
         """
-        known = {**lengths, **self._bucket(values)}
+        known = {**lengths, **{size: len(values[name]) for name, size in self._sizes.items()}}
         key = tuple(sorted(known.items()))
         if key not in self._made:
             self._made[key] = DecodeStep(self, known, values, device)
         return self._made[key]
-
-    def _bucket(self, values: Inputs) -> dict[str, int]:
-        """The symbol for how many slots there are in `places`, bound to the bucket's."""
-        for node in self.program.graph.nodes:
-            if self.program.state.get(node.name) == "places":
-                (size,) = type_of(node).shape
-                return {str(size): len(values[node.name])}
-        return {}
 
     def brings(self, name: str) -> bool:
         """Whether the value of a placeholder comes with every call."""

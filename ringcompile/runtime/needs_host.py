@@ -18,6 +18,8 @@ _READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sh
 _BY_MASK = ("aten.index.", "aten.index_put", "aten._index_put_impl", "aten._unsafe_index")
 # A tensor that is made of the host's numbers.
 _COPIES = "aten.lift_fresh.default"
+# Copies, perhaps from device to device.
+_MOVES = frozenset({"aten._to_copy.default", "aten.copy_.default"})
 # What a tensor gives the host without an op that a dispatch mode sees.
 _GIVES = frozenset({"tolist", "numpy", "__array__", "cpu", "__repr__"})
 # On CPUs alone these look whether their indices are in range.
@@ -38,7 +40,7 @@ class NeedsHost(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if _needs_host(func, args):
+        if _needs_host(func, args, kwargs or {}):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -62,8 +64,12 @@ class _Methods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _needs_host(func: Any, args: Any) -> bool:
+def _needs_host(func: Any, args: Any, kwargs: Any) -> bool:
     name = str(func)
+    if name in _MOVES:
+        devices = [x.device for x in args if isinstance(x, torch.Tensor)]
+        devices += [torch.device(kwargs["device"])] if kwargs.get("device") else []
+        return len({device.type for device in devices}) > 1
     if name.startswith(_BY_MASK):
         return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
                    for x in tree_leaves(args[1]))

@@ -16,10 +16,13 @@ from ringcompile.ops import bodies, slots
 from ringcompile.ops.cached import attention_of_slots
 from ringcompile.ops.slots import bucket_of
 from ringcompile.parallel_program import ParallelProgram
+from ringcompile.pass_list import prepare
 from ringcompile.runtime import decode_step
 from ringcompile.runtime.cuda_graph import NotRecordedError
 from ringcompile.runtime.executor import Executor
 from ringcompile.runtime.rehearsal import Rehearsed
+from tests.families.catalogue import FAMILIES
+from tests.generate import trial
 from tests.generate.models import (
     ALL,
     CAPACITY,
@@ -27,6 +30,7 @@ from tests.generate.models import (
     Padded,
     Rotary,
     Window,
+    captured,
     difference,
     ids,
     with_gain,
@@ -106,6 +110,40 @@ def test_experts_and_convolutions_are_recorded(kind: Any, spec: str) -> None:
         check_tokens(session, module(tokens), tokens, 24)
         assert min(recorded(session)) > 0
         assert session.notes == []
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "batch", "options"), [
+    ("ring=2,tp=2", 2, {"decode": "helix"}), ("ring=4", 1, {"decode": "helix"}), ("dp=2", 3, {}),
+    ("pp=2,ring=2", 2, {}),
+])
+def test_other_forms_of_decoding(spec: str, batch: int, options: dict[str, Any]) -> None:
+    module, program = captured(Rotary, batch)
+    tokens = ids(24, batch)
+    with rehearsed(rc.transform(program, spec, cache=40, **options)) as session:
+        session.extend(tokens[:, :PROMPT], last=True)
+        check_tokens(session, module(tokens), tokens, 24)
+        assert min(recorded(session)) > 1
+        assert session.notes == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "spec"), [
+    ("deepseek_v3", "ring=2"), ("gpt_oss", "ring=4"), ("gemma2", "pp=2"), ("mamba2", "tp=2"),
+    ("qwen3_next", "pp=2"), ("bloom", "ring=4"),
+])
+def test_families_are_recorded(name: str, spec: str) -> None:
+    """Latent attention, sinks and experts, soft caps, states, a bias by distance."""
+    pytest.importorskip("transformers")
+    family = FAMILIES[name]
+    model = family.build()
+    program = prepare(rc.capture(model, (), family.example(trial.CAPTURED)))
+    expected = trial.expected_text(model, family.example(trial.PROMPT))
+    parallel = rc.transform(program, spec, cache=trial.CAPACITY)
+    # A note would be a warning, and so an error.
+    outcome = trial.outcome_of(parallel, expected, [0], "rehearse")
+    assert outcome.kind == trial.IDENTICAL, outcome
 
 
 @torch.no_grad()

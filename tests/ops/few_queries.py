@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ringcompile.ops.blocks import Band
 from ringcompile.ops.kernels import attend
 from tests.ops.contract import BF16, FP16, FP32, INF, Case, check, reference
 from tests.ops.wide_heads import Check, contract
@@ -72,6 +73,21 @@ def wide(provider: str, device: str) -> None:
     check(out.half(), lse, reference(q, k, v, 0.1))
 
 
+def bucket(provider: str, device: str) -> None:
+    """Slots of a cache, of which those that are not in use have a position behind the query."""
+    q, k, v = Case((4, 2), (1, 512), (64, 64)).tensors(FP16, device)
+    for used in (0, 1, 300, 512):
+        places = torch.arange(512, device=device)
+        places[used:] = 1000
+        mask = Band(0).mask(places.new_tensor([600]), places)
+        out, lse = attend(q, k, v, scale=0.1, mask=mask, provider=provider)
+        if used:
+            check(out, lse, reference(q, k[:, :, :used], v[:, :, :used], 0.1))
+        else:
+            assert (out == 0).all()
+            assert (lse == -INF).all()
+
+
 CHECKS: dict[str, Check] = {
     "one-query": contract(Case((4, 2), (1, 900), (64, 64))),
     "one-query-float32": contract(Case((6, 2), (1, 901), (64, 64)), FP32),
@@ -97,6 +113,7 @@ CHECKS: dict[str, Check] = {
     "one-query-additive": masked(Case((6, 2), (1, 700), (64, 64)), (1, 6, 1), FP32),
     "one-query-one-key": contract(Case((6, 2), (1, 1), (64, 64), causal=True)),
     "blind": blind,
+    "bucket": bucket,
     "capped": capped,
     "large-scores": large_scores,
     "one-nan": one_nan,

@@ -63,10 +63,12 @@ def test_needing_the_host_is_seen() -> None:
         torch.bincount(x)
         torch.tensor([1])
         x.clone().masked_fill_(x > 1, 0)
+        x.to(torch.float32).to(x.device).copy_(x)
+        x.to("meta")
     assert mode.found == [
         "aten.index.Tensor", "aten._local_scalar_dense.default", "aten.equal.default",
         "aten.index_put_.default", "Tensor.tolist", "aten.bincount.default",
-        "aten.lift_fresh.default",
+        "aten.lift_fresh.default", "aten._to_copy.default",
     ]
 
 
