@@ -42,7 +42,8 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
+    graph = type("CUDAGraph", (), {"__new__": lambda cls: made})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", made.graph)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return made
