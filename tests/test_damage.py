@@ -18,7 +18,7 @@ from tests.damage_kinds import KINDS
 
 FEW, MANY = range(4), 200
 AT_LEAST = 195
-NAMED = ("masked encoder", "capacity", "vocabulary")
+NAMED = ("capacity", "vocabulary")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from benchmarks.compile_time import LLAMA_70B
-from tests.support import some_fast
 
 SECONDS, BYTES = 60, 2e9
 VERIFIED = 5  # seconds for 16 ranks of 3,000 nodes
@@ -82,11 +81,9 @@ def shares(model: str, spec: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("model", "spec"),
-    some_fast(
-        SPLIT, ["ring=16", "tp=8,pp=2", "ring=4,ulysses=4"],
-        fast=lambda model, spec: (model, spec) == ("dense-4l", "tp=8,pp=2"),
-    ),
+    [(model, spec) for model in SPLIT for spec in ("ring=16", "tp=8,pp=2", "ring=4,ulysses=4")],
 )
+@pytest.mark.slow  # test_closed_forms.py has the weights of the full models among the fast ones
 def test_reference_models(model: str, spec: str) -> None:
     """The check that experts are token-wise included: large weights are checked as rank one."""
     found = measured(model, spec)

@@ -18,7 +18,9 @@ from tests.fuzz.case import artifact_of, judge
 from tests.fuzz.pristine import RECIPES, pristine
 
 
-@pytest.mark.parametrize("first", range(350, 500, 50))
+@pytest.mark.parametrize(
+    "first", [400, *(pytest.param(first, marks=pytest.mark.slow) for first in (350, 450))]
+)
 def test_fifty_cases(first: int) -> None:
     verdicts = [judge(seed) for seed in range(first, first + 50)]
     assert [verdict for verdict in verdicts if verdict.failed] == []

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from benchmarks.structure import Tree, main, rows
@@ -37,6 +38,7 @@ def test_counts(tmp_path: Path) -> None:
     assert found["names that several classes share"] == "1, Step"
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table() -> None:
     printed = CliRunner().invoke(main).output
     assert printed.startswith("| | now |")

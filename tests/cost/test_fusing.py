@@ -94,7 +94,8 @@ def nodes_between(group: dict[fx.Node, None], nodes: list[fx.Node]) -> list[fx.N
 
 CASES = [
     ("dense-4l-tiny", "ring=4"), ("dense-4l-tiny", "pp=2,tp=2"), ("llama-tiny", "ring=2,tp=2"),
-    ("moe-4l-tiny", "ring=2,ep=2"), ("moe-4l-tiny", "ulysses=2"),
+    pytest.param("moe-4l-tiny", "ring=2,ep=2", marks=pytest.mark.slow),
+    ("moe-4l-tiny", "ulysses=2"),
 ]
 
 

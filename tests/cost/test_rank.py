@@ -43,7 +43,7 @@ def costs(name: str, spec: str, length: int, capacity: str = "exact") -> tuple[R
 
 CASES = [
     *(("dense-4l-tiny", spec) for spec in SPECS), ("llama-tiny", "ring=4"), ("llama-tiny", "tp=2"),
-    ("moe-4l-tiny", "ep=2"), ("moe-4l-tiny", "ring=2,ep=2"),
+    pytest.param("moe-4l-tiny", "ep=2", marks=pytest.mark.slow), ("moe-4l-tiny", "ring=2,ep=2"),
 ]
 
 

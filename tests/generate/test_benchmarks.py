@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 from benchmarks import decode, generation_table, weight_order  # noqa: E402  (they need transformers)
 
 
+@pytest.mark.slow
 def test_time_per_output_token() -> None:
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=48, intermediate_size=96, num_hidden_layers=2,

@@ -36,8 +36,8 @@ def check(parallel: ParallelProgram) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "spec"),
-    [(Rotary, "ring=2,tp=2"), (Shared, "ulysses=2"), (SharedByLayers, "pp=2,ring=2"),
-     (Rotary, "tp=6")],
+    [(Rotary, "ring=2,tp=2"), (Shared, "ulysses=2"),
+     pytest.param(SharedByLayers, "pp=2,ring=2", marks=pytest.mark.slow), (Rotary, "tp=6")],
 )
 def test_sound_programs(kind: type[Rotary], spec: str) -> None:
     check(compiled(kind, spec))

@@ -120,8 +120,15 @@ RECOGNISED: dict[Style, str] = {
 GROUPED = (llama, llama_of_meta, repeat_interleave, five_dims, einsum_groups, gpt_oss)
 
 
-@named(RECOGNISED)
-@pytest.mark.parametrize(("ranks", "order"), [(3, "contiguous"), (4, "zigzag")])
+@pytest.mark.parametrize(
+    ("style", "ranks", "order"),
+    [
+        pytest.param(style, *ring, marks=() if place % 2 == turn else pytest.mark.slow,
+                     id=f"{'-'.join(map(str, ring))}-{style.__name__}")
+        for place, style in enumerate(RECOGNISED)
+        for turn, ring in enumerate([(3, "contiguous"), (4, "zigzag")])
+    ],
+)
 def test_numbers(style: Style, ranks: int, order: str) -> None:
     """At a length that does not divide, in float64 where the model's code allows it."""
     dtype = widest(style)
@@ -149,9 +156,9 @@ def test_repeated_heads_are_not_sent(style: Style) -> None:
 
 
 @named([
-    nano_gpt, five_dims, gpt_oss, t5, *(
+    nano_gpt, five_dims, gpt_oss, *(
         pytest.param(style, marks=pytest.mark.slow)
-        for style in (plain, gpt2, gpt_j, bloom, einsum_groups)
+        for style in (t5, plain, gpt2, gpt_j, bloom, einsum_groups)
     ),
 ])
 def test_half_precision(style: Style) -> None:

@@ -209,6 +209,7 @@ def test_a_dump_says_what_pieces_are() -> None:
     assert {row.form for row in report.attention} == {"ring: keys and values rotate"}
 
 
+@pytest.mark.slow  # test_parallel.py and generate/test_saved.py have processes among the fast ones
 @torch.no_grad()
 def test_processes_and_an_artifact(tmp_path: Path) -> None:
     parallel = made("dense-4l-tiny", "ring=2,time=2")

@@ -218,6 +218,7 @@ def test_an_artifact_computes_the_same_chunks(name: str, tmp_path: Path) -> None
     assert [str(p) for p in read.ranks()] == [str(p) for p in parallel.ranks()]
 
 
+@pytest.mark.slow  # test_parallel.py has processes among the fast ones
 @torch.no_grad()
 def test_processes(tmp_path: Path) -> None:
     made("dense-4l-tiny", "pp=2,time=4").save(tmp_path / "program")

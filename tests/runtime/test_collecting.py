@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import ringcompile as rc
+from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.runtime.collecting import _cut_dim
 from ringcompile.runtime.inprocess import run_lockstep
@@ -49,6 +51,11 @@ def built(name: str, batch: int, length: int) -> tuple[nn.Module, tuple[torch.Te
     return odd(batch, length) if name == "odd" else zoo.build(name, batch=batch, sequence=length)
 
 
+@cache
+def captured(name: str) -> Program:
+    return rc.capture(*built(name, 2, 24))
+
+
 CASES = [
     ("llama-tiny", "ring=4", None, 1), ("llama-tiny", "ring=2,tp=2", 11, 2),
     ("llama-tiny", "dp=2,tp=2", None, 3), ("llama-tiny", "dp=2,pp=2", 3, 3),
@@ -60,7 +67,7 @@ def test_outputs_are_those_of_one_process(tmp_path: Path) -> None:
     """Of a job of four ranks: on rank 0 alone, and on every rank; bit by bit."""
     cases, expected = [], []
     for number, (name, spec, last, batch) in enumerate(CASES):
-        parallel = rc.transform(rc.capture(*built(name, 2, 24)), spec)
+        parallel = rc.transform(captured(name), spec)
         given = built(name, batch, LENGTH)[1]
         parallel.save(tmp_path / str(number))
         cases.append((str(tmp_path / str(number)), given, last))

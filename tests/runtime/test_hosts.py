@@ -94,6 +94,7 @@ def test_a_host_that_never_joins(
     assert [job.returncode for job in jobs] == [1, 1]
 
 
+@pytest.mark.slow  # what is said is tested in one place by test_distributed.py
 def test_a_first_host_that_never_starts(
     hosts: tuple[Host, Host], saved: tuple[ParallelProgram, Path], within
 ) -> None:
