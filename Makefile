@@ -16,6 +16,11 @@ FAST := -m "not slow"
 # Each worker, and each process that a test starts, would else compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
+# mypy keeps one core busy, and tests leave some of both idle. What it says comes last; the command
+# fails if either does.
+beside_mypy = said=$$(mktemp); $(PY) -m mypy > $$said 2>&1 & mypy=$$!; echo "$(1)"; $(1); \
+	tests=$$?; wait $$mypy; types=$$?; cat $$said; rm -f $$said; exit $$((tests ? tests : types))
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo test test-all lint golden bench clean
@@ -30,8 +35,9 @@ setup: $(STAMP)  ## Make .venv with the pinned versions; quick when nothing chan
 demo: setup  ## SmolLM2 on real text, and an answer: one device against ring=4 on 4 processes
 	$(PY) examples/demo.py
 
-test: lint  ## Lint, then every test that is not slow
-	$(PYTEST) $(FAST)
+test: setup  ## Lint, and every test that is not slow beside mypy
+	$(PY) -m ruff check .
+	@$(call beside_mypy,$(PYTEST) $(FAST))
 
 test-all: lint  ## Lint, then every test
 	$(PYTEST)
