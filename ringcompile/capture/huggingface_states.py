@@ -1,9 +1,10 @@
 """Capture of Hugging Face's state space layers: as scans, which hold at every length.
 
 Mamba 1 and its kin can go through associative_scan; RecurrentGemma's loop over tokens is the same
-linear recurrence. Mamba 2, Qwen3-Next, Kimi Linear and their kin go through chunks of a fixed size,
-to a multiple of which they pad the sequence: what they compute is linear attention with a decay,
-some by the delta rule, and captured as such.
+linear recurrence, and RWKV's is two of them. Mamba 2, Qwen3-Next, Kimi Linear and their kin go
+through chunks of a fixed size, to a multiple of which they pad the sequence: what they compute is
+linear attention with a decay, some by the delta rule, and captured as such. So are the blocks of
+MiniMax's lightning attention and the chunks of xLSTM.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def _replaced(model: nn.Module) -> Iterator[tuple[Any, str, Callable[..., Any]]]
     for module in _files(scanning):
         for name in filter(partial(hasattr, module), _ANSWERS):
             yield module, name, _ANSWERS[name]
-    kinds = {type(layer) for layer in model.modules()}
-    for kind in kinds:
-        if hasattr(kind, _LOOP) and kind.__module__.startswith("transformers."):
-            yield kind, _LOOP, _linear_unit(getattr(kind, _LOOP))
+    kinds = {type(layer): layer for layer in model.modules()}
+    for kind, layer in kinds.items():
+        for mark in filter(partial(hasattr, layer), _METHODS):
+            name, replacing = _METHODS[mark]
+            if kind.__module__.startswith("transformers."):
+                yield kind, name, replacing(getattr(kind, name))
     for module in _files(kinds):
         if module.__name__.startswith("transformers."):
             for name in filter(partial(hasattr, module), _CHUNKED):
@@ -166,6 +169,95 @@ def _linear_unit(original: Callable[..., Any]) -> Callable[..., Any]:
     return scanned
 
 
+def _lightning(original: Callable[..., Any]) -> Callable[..., Any]:
+    """MiniMax's lightning attention, each of whose heads forgets at a rate of its own.
+
+    Args:
+        original: its forward, which goes through blocks of a fixed size, or on from a cache.
+    """
+
+    def attended(
+        layer: Any, hidden_states: torch.Tensor, position_embeddings: Any,
+        attention_mask: torch.Tensor | None, past_key_values: Any = None, **kwargs: Any,
+    ) -> Any:
+        if past_key_values is not None:
+            return original(layer, hidden_states, position_embeddings, attention_mask,
+                            past_key_values=past_key_values, **kwargs)
+        x = layer.act_fn(layer.qkv_proj(hidden_states))
+        if attention_mask is not None:  # 1 for a token, 0 for padding
+            x = (x * attention_mask[:, :, None]).to(x.dtype)
+        x = x.unflatten(-1, (layer.num_attention_heads, 3 * layer.head_dim))
+        q, k, v = (each.transpose(1, 2) for each in x.split(layer.head_dim, -1))
+        decay = -layer.slope_rate[:, 0].expand(q.shape[:-1])
+        y = linear_attention(q, k, v, decay).transpose(1, 2).flatten(2)
+        y = F.sigmoid(layer.output_gate(hidden_states)) * layer.norm(y)
+        return layer.out_proj(y), None
+
+    return attended
+
+
+def _mlstm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The matrix memory of xLSTM: linear attention whose keys are weighted by an exponential gate.
+
+    Sums are kept beside a logarithm by which they are scaled down, the largest of the gates so far
+    less what was forgotten since.
+
+    Args:
+        original: its forward, which goes through chunks of fixed sizes, or on from a state.
+    """
+
+    def attended(
+        layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        igate: torch.Tensor, fgate: torch.Tensor, c_initial: Any = None, n_initial: Any = None,
+        m_initial: Any = None, return_last_states: Any = None, mode: str | None = None,
+    ) -> Any:
+        begun = any(x is not None for x in (c_initial, n_initial, m_initial))
+        if begun or "inference" not in (mode or layer.config.mode):
+            return original(layer, query, key, value, igate, fgate, c_initial, n_initial,
+                            m_initial, return_last_states, mode)
+        forgotten, gate = F.logsigmoid(fgate.float()), igate.float()
+        since = forgotten.cumsum(-1)
+        scale = since + (gate - since).cummax(-1).values.clamp(min=0)
+        decay = forgotten + F.pad(scale, (1, -1)) - scale
+        k = key.float() * torch.exp(gate - scale)[..., None]
+        v = F.pad(value.float(), (0, 1), value=1.0)
+        y = linear_attention(query.float() * query.shape[-1] ** -0.5, k, v, decay)
+        weight = torch.maximum(y[..., -1].abs(), torch.exp(-scale)) + layer.config.eps
+        return (y[..., :-1] / weight[..., None]).to(query.dtype), None
+
+    return attended
+
+
+def _wkv(
+    time_decay: torch.Tensor,
+    time_first: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> tuple[torch.Tensor, None]:
+    """RWKV's average of values, weighted by exp(key), which fade with each later token; in float32.
+
+    Both sums are kept beside a logarithm by which they are scaled down, here that of the sum of all
+    weights so far: any would do that is about as large. What it is rounded by cancels out, since
+    what scales a sum down at one token scales it up again at the next one.
+
+    Args:
+        time_decay: [C], logarithms of the rates at which weights fade.
+        time_first: [C], what a token's own key is raised by.
+        key: [B,S,C].
+        value: [B,S,C].
+    """
+    k, v, fading = key.float(), value.float(), -torch.exp(time_decay.float())
+    faded = torch.arange(k.shape[1], device=k.device).to(k.dtype)[:, None] * fading
+    scale = torch.logcumsumexp(k - faded, 1) + faded
+    before = F.pad(scale, (0, 0, 1, -1), value=_NOTHING)
+    gate, entering = torch.exp(fading + before - scale), torch.exp(k - scale)
+    sums = [op("recurrence")(gate, x, dim=1) for x in (entering * v, entering)]
+    above, below = (F.pad(x, (0, 0, 1, -1)) for x in sums)
+    largest = torch.maximum(before, k + time_first)
+    left, own = torch.exp(before - largest), torch.exp(k + time_first - largest)
+    return ((left * above + own * v) / (left * below + own)).to(key.dtype), None
+
+
 def _for_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B,S,G,N] as [B,S,H,N]: heads of a group share it."""
     groups = x.shape[2]
@@ -181,11 +273,19 @@ def _attended(*operands: torch.Tensor) -> torch.Tensor:
 
 # What layers ask torch, and what they are told.
 _ANSWERS = {"is_torchdynamo_compiling": lambda: True, "is_torchdynamo_exporting": lambda: False}
-# A method that goes through the tokens in a loop.
-_LOOP = "_rnn_scan"
+# By what a layer has, a method that goes through the tokens in a loop or in blocks, and what makes
+# another of it.
+_METHODS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "_rnn_scan": ("_rnn_scan", _linear_unit),
+    "get_slope_rate": ("forward", _lightning),
+    "chunkwise_kernel_fn": ("forward", _mlstm),
+}
+# The logarithm of what there is before the first token.
+_NOTHING = -1e30
 # Functions that go through chunks of a fixed size, and what they compute.
 _CHUNKED: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _chunk_scan,
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
+    "rwkv_linear_attention": _wkv,
 }

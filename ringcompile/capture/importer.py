@@ -165,9 +165,11 @@ def check_writes(exported: ExportedProgram) -> None:
     }
     changed = [name for name in signature.buffers_to_mutate.values() if name in read]
     changed += signature.user_inputs_to_mutate.values()
+    changed += getattr(signature, "parameters_to_mutate", {}).values()
     if changed:
         raise RingCompileError(
             f"the model changes '{own_name(changed[0])}' while it runs; inference must not "
             "change state",
-            hint="call model.eval(), and turn caches off",
+            hint="call model.eval(), and turn caches off; where only the first call changes "
+            "something, call the model once before it is captured",
         )

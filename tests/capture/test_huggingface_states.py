@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -11,13 +12,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import xLSTMConfig
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
+from transformers.models.rwkv import modeling_rwkv
+from transformers.models.xlstm import modeling_xlstm
 
 import ringcompile as rc
 from ringcompile.capture import huggingface_states
 from ringcompile.capture.huggingface_states import states_by_scan
+from ringcompile.ops.running import recurrence
 from tests.families.catalogue import FAMILIES
 from tests.families.trial import CAPTURED, MATCHED, any_length, judged, reference
 from tests.support import run
@@ -81,9 +86,38 @@ def test_the_delta_rule_is_that_of_transformers(
         )
 
 
+@pytest.mark.parametrize("rate", [-3.0, 2.0])
+@pytest.mark.parametrize("largest", [1.0, 300.0])
+def test_averages_of_rwkv(monkeypatch: pytest.MonkeyPatch, largest: float, rate: float) -> None:
+    """Whatever keys are, and however fast they fade: exp of them would not be a number."""
+    monkeypatch.setattr(huggingface_states, "op", lambda _: recurrence)
+    torch.manual_seed(0)
+    for length in (1, 2, 600):
+        decay, first = torch.randn(SIZE) + rate, torch.randn(SIZE) * largest / 10
+        k, v = torch.randn(BATCH, length, SIZE) * largest, torch.randn(BATCH, length, SIZE)
+        found, _ = ours(modeling_rwkv, "rwkv_linear_attention")(decay, first, k, v)
+        expected, _ = modeling_rwkv.rwkv_linear_attention(decay, first, k, v)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [1.0, 40.0])
+def test_the_memory_of_xlstm(largest: float) -> None:
+    torch.manual_seed(0)
+    layer = modeling_xlstm.xLSTMBackend(xLSTMConfig(chunk_size=16))
+    for length in (1, 2, 41, 70):
+        q, k, v = (torch.randn(BATCH, HEADS, length, SIZE) for _ in range(3))
+        gates = [torch.randn(BATCH, HEADS, length) * largest for _ in range(2)]
+        expected, _ = layer(q, k, v, *gates)
+        with states_by_scan(layer):
+            found, _ = layer(q, k, v, *gates)
+        # Where a sum cancels out, both are divided by next to nothing.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", [
-    "recurrent_gemma",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba2", "kimi_linear")),
+    "recurrent_gemma", "rwkv",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("mamba2", "kimi_linear", "minimax", "xlstm")),
 ])
 def test_a_model_is_captured_for_all_lengths(name: str) -> None:
     family = FAMILIES[name]
@@ -105,6 +139,14 @@ def test_a_state_that_is_given_by_place_is_begun_from() -> None:
     name, given = "torch_chunk_gated_delta_rule", (q, k, v, decay, beta, 64, state)
     expected = getattr(modeling_qwen3_next, name)(*given)
     torch.testing.assert_close(ours(modeling_qwen3_next, name)(*given), expected)
+
+
+def test_a_model_that_its_first_call_changes_is_called_before() -> None:
+    """RWKV scales weights down in its first call, to which capture would not be true."""
+    family = replace(FAMILIES["rwkv"], called=False)
+    with pytest.raises(rc.RingCompileError, match=r"changes 'rwkv\.blocks\.0\.att") as refused:
+        rc.capture(family.build(), (), family.example(CAPTURED))
+    assert "call the model once before it is captured" in str(refused.value)
 
 
 def test_what_a_later_version_is_told_is_left_to_it() -> None:

@@ -59,6 +59,8 @@ class Family:
         sharpen: factor on the weights that attention scores come from.
         matters: config fields with a value that must change the outputs.
         first_seen: whether the last position sees the first.
+        called: whether it has to be called once before it is captured, since its first call
+            changes its weights.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Family:
     sharpen: float = 1.5
     matters: Mapping[str, Any] = field(default_factory=dict)
     first_seen: bool = True
+    called: bool = False
 
     def build(self, **changes: Any) -> nn.Module:
         """The model, in float32 and eval mode; the same every time."""
@@ -81,6 +84,9 @@ class Family:
             torch.manual_seed(SEED)
             model = getattr(transformers, self.model)(config).float().eval()
         _draw_weights(model, self.sharpen)
+        if self.called:
+            with torch.no_grad():
+                model(**self.example(2))
         return model
 
     def example(self, length: int, batch: int = 1) -> dict[str, torch.Tensor]:
