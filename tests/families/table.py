@@ -177,5 +177,5 @@ size, for instance) are captured at the length at which they run: "at this lengt
 counts the matrix products and convolutions, beside attention itself, of which each rank computes
 its share; the others are computed whole on every rank, as what comes before the first attention of
 a model with recurrence is. *Gathers* counts tensors that are gathered whole, such as the first
-token's state for a pooler.
+token's state for a pooler. A decoder beside an encoder has about half as many tokens as that.
 """

@@ -177,11 +177,13 @@ def _inputs(family: Family, length: int, batch: int) -> dict[str, torch.Tensor]:
 
 def any_length(program: Program) -> bool:
     """Whether a program serves other lengths than that of its example."""
-    return any(
+    varies = any(
         is_symbolic(size) and SEQUENCE in symbols_in(size)
         for given in program.inputs
         for size in given.type.shape
     )
+    tokens = [given.type.shape for given in program.inputs if given.name == "input_ids"]
+    return varies and all(is_symbolic(shape[1]) for shape in tokens)
 
 
 @torch.no_grad()

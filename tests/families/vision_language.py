@@ -66,16 +66,14 @@ def patches(tokens_of_image: int, grid: tuple[int, int, int], size: int, axes: i
     return inputs
 
 
-def images(tokens_of_image: int, *, sizes: bool = False) -> Inputs:
-    """Two images of one size in each text, [B, 2, 3, H, W]; or one, and its size in pixels."""
+def two_images(tokens_of_image: int) -> Inputs:
+    """Two images of one size in each text, [B, 2, 3, H, W]."""
 
     def inputs(length: int, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        count = 1 if sizes else 2
         text = ids(length, batch, generator).clamp(max=IMAGE_TOKEN - 1)
-        text[:, 2 : 2 + count * tokens_of_image] = IMAGE_TOKEN
-        shape = (batch, 3, SIDE, SIDE) if sizes else (batch, count, 3, SIDE, SIDE)
-        found = {"input_ids": text, "pixel_values": torch.randn(*shape, generator=generator)}
-        return {**found, "image_sizes": torch.tensor([[SIDE, SIDE]] * batch)} if sizes else found
+        text[:, 2 : 2 + 2 * tokens_of_image] = IMAGE_TOKEN
+        image = torch.randn(batch, 2, 3, SIDE, SIDE, generator=generator)
+        return {"input_ids": text, "pixel_values": image}
 
     return inputs
 
@@ -125,38 +123,17 @@ FAMILIES = [
            {"out_hidden_size": 64, "hidden_size": 32, "intermediate_size": 48,
             "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}, {"head_dim": 16},
            "grouped-query with query/key norm, causal; full over an image's patches"),
-          ("glm4v", "Glm4vForConditionalGeneration",
-           {"out_hidden_size": 64, "hidden_size": 32, "intermediate_size": 48,
-            "image_size": 32}, {},
-           "grouped-query, causal; full over an image's patches"),
       )),
     *(whole(name, model,
             {"vision_config": TOWER, "text_config": {"model_type": "llama", **sizes(**TEXT)},
              "scale_factor": 2},
-            "grouped-query, causal; full over patches", images(4))
+            "grouped-query, causal; full over patches", two_images(4))
       for name, model in (("idefics3", "Idefics3ForConditionalGeneration"),
                           ("smolvlm", "SmolVLMForConditionalGeneration"))),
-    whole("mistral3", "Mistral3ForConditionalGeneration",
-          {"vision_config": {"model_type": "pixtral", "head_dim": 16, **TOWER},
-           "text_config": {"model_type": "mistral", **sizes(**TEXT)}, "spatial_merge_size": 2,
-           "vision_feature_layer": -1},
-          "grouped-query, causal + window; full over an image's patches",
-          images(4, sizes=True)),
     whole("internvl", "InternVLForConditionalGeneration",
           {"vision_config": {"model_type": "internvl_vision", **TOWER, "image_size": [SIDE, SIDE],
                              "patch_size": [PATCH, PATCH]},
            "text_config": {"model_type": "llama", **sizes(**TEXT)}, "downsample_ratio": 0.5,
            "vision_feature_layer": -1},
           "grouped-query, causal; full over patches", with_image(4)),
-    whole("aya_vision", "AyaVisionForConditionalGeneration",
-          {"vision_config": {"model_type": "siglip_vision_model", **TOWER},
-           "text_config": {"model_type": "llama", **sizes(**TEXT)}, "downsample_factor": 2,
-           "vision_feature_layer": -1},
-          "grouped-query, causal; full over patches", with_image(4)),
-    whole("vipllava", "VipLlavaForConditionalGeneration",
-          {"vision_config": {"model_type": "clip_vision_model", **TOWER,
-                             "num_hidden_layers": 2},
-           "text_config": {"model_type": "llama", **sizes(**TEXT)},
-           "vision_feature_layers": [-1, -2]},
-          "grouped-query, causal; full over patches", with_image(16)),
 ]
