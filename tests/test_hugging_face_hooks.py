@@ -260,7 +260,9 @@ def registered() -> list[dict[str, Any]]:
     return [dict(registry) for registry in registries]
 
 
-@pytest.mark.parametrize("kind", [Gemma2ForCausalLM, GptOssForCausalLM])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(Gemma2ForCausalLM, marks=pytest.mark.slow), GptOssForCausalLM]
+)
 def test_one_sequence_is_exported_once_for_any_batch(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

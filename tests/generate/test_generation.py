@@ -35,7 +35,8 @@ def uncached(module: nn.Module, tokens: torch.Tensor, new: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunk"), [(Learned, None), (LastToken, 4), (LastAsSlice, 4)]
+    ("kind", "chunk"),
+    [(Learned, None), pytest.param(LastToken, 4, marks=pytest.mark.slow), (LastAsSlice, 4)],
 )
 def test_greedy(kind: type[nn.Module], chunk: int | None) -> None:
     module, parallel = cached(kind, "ring=2")
