@@ -31,7 +31,7 @@ def setup(rank: int, world: int, case: Case) -> Step:
     peer = Peer(parallel, Rank(rank, world, torch.device("cpu")))
     sequence = peer.program().sequence
     assert sequence is not None
-    lengths = {**sequence.bindings(case.num_tokens), BATCH: 1}
+    lengths = {**sequence.bindings({SEQUENCE: case.num_tokens}), BATCH: 1}
     assert lengths[SEQUENCE] % sequence.num_chunks == 0
     tensors = (tensor.transpose(1, 2) for tensor in case.local_tensors(rank, world))
     share = dict(zip(peer.program().placeholders, tensors, strict=True))
