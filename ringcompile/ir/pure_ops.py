@@ -12,6 +12,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch import fx
+
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.nodes import error_at
 
 _NAME = re.compile(r"aten\.[A-Za-z0-9_]{1,80}\.[A-Za-z0-9_]{1,40}", re.ASCII)
 _PLAIN = re.compile(
@@ -42,6 +46,16 @@ def is_pure_name(name: str) -> bool:
 def draws(target: Any) -> bool:
     """Whether an op draws random numbers, so that ranks would not have the same."""
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def drawing(node: fx.Node) -> RingCompileError:
+    """The refusal of an op that draws random numbers."""
+    return error_at(
+        node,
+        f"{node.target} draws random numbers, and every rank would draw different ones",
+        hint="draw them where the model is called and pass them in as an input, so that all ranks "
+        "have the same; if they are meant for training only, call model.eval()",
+    )
 
 
 @cache

@@ -19,6 +19,7 @@ from ringcompile.ir.expr import BATCH, PART_AXIS, Size, divide, equal, is_symbol
 from ringcompile.ir.layout import WHOLE, Atom, Layout
 from ringcompile.ir.nodes import error_at, layout_of, results_of, type_of
 from ringcompile.ir.program import Program
+from ringcompile.ir.pure_ops import drawing, draws
 from ringcompile.ir.rules import ConflictError, Placement, find_rule
 from ringcompile.ops.running import dim_along, is_scan
 from ringcompile.passes.base import Builder
@@ -196,6 +197,8 @@ class BatchLayouts(Requests):
 
 def mixing(node: fx.Node) -> RingCompileError:
     """The refusal of an op that needs more than one part has."""
+    if draws(node.target):
+        return drawing(node)
     if find_rule(node.target) is None:
         return error_at(
             node, f"{node.target} has no sharding rule, so it may mix the sequences of a batch"

@@ -14,13 +14,16 @@ _CHAPTERS = {
     "attention": "Attention in other words",
     "op": "Ops along and across the sequence",
 }
+# A loss of the whole batch, for instance: no replica has it alone.
+_MIXES = "mixes the sequences of a batch"
 _HEAD = f"""# Odd forms in your own module
 
 Small modules in float64, one for each form; `python -m tests.own_modules --write` makes this page.
 Each is captured at 24 tokens and two sequences, compiled for every plan in the table, and run at
 {" and ".join(map(str, LENGTHS))} tokens, of which the second divides over no axis. *Right* means
 that the largest difference from the module as PyTorch runs it is within 1e-10 of the largest
-output. Ops stand behind a causal attention.
+output. Ops stand behind a causal attention. The *share right* of `dp=2` leaves out forms that mix
+the sequences of a batch, such as a loss, since no replica has all of them.
 
 Scores that become no softmax, or that are used twice, are computed as the module writes them: each
 rank computes its rows of all pairs of tokens, from keys that are gathered on every rank. A note of
@@ -43,14 +46,18 @@ def page(trials: Sequence[Trial]) -> str:
 
 
 def summary(trials: Iterable[Trial]) -> str:
-    """How many forms are right on each plan."""
-    counts = Counter((trial.spec, trial.outcome) for trial in trials)
+    """How many forms are right on each plan; and of how many, less those no replica can have."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for trial in trials:
+        counts[trial.spec, trial.outcome] += 1
+        counts[trial.spec, _MIXES] += _MIXES in trial.text
     kinds = [RIGHT, REFUSED, WRONG, CRASHED]
-    lines = [f"| plan | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
-    lines += [
-        f"| `{spec}` | " + " | ".join(str(counts[spec, kind]) for kind in kinds) + " |"
-        for spec in AXES
-    ]
+    lines = [f"| plan | {' | '.join(kinds)} | share right |", "|---|" + "---|" * (len(kinds) + 1)]
+    for spec in AXES:
+        tried = sum(counts[spec, kind] for kind in kinds) - counts[spec, _MIXES]
+        share = counts[spec, RIGHT] / max(tried, 1)
+        numbers = " | ".join(str(counts[spec, kind]) for kind in kinds)
+        lines.append(f"| `{spec}` | {numbers} | {share:.0%} |")
     return "\n".join([*lines, ""])
 
 

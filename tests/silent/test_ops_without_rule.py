@@ -106,11 +106,15 @@ def test_it_can_be_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_random_numbers_are_refused_everywhere() -> None:
-    for spec in ("pp=2", "ring=2"):
-        with pytest.raises(RingCompileError, match="draws random numbers") as caught:
+    for spec in ("pp=2", "ring=2", "dp=2"):
+        with pytest.raises(RingCompileError, match="every rank would draw different") as caught:
             compiled(model(lambda m, x, t: x * torch.rand_like(x)), (ids(CAPTURED),), spec)
         assert caught.value.location is not None
         assert "rand_like" in caught.value.location.text
+        assert caught.value.hint == (
+            "draw them where the model is called and pass them in as an input, so that all ranks "
+            "have the same; if they are meant for training only, call model.eval()"
+        )
 
 
 @pytest.mark.parametrize("name", [

@@ -21,7 +21,7 @@ from ringcompile.ir.expr import SEQUENCE, SHARES, Size, equal, is_symbolic, simp
 from ringcompile.ir.layout import WHOLE, Atom, DimLayout, Layout
 from ringcompile.ir.nodes import error_at, layout_of, location_of, type_of
 from ringcompile.ir.program import Program
-from ringcompile.ir.pure_ops import draws, is_pure
+from ringcompile.ir.pure_ops import drawing, draws, is_pure
 from ringcompile.ir.rules import ConflictError, FactorRule, Placement, Rule, all_whole, find_rule
 from ringcompile.ir.types import SequenceSplit
 from ringcompile.mesh import Mesh
@@ -284,11 +284,7 @@ class _Placer(Requests):
         if rule is not None:
             return rule
         if draws(node.target):
-            raise error_at(
-                node,
-                f"{node.target} draws random numbers, and every rank would draw different ones",
-                hint="pass random numbers in as an input",
-            )
+            raise drawing(node)
         split = not all(layout_of(operand).is_whole for operand in operands)
         if self.gather_unknown and split and "type" in node.meta:
             place = f"{location_of(node).short}: %{node.name}".lstrip(": ")
