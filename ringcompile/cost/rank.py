@@ -280,11 +280,12 @@ def _weights(values: Values) -> tuple[tuple[str, int], ...]:
 
 def _held_bytes(values: Values) -> dict[str, int]:
     """The memory while each node runs; a value is freed behind the last reader of it or a view."""
-    frees = _frees(values)
+    memory = {node: tuple(storages(value)) for node, value in values.of.items()}
+    frees = _frees(values, memory)
     held: dict[int, int] = {}
     now, found = 0, dict[str, int]()
     for i, node in enumerate(values.of):
-        for identity, num_bytes in storages(values.of[node]):
+        for identity, num_bytes in memory[node]:
             if identity not in held:
                 held[identity] = num_bytes
                 now += num_bytes
@@ -293,8 +294,15 @@ def _held_bytes(values: Values) -> dict[str, int]:
     return found
 
 
-def _frees(values: Values) -> dict[int, list[int]]:
-    """The memory that is freed after each node; a transfer keeps what it sends until its wait."""
+def _frees(
+    values: Values, memory: Mapping[fx.Node, tuple[tuple[int, int], ...]]
+) -> dict[int, list[int]]:
+    """The memory that is freed after each node; a transfer keeps what it sends until its wait.
+
+    Args:
+        values: of the program.
+        memory: the `storages` of each value.
+    """
     last: dict[int, int] = {}
     for i, node in enumerate(values.of):
         read = [node, *node.all_input_nodes]
@@ -303,12 +311,13 @@ def _frees(values: Values) -> dict[int, list[int]]:
             assert isinstance(started, fx.Node)
             read += started.all_input_nodes
         for operand in read:
-            last.update((identity, i) for identity, _ in storages(values.of[operand]))
+            for identity, _ in memory[operand]:
+                last[identity] = i
     program = values.program
     kept = [n for n in values.of if n.name in program.weights or program.state.get(n.name) in KEPT]
     kept += program.outputs
     for node in kept:
-        for identity, _ in storages(values.of[node]):
+        for identity, _ in memory[node]:
             last.pop(identity, None)
     frees: dict[int, list[int]] = {}
     for identity, i in last.items():

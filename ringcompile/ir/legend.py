@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -118,9 +118,24 @@ class _Uses:
             found.update(name for size in sizes for name in expr.symbols_in(size))
         return found
 
+    @cached_property
+    def kinds_of_calls(self) -> list[fx.Node]:
+        """Calls of our ops, one for each way to give an op its band and to leave arguments out."""
+        return list({_kind(node): node for node in self.ours}.values())
+
     def takes(self, names: set[str]) -> bool:
         """Whether one of our ops has an argument of these names."""
         return any(names & parameters(node) for node in self.ours)
+
+
+def _kind(node: fx.Node) -> Hashable:
+    """The op of a call, which arguments it has, and what hides keys from queries."""
+    there = (*map(_is_there, node.args), *((k, _is_there(v)) for k, v in node.kwargs.items()))
+    return node.target, there, node.kwargs.get("lower"), node.kwargs.get("upper")
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None
 
 
 def _lengths(uses: _Uses) -> _Entries:
@@ -238,9 +253,10 @@ def _held(program: Program, sequence: SequenceSplit) -> str:
 
 
 def _attention(uses: _Uses) -> _Entries:
-    words = {word for node in uses.ours if has_band(node) for word in band_text(node).split()}
+    ours = uses.kinds_of_calls
+    words = {word for node in ours if has_band(node) for word in band_text(node).split()}
     yield from ((word, text) for word, text in _BANDS.items() if word in words)
-    given = {a.name for node in uses.ours for a in given_arguments(node)}
+    given = {a.name for node in ours for a in given_arguments(node)}
     yield from ((name, text) for name, text in _SCORES.items() if name in given)
     if any(is_state(node.meta.get("type")) for node in uses.calls):
         yield "state", (
