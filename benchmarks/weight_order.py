@@ -12,7 +12,7 @@ import click
 import torch
 import torch.nn.functional as F
 
-from ringcompile.runtime.memory_order import column_by_column
+from ringcompile.ops.memory_order import column_by_column
 
 # out, in: projections of SmolLM2-135M, its head, and those of larger models.
 SHAPES = (

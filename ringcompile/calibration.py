@@ -6,8 +6,10 @@ import datetime
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
@@ -18,13 +20,15 @@ import torch
 from ringcompile.cost.collectives import num_steps
 from ringcompile.cost.figures import UNITS, Figure
 from ringcompile.cost.hardware import FORMAT, Cluster, load_cluster, read_cluster
-from ringcompile.cost.measure import SIZES, measure_device
+from ringcompile.cost.measure import SIZES, measure_device, slower
 from ringcompile.errors import RingCompileError
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory
 from ringcompile.runtime.processes import Processes
 from ringcompile.runtime.speed import LinkSizes, link_seconds, node_seconds
 
+# Seconds after which no further pass over a CPU's figures begins, unless a number was asked for.
+_AGAIN = 30.0
 _Pick: TypeAlias = Callable[[list[float]], float]
 
 
@@ -53,7 +57,8 @@ def measure(
         base: a cluster or file to take over what is not measured from.
         threads: of a rank, on a CPU.
         ranks: to measure links between; by default 2, or the number of GPUs.
-        passes: how often all is measured; by default 3 times on a CPU and once on a GPU.
+        passes: how often all is measured; by default once on a GPU, and on a CPU up to 3 times, as
+            long as half a minute has not passed.
         quick: a dry run on small sizes.
 
     Raises:
@@ -62,8 +67,9 @@ def measure(
     place = _place(device)
     name = dtype or ("float16" if place.type == "cuda" else "float32")
     ranks = ranks or (torch.cuda.device_count() if place.type == "cuda" else 2)
+    seconds = inf if passes else _AGAIN
     passes = passes or (1 if quick or place.type == "cuda" else 3)
-    work = Probe(place, getattr(torch, name), "quick" if quick else place.type, passes)
+    work = Probe(place, getattr(torch, name), "quick" if quick else place.type, passes, seconds)
     figures, links = _measure(work, ranks, threads)
     title = device_title(place)
     if place.type != "cuda":
@@ -86,22 +92,41 @@ def _place(device: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Probe:
-    """What to measure: where, of which dtype, a key of `SIZES`, and how often."""
+    """What to measure: where, of which dtype, a key of `SIZES`, and how often.
+
+    On a CPU no pass begins later than so many seconds after the first one.
+    """
 
     place: torch.device
     dtype: torch.dtype
     sizes: str
     passes: int
+    seconds: float = inf
 
 
 def _measure(work: Probe, ranks: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of a device and of the links; on a CPU all ranks compute at once, as they will."""
+    """Figures of a device and of the links; on a CPU all ranks compute at once, as they will.
+
+    More threads than CPUs get each their share of the time: `measure_device` has figures of the
+    best pace that it sees, at which a thread has a CPU for itself.
+    """
     if work.place.type == "cuda":
         figures = usual([device_figures(work) for _ in range(work.passes)])
         return figures, _link_figures(work, ranks, None) if ranks > 1 else {}
     with Processes(ranks, backend="gloo", threads=threads) as processes:
-        figures = usual([worst(processes.call(_rank_figures, work)) for _ in range(work.passes)])
+        passes, started = list[dict[str, Any]](), time.monotonic()
+        while len(passes) < work.passes and (not passes or time.monotonic() < started + work.seconds):
+            passes.append(worst(processes.call(_rank_figures, work)))
+        times = max(1.0, ranks * threads / _num_cpus())
+        figures = {key: slower(figure, times) for key, figure in usual(passes).items()}
         return figures, _link_figures(work, ranks, processes) if ranks > 1 else {}
+
+
+def _num_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _rank_figures(rank: Rank, work: Probe) -> dict[str, Any]:
@@ -167,7 +192,7 @@ def _link_figures(work: Probe, ranks: int, processes: Processes | None) -> dict[
 
 def link_sizes(*, quick: bool) -> LinkSizes:
     """What to exchange in order to measure a link; few and small ones for a dry run."""
-    return LinkSizes((4096, 65536), 2) if quick else LinkSizes()
+    return LinkSizes((4096, 65536), (256, 4096), 2) if quick else LinkSizes()
 
 
 def link_figures(found: list[dict[str, Any]], sizes: LinkSizes, ranks: int) -> dict[str, Any]:
@@ -195,6 +220,11 @@ def link_figures(found: list[dict[str, Any]], sizes: LinkSizes, ranks: int) -> d
             "value": [float(f"{rate:.4g}") for rate in rates], "unit": "GB/s",
             "axes": {"bytes": list(sizes.messages)},
         }
+    figures["small"] = {
+        "value": [round(max(entry["small"][i] for entry in found) * 1e6, 3)
+                  for i in range(len(sizes.small))],
+        "unit": "us", "axes": {"bytes": list(sizes.small)},
+    }
     worst = max(entry["interference"] for entry in found)
     figures["interference"] = {"value": round(worst, 4), "unit": "1"}
     return figures

@@ -36,8 +36,9 @@ _DEVICES = ("auto", "cpu", "cuda")
               help="Number of ranks between which links are measured. By default 2, or the number "
               "of GPUs.")
 @click.option("--passes", type=click.IntRange(1), metavar="N",
-              help="Number of repetitions, of which the median is taken. By default 3 on a CPU, "
-              "which other programs may be using, and 1 on a GPU.")
+              help="Number of repetitions, of which the median is taken. By default 1 on a GPU; on a "
+              "CPU, which other programs may be using, as many as begin within half a minute, "
+              "up to 3.")
 @click.option("--quick", is_flag=True,
               help="A trial run with small sizes. Do not use its numbers.")
 def calibrate(

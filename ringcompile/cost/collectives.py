@@ -16,6 +16,8 @@ from ringcompile.cost.rank import TimedCollective, TimedShift
 # What is read in a link's table for each kind: nccl-tests calls it bus bandwidth.
 _FIGURES = {"gather": "all_gather", "reduce_scatter": "all_gather", "all_reduce": "all_reduce",
             "all_to_all": "all_to_all", "dispatch": "all_to_all", "combine": "all_to_all"}
+# Small ones of these are all alike: a message from every rank to every other one.
+_SMALL = frozenset({"gather", "reduce_scatter", "all_reduce", "all_to_all"})
 
 
 def message_seconds(cluster: Cluster, source: int, to: int, num_bytes: int) -> float:
@@ -37,7 +39,11 @@ def collective_seconds(cluster: Cluster, exchange: TimedCollective) -> float:
     by_node = Counter(cluster.node_of(rank) for rank in group)
     inside, num_nodes = min(by_node.values()), len(by_node)
     if num_nodes == 1:
-        return _flat(kind, brought, len(group), cluster.links["node"])
+        link = cluster.links["node"]
+        small = link.figures.get("small")
+        if small is not None and kind in _SMALL and brought <= small.points("bytes")[-1]:
+            return small(bytes=brought)
+        return _flat(kind, brought, len(group), link)
     between = cluster.links["between"]
     if inside == 1 or len(set(by_node.values())) > 1:
         return _flat(kind, brought, len(group), between)

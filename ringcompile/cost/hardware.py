@@ -43,6 +43,7 @@ DEVICE_FIELDS = {
     "attention": Field("FLOP/s", ("head_dim", "length"), by_dtype=True),
     "attention_causal": Field("FLOP/s", ("head_dim", "length"), by_dtype=True),  # visible pairs
     "attention_masked": Field("FLOP/s", ("head_dim", "length"), by_dtype=True),  # with a mask
+    "attention_cached": Field("byte/s", ("bytes",)),  # keys and values read by one query
     "stream": Field("byte/s", ("bytes",), by_dtype=True, needed=True),  # add, mul, copy
     "strided": Field("byte/s", ("bytes",), by_dtype=True, needed=True),  # permuted copies
     "special": Field("byte/s", ("bytes",), by_dtype=True, needed=True),  # exp, tanh, gelu, cos
@@ -61,6 +62,8 @@ LINK_FIELDS = {
     "all_reduce": Field("byte/s", ("bytes",)),
     "all_gather": Field("byte/s", ("bytes",)),  # and reduce-scatter
     "all_to_all": Field("byte/s", ("bytes",)),
+    # Of a small collective as programs have them, by the bytes that each rank brings.
+    "small": Field("second", ("bytes",)),
 }
 # Where a table has no figure for a dtype, its twin has the same figures.
 _TWINS = {"bfloat16": "float16", "float16": "bfloat16"}

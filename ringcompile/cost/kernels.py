@@ -78,7 +78,8 @@ def time_of(kernel: Kernel, device: Device) -> Time:
     elif kernel.kind == "attention_cached":
         # Keys are divided among all parts of a device, however few queries there are: nothing but
         # memory limits a kernel that reads every key once for a query or a few.
-        times = {"memory": kernel.num_bytes / device.value("bandwidth")}
+        name = kernel.kind if kernel.kind in device.figures else "bandwidth"
+        times = {"memory": kernel.num_bytes / device.get(name)(bytes=kernel.num_bytes)}
     elif kernel.kind.startswith("attention"):
         times = {"attention": _attention(kernel, device),
                  "memory": kernel.num_bytes / device.value("bandwidth")}

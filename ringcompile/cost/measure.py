@@ -2,32 +2,26 @@
 
 Times are of the device alone: on CUDA by events, short kernels many at a time in a CUDA graph, so
 that the host's share, a figure of its own, stays out of them. Weights are taken in turns from more
-memory than caches hold, as in a model, where each is used once a step. On a CPU each call comes
-behind a product of some milliseconds, as it would in a program: caches that others use as well have
-lost its operands by then, and alone in a loop a short kernel is up to four times as fast. Copies,
-of which models have several in a row, come behind one like them. The same product tells how fast
-the CPU is; its figures are for the best pace at which it was seen (`pace`).
+memory than caches hold, as in a model, where each is used once a step, and they lie in memory as
+programs have them. What a call comes behind on a CPU is told in `clock`.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ringcompile.cost.clock import Clock
 from ringcompile.cost.figures import UNITS
-from ringcompile.cost.pace import Pace, product_seconds
 from ringcompile.errors import RingCompileError
 from ringcompile.ops import kernels
+from ringcompile.ops.memory_order import column_by_column
 
-aten = torch.ops.aten
 Report = Callable[[str], None]
 
 
@@ -39,15 +33,18 @@ class MeasuredSizes:
         rows, widths: matrix products of rows x width x width.
         lengths, head_dims: attention of `heads` heads over equal numbers of queries and keys.
         masked: lengths with a mask, which is a tensor.
+        cached: lengths of caches that one query reads.
         tensors: bytes that pointwise ops read and write.
         cache: bytes that no cache holds.
-        sample: the least seconds of one timed sample, on CUDA, and how many are taken.
+        sample: the least seconds of one timed sample, on CUDA.
+        num_samples: how many are taken; on a CPU, at most.
     """
 
     rows: tuple[int, ...]
     widths: tuple[int, ...]
     lengths: tuple[int, ...]
     masked: tuple[int, ...]
+    cached: tuple[int, ...]
     head_dims: tuple[int, ...]
     heads: int
     tensors: tuple[int, ...]
@@ -57,112 +54,29 @@ class MeasuredSizes:
 
 
 _KIB, _MIB = 1 << 10, 1 << 20
-# What takes longer than this is timed call by call.
-_LONG = 5e-3
-# On a CPU, what takes longer than this is timed once more.
-_VERY_LONG = 60e-3
 SIZES = {
     "cuda": MeasuredSizes(
         rows=(16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         widths=(512, 1024, 2048, 4096, 8192, 16384),
         lengths=(256, 1024, 4096, 16384), masked=(256, 1024, 4096),
+        cached=(256, 1024, 4096, 16384, 65536),
         head_dims=(64, 128, 256, 512), heads=16,
         tensors=tuple(_MIB << i for i in range(0, 11, 2)),
         cache=256 * _MIB, sample=1e-3, num_samples=7,
     ),
     "cpu": MeasuredSizes(
         rows=(1, 4, 16, 64, 128, 256, 512, 1024, 2048), widths=(64, 128, 256, 512, 1024, 2048),
-        lengths=(16, 64, 256, 512, 1024, 2048), masked=(64, 256, 512, 1024),
+        lengths=(16, 64, 256, 1024, 2048), masked=(64, 256, 1024), cached=(16, 64, 256, 1024, 4096),
         head_dims=(16, 32, 64, 128, 512), heads=8,
         tensors=tuple(4 * _KIB << i for i in range(0, 15, 2)),
         cache=64 * _MIB, sample=2e-3, num_samples=9,
     ),
     "quick": MeasuredSizes(
-        rows=(1, 16, 64), widths=(32, 128), lengths=(16, 64), masked=(16,), head_dims=(16, 32),
-        heads=2, tensors=(4 * _KIB, 64 * _KIB), cache=_MIB, sample=1e-5, num_samples=2,
+        rows=(1, 16, 64), widths=(32, 128), lengths=(16, 64), masked=(16,), cached=(16, 64),
+        head_dims=(16, 32), heads=4, tensors=(4 * _KIB, 64 * _KIB), cache=_MIB, sample=1e-5,
+        num_samples=2,
     ),
 }
-
-
-@dataclass
-class Clock:
-    """Times functions on a device.
-
-    Attributes:
-        device: where the functions' tensors are.
-        sample: the least seconds of one timed sample, on CUDA.
-        num_samples: samples; the median counts.
-        pace: of a CPU.
-    """
-
-    device: torch.device
-    sample: float
-    num_samples: int
-    pace: Pace = field(default_factory=Pace)
-    _turn: int = field(default=0, init=False)
-
-    def seconds(self, call: Callable[[int], object], *, in_a_row: bool = False) -> float:
-        """The seconds of one call on the device, at a steady pace.
-
-        Args:
-            call: gets the number of the call.
-            in_a_row: whether, on a CPU, it is timed behind another such call.
-        """
-        once = min(self._timed(call, 1) for _ in range(3))
-        if self.device.type != "cuda":
-            return self._steady(call, 1 if once > _VERY_LONG else self.num_samples, in_a_row)
-        repeats = max(1, math.ceil(self.sample / max(once, 1e-7)))
-        if once < _LONG:  # it may be the host that took so long
-            repeats = min(max(repeats, 10), 50)
-            graph = self._captured(call, repeats)
-            if graph is not None:
-                times = [self._timed(lambda _: graph.replay(), 1) for _ in range(self.num_samples)]
-                return median(times) / repeats
-        if once > 30 * self.sample:
-            return min(once, self._timed(call, 1))
-        return median(self._timed(call, repeats) for _ in range(self.num_samples))
-
-    def _steady(self, call: Callable[[int], object], count: int, in_a_row: bool) -> float:
-        seconds, products = [], [product_seconds(1)]
-        for _ in range(count):
-            if in_a_row:
-                call(self._next())
-            seconds.append(self._timed(call, 1))
-            products.append(product_seconds(1))
-        return self.pace.steady(median(seconds), median(products))
-
-    def _timed(self, call: Callable[[int], object], repeats: int) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call(self._next())
-            return (time.perf_counter() - start) / repeats
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(repeats):
-            call(self._next())
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / repeats * 1e-3
-
-    def _captured(
-        self, call: Callable[[int], object], repeats: int
-    ) -> torch.cuda.CUDAGraph | None:
-        """A graph of so many calls, replayed once; None for what cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                for _ in range(repeats):
-                    call(self._next())
-            graph.replay()
-        except RuntimeError:
-            torch.cuda.synchronize(self.device)
-            return None
-        return graph
-
-    def _next(self) -> int:
-        self._turn += 1
-        return self._turn
 
 
 def measure_device(
@@ -179,7 +93,7 @@ def measure_device(
     Returns:
         by field: value, unit and axes; who measured it and when is for the caller to say.
     """
-    clock = Clock(device, sizes.sample, sizes.num_samples)
+    clock = Clock(device, sizes.sample, sizes.num_samples, sizes.cache)
     name = str(dtype).removeprefix("torch.")
     made: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
@@ -191,14 +105,16 @@ def measure_device(
                 report(f"{key.format(name)} could not be measured: {str(error).splitlines()[0]}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return {key: _slower(figure, clock.pace.best) for key, figure in made.items()}
+    return {key: slower(figure, clock.pace.best) for key, figure in made.items()}
 
 
-def _slower(figure: dict[str, Any], times: float) -> dict[str, Any]:
-    """A figure where all takes so many times as long."""
-    if times == 1.0:
+def slower(figure: dict[str, Any], times: float) -> dict[str, Any]:
+    """A figure where all takes so many times as long; one that is no time or rate stays."""
+    factor = {"second": times, "byte/s": 1 / times, "FLOP/s": 1 / times}.get(
+        UNITS[figure["unit"]][0], 1.0
+    )
+    if factor == 1.0:
         return figure
-    factor = times if UNITS[figure["unit"]][0] == "second" else 1 / times
 
     def of(value: Any) -> Any:
         return [of(one) for one in value] if isinstance(value, list) else _rounded(value * factor)
@@ -213,6 +129,7 @@ def _fields(
     for kind, lengths in (("", sizes.lengths), ("_causal", sizes.lengths),
                           ("_masked", sizes.masked)):
         yield f"attention{kind}.{{}}", partial(_attention, clock, dtype, sizes, kind, lengths)
+    yield "attention_cached", partial(_cached, clock, dtype, sizes)
     for kind in POINTWISE:
         yield kind, partial(_pointwise, clock, dtype, sizes, kind)
     yield "bandwidth", partial(_bandwidth, clock, sizes)
@@ -228,7 +145,10 @@ def _matmul(clock: Clock, dtype: torch.dtype, sizes: MeasuredSizes) -> dict[str,
         for width in sizes.widths:
             num_sets = max(2, min(64, sizes.cache // (width * width * dtype.itemsize)))
             x = torch.randn(rows, width, dtype=dtype, device=clock.device)
-            weights = torch.randn(num_sets, width, width, dtype=dtype, device=clock.device)
+            weights = [
+                column_by_column(torch.randn(width, width, device=clock.device).to(dtype))
+                for _ in range(num_sets)
+            ]
             seconds = clock.seconds(_product(x, weights))
             line.append(_rounded(2 * rows * width * width / seconds / 1e9))
         grid.append(line)
@@ -252,7 +172,7 @@ def padded(rows: Sequence[int], grid: Sequence[Sequence[float]]) -> list[list[fl
     return made
 
 
-def _product(x: torch.Tensor, weights: torch.Tensor) -> Callable[[int], object]:
+def _product(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> Callable[[int], object]:
     return lambda i: F.linear(x, weights[i % len(weights)])
 
 
@@ -260,10 +180,17 @@ def _attention(
     clock: Clock, dtype: torch.dtype, sizes: MeasuredSizes, kind: str, lengths: tuple[int, ...]
 ) -> dict[str, Any]:
     """The kernel that `ops.kernels.attend` picks, the FLOPs of what queries see counted."""
-    grid = [[_attend(clock, dtype, sizes.heads, head_dim, length, kind) for length in lengths]
-            for head_dim in sizes.head_dims]
+    grid = [[_attend(clock, dtype, _heads(clock, sizes, length), head_dim, length, kind)
+             for length in lengths] for head_dim in sizes.head_dims]
     axes = {"head_dim": list(sizes.head_dims), "length": list(lengths)}
     return {"value": grid, "unit": "GFLOP/s", "axes": axes}
+
+
+def _heads(clock: Clock, sizes: MeasuredSizes, length: int) -> int:
+    """On a CPU a core does one head after another: of many keys, few heads tell as much."""
+    if clock.device.type == "cuda":
+        return sizes.heads
+    return max(2, sizes.heads * 256 // max(length, 256))
 
 
 def _attend(
@@ -282,6 +209,28 @@ def _attend(
     return _rounded(4 * heads * head_dim * pairs / clock.seconds(call) / 1e9)
 
 
+def _cached(clock: Clock, dtype: torch.dtype, sizes: MeasuredSizes) -> dict[str, Any]:
+    """Bytes of keys and values that one query of four heads for each KV head reads a second."""
+    groups, head_dim = max(sizes.heads // 4, 1), 64
+    q = torch.randn(1, sizes.heads, 1, head_dim, dtype=dtype, device=clock.device)
+    rates, points = [], []
+    for length in sizes.cached:
+        shape = (1, groups, length, head_dim)
+        points.append(2 * groups * length * head_dim * dtype.itemsize)
+        pairs = [torch.randn(2, *shape, dtype=dtype, device=clock.device)
+                 for _ in range(max(2, min(64, sizes.cache // points[-1])))]
+        rates.append(_rounded(points[-1] / clock.seconds(_query(q, pairs)) / 1e9))
+    return {"value": rates, "unit": "GB/s", "axes": {"bytes": points}}
+
+
+def _query(q: torch.Tensor, pairs: Sequence[torch.Tensor]) -> Callable[[int], object]:
+    def call(i: int) -> object:
+        k, v = pairs[i % len(pairs)]
+        return kernels.attend(q, k, v, scale=q.shape[3] ** -0.5)
+
+    return call
+
+
 def _two_axes(x: torch.Tensor) -> torch.Tensor:
     """[S, H, 64], as heads are before they are permuted."""
     return x.view(-1, 8, 64)
@@ -290,9 +239,9 @@ def _two_axes(x: torch.Tensor) -> torch.Tensor:
 # Kind -> the call to time on a tensor [rows, 512] and its twin, and how often all bytes of one
 # are read and written.
 POINTWISE: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], object], int]] = {
-    "stream": (aten.add.Tensor, 3),
+    "stream": (torch.add, 3),
     "strided": (lambda x, _: _two_axes(x).permute(1, 0, 2).contiguous(), 2),
-    "special": (lambda x, _: aten.gelu.default(x), 2),
+    "special": (lambda x, _: F.gelu(x), 2),
     "reduction": (lambda x, y: F.rms_norm(x, (512,), y[0]), 2),
 }
 _IN_A_ROW = ("strided",)
@@ -328,7 +277,7 @@ def _bandwidth(clock: Clock, sizes: MeasuredSizes) -> dict[str, Any]:
 def _launch(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
     """An addition of next to nothing."""
     tiny = torch.ones(8, dtype=dtype, device=clock.device)
-    seconds = clock.seconds(lambda _: aten.add.Tensor(tiny, tiny), in_a_row=True)
+    seconds = clock.seconds(lambda _: torch.add(tiny, tiny))
     return {"value": _rounded(seconds * 1e6), "unit": "us"}
 
 
@@ -336,7 +285,7 @@ def _scan(clock: Clock, sizes: MeasuredSizes) -> dict[str, Any]:
     """A step of a running sum over the rows of [rows, 8], as slots of experts are counted."""
     rows = max(sizes.rows)
     counts = torch.ones(rows, 8, dtype=torch.int64, device=clock.device)
-    seconds = clock.seconds(lambda _: aten.cumsum.default(counts, 0))
+    seconds = clock.seconds(lambda _: counts.cumsum(0))
     return {"value": _rounded(seconds / rows * 1e9), "unit": "ns"}
 
 

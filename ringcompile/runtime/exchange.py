@@ -166,8 +166,7 @@ class Exchange:
         num_ranks = self.mesh.size(asked.axis)
         if num_ranks == 1:
             return ANSWERS[asked.kind]([asked], 0)
-        group, links = self._group(asked.axis), self.rank.links
-        ranks = self._ranks(asked.axis)
+        group, ranks, links = self._group(asked.axis), self._ranks(asked.axis), self.rank.links
         with self._meeting(ranks, asked.kind, asked.node, asked.tensor.nbytes):
             if self.stamps is not None:
                 self.stamps.meet(asked)

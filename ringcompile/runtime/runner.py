@@ -14,6 +14,7 @@ from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import TensorType
 from ringcompile.ops import kernels
+from ringcompile.ops.memory_order import column_by_column, read_by_few
 from ringcompile.runtime.batches import Deal, Part, deal, part_of, uses_numbers
 from ringcompile.runtime.cache import Memory
 from ringcompile.runtime.data import (
@@ -27,7 +28,6 @@ from ringcompile.runtime.data import (
 from ringcompile.runtime.decode_step import DecodeSteps, recorder
 from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
-from ringcompile.runtime.memory_order import column_by_column, read_by_few
 from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
 from ringcompile.runtime.tail import has_last_positions
 from ringcompile.runtime.tasks import CARRIED, WHOLE, Extend, Inputs, Prompt, Run, Task

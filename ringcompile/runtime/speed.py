@@ -25,16 +25,22 @@ from ringcompile.runtime.executor import Executor, run_alone
 from ringcompile.runtime.join import Rank
 from ringcompile.runtime.memory import keep_freed_memory
 
+_LARGE = 4 << 20  # bytes of a message that takes many milliseconds
 _TINY = 64  # bytes: nothing but startup
 _SIDE = 512  # of the matrices of a product: some milliseconds of a CPU's core
 
 
 @dataclass(frozen=True)
 class LinkSizes:
-    """Bytes of messages, and how often each is sent."""
+    """Bytes of messages, of what each rank brings to small collectives, and how often."""
 
     messages: tuple[int, ...] = tuple((1 << 16) << i for i in range(0, 11, 2))
+    small: tuple[int, ...] = (256, 4096, 16384, 65536)
     num_samples: int = 9
+
+    def samples(self, num_bytes: int) -> int:
+        """How often a message is sent: large ones, whose times vary less, fewer times."""
+        return max(2, self.num_samples // 3) if num_bytes >= _LARGE else self.num_samples
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,9 @@ def link_seconds(
     Returns:
         `startup`, seconds of a shift of next to nothing; by kind, a list with the seconds for each
         size: `shift` (that many bytes to one neighbour, as many from the other), `all_reduce`,
-        `all_gather` (of the gathered tensor) and `all_to_all`; and `interference`, the share of a
-        shift's seconds by which compute beside it is held up. Startup is from a common start.
+        `all_gather` (of the gathered tensor), `all_to_all` and `small`, all-reduces of little,
+        behind little; and `interference`, the share of a shift's seconds by which compute beside it
+        is held up. Startup is from a common start.
     """
     keep_freed_memory()
     world = dist.group.WORLD
@@ -95,14 +102,21 @@ def link_seconds(
     def product() -> None:
         torch.mm(matrix, matrix)
 
+    def short() -> None:
+        torch.mv(matrix, matrix[0])
+
     made: dict[str, Any] = {
         "startup": _median(rank, _shift(peers, _TINY), 4 * sizes.num_samples),
     }
     for kind, prepare in _KINDS.items():
         made[kind] = [
-            _median(rank, prepare(peers, n), sizes.num_samples, behind=product)
+            _median(rank, prepare(peers, n), sizes.samples(n), behind=product)
             for n in sizes.messages
         ]
+    made["small"] = [
+        _median(rank, _all_reduce(peers, n), 4 * sizes.num_samples, behind=short)
+        for n in sizes.small
+    ]
     made["interference"] = _interference(peers, sizes, made["shift"][-1])
     return made
 
@@ -130,8 +144,15 @@ def _collective(
     kind: str, peers: Peers, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], object]:
     """As programs ask for it: results are new tensors, and operands have just been written."""
-    tensors = _in_turn(peers.device, shape, dtype)
-    return lambda: BY_KIND[kind](Collective("", kind, "", next(tensors)), peers.group)
+    tensors, links, ranks = _in_turn(peers.device, shape, dtype), peers.rank.links, peers.ranks
+
+    def call() -> object:
+        asked = Collective("", kind, "", next(tensors))
+        if links is not None and links.carries(asked, ranks):
+            return links.meet(asked, ranks)
+        return BY_KIND[kind](asked, peers.group)
+
+    return call
 
 
 def _in_turn(
@@ -223,7 +244,7 @@ def node_seconds(device: torch.device, num_nodes: int = 400, num_samples: int = 
         if device.type != "cuda":
             start = time.perf_counter()
             for _ in range(num_nodes):
-                torch.ops.aten.add.Tensor(x, x)
+                torch.add(x, x)
             seconds = max(seconds - (time.perf_counter() - start), 0.0)
         samples.append(seconds / num_nodes)
     _synchronize(device)
