@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import click
 import torch
@@ -29,6 +29,7 @@ from ringcompile.runtime.speed import LinkSizes, link_seconds, node_seconds
 
 # Seconds after which no further pass over a CPU's figures begins, unless a number was asked for.
 _AGAIN = 30.0
+_Found = TypeVar("_Found")
 _Pick: TypeAlias = Callable[[list[float]], float]
 
 
@@ -114,12 +115,18 @@ def _measure(work: Probe, ranks: int, threads: int) -> tuple[dict[str, Any], dic
         figures = usual([device_figures(work) for _ in range(work.passes)])
         return figures, _link_figures(work, ranks, None) if ranks > 1 else {}
     with Processes(ranks, backend="gloo", threads=threads) as processes:
-        passes, started = list[dict[str, Any]](), time.monotonic()
-        while len(passes) < work.passes and (not passes or time.monotonic() < started + work.seconds):
-            passes.append(worst(processes.call(_rank_figures, work)))
+        passes = _passes(work, lambda: worst(processes.call(_rank_figures, work)))
         times = max(1.0, ranks * threads / _num_cpus())
         figures = {key: slower(figure, times) for key, figure in usual(passes).items()}
         return figures, _link_figures(work, ranks, processes) if ranks > 1 else {}
+
+
+def _passes(work: Probe, measured: Callable[[], _Found]) -> list[_Found]:
+    """What is measured, as often as is wanted, or as there is time for; once at least."""
+    started, passes = time.monotonic(), [measured()]
+    while len(passes) < work.passes and time.monotonic() < started + work.seconds:
+        passes.append(measured())
+    return passes
 
 
 def _num_cpus() -> int:
@@ -183,7 +190,7 @@ def _link_figures(work: Probe, ranks: int, processes: Processes | None) -> dict[
     sizes = link_sizes(quick=work.sizes == "quick")
     click.echo(f"  links between {ranks} ranks", err=True)
     if processes is not None:
-        found = usual_links([processes.call(link_seconds, sizes) for _ in range(work.passes)])
+        found = usual_links(_passes(work, lambda: processes.call(link_seconds, sizes)))
     else:
         with Processes(ranks, backend="nccl") as made:
             found = usual_links([made.call(link_seconds, sizes) for _ in range(work.passes)])

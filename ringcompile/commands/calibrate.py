@@ -36,9 +36,8 @@ _DEVICES = ("auto", "cpu", "cuda")
               help="Number of ranks between which links are measured. By default 2, or the number "
               "of GPUs.")
 @click.option("--passes", type=click.IntRange(1), metavar="N",
-              help="Number of repetitions, of which the median is taken. By default 1 on a GPU; on a "
-              "CPU, which other programs may be using, as many as begin within half a minute, "
-              "up to 3.")
+              help="Number of repetitions, of which the median is taken. By default 1 on a GPU; on "
+              "a CPU, which other programs may be using, up to 3 that begin within half a minute.")
 @click.option("--quick", is_flag=True,
               help="A trial run with small sizes. Do not use its numbers.")
 def calibrate(

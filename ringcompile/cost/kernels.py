@@ -88,9 +88,19 @@ def time_of(kernel: Kernel, device: Device) -> Time:
         if kernel.kind == "scan":
             times["steps"] = kernel.rows * device.optional("scan")
     bound = max(times, key=lambda name: times[name])
-    if times[bound] < launch:
-        return Time(launch, "launch")
-    return Time(times[bound], bound)
+    seconds = times[bound]
+    if kernel.kind == "matmul" and _reads_as_measured(kernel, device):
+        seconds = times["matmul"]
+    return Time(seconds, bound) if seconds >= launch else Time(launch, "launch")
+
+
+def _reads_as_measured(kernel: Kernel, device: Device) -> bool:
+    """Whether the rate of a matmul was measured at so few rows that reading weights is all it does.
+
+    On a CPU, weights are read faster than memory is copied, which is what `bandwidth` tells.
+    """
+    points = device.get("matmul", kernel.dtype).points("rows")
+    return not device.asynchronous and bool(points) and points[0] <= kernel.rows
 
 
 def _matmul(kernel: Kernel, device: Device) -> float:

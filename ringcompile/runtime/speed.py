@@ -106,7 +106,7 @@ def link_seconds(
         torch.mv(matrix, matrix[0])
 
     made: dict[str, Any] = {
-        "startup": _median(rank, _shift(peers, _TINY), 4 * sizes.num_samples),
+        "startup": _median(rank, _shift(peers, _TINY), 2 * sizes.num_samples),
     }
     for kind, prepare in _KINDS.items():
         made[kind] = [
@@ -114,7 +114,7 @@ def link_seconds(
             for n in sizes.messages
         ]
     made["small"] = [
-        _median(rank, _all_reduce(peers, n), 4 * sizes.num_samples, behind=short)
+        _median(rank, _all_reduce(peers, n), 2 * sizes.num_samples, behind=short)
         for n in sizes.small
     ]
     made["interference"] = _interference(peers, sizes, made["shift"][-1])
@@ -228,12 +228,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def node_seconds(device: torch.device, num_nodes: int = 400, num_samples: int = 9) -> float:
+def node_seconds(device: torch.device) -> float:
     """The host's seconds for a node: of a program of additions of next to nothing.
 
     On CUDA the device is not waited for. Elsewhere host and device are one, and what the addition
-    itself takes, which counts as a kernel, is left out.
+    itself takes, which counts as a kernel, is left out; and a sample is so short that seldom
+    another process interrupts it.
     """
+    num_nodes, num_samples = (400, 9) if device.type == "cuda" else (50, 31)
     executor, x = Executor(_additions(num_nodes), {}, device), torch.ones(8, device=device)
     samples = []
     for _ in range(num_samples):
