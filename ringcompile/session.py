@@ -105,6 +105,8 @@ class Session:
     ) -> None:
         check_choice("backend", backend, _BACKENDS)
         check_choice("use of CUDA graphs", cuda_graphs, CUDA_GRAPHS)
+        for name in processes:
+            check_choice("option of a Session", name, tuple(ProcessOptions.__annotations__))
         parallel.ensure_verified()
         self.parallel, self.length = parallel, 0
         self.reach = Reach(False)
