@@ -13,8 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
+from ringcompile.compiler import transform
 from ringcompile.errors import RingCompileError
+from ringcompile.execution import verify
 from tests.test_cli import ringcompile
 
 HUB = (
@@ -141,6 +144,21 @@ def test_further_inputs_come_from_the_command_line(good: Path, tmp_path: Path) -
     assert "%position_ids: i64[b, s] = input" in " ".join(done.stdout.split())
 
 
+def test_an_encoder_decoder_has_two_lengths(tmp_path: Path) -> None:
+    """Its decoder's tokens are an input that nobody has to ask for."""
+    transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+    )).save_pretrained(tmp_path / "t5")
+    loaded = load_model(str(tmp_path / "t5"))
+    program = capture(loaded.module, loaded.args, loaded.kwargs)
+    shapes = {spec.name: [str(size) for size in spec.type.shape] for spec in program.inputs}
+    assert shapes == {
+        "input_ids": ["b", "s"], "attention_mask": ["b", "s"], "decoder_input_ids": ["b", "s2"],
+    }
+    done = verify(transform(program, "ring=2"), loaded.module, numerics=True, tries=2)
+    assert done.passed
+
+
 @pytest.mark.parametrize(
     ("spec", "extra", "message", "hint"),
     [
@@ -150,7 +168,7 @@ def test_further_inputs_come_from_the_command_line(good: Path, tmp_path: Path) -
          "'llama-tiny' is not a Hugging Face checkpoint, so it determines its inputs itself",
          "leave --extra-inputs out"),
         ("llama-tiny", ("labels",), "unknown input 'labels'",
-         "one of: attention_mask, position_ids, token_type_ids"),
+         "one of: attention_mask, position_ids, token_type_ids, decoder_input_ids"),
     ],
 )
 def test_other_names(spec: str, extra: tuple[str, ...], message: str, hint: str) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from ringcompile.errors import RingCompileError
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What a model may be captured with besides token ids: how to make an example of [batch, tokens].
-EXTRA_INPUTS = {
+EXTRA_INPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "attention_mask": torch.ones_like,
     "position_ids": lambda ids: torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
     "token_type_ids": torch.zeros_like,
+    # Of another length, so that the two lengths are told apart.
+    "decoder_input_ids": lambda ids: ids[:, : ids.shape[1] // 2 + 1].contiguous(),
 }
 _AGAIN = "download the checkpoint again, or name another folder"
 

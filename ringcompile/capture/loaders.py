@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -58,7 +59,8 @@ def load_model(
         dtype: cast parameters and buffers to it.
         weights: False builds the model without memory for its parameters.
         extra: what a Hugging Face model takes besides token ids, of `EXTRA_INPUTS`; by default
-            `attention_mask` where it is no causal language model.
+            `attention_mask` where it is no causal language model, and `decoder_input_ids` where it
+            is an encoder and a decoder.
 
     Raises:
         RingCompileError: nothing of that name, or what is there cannot be loaded.
@@ -134,8 +136,15 @@ def _checkpoint(
         checkpoints.load_weights(folder, cls, wanted) if weights
         else checkpoints.without_weights(cls, config, wanted)
     )
-    names = extra or (() if "CausalLM" in cls.__name__ else ("attention_mask",))
-    return _of_tokens(module, folder.name, batch, length, names)
+    return _of_tokens(module, folder.name, batch, length, extra or _usual_inputs(module))
+
+
+def _usual_inputs(module: nn.Module) -> tuple[str, ...]:
+    """What a model of transformers is given besides token ids where nobody says."""
+    if "CausalLM" in type(module).__name__:
+        return ()
+    decodes = "decoder_input_ids" in inspect.signature(module.forward).parameters
+    return ("attention_mask", *(("decoder_input_ids",) if decodes else ()))
 
 
 def _gguf(file: Path, dtype: str | None, weights: bool) -> nn.Module:

@@ -122,7 +122,7 @@ _EXTRA_INPUTS = click.option(
     "--extra-inputs", metavar="NAMES", default="", callback=lambda _context, _option, text: tuple(
         filter(None, (name.strip() for name in text.split(",")))
     ), help="Inputs of a Hugging Face model besides token ids, separated by commas: "
-    "attention_mask, position_ids, token_type_ids.",
+    "attention_mask, position_ids, token_type_ids, decoder_input_ids.",
 )
 _DIMS = click.option(
     "--dims", multiple=True, metavar="INPUT=DIM,..", callback=lambda _context, _option, texts:
