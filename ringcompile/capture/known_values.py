@@ -61,14 +61,14 @@ def known(call: FlatCall, names: tuple[str, ...]) -> Iterator[None]:
     if not names:
         yield
         return
-    call.known, call.around = {name: call.example[name] for name in names}, Computed
+    call.known, call.around = {name: call.example[name] for name in names}, OnKnownValues
     try:
         yield
     finally:
         call.known, call.around = {}, contextlib.nullcontext
 
 
-class Computed(TorchFunctionMode):
+class OnKnownValues(TorchFunctionMode):
     """Computes at once what depends on no input, weight or size that varies.
 
     Whole numbers begin as such where a model makes them of Python's numbers.

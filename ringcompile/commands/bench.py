@@ -108,10 +108,7 @@ def bench(
                "cuda_graphs": cuda_graphs}
         _generation(made, cluster, backend, (batch or 1, context, new_tokens), as_json, how)
         return
-    if context is not None:
-        raise click.UsageError("--context needs --new-tokens")
-    if cuda_graphs != "auto":
-        raise click.UsageError("--cuda-graphs needs --new-tokens")
+    _check_step_options(context, cuda_graphs)
     length = made.program.lengths.get(expr.SEQUENCE, seq)
     batch = _batch(out, made, batch)
     predicted = _predicted(made, cluster, length, batch)
@@ -129,6 +126,13 @@ def bench(
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(facts)
+
+
+def _check_step_options(context: int | None, cuda_graphs: str) -> None:
+    if context is not None:
+        raise click.UsageError("--context needs --new-tokens")
+    if cuda_graphs != "auto":
+        raise click.UsageError("--cuda-graphs needs --new-tokens")
 
 
 def _batch(out: Out, made: ParallelProgram, asked: int | None) -> int:

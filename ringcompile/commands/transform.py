@@ -103,9 +103,7 @@ def transform(
     with working("transforming"):
         made = compiler.transform(
             program, mesh, plan=told,
-            # What is observed is compiled layer by layer, each by itself.
-            observe=_observer(print_ir_after_all, seconds)
-            if print_ir_after_all or time_passes else None,
+            observe=_observer(print_ir_after_all, time_passes, seconds),
             record=_record(model, overlap),
             schedule=overlap.schedule(program, mesh, options.length), **options.given(),
         )
@@ -162,8 +160,15 @@ def _run_passes(
 
 
 def _observer(
-    print_each: bool, seconds: dict[str, float]
-) -> Callable[[base.Pass, Program, float], None]:
+    print_each: bool, time_passes: bool, seconds: dict[str, float]
+) -> Callable[[base.Pass, Program, float], None] | None:
+    """What is called after each pass; None where nobody asks.
+
+    What is observed is compiled layer by layer, each by itself, which takes longer.
+    """
+    if not print_each and not time_passes:
+        return None
+
     def observe(step: base.Pass, program: Program, spent: float) -> None:
         seconds[step.name] = seconds.get(step.name, 0.0) + spent
         if print_each:

@@ -105,13 +105,13 @@ class DecodeSteps:
         self.program, self.weights = program, weights
         self.executors, self.recording = executors, recording
         self.refusal, self.watched = refusal or why_not_fixed(program), False
-        self._made: dict[Any, DecodeStep] = {}
+        self._made: dict[Any, BucketStep] = {}
         # The placeholder whose size is the bucket's, and the symbol for it; none without attention.
         self._sizes = {node.name: str(type_of(node).shape[0]) for node in program.graph.nodes
                        if program.state.get(node.name) == "places"}
         self._buffers: Inputs = {}
 
-    def step(self, lengths: dict[str, int], values: Inputs, device: torch.device) -> DecodeStep:
+    def step(self, lengths: dict[str, int], values: Inputs, device: torch.device) -> BucketStep:
         """The step for a bucket, which takes these values.
 
         Args:
@@ -122,7 +122,7 @@ class DecodeSteps:
         known = {**lengths, **{size: len(values[name]) for name, size in self._sizes.items()}}
         key = tuple(sorted(known.items()))
         if key not in self._made:
-            self._made[key] = DecodeStep(self, known, values, device)
+            self._made[key] = BucketStep(self, known, values, device)
         return self._made[key]
 
     def brings(self, name: str) -> bool:
@@ -137,7 +137,7 @@ class DecodeSteps:
         return known
 
 
-class DecodeStep:
+class BucketStep:
     """A step of one new token for one bucket; it is run like an `Executor`."""
 
     def __init__(
