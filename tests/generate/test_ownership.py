@@ -179,7 +179,7 @@ def test_a_prompts_chunk_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_keeps_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
     ownership._positions(80, 2)
     with monkeypatch.context() as patched:
-        patched.setattr(slots.Ledger, "_open", lambda self, counts: (0, slots.BLOCK))
+        patched.setattr(slots.Ledger, "_open", lambda self: (0, slots.BLOCK))
         with pytest.raises(rc.RingCompileError, match="a rank keeps 80, and has room for 73"):
             ownership._positions(80, 2)
     add = slots.Ledger._add

@@ -56,7 +56,7 @@ def candidates() -> list[str]:
         if not family.two_sequences and (
             "causal" in family.attention or (chapter in _DECODERS and "full" not in
                                              family.attention)
-        ) and len(family.example(8)) == 1
+        ) and len(family.example(CAPTURED)) == 1
     ]
 
 
