@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, bindings, cached, schemas
-from ringcompile.ops.experts import expert_linear, expert_linear_on_device, route
+from ringcompile.ops.experts import expert_linear, route
 from ringcompile.ops.linear_attention import chained_states, linear_attention, linear_state
 from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import (
@@ -96,8 +96,8 @@ BODIES: dict[str, Callable[..., Any]] = {
 
 # Bodies for programs of fixed shapes, which ask the device for nothing.
 ON_DEVICE: dict[str, Callable[..., Any]] = {
-    "cached_attention": cached.attention_of_slots,
-    "expert_linear": expert_linear_on_device,
+    "cached_attention": partial(cached.cached_attention, on_device=True),
+    "expert_linear": partial(expert_linear, on_device=True),
 }
 
 # Ops that make tensors out of nothing and so must be told the device.

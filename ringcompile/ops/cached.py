@@ -45,10 +45,15 @@ def cached_attention(
     lower: int | None = None,
     upper: int | None = None,
     wide: bool = False,
+    on_device: bool = False,
 ) -> State:
     """Attention of new queries over the keys that this rank keeps, as a state [out, lse].
 
     A rank that keeps none returns 0 with a log-sum-exp of -inf.
+
+    On request it asks the device for nothing: `places` then has an entry for every slot that is
+    read, in use or not. Of one that is not in use it is a position behind every query, so that the
+    band, which lets no query see a later key, hides it. Such slots hold finite numbers.
 
     Args:
         q: [B,H,S,D], queries of the new tokens.
@@ -56,7 +61,7 @@ def cached_attention(
         v: [B,G,S,E], likewise.
         cached_k: [B,G,slots,D].
         cached_v: [B,G,slots,E].
-        places: int64 [used], the positions in the first slots, increasing.
+        places: int64 [used], the positions in the first slots, increasing; see above.
         positions: int64 [S], of the queries.
         key_mask: [B|1,1,1,capacity], by position; bool (True is visible) or additive.
         mask: [B|1,H|1,S|1,capacity], likewise.
@@ -65,52 +70,20 @@ def cached_attention(
         lower: the smallest visible query position - key position.
         upper: the largest one.
         wide: whether out is wanted as precise as lse, for states to be merged.
+        on_device: whether only the device knows how many slots are in use.
     """
-    used, band = places.shape[0], Band(lower, upper)
-    parts = [x if x.shape[3] == 1 else x.index_select(3, places)
-             for x in (key_mask, mask) if x is not None]
-    causal = not parts and band.is_causal and places.shape == positions.shape and torch.equal(
-        places, positions
+    read, band = places.shape[0], Band(lower, upper)
+    masks = [x for x in (key_mask, mask) if x is not None]
+    parts = [x if x.shape[3] == 1 else x.index_select(
+        3, places.clamp(max=x.shape[3] - 1) if on_device else places) for x in masks]
+    causal = not (on_device or parts) and band.is_causal and places.shape == positions.shape and (
+        torch.equal(places, positions)
     )
     # One query comes behind every key: only a window hides any.
-    if not causal and (q.shape[2] > 1 or upper is not None or lower != 0):
+    if on_device or (not causal and (q.shape[2] > 1 or upper is not None or lower != 0)):
         parts.append(band.mask(positions, places))
     out, lse = kernels.attend(
-        q, cached_k.narrow(2, 0, used), cached_v.narrow(2, 0, used), scale=scale, causal=causal,
-        mask=combine(parts), softcap=softcap, wide=wide,
-    )
-    return [out, lse]
-
-
-def attention_of_slots(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cached_k: torch.Tensor,
-    cached_v: torch.Tensor,
-    places: torch.Tensor,
-    positions: torch.Tensor,
-    key_mask: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    lower: int | None = None,
-    upper: int | None = None,
-    wide: bool = False,
-) -> State:
-    """`cached_attention` of fixed shapes: how many slots are in use is known to the device alone.
-
-    `places` has an entry for every slot that is read. Of one that is not in use it is a position
-    behind every query, so that the band, which lets no query see a later key, hides it. Such slots
-    hold finite numbers.
-    """
-    parts = [x if x.shape[3] == 1 else x.index_select(3, places.clamp(max=x.shape[3] - 1))
-             for x in (key_mask, mask) if x is not None]
-    parts.append(Band(lower, upper).mask(positions, places))
-    read = places.shape[0]
-    out, lse = kernels.attend(
-        q, cached_k.narrow(2, 0, read), cached_v.narrow(2, 0, read), scale=scale,
+        q, cached_k.narrow(2, 0, read), cached_v.narrow(2, 0, read), scale=scale, causal=causal,
         mask=combine(parts), softcap=softcap, wide=wide,
     )
     return [out, lse]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,6 +20,7 @@ def expert_linear(
     bias: Tensor | None = None,
     *,
     transposed: bool = False,
+    on_device: bool = False,
 ) -> Tensor:
     """Each row through the matrix of its own expert.
 
@@ -32,39 +31,17 @@ def expert_linear(
         weight: [E,O,I], or [E,I,O] if transposed.
         bias: [E,O].
         transposed: whether the matrices are stored as input by output.
+        on_device: whether few rows, as in decoding, are multiplied without asking the device.
 
     Returns:
         [..., O], in x's dtype.
     """
-    return _by_rows(_one_by_one, x, expert, weight, bias, transposed)
-
-
-def expert_linear_on_device(
-    x: Tensor,
-    expert: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """`expert_linear` for few rows, as in decoding, on any device without asking it."""
-    few = expert.numel() <= _FEW_ROWS
-    return _by_rows(_batched if few else _one_by_one, x, expert, weight, bias, transposed)
-
-
-def _by_rows(
-    product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    x: Tensor,
-    expert: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transposed: bool,
-) -> Tensor:
-    """By the grouped product where there is one, or else by this one."""
     matrices = weight.mT if transposed else weight
     rows, chosen = x.reshape(-1, x.shape[-1]), expert.reshape(-1)
     if _groups_on_device(rows, matrices):
         product = _grouped
+    else:
+        product = _batched if on_device and expert.numel() <= _FEW_ROWS else _one_by_one
     return product(rows, chosen, matrices, bias).view(*x.shape[:-1], matrices.shape[1])
 
 

@@ -19,7 +19,7 @@ import ringcompile as rc
 from ringcompile.cli import cli
 from ringcompile.errors import RingCompileError
 from ringcompile.ops import bodies
-from ringcompile.ops.cached import attention_of_slots
+from ringcompile.ops.cached import cached_attention
 from tests.generate.models import VOCABULARY, Learned, Rotary, cached, ids
 
 transformers = pytest.importorskip("transformers")
@@ -83,7 +83,7 @@ def test_recorded_steps(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "note" not in found.stderr
     monkeypatch.setitem(
         bodies.ON_DEVICE, "cached_attention",
-        lambda *args, **how: (args[0].tolist(), attention_of_slots(*args, **how))[1],
+        lambda *args, **how: (args[0].tolist(), cached_attention(*args, **how, on_device=True))[1],
     )
     found = run(out, "--input-ids", file, "--max-new-tokens", 2, "--cuda-graphs", "rehearse")
     assert found.exit_code == 0, found.output

@@ -165,3 +165,10 @@ def test_padding_that_takes_places_is_said(module: Padded) -> None:
     expected = "it numbers tokens by their place, padding included"
     assert [expected in str(warning.message) for warning in said] == (
         [True] if isinstance(module, ByPlace) else [])
+
+
+def test_an_option_that_a_session_does_not_have() -> None:
+    """Also in lock-step, where ranks are no processes and options of processes mean nothing."""
+    _, parallel = cached(ALL["Learned"], "ring=2")
+    with pytest.raises(rc.RingCompileError, match="unknown option of a Session 'treads'"):
+        rc.Session(parallel, treads=2)  # type: ignore[call-arg]

@@ -13,7 +13,7 @@ from torch import nn
 
 import ringcompile as rc
 from ringcompile.ops import bodies, slots
-from ringcompile.ops.cached import attention_of_slots
+from ringcompile.ops.cached import cached_attention
 from ringcompile.ops.slots import bucket_of
 from ringcompile.parallel_program import ParallelProgram
 from ringcompile.pass_list import prepare
@@ -235,7 +235,7 @@ class Dropless(Mixture):
 
 def _asks(*args: Any, **how: Any) -> Any:
     assert args[0].sum().item() is not None
-    return attention_of_slots(*args, **how)
+    return cached_attention(*args, **how, on_device=True)
 
 
 @torch.no_grad()

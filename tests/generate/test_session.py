@@ -330,8 +330,6 @@ def test_what_a_session_refuses_changes_nothing() -> None:
         session.extend(ids(1))
     with pytest.raises(rc.RingCompileError, match="unknown backend 'mpi'"):
         rc.Session(parallel, backend="mpi")
-    with pytest.raises(rc.RingCompileError, match="unknown option of a Session 'treads'"):
-        rc.Session(parallel, treads=2)  # type: ignore[call-arg]
 
 
 def test_a_program_without_a_cache() -> None:

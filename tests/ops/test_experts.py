@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringcompile.ops import experts
-from ringcompile.ops.experts import expert_linear, expert_linear_on_device
+from ringcompile.ops.experts import expert_linear
 from ringcompile.ops.schemas import op
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -39,7 +40,7 @@ def by_row(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     transposed=st.booleans(),
     with_bias=st.booleans(),
-    call=st.sampled_from([expert_linear, expert_linear_on_device]),
+    call=st.sampled_from([expert_linear, partial(expert_linear, on_device=True)]),
     index=st.sampled_from([torch.int64, torch.int32]),
     seed=st.integers(0, 2**16),
 )
