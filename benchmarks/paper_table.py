@@ -2,9 +2,9 @@
 
     python -m benchmarks.paper_table [--cluster h100x16] [--json FILE] [--page docs/paper.md]
 
-Every step is simulated from the graphs that are emitted for all 16 ranks. Both methods are given
-their best: orders and forms of the ring, schedules, two steps computed side by side, and for the
-baseline steps that follow one another, so that its pipeline is full.
+Every step is simulated from the graphs that are emitted for all ranks. Both methods are given
+their best: orders and forms of the ring, the ring beside Ulysses, schedules, two steps computed
+side by side, and for the baseline steps that follow one another, so that its pipeline is full.
 """
 
 from __future__ import annotations
@@ -13,12 +13,26 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
-import matplotlib.pyplot as plt
 import torch
 
+from benchmarks.paper_page import (
+    BASELINE,
+    MANY,
+    MANY_FORM,
+    MANY_TOKENS,
+    METHODS,
+    MODELS,
+    NUM_GPUS,
+    NUM_MANY,
+    NUM_SEQUENCES,
+    PAPER,
+    SEVERAL,
+    Rows,
+    draw,
+    page,
+)
 from ringcompile import compiler
 from ringcompile.capture.export import capture
 from ringcompile.capture.loaders import load_model
@@ -35,21 +49,8 @@ from ringcompile.passes.rank.schedule import Schedule
 from ringcompile.planning import plans_for
 
 ROOT = Path(__file__).parents[1]
-NUM_GPUS, MICROBATCHES = 16, 8
-BASELINE, PAPER = "pp=2,tp=8", "ring=16"
-METHODS = {BASELINE: "TP=8 x PP=2", PAPER: "RA+SP"}
+MICROBATCHES = 8
 LENGTHS = (1024, 4096, 16384, 32768, 131072)
-# tokens/s and ms of the paper's table, for "1024 tokens".
-CLAIMS = {
-    ("dense-4l", BASELINE): (1.20e6, 0.85), ("dense-4l", PAPER): (1.45e6, 0.70),
-    ("moe-4l", BASELINE): (0.95e6, 1.05), ("moe-4l", PAPER): (1.18e6, 0.82),
-}
-MODELS = ("dense-4l", "moe-4l")
-NUM_SEQUENCES = 16
-SEVERAL = f"{NUM_SEQUENCES} sequences"
-
-
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,25 @@ class Row:
 class Form:
     """A way to compile a method; see `ringcompile transform`."""
 
+    spec: str
     order: str = "auto"
     ring: str = "rotate"
     overlap: str = "none"
 
     def __str__(self) -> str:
         said = [text for text in (self.order, self.ring) if text not in ("auto", "rotate")]
-        return ", ".join([*said, *([self.overlap] if self.overlap != "none" else [])]) or "plain"
+        said += [self.overlap] if self.overlap != "none" else []
+        return " ".join([f"`{self.spec}`", ", ".join(said)]).strip()
 
 
 FORMS = {
-    BASELINE: [Form(), Form(overlap="halves")],
+    BASELINE: [Form(BASELINE), Form(BASELINE, overlap="halves")],
     PAPER: [
-        *(Form(order, "rotate", overlap)
+        *(Form(PAPER, order, "rotate", overlap)
           for order in ("zigzag", "contiguous") for overlap in ("none", "schedule", "halves")),
-        Form("contiguous", "gather"),
+        Form(PAPER, "contiguous", "gather"),
+        *(Form(spec, "zigzag", overlap=overlap) for spec in ("ring=4,ulysses=4", "ring=2,ulysses=8")
+          for overlap in ("none", "schedule")),
     ],
 }
 
@@ -114,7 +119,7 @@ def _simulated(
     halves = form.overlap == "halves"
     schedule = Schedule(node_times(cluster, tokens)) if form.overlap != "none" else None
     made = compiler.transform(
-        program, f"{spec},halves=2" if halves else spec, length=tokens, capacity="local",
+        program, form.spec + ",halves=2" * halves, length=tokens, capacity="local",
         order=form.order, ring=form.ring, schedule=schedule, check=False,
     )
     costs = [cost_of(rank, tokens) for rank in made.ranks()]
@@ -155,14 +160,38 @@ def best(model: str, tokens: int, cluster: Cluster, batch: int = 1) -> Row:
     )
 
 
+def captured(model: str) -> Program:
+    """One of the two models, without weights."""
+    loaded = load_model(model, weights=False)
+    return capture(loaded.module, loaded.args, name=model)
+
+
+def many() -> dict[str, float]:
+    """The dense model over one long sequence on 128 devices: what of a step is compute."""
+    program = prepare(captured("dense-4l"))
+    cluster = load_cluster(MANY).sized(NUM_MANY)
+    made = compiler.transform(
+        program, MANY_FORM, length=MANY_TOKENS, order="zigzag", check=False,
+        schedule=Schedule(node_times(cluster, MANY_TOKENS)),
+    )
+    found = simulate([cost_of(rank, MANY_TOKENS) for rank in made.ranks()], cluster)
+    computed = [rank.compute_seconds for rank in found.ranks]
+    row = {
+        "step_ms": found.seconds * 1e3, "exposed_ms": found.exposed_seconds * 1e3,
+        "compute_ms": sum(computed) / len(computed) * 1e3,
+        "sent_gb": max(rank.bytes_sent for rank in found.ranks) / 1e9,
+    }
+    click.echo(f"{MANY_FORM} on {NUM_MANY}: {row}")
+    return row
+
+
 def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
     """All rows; printed as they come."""
     rows: Rows = []
     for model in MODELS:
-        loaded = load_model(model, weights=False)
-        captured = capture(loaded.module, loaded.args, name=model)
-        program = prepare(captured)
-        weights = sum(weight.num_bytes for weight in captured.weights.values())
+        whole = captured(model)
+        program = prepare(whole)
+        weights = sum(weight.num_bytes for weight in whole.weights.values())
         limits_of = {n: kernel_limit(model, program, n, cluster) for n in (1024, *lengths)}
         for tokens in lengths:
             limit = limits_of[tokens]
@@ -180,162 +209,6 @@ def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
     return rows
 
 
-def of(rows: Rows, model: str, method: str, tokens: int) -> dict[str, Any]:
-    """The row of a method, by how its name begins."""
-    return next(
-        row for row in rows
-        if (row["model"], row["tokens"]) == (model, tokens) and row["method"].startswith(method)
-    )
-
-
-def millions(row: dict[str, Any], key: str = "tps") -> str:
-    """Tokens a second as the tables write them."""
-    return f"{row[key] / 1e6:.2f} M"
-
-
-def table(heads: list[str], body: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    rows = [heads, ["---"] * len(heads), *body]
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def page(rows: Rows, cluster: Cluster, plot: str) -> str:
-    """docs/paper.md."""
-    lengths = sorted({row["tokens"] for row in rows if not row["method"].startswith(SEVERAL)})
-    head = (
-        "*The paper* proposes ring attention with sequence parallelism (RA+SP) for multi-head "
-        "attention. It reports\nthe throughput of two models of 4 layers, dense and mixture of "
-        f"experts, on {NUM_GPUS} H100s, beside a baseline with TP=8 x PP=2.\nIts one table is for "
-        "\"1024 tokens\"; it does not say whether these are all tokens or those of one rank.\n\n"
-        "`python -m benchmarks.paper_table` made this page from the compiled programs of all "
-        f"{NUM_GPUS} ranks and the hardware table\n`{cluster.name}` ({cluster.device.title}), "
-        "which gives the source of each figure. Rates are tokens per second.\nThe kernels' limit "
-        "is the rate if all ranks only ran matmuls and causal attention, at their best measured "
-        "rates."
-    )
-    lines = ["# The paper's table, simulated", "", head, ""]
-    for tokens, what in ((1024, "1,024 tokens in total"), (16384, "1,024 tokens per rank")):
-        if tokens in lengths:
-            lines += [f"## {what}", "", *_compared(rows, tokens), ""]
-            lines += [*(_verdict(rows, model, tokens) for model in MODELS), ""]
-    body = []
-    for model in MODELS:
-        for tokens in lengths:
-            baseline, paper, plan = (of(rows, model, m, tokens) for m in ("TP=8", "RA+SP", "best"))
-            body.append([
-                model, f"{tokens:,}", millions(baseline), millions(paper),
-                f"{millions(plan)}, `{plan['method'][6:]}`", millions(plan, "kernel_limit_tps"),
-            ])
-    heads = ["model", "tokens per step", "TP=8 x PP=2", "RA+SP", "best plan", "kernels' limit"]
-    lines += ["## Why", "", *_reasons(rows, cluster), ""]
-    lines += ["## Over lengths", "", f"![tokens per second over tokens per step]({plot})", ""]
-    return "\n".join([*lines, *table(heads, body), ""])
-
-
-def _compared(rows: Rows, tokens: int) -> list[str]:
-    heads = ["model", "method", "paper", "simulated", "options", "step time",
-             "exposed communication", "with ideal overlap", "kernels' limit"]
-    body = []
-    for model in MODELS:
-        for spec, method in METHODS.items():
-            (rate, step), row = CLAIMS[model, spec], of(rows, model, method, tokens)
-            body.append([
-                model, method, f"{rate / 1e6:.2f} M, {step:.2f} ms", millions(row), row["form"],
-                f"{row['step_ms']:.2f} ms", f"{row['exposed_ms']:.2f} ms",
-                millions(row, "unhindered_tps"), millions(row, "kernel_limit_tps"),
-            ])
-        row = of(rows, model, "best", tokens)
-        body.append([model, f"`{row['method'][6:]}`", "", millions(row), "",
-                     f"{row['step_ms']:.2f} ms", "", "", ""])
-    return table(heads, body)
-
-
-def _verdict(rows: Rows, model: str, tokens: int) -> str:
-    """The ratio that the paper claims, as simulated; and whether its rate is to be had."""
-    baseline, paper, plan = (of(rows, model, m, tokens) for m in ("TP=8", "RA+SP", "best"))
-    rate = CLAIMS[model, PAPER][0]
-    claimed = rate / CLAIMS[model, BASELINE][0] - 1
-    if plan["tps"] >= rate:
-        verdict = "the best plan reaches the claimed rate"
-    elif paper["kernel_limit_tps"] >= rate:
-        verdict = "kernels would allow the claimed rate, but no plan reaches it"
-    else:
-        verdict = "the claimed rate is beyond the kernels' limit"
-    found = paper["tps"] / baseline["tps"] - 1
-    return (f"- {model}: the gain of RA+SP over the baseline is {found:+.1%} as simulated and "
-            f"{claimed:+.1%} as claimed; {verdict}.")
-
-
-def _reasons(rows: Rows, cluster: Cluster) -> list[str]:
-    """What the numbers come from, in words."""
-    bandwidth = cluster.device.value("bandwidth")
-    lines = []
-    for model in MODELS:
-        row = next(row for row in rows if row["model"] == model)
-        read, claimed = row["weight_bytes"] / bandwidth * 1e3, CLAIMS[model, PAPER][1]
-        verdict = " That is impossible with replicated weights." if read > claimed else ""
-        lines.append(
-            f"- {model}, 1,024 tokens in total: each rank of RA+SP has 64 of them and reads all "
-            f"weights, {row['weight_bytes'] / 1e9:.2f} GB in {read:.2f} ms; the paper claims "
-            f"{claimed:.2f} ms for the step.{verdict}"
-        )
-    for model in MODELS:
-        baseline, paper = (of(rows, model, m, 16384) for m in ("TP=8", "RA+SP"))
-        lines.append(
-            f"- {model}, 1,024 tokens per rank: compute waits for communication for "
-            f"{baseline['exposed_ms']:.1f} ms of a step of the baseline, and for "
-            f"{paper['exposed_ms']:.1f} ms of RA+SP. With ideal overlap (two steps at a time, "
-            "collectives waited for only where their result is used) the baseline would reach "
-            f"{millions(baseline, 'unhindered_tps')}, RA+SP {millions(paper, 'unhindered_tps')}."
-        )
-    best_rows = [row for row in rows if row["method"].startswith("best")]
-    piped = [row["tokens"] for row in best_rows if "pp=" in row["method"]]
-    if piped:
-        lines.append(
-            f"- Up to {max(piped):,} tokens, pipelines are faster than both: a stage has few "
-            "layers, so that a rank reads few weights, and few ranks exchange keys. Several steps "
-            "are in the pipeline at a time."
-        )
-    for row in rows:
-        if row["method"].startswith(SEVERAL):
-            plan = row["method"].partition(": ")[2]
-            free = ", without any communication" if plan == f"dp={NUM_GPUS}" else ""
-            lines.append(
-                f"- {row['model']}, {SEVERAL} of 1,024 tokens ({row['tokens']:,} per step): "
-                f"`{plan}` reaches {millions(row)}{free}."
-            )
-    return lines
-
-
-def draw(rows: Rows, file: Path) -> None:
-    """Tokens a second over tokens a step, one panel a model."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
-    for panel, model in zip(panels, MODELS, strict=True):
-        own = [row for row in rows if row["model"] == model]
-        for name, style in (("TP=8", "s--"), ("RA+SP", "o-"), ("best", "^-")):
-            some = [row for row in own if row["method"].startswith(name)]
-            label = {"TP=8": "TP=8 x PP=2", "best": "best plan"}.get(name, name)
-            panel.plot([r["tokens"] for r in some], [r["tps"] / 1e6 for r in some], style,
-                       label=label)
-        limit = {
-            row["tokens"]: row["kernel_limit_tps"] / 1e6 for row in own
-            if row["method"].startswith("TP=8")
-        }
-        panel.plot(list(limit), list(limit.values()), "k:", label="kernels' limit")
-        for spec, colour in ((BASELINE, "C0"), (PAPER, "C1")):
-            panel.axhline(CLAIMS[model, spec][0] / 1e6, color=colour, alpha=0.3,
-                          label=f"paper: {METHODS[spec]}")
-        panel.set(title=model, xscale="log", xlabel="tokens a step",
-                  ylabel="million tokens a second")
-        panel.set_xticks(list(limit), [f"{x // 1024}k" for x in limit])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
 @click.command()
 @click.option("--cluster", default="h100x16", show_default=True)
 @click.option("--length", "lengths", multiple=True, type=int, default=LENGTHS, show_default=True)
@@ -346,11 +219,12 @@ def draw(rows: Rows, file: Path) -> None:
 def main(cluster: str, lengths: tuple[int, ...], file: Path, page_file: Path) -> None:
     """Simulate the paper's table and write the page."""
     hardware = load_cluster(cluster).sized(NUM_GPUS)
-    rows = run(hardware, lengths)
-    file.write_text(json.dumps({"cluster": hardware.name, "rows": rows}, indent=1) + "\n")
+    rows, long = run(hardware, lengths), many()
+    found = {"cluster": hardware.name, "rows": rows, "long": long}
+    file.write_text(json.dumps(found, indent=1) + "\n")
     picture = page_file.with_suffix(".png")
     draw(rows, picture)
-    page_file.write_text(page(rows, hardware, picture.name))
+    page_file.write_text(page(rows, long, hardware, picture.name))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.paper_table import table
+from benchmarks.paper_page import table
 
 _NUMBERS = {"model": "model", "method": "method", "parallel": "parallel", "tokens": "tokens",
             "max_error": "largest error", "rms_error": "RMS error", "tokens_off": "tokens off",
