@@ -57,10 +57,9 @@ def page(rows: Rows, long: dict[str, float], cluster: Cluster, plot: str) -> str
         "`python -m benchmarks.paper_table` made this page from the compiled programs of all "
         f"{NUM_GPUS} ranks and the hardware table\n`{cluster.name}` ({cluster.device.title}), "
         "which gives the source of each figure. Rates are tokens per second.\nRA+SP is sequence "
-        "parallelism over all ranks, along `ring` or along `ring` and `ulysses`, whichever is faster. "
-        "The kernels' limit "
-        "is the rate if all ranks only ran matmuls and causal attention, at their best measured "
-        "rates."
+        "parallelism over all ranks, along `ring` or along `ring` and `ulysses`, whichever is "
+        "faster. The kernels'\nlimit is the rate if all ranks only ran matmuls and causal "
+        "attention, at their best measured rates."
     )
     lines = ["# The paper's table, simulated", "", head, ""]
     for tokens, what in ((1024, "1,024 tokens in total"), (16384, "1,024 tokens per rank")):

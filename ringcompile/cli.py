@@ -36,8 +36,9 @@ from ringcompile.errors import RingCompileError
 def cli() -> None:
     """Compile a single-device PyTorch transformer into one program per GPU.
 
-    MODEL is a folder with a Hugging Face checkpoint, package.module:function for a function that
-    returns a module and example inputs, or one of the small models that `ringcompile models` lists.
+    MODEL is a folder with a Hugging Face checkpoint, a GGUF file, package.module:function for a
+    function that returns a module and example inputs, or one of the small models that
+    `ringcompile models` lists.
     OUT is an artifact: the folder that `ringcompile transform` writes.
 
     Every option can also be set by an environment variable, for example

@@ -64,7 +64,7 @@ def transform(
         passes: rewrites of your own, run on the model's program once attention and masks are
             recognized and before anything is divided.
         options: the fields of `Options`: `order`, `capacity`, `ring`, `tp_sequence`, `stages`,
-            `length`, `gather_unknown`, `cache`, `decode`.
+            `microbatches`, `length`, `gather_unknown`, `cache`, `decode`.
 
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.

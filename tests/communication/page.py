@@ -10,12 +10,12 @@ from tests.communication.rows import LEGEND, ROWS, Row
 PAGE = Path(__file__).parents[2] / "docs" / "communication.md"
 _INTRO = f"""# What ranks send
 
-The bytes that one rank sends in one run, by strategy. The formulas are written down from what a
-strategy is (`tests/communication/rows.py`); tests hold them against the bytes counted in the graph
-of every rank, as expressions, and against what a run in lock-step sends, for lengths that divide
-and that do not. Of a collective, that is what any algorithm has to send: a gather sends a rank's
-share to all others, a reduce-scatter and an all-to-all keep a rank's own part, an all-reduce is a
-reduce-scatter and a gather.
+The bytes that one rank sends in one run, by strategy. The formulas are derived by hand from
+what a strategy does (`tests/communication/rows.py`). Tests compare them with the bytes counted in
+the graph of every rank, as symbolic expressions, and with what a run of all ranks in one process
+sends, for lengths that divide evenly over the ranks and for others. A collective is counted as the
+least that any algorithm has to send: a gather sends a rank's share to all others, a reduce-scatter
+and an all-to-all keep a rank's own part, an all-reduce is a reduce-scatter and a gather.
 
 The last column is an example: the smallest and largest rank's bytes of the model, for {LENGTH}
 tokens. Written by `python -m tests.communication --write`.

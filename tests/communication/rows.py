@@ -122,7 +122,7 @@ ROWS: Final = (
         "likewise in every piece; the last rank's go to the first, for the next piece",
         {"order": "contiguous"}),
     Row("ring, a linear recurrence", "recurrence of 12", "ring=8", always("2*c*B*D*b*(R - 1)"),
-        "what each chunk's decays come to, and its sums, to all other ranks: not its tokens",
+        "the product of each chunk's decays, and its sum, go to all other ranks; its tokens do not",
         {"order": "contiguous"}),
     Row("ring, a linear recurrence, zigzag", "recurrence of 12", "ring=4",
         always("2*c*B*D*b*(R - 1)"), "likewise, of two chunks", {"order": "zigzag"}),

@@ -18,9 +18,9 @@ _WORST_FIRST = (CRASHED, WRONG, REFUSED, UNMATCHED, IDENTICAL)
 _KINDS = {"identical": IDENTICAL, "**refused**": REFUSED, "**wrong**": WRONG,
           "**crashed**": CRASHED, "-": UNMATCHED}
 _INTRODUCTION = """\
-Small models of Hugging Face families whose tokens see those before them only, with random
-weights: a prompt of {prompt} tokens and {new} new ones, each held against the model's own file run
-whole on all tokens so far. *Identical*: the same tokens, and all logits of every step within
+Small causal models of Hugging Face families, with random weights: a prompt of
+{prompt} tokens and {new} new ones, each compared with the transformers model itself, run on
+all tokens so far. *Identical*: the same tokens, and all logits of every step within
 {tolerance:g} of max(1, the largest), in float32. {summary}
 Made by `python -m tests.generate --write`; with names it writes their rows anew. A dash: the whole
 sequence is refused already ([families.md](families.md) says why).

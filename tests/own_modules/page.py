@@ -20,15 +20,15 @@ _HEAD = f"""# Odd forms in your own module
 
 Small modules in float64, one for each form; `python -m tests.own_modules --write` makes this page.
 Each is captured at 24 tokens and two sequences, compiled for every plan in the table, and run at
-{" and ".join(map(str, LENGTHS))} tokens, of which the second divides over no axis. *Right* means
+{" and ".join(map(str, LENGTHS))} tokens, of which the second is divisible by no axis. *Right* means
 that the largest difference from the module as PyTorch runs it is within 1e-10 of the largest
-output. Ops stand behind a causal attention. The *share right* of `dp=2` leaves out forms that mix
+output. Each op follows a causal attention. The *share right* of `dp=2` leaves out forms that mix
 the sequences of a batch, such as a loss, since no replica has all of them.
 
-Scores that become no softmax, or that are used twice, are computed as the module writes them: each
+Attention scores without a softmax, or used twice, are computed as the module writes them: each
 rank computes its rows of all pairs of tokens, from keys that are gathered on every rank. A note of
 the compiled program gives the line and the bytes, and `ringcompile check` lists what is gathered.
-`scaled_dot_product_attention`, and the plain formula, gather nothing along `ring`.
+`scaled_dot_product_attention`, and softmax(q k^T) v written out, gather nothing along `ring`.
 """
 
 
