@@ -45,6 +45,7 @@ def epilog(command: str, options: tuple[str, ...]) -> str:
         text = f"{text}\n\n\b\nAxes of SPEC:\n{rows}"
     if not options:
         return text
-    one = "seq" if "seq" in options else min(options)
+    others = [name for name in options if name != "as_json"]  # whose flag is --json
+    one = "seq" if "seq" in options else min(others, default="as_json")
     variable = f"RINGCOMPILE_{command}_{one}".upper()
     return f"{text}\n\n\b\nEvery option can be set by an environment variable, such as\n{variable}."
