@@ -22,6 +22,7 @@ from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.experts.expert_parallel import ExpertParallel
 from ringcompile.passes.experts.expert_terms import ExpertTerms, with_experts
 from ringcompile.passes.experts.expert_weights import EP
+from ringcompile.passes.experts.sort_rows import SortRows
 from ringcompile.passes.masks.recognize_masks import RecognizeMasks
 from ringcompile.passes.rank.fuse_merge import FuseMerge
 from ringcompile.passes.rank.lower_halo import LowerHalo
@@ -82,6 +83,7 @@ def front_passes(
         *([TensorParallel(split, told or {}, alike), CleanUp()] if split.size("tp") > 1 else []),
         *carry,
         Partition(),
+        *([] if carried else [SortRows()]),
         CleanUp(),
         *([SplitPipeline(mesh, options.stages)] if mesh.size("pp") > 1 else []),
     ]

@@ -112,7 +112,7 @@ def test_tokens_stay_where_they_are(name: str) -> None:
     _, program = captured(name)
     rank = transform(program, "ring=4").rank(2)
     names = [str(node.target) for node in rank.graph.nodes]
-    assert names.count("ringcompile.expert_linear.default") == 2 * SIZES["num_hidden_layers"]
+    assert names.count("ringcompile.grouped_linear.default") == 2 * SIZES["num_hidden_layers"]
     assert "ringcompile.gather.default" not in names
 
 

@@ -147,6 +147,31 @@ def _expert_linear(work: Work) -> list[Kernel]:
     return [*moved, product(used, -(-rows // used), x.shape[-1], out.shape[-1], x.dtype)]
 
 
+def _sorted_matmul(work: Work) -> list[Kernel]:
+    """Rows that are sorted by expert: one launch that multiplies each expert's with its matrix.
+
+    2 N I O flops for N rows, as in the grouped matmuls of MegaBlocks (arXiv 2211.15841), where no
+    expert has empty slots. A group has N / E rows on average: it is taken at the rate of a matmul
+    of so many, and reads a matrix of its own. Rows that a capacity drops are not multiplied; how
+    many these are only the data tells, so that all are counted here.
+    """
+    x, weight, out = work["x"], work["weight"], work.results[0]
+    rows, num_experts = x.numel() // x.shape[-1], weight.shape[0]
+    used = max(min(num_experts, rows), 1)
+    return [product(used, -(-rows // used), x.shape[-1], out.shape[-1], x.dtype)]
+
+
+def _sort_rows(work: Work) -> list[Kernel]:
+    """A radix sort, the place of each row, counts, and their prefix sum."""
+    order, place, ends = work.results
+    return [
+        *[kernel("reduction", [order, *work.operands], [order])] * 4,
+        kernel("strided", [order], [place]),
+        kernel("strided", [order], [ends]),
+        kernel("reduction", [ends], [ends]),
+    ]
+
+
 def _convolution(work: Work) -> list[Kernel]:
     """Each output element: the inputs under one filter."""
     weight, out = work["weight"], work.results[0]
@@ -320,6 +345,8 @@ ROWS: dict[str, Callable[[Work], list[Kernel]]] = {
     "matmul": _matmul,
     "grouped_matmul": _grouped,
     "expert_matmul": _expert_linear,
+    "sorted_matmul": _sorted_matmul,
+    "sort_rows": _sort_rows,
     "convolution": _convolution,
     "transposed_convolution": _transposed_convolution,
     "attention": _attention,

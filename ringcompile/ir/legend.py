@@ -275,12 +275,19 @@ _SCORES = {
     "softcap": "the bound c of scores, which become c * tanh(score / c) before keys are hidden",
     "sink": "one more score for every query head: it takes weight from the keys and gives nothing",
 }
-_EXPERTS = "ringcompile.expert_linear.default"
+_EXPERTS = {
+    "expert_linear": "each row times the matrix of its own expert",
+    "sort_rows": (
+        "rows by expert: their numbers in that order, the place of each row in it, and the place "
+        "behind each expert's last row"
+    ),
+    "grouped_linear": "rows that are sorted by expert, each times the matrix of its own",
+}
 
 
 def _experts(uses: _Uses) -> _Entries:
-    if any(target_name(node.target) == _EXPERTS for node in uses.calls):
-        yield "expert_linear", "each row times the matrix of its own expert"
+    used = {op_name(node) for node in uses.calls}
+    yield from ((name, text) for name, text in _EXPERTS.items() if name in used)
 
 
 def _transfers(uses: _Uses) -> _Entries:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, bindings, cached, schemas
-from ringcompile.ops.experts import expert_linear, route
+from ringcompile.ops.experts import expert_linear, grouped_linear, route, sort_rows
 from ringcompile.ops.linear_attention import chained_states, linear_attention, linear_state
 from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import (
@@ -67,6 +67,8 @@ _FOR_TORCH: dict[str, Callable[..., Any]] = {
 BODIES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "expert_linear": expert_linear,
+    "sort_rows": sort_rows,
+    "grouped_linear": grouped_linear,
     "route": route,
     "redistribute": _redistribute,
     "tokenwise": _tokenwise,

@@ -38,24 +38,92 @@ def expert_linear(
     """
     matrices = weight.mT if transposed else weight
     rows, chosen = x.reshape(-1, x.shape[-1]), expert.reshape(-1)
-    if _groups_on_device(rows, matrices):
-        product = _grouped
-    else:
-        product = _batched if on_device and expert.numel() <= _FEW_ROWS else _one_by_one
+    few = on_device and expert.numel() <= _FEW_ROWS and not _groups_on_device(rows, matrices)
+    product = _batched if few else _sorted
     return product(rows, chosen, matrices, bias).view(*x.shape[:-1], matrices.shape[1])
 
 
-def _one_by_one(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+def sort_rows(expert: Tensor, *, num_experts: int) -> list[Tensor]:
+    """Rows in the order of their experts; those without an expert come last.
+
+    Args:
+        expert: [...], the index of each row's expert; one that is not below `num_experts` is none.
+        num_experts: how many there are.
+
+    Returns:
+        the rows' numbers in that order, int64 [rows]; the place of each row in it, int64 [rows];
+        the place behind each expert's last row, int32 [num_experts].
+    """
+    group = expert.reshape(-1).long().clamp(max=num_experts)  # the last: no expert
+    order = group.argsort(stable=True)
+    numbers = torch.arange(len(order), device=order.device)
+    place = torch.empty_like(order).scatter_(0, order, numbers)
+    if group.is_cuda:  # `bincount` asks the device for its largest index
+        counts = group.new_zeros(num_experts + 1).scatter_add_(0, group, torch.ones_like(group))
+    else:
+        counts = torch.bincount(group, minlength=num_experts + 1)
+    return [order, place, counts[:num_experts].cumsum(0).to(torch.int32)]
+
+
+def grouped_linear(
+    x: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Rows that are sorted by expert, each through the matrix of its own.
+
+    Args:
+        x: [N,...,I], all dims but the first and the last of size 1.
+        ends: int32 [E], the row behind each expert's last one; of rows behind the last end nothing
+            is computed, and what the result has there is of no use.
+        weight: [E,O,I], or [E,I,O] if transposed.
+        bias: [E,O].
+        transposed: whether the matrices are stored as input by output.
+
+    Returns:
+        [N,...,O], in x's dtype.
+    """
+    matrices = weight.mT if transposed else weight
+    rows = x.reshape(-1, x.shape[-1])
+    if _groups_on_device(rows, matrices):
+        out = _in_one_launch(rows, ends, matrices, bias)
+    else:
+        out = _one_by_one(rows, ends, matrices, bias)
+    return out.view(*x.shape[:-1], matrices.shape[1])
+
+
+def _one_by_one(rows: Tensor, ends: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     """One product an expert that has rows. The host has to know which: on a GPU it waits."""
-    out = rows.new_zeros(len(rows), matrices.shape[1])
-    counts = torch.bincount(chosen, minlength=len(matrices)).tolist()
-    by_expert = chosen.argsort().split(counts)[: len(matrices)]
-    for i, taken in enumerate(by_expert):
-        if len(taken):
-            out[taken] = functional.linear(
-                rows[taken], matrices[i], None if bias is None else bias[i]
+    out = rows.new_empty(len(rows), matrices.shape[1])
+    start = 0
+    for i, end in enumerate(ends.tolist()):
+        if end > start:
+            out[start:end] = functional.linear(
+                rows[start:end], matrices[i], None if bias is None else bias[i]
             )
+        start = end
+    out[start:] = 0.0
     return out
+
+
+def _in_one_launch(rows: Tensor, ends: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    """One launch for all experts, which finds each one's rows on the device."""
+    out = torch._grouped_mm(rows, matrices.mT, offs=ends)
+    if bias is not None:
+        number = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
+        out += bias[torch.searchsorted(ends, number, right=True).clamp_(max=len(matrices) - 1)]
+    return out
+
+
+def _sorted(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    """All rows of an expert side by side, then each where it was."""
+    order, place, ends = sort_rows(chosen, num_experts=len(matrices))
+    product = grouped_linear(rows[order], ends, matrices, bias)
+    # Rows behind the last end were not written.
+    return product[place].masked_fill_((chosen >= len(matrices)).unsqueeze(1), 0.0)
 
 
 def _batched(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,21 +138,6 @@ def _batched(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None
     if bias is not None:
         out = out + bias.index_select(0, index)
     return out.masked_fill((group >= num_experts).unsqueeze(1), 0.0)
-
-
-def _grouped(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-    """One launch for all experts, which finds each one's rows on the device."""
-    num_experts = len(matrices)
-    group = chosen.long().clamp(max=num_experts)  # the last: no expert
-    order = group.argsort()
-    counts = group.new_zeros(num_experts + 1).scatter_add_(0, group, torch.ones_like(group))
-    ends = counts[:num_experts].cumsum(0).to(torch.int32)
-    product = torch._grouped_mm(rows[order], matrices.mT, offs=ends)
-    out = torch.empty_like(product).index_copy_(0, order, product)
-    if bias is not None:
-        out += bias[group.clamp(max=num_experts - 1)]
-    # Rows behind the last end were not written.
-    return out.masked_fill_((group == num_experts).unsqueeze(1), 0.0)
 
 
 def _groups_on_device(rows: Tensor, matrices: Tensor) -> bool:

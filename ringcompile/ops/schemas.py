@@ -90,6 +90,11 @@ SCHEMAS = {
     "recent": (
         "(Tensor x, Tensor(a!) kept, Tensor positions, *, int dim, int before) -> Tensor"
     ),
+    "sort_rows": "(Tensor expert, *, int num_experts) -> Tensor[]",
+    "grouped_linear": (
+        "(Tensor x, Tensor ends, Tensor weight, Tensor? bias=None, *, bool transposed=False) "
+        "-> Tensor"
+    ),
     "route": "(Tensor expert, *, int each, int ways) -> Tensor[]",
     "dispatch": (
         "(Tensor x, Tensor order, Tensor sends, Tensor takes, *, str axis, int lead) -> Tensor"

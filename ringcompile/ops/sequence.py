@@ -70,7 +70,12 @@ def own_tokens(x: torch.Tensor, *, dim: int, size: int) -> torch.Tensor:
 
 
 def padded_tokens(x: torch.Tensor, *, dim: int, size: int) -> torch.Tensor:
-    """A rank's own tokens [.., m, ..] as its share of a split dim: zeros behind them."""
+    """A rank's own tokens [.., m, ..] as its share of a split dim: zeros behind them.
+
+    Where there is no padding, that is x itself.
+    """
+    if x.shape[dim] == size:
+        return x
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, size - x.shape[dim]])
 
 

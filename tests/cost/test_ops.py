@@ -146,6 +146,15 @@ def test_rows_of_experts_are_sorted_and_each_expert_has_a_product() -> None:
     assert [kernel.kind for kernel in moved] == ["stream", "stream"]
 
 
+def test_sorted_rows_are_multiplied_where_they_lie() -> None:
+    """One product an expert with its share of the rows; nothing is moved."""
+    (kernel,) = kernels_for(op("grouped_linear"), [(12, 1, 8), (4,), (4, 5, 8)], (12, 1, 5))
+    assert (kernel.batch, kernel.rows, kernel.inner, kernel.columns) == (4, 3, 8, 5)
+    assert kernel.flops == 2 * 12 * 8 * 5
+    (kernel,) = kernels_for(op("grouped_linear"), [(2, 8), (4,), (4, 5, 8)], (2, 5))
+    assert (kernel.batch, kernel.rows) == (2, 1), "no more matrices are read than there are rows"
+
+
 def test_views_cost_nothing_and_copies_do() -> None:
     assert kernels_for(aten.permute.default, [(2, 3, 4)], (2, 4, 3), [0, 2, 1]) == []
     assert kernels_for(aten.reshape.default, [(2, 3, 4)], (6, 4), [6, 4]) == []

@@ -162,6 +162,24 @@ def _expert_linear_free(call: Call) -> Free:
     return outer | {(i, d) for i in range(2) for d in batch}
 
 
+def _grouped_linear(draws: Draws) -> Arguments:
+    rows, experts = draws.size(), draws.number(1, 4)
+    inner, outer = draws.size(), draws.size()
+    transposed, ones = draws.flag(), (1,) * draws.number(0, 2)
+    weight = (experts, inner, outer) if transposed else (experts, outer, inner)
+    bias = draws.real((experts, outer)) if draws.flag() else None
+    ends = draws.integers((experts,), 0, rows).sort().values.int()
+    return called(
+        draws.real((rows, *ones, inner)), ends, draws.real(weight), bias, transposed=transposed
+    )
+
+
+def _grouped_linear_free(call: Call) -> Free:
+    bias = {(3, 1)} if call["bias"] is not None else set()
+    ones = range(1, len(shape_of(call, 0)) - 1)
+    return {(2, 2 if call["transposed"] else 1)} | bias | {(0, dim) for dim in ones}
+
+
 def _attention(draws: Draws) -> Arguments:
     batch, groups = draws.size(), draws.pick([1, 2, 4])
     heads = groups * draws.pick([1, 1, 2, 3])
@@ -232,4 +250,5 @@ CASES: dict[str, Case] = {
         _attention, _attention_free, rewritten=_rows_are_split
     ),
     "ringcompile.expert_linear.default": Case(_expert_linear, _expert_linear_free),
+    "ringcompile.grouped_linear.default": Case(_grouped_linear, _grouped_linear_free),
 }

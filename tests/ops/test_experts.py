@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringcompile.ops import experts
-from ringcompile.ops.experts import expert_linear
+from ringcompile.ops.experts import expert_linear, grouped_linear, sort_rows
 from ringcompile.ops.schemas import op
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -130,7 +131,8 @@ def test_the_shape_without_data(transposed: bool) -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["out-by-in", "in-by-out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_grouped_product(
-    dtype: torch.dtype, transposed: bool, with_bias: bool, index: torch.dtype
+    dtype: torch.dtype, transposed: bool, with_bias: bool, index: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a GPU, through torch's own stand-in for CPUs: an expert without rows, rows without."""
     x = torch.randn(50, 16).to(dtype)
@@ -138,11 +140,36 @@ def test_the_grouped_product(
     expert[expert == 2] = 4
     weight = torch.randn(5, *((16, 24) if transposed else (24, 16))).to(dtype)
     bias = torch.randn(5, 24).to(dtype) if with_bias else None
-    found = experts._grouped(x, expert, weight.mT if transposed else weight, bias)
+    monkeypatch.setattr(experts, "_groups_on_device", lambda rows, matrices: True)
+    found = expert_linear(x, expert, weight, bias, transposed=transposed)
     expected = by_row(x, expert, weight, bias, transposed)
     assert (found[expert == 5] == 0).all()
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+def test_rows_in_the_order_of_their_experts(index: torch.dtype) -> None:
+    expert = torch.tensor([[2, 0], [5, 2], [0, 3]], dtype=index)
+    order, place, ends = sort_rows(expert, num_experts=4)
+    assert order.tolist() == [1, 4, 0, 3, 5, 2], "those of an expert as they came"
+    assert place[order].tolist() == list(range(6))
+    assert ends.tolist() == [2, 2, 4, 5], "the row without an expert is behind them"
+
+
+def test_sorted_rows_one_product_an_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert without rows has none, and rows without an expert take part in none."""
+    calls = []
+
+    def linear(x: Tensor, *others: Tensor) -> Tensor:
+        calls.append(len(x))
+        return torch.nn.functional.linear(x, *others)
+
+    monkeypatch.setattr(experts, "functional", SimpleNamespace(linear=linear))
+    x = torch.randn(7, 1, 3)
+    out = grouped_linear(x, torch.tensor([2, 2, 5], dtype=torch.int32), torch.randn(3, 4, 3))
+    assert out.shape == (7, 1, 4)
+    assert calls == [2, 3]
 
 
 @pytest.mark.gpu

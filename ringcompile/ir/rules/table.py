@@ -183,6 +183,14 @@ def expert_linear(call: Call) -> Factors:
     return Factors(((*batch, "i"), batch, weight, *bias), (*batch, "o"))
 
 
+def grouped_linear(call: Call) -> Factors:
+    """... i, e, e o i (or e i o), e o -> ... o; rows are sorted, so that none can be left out."""
+    batch: Names = (None, *range(1, rank_of(call) - 1))
+    weight: Names = ("e", "i", "o") if call["transposed"] else ("e", "o", "i")
+    bias: tuple[Names, ...] = (("e", "o"),) if call["bias"] is not None else ()
+    return Factors(((*batch, "i"), (None,), weight, *bias), (*batch, "o"))
+
+
 def _keys_twice(call: Call) -> Size:
     """Of attention: each key is multiplied with the query, and its weight with the value."""
     return product([2, shapes(call)[1][2]])
@@ -380,7 +388,7 @@ RULES: dict[str, Rule] = {
     "ringcompile.halo.default": WindowRule(cost="join"),
     "ringcompile.trim.default": WindowRule(cost="stream"),
     "ringcompile.own_tokens.default": WindowRule(cost="view", cheap=True),
-    "ringcompile.padded_tokens.default": WindowRule(cost="stream", cheap=True),
+    "ringcompile.padded_tokens.default": WindowRule(cost="view", cheap=True),
     "ringcompile.attention.default": FactorRule(
         attention, cheap=False, cost="attention", inner=_keys_twice
     ),
@@ -391,6 +399,10 @@ RULES: dict[str, Rule] = {
     "ringcompile.expert_linear.default": FactorRule(
         expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"}),
         cost="expert_matmul", inner=_features,
+    ),
+    "ringcompile.grouped_linear.default": FactorRule(
+        grouped_linear, cheap=False, sums=True, bias="bias", cost="sorted_matmul",
+        inner=_features,
     ),
 }
 

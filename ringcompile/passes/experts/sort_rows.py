@@ -1,0 +1,270 @@
+"""Sorts rows by expert once, for all matmuls that they go through.
+
+A matmul with each row's own matrix (`expert_linear`) sorts rows by expert, multiplies the rows of
+each expert, and puts them back. Between the matmuls of an expert nothing asks where a row was: so
+rows are sorted before the first one and put back behind the last one, and where a model repeats
+tokens for their choices, sorted rows are read from the tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ringcompile.ir.calls import Call, replace_operands
+from ringcompile.ir.expr import Size, divide, equal, product, spelled
+from ringcompile.ir.layout import WHOLE, Layout
+from ringcompile.ir.nodes import results_of, type_of
+from ringcompile.ir.program import Program
+from ringcompile.ir.rules import FactorRule, find_rule
+from ringcompile.ir.types import TensorType, local_shape
+from ringcompile.ops.schemas import op
+from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.experts.expert_groups import Group, groups_of_rows
+from ringcompile.passes.experts.repeated_rows import RepeatedRows
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SortRows(Pass):
+    """Sort rows by expert once for all matmuls of a mixture, in a program of shares.
+
+        h = expert_linear(x, e, w); g = gelu(h); o = expert_linear(g, e, v)
+    ->  order, place, ends = sort_rows(e); h = grouped_linear(index(x, order), ends, w)
+        g = gelu(h); o = where(e < E, index(grouped_linear(g, ends, v), place), 0)
+    """
+
+    name: ClassVar[str] = "sort-rows"
+
+    def run(self, program: Program) -> Program:
+        """Rewrite what lies between matmuls of the same rows; other nodes are copied."""
+        groups = [group for group in groups_of_rows(program) if _keeps_rows(group)]
+        return _Writer(program, groups).run() if groups else program
+
+
+def _keeps_rows(group: Group) -> bool:
+    """Whether every node makes each of its rows of the same row of what it reads."""
+    assert group.expert is not None
+    lead = len(type_of(group.expert).shape)
+    rows = {*group.nodes, *group.entering}
+    return all(_by_row(node, rows, group.expert, lead) for node in group.nodes)
+
+
+def _by_row(node: fx.Node, rows: set[fx.Node], expert: fx.Node, lead: int) -> bool:
+    rule = find_rule(node.target)
+    if not isinstance(rule, FactorRule) or rule.shape_argument is not None:
+        return False
+    if len(results_of(node)) > 1:
+        return False
+    names, shape = rule.factors(Call(node)), type_of(node).shape
+    of_rows = names.output[:lead]
+    for operand, dims in zip(Call(node).operands, names.operands, strict=True):
+        if operand is expert:
+            continue
+        if operand in rows:
+            given = type_of(operand).shape
+            aligned = all(
+                a == b or equal(n, 1) for a, b, n in zip(dims, of_rows, given, strict=False)
+            )
+            if len(given) < lead or not aligned:
+                return False
+        elif set(dims) & set(of_rows):
+            return False
+    return None not in of_rows and shape[:lead] == type_of(expert).shape
+
+
+@dataclass
+class _Sorted:
+    """The rows of one group in order.
+
+    Attributes:
+        order: the rows' numbers.
+        place: of each row in that order.
+        ends: behind each expert's last row.
+        mask: which rows have an expert; None if all do.
+        count: of rows.
+        expert: in the old graph, the index of each row's expert.
+        divided: by how many rows a token has, which token each row is of, in order.
+    """
+
+    order: fx.Node
+    place: fx.Node
+    ends: fx.Node
+    mask: fx.Node | None
+    count: Size
+    expert: fx.Node
+    divided: dict[int, fx.Node] = field(default_factory=dict)
+
+    @property
+    def lead(self) -> int:
+        """How many dims rows have in the model."""
+        return len(type_of(self.expert).shape)
+
+    def type_of(self, type_: TensorType, count: Size | None = None) -> TensorType:
+        """The type of rows [..., features] in order: [count, 1, ..., features]."""
+        count = self.count if count is None else count
+        shape = (count, *(1,) * (self.lead - 1), *type_.shape[self.lead :])
+        dims = ((WHOLE,) * self.lead + type_.layout.dims[self.lead :])
+        return TensorType(type_.dtype, shape, Layout(dims, type_.layout.partial))
+
+
+class _Writer:
+    def __init__(self, program: Program, groups: list[Group]) -> None:
+        self.program, self.builder = program, Builder()
+        self.repeated = RepeatedRows(self.builder, self._spelled)
+        self.group_of = {node: group for group in groups for node in group.nodes}
+        self.sorted: dict[fx.Node, _Sorted] = {}  # by the index of each row's expert
+        self.env: dict[Any, fx.Node] = {}  # in order: nodes of groups, and by index what enters
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            self.builder.at(node)
+            if node not in self.group_of:
+                self.builder.env[node] = self.builder.copy(node)
+                continue
+            group = self.group_of[node]
+            rows = self._rows_of(group)
+            self.env[node] = self._in_order(node, group, rows)
+            if node in group.leaving:
+                self.builder.env[node] = self._put_back(node, rows)
+        return self.program.with_graph(self.builder.graph)
+
+    def _in_order(self, node: fx.Node, group: Group, rows: _Sorted) -> fx.Node:
+        """A node of a group, on rows in order."""
+        call, type_, why = Call(node), rows.type_of(type_of(node)), node.meta.get("why")
+        if node.target is op("expert_linear"):
+            weight, bias = call["weight"], call["bias"]
+            return self.builder.call(
+                op("grouped_linear"),
+                (self._operand(call["x"], group, rows), rows.ends, self.builder.env[weight],
+                 self.builder.env.get(bias)),
+                type_, why=why, transposed=call["transposed"],
+            )
+        operands = [self._operand(x, group, rows) for x in call.operands]
+        args, kwargs = replace_operands(node, operands)
+        return self.builder.call(node.target, args, type_, why=why, **kwargs)
+
+    def _operand(self, x: fx.Node, group: Group, rows: _Sorted) -> fx.Node:
+        if self.group_of.get(x) is group:
+            return self.env[x]
+        if x not in group.entering:
+            return self.builder.env[x]
+        if (x, rows.expert) not in self.env:
+            self.env[x, rows.expert] = self._taken(x, rows)
+        return self.env[x, rows.expert]
+
+    def _rows_of(self, group: Group) -> _Sorted:
+        expert = group.expert
+        assert expert is not None
+        if expert not in self.sorted:
+            weight = next(n for n in group.nodes if n.target is op("expert_linear"))
+            experts = self._local(type_of(Call(weight)["weight"]))[0]
+            self.sorted[expert] = self._sort(expert, int(experts))
+        return self.sorted[expert]
+
+    def _sort(self, expert: fx.Node, num_experts: int) -> _Sorted:
+        type_ = type_of(expert)
+        count = product(self._local(type_))
+        numbers = TensorType.whole(torch.int64, (count,))
+        ends = TensorType.whole(torch.int32, (num_experts,))
+        types = (numbers, numbers, ends)
+        made = self.builder.call(
+            op("sort_rows"), (self.builder.env[expert],), types, why="rows by expert",
+            num_experts=num_experts,
+        )
+        order, place, end = (
+            self.builder.call(operator.getitem, (made, i), t) for i, t in enumerate(types)
+        )
+        mask = None
+        if not _all_have_one(expert, num_experts):
+            known = TensorType(torch.bool, type_.shape, type_.layout)
+            mask = self.builder.call(
+                aten.lt.Scalar, (self.builder.env[expert], num_experts), known,
+                why="rows that have an expert",
+            )
+        return _Sorted(order, place, end, mask, count, expert)
+
+    def _taken(self, x: fx.Node, rows: _Sorted) -> fx.Node:
+        """The rows of a value that enters a group, in order."""
+        type_, lead = type_of(x), rows.lead
+        source, index, count = self.builder.env[x], rows.order, rows.count
+        alike = type_.shape[:lead] == type_of(rows.expert).shape
+        found = self.repeated.of(x) if alike and len(type_.shape) == lead + 1 else None
+        if found is not None:
+            source, count = found.rows, divide(count, found.times)
+            index = self._divided(rows, found.times)
+        elif not alike:
+            type_ = self._full(type_, rows)
+            source = self.builder.call(aten.expand.default, (source, self._spelled(type_)), type_)
+        source = self._reshaped(source, rows.type_of(type_, count))
+        return self.builder.call(
+            aten.index.Tensor, (source, [index]), rows.type_of(type_), why="rows by expert"
+        )
+
+    def _divided(self, rows: _Sorted, times: int) -> fx.Node:
+        if times not in rows.divided:
+            rows.divided[times] = self.builder.call(
+                aten.floor_divide.Scalar, (rows.order, times), type_of(rows.order),
+                why="which token a row is of",
+            )
+        return rows.divided[times]
+
+    def _full(self, type_: TensorType, rows: _Sorted) -> TensorType:
+        """The type of what is one for all choices of a token, once for each."""
+        of_rows, lead = type_of(rows.expert), rows.lead
+        return TensorType(
+            type_.dtype, (*of_rows.shape, *type_.shape[lead:]),
+            Layout((*of_rows.layout.dims, *type_.layout.dims[lead:]), type_.layout.partial),
+        )
+
+    def _put_back(self, node: fx.Node, rows: _Sorted) -> fx.Node:
+        type_ = type_of(node)
+        back = self.builder.call(
+            aten.index.Tensor, (self.env[node], [rows.place]), rows.type_of(type_),
+            why="back in their places",
+        )
+        back = self._reshaped(back, type_)
+        if rows.mask is None:
+            return back
+        of_rows = type_of(rows.mask)
+        behind = len(type_.shape) - rows.lead
+        mask = TensorType(
+            torch.bool, (*of_rows.shape, *(1,) * behind),
+            Layout((*of_rows.layout.dims, *(WHOLE,) * behind)),
+        )
+        return self.builder.call(
+            aten.where.ScalarOther, (self._reshaped(rows.mask, mask), back, 0.0), type_,
+            name=node.name, why="rows without an expert give 0",
+        )
+
+    def _reshaped(self, x: fx.Node, type_: TensorType) -> fx.Node:
+        if self._local(type_of(x)) == self._local(type_):
+            return x
+        return self.builder.call(aten.reshape.default, (x, self._spelled(type_)), type_)
+
+    def _local(self, type_: TensorType) -> tuple[Size, ...]:
+        return local_shape(type_, self.program.mesh, self.program.sequence)
+
+    def _spelled(self, type_: TensorType) -> list[Size]:
+        return spelled(self._local(type_))
+
+
+def _all_have_one(expert: fx.Node, num_experts: int) -> bool:
+    """Whether indices are those of the best among as many scores as there are experts."""
+    node = expert
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        source = node.all_input_nodes[0]
+        chosen = node.target is operator.getitem and node.args[1] == 1
+        if chosen and source.target is aten.topk.default:
+            call = Call(source)
+            return bool(type_of(call["self"]).shape[call["dim"]] == num_experts)
+        rule = find_rule(node.target)
+        if rule is None or rule.cost != "view":
+            return False
+        node = source
+    return False
