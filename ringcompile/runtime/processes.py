@@ -39,7 +39,12 @@ from ringcompile.runtime.links import connected_pairs
 from ringcompile.runtime.transport import pack, unpack
 from ringcompile.runtime.worker import Failure, RankCall, RankPlace, Reply, serve
 
-_PRELOAD = ["torch", "torch.distributed", "ringcompile.runtime.launcher", "ringcompile.artifact"]
+# What every rank needs. torch imports torch._dynamo, more than a second of work, when an op first
+# runs on the meta device, as each op of a saved program does.
+_PRELOAD = [
+    "torch", "torch.distributed", "torch._dynamo", "ringcompile.runtime.launcher",
+    "ringcompile.artifact",
+]
 _GRACE = 1.5  # seconds for the cause to arrive when a consequence was reported first
 _WORD = 2.5  # seconds for the others to say what they waited for when a rank has ended
 _LEAVE = 5.0  # seconds to leave when asked to

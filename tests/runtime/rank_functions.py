@@ -42,6 +42,10 @@ def surroundings(rank: Rank, variable: str) -> tuple[str | None, int, bool]:
     return os.environ.get(variable), torch.get_num_threads(), dist.is_initialized()
 
 
+def imported(rank: Rank, name: str) -> bool:
+    return name in sys.modules
+
+
 def listening(rank: Rank | None) -> set[str]:
     """The addresses, in hex, at which this process listens."""
     inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()}

@@ -59,6 +59,11 @@ def test_ranks_see_this_process_environment(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+def test_ranks_share_what_takes_long_to_import() -> None:
+    """Else every rank imports it by itself at its first op."""
+    assert launch(rank_functions.imported, 2, ("torch._dynamo",)) == [True] * 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ranks_listen_on_the_loopback_interface_only() -> None:
     assert launch(rank_functions.listening, 2) == [{"0100007F"}] * 2
