@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from ringcompile.artifact.fields import (
 from ringcompile.artifact.ops import check_arguments, resolve
 from ringcompile.axes import TIME, base_axis
 from ringcompile.errors import RingCompileError, SourceLocation
+from ringcompile.ir.calls import append
 from ringcompile.ir.expr import (
     LENGTHS,
     PART_AXIS,
@@ -250,7 +252,7 @@ class _Reader:
         args = tuple(map(self.argument, member(row, "args", list)))
         kwargs = {key: self.argument(v) for key, v in member(row, "kwargs", dict).items()}
         check_arguments(target, args, kwargs)
-        return self.graph.create_node("call_function", target, args, kwargs, name)
+        return append(self.graph, "call_function", target, args, kwargs, name)
 
     def _meta(self, row: dict[str, Any]) -> dict[str, Any]:
         meta: dict[str, Any] = {}
@@ -268,6 +270,9 @@ class _Reader:
     def argument(self, value: Any) -> Any:
         """An argument of a call."""
         match value:
+            case dict() if len(value) == 1:
+                ((kind, content),) = value.items()
+                return self._tagged(kind, content)
             case None | bool() | str():
                 return value
             case int() if abs(value) < MAX_INT:
@@ -276,9 +281,6 @@ class _Reader:
                 return value
             case list():
                 return [self.argument(v) for v in value]
-            case dict() if len(value) == 1:
-                ((kind, content),) = value.items()
-                return self._tagged(kind, content)
         raise RingCompileError(f"{str(value)[:60]} is not an argument")
 
     def _tagged(self, kind: str, content: Any) -> Any:
@@ -303,10 +305,8 @@ class _Reader:
         """A size, offset or coordinate, of this program's symbols only; in a type, also `u0`."""
         if not isinstance(value, dict):
             return count(value, "a size")
-        size = size_from_text(member(value, "expr", str))
-        found = set() if isinstance(size, int) else size.free_symbols
-        names = {s.name for s in found if not (of_type and depends_on_data(s))}
-        if unknown := names - self.symbols:
+        size, names, backed = _named_size(member(value, "expr", str))
+        if unknown := (backed if of_type else names) - self.symbols:
             raise RingCompileError(f"'{min(unknown)}' is neither a length nor a coordinate here")
         return size
 
@@ -368,6 +368,15 @@ class _Reader:
             count(line, "a line"),
             expect(layer, str, "a layer"),
         )
+
+
+@lru_cache(maxsize=65536)  # sympy goes through an expression at every look for its symbols
+def _named_size(text: str) -> tuple[Size, frozenset[str], frozenset[str]]:
+    """A size, the names of its symbols, and the names of those that do not depend on data."""
+    size = size_from_text(text)
+    found = set() if isinstance(size, int) else size.free_symbols
+    names = frozenset(symbol.name for symbol in found)
+    return size, names, frozenset(s.name for s in found if not depends_on_data(s))
 
 
 def _values(given: Any) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Container
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -67,24 +67,52 @@ def check_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     if not isinstance(target, torch._ops.OpOverload):
         return
-    arguments = target._schema.arguments
-    positional = [a.name for a in arguments if not a.kwarg_only]
+    positional, kinds, needed = _parameters(target)
     given = [*positional[: len(args)], *kwargs]
-    needed = {a.name for a in arguments if not a.has_default_value()}
-    fits = len(args) <= len(positional) and len(set(given)) == len(given)
-    if not fits or not needed <= set(given) <= {a.name for a in arguments}:
+    names = set(given)
+    fits = len(args) <= len(positional) and len(names) == len(given)
+    if not fits or not needed <= names <= kinds.keys():
         raise RingCompileError(f"the arguments do not fit {target._schema}")
-    types = {a.name: a.type for a in arguments}
     for name, value in zip(given, [*args, *kwargs.values()], strict=True):
-        if not _fits(types[name], value):
+        if not kinds[name].fits(value):
             raise RingCompileError(f"the argument '{name}' does not fit {target._schema}")
 
 
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether an argument may be a tensor where one is wanted, and is given where it has to be."""
-    if isinstance(kind, torch.OptionalType):
-        return value is None or _fits(kind.getElementType(), value)
-    if isinstance(value, list | tuple):
-        lists = isinstance(kind, torch.ListType)
-        return lists and all(_fits(kind.getElementType(), entry) for entry in value)
-    return value is not None and not (isinstance(value, str) and isinstance(kind, torch.TensorType))
+class _Kind(NamedTuple):
+    """What a schema says of an argument.
+
+    Attributes:
+        optional: whether it may be None.
+        entries: the kind of its entries where it is a list; None where it is none.
+        tensor: whether it is a tensor.
+    """
+
+    optional: bool
+    entries: _Kind | None
+    tensor: bool
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value may be a tensor where one is wanted, and is given where it has to be."""
+        if value is None:
+            return self.optional
+        if isinstance(value, list | tuple):
+            return self.entries is not None and all(map(self.entries.fits, value))
+        return not (self.tensor and isinstance(value, str))
+
+
+def _kind(of: Any) -> _Kind:
+    if isinstance(of, torch.OptionalType):
+        return _kind(of.getElementType())._replace(optional=True)
+    entries = _kind(of.getElementType()) if isinstance(of, torch.ListType) else None
+    return _Kind(False, entries, isinstance(of, torch.TensorType))
+
+
+@lru_cache(maxsize=4096)  # torch looks every type up anew
+def _parameters(target: Any) -> tuple[list[str], dict[str, _Kind], frozenset[str]]:
+    """The names of an op's positional arguments, the kinds of all, and those without a default."""
+    arguments = target._schema.arguments
+    return (
+        [a.name for a in arguments if not a.kwarg_only],
+        {a.name: _kind(a.type) for a in arguments},
+        frozenset(a.name for a in arguments if not a.has_default_value()),
+    )
