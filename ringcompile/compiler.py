@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringcompile import artifact
-from ringcompile.capture.dims import Dims
-from ringcompile.capture.export import capture
-from ringcompile.capture.loaders import LoadedModel, load_model
 from ringcompile.decode_choice import faster_form
 from ringcompile.dump import report
 from ringcompile.errors import RingCompileError
@@ -21,6 +18,7 @@ from ringcompile.ir.communication import bytes_sent
 from ringcompile.ir.expr import SEQUENCE, bind
 from ringcompile.ir.plan import SplitPlan
 from ringcompile.ir.program import Program
+from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
 from ringcompile.parallel_program import Observer, ParallelProgram
@@ -33,6 +31,13 @@ from ringcompile.passes.rank.schedule import Schedule
 from ringcompile.passes.stages.split_pipeline import starts_of
 from ringcompile.passes.user_pass import UserPass
 from ringcompile.runtime.device_mesh import mesh_of
+
+if TYPE_CHECKING:  # torch.export, which most commands on an artifact do not need
+    from ringcompile.capture import export, loaders
+    from ringcompile.capture.dims import Dims
+else:
+    export = Later("ringcompile.capture.export")
+    loaders = Later("ringcompile.capture.loaders")
 
 
 def transform(
@@ -206,7 +211,7 @@ def check(
     mesh = mesh_of(parallel)
     name = model.name if isinstance(model, Program) else type(model).__name__
     try:
-        program = model if isinstance(model, Program) else capture(
+        program = model if isinstance(model, Program) else export.capture(
             model, args, kwargs, dims=dims
         )
         made, refusals = _made(program, mesh, options)
@@ -268,12 +273,12 @@ def recapture(options: Mapping[str, Any]) -> Program:
         name: {int(dim): role for dim, role in roles.items()}
         for name, roles in (options.get("dims") or {}).items()
     }
-    return capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=said)
+    return export.capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name, dims=said)
 
 
 def recorded_model(
     options: Mapping[str, Any], given: str | None = None, *, weights: bool = True
-) -> LoadedModel:
+) -> loaders.LoadedModel:
     """The model that an artifact was made from.
 
     Args:
@@ -298,7 +303,7 @@ def recorded_model(
             hint=f"if you trust it: `ringcompile verify OUT --numerics --model {spec}`, or "
             f"`ringcompile transform {spec} --passes ...` for early passes",
         )
-    return load_model(
+    return loaders.load_model(
         spec, batch=options.get("batch", 1), dtype=options.get("dtype"), weights=weights,
         extra=options.get("extra_inputs", ()),
     )

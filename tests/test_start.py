@@ -91,6 +91,15 @@ def test_a_later_module_is_imported_at_its_first_use() -> None:
         _ = Later("math").cube
 
 
+def test_what_reads_an_artifact_does_not_import_what_captures_models() -> None:
+    done = python(
+        "import sys, ringcompile.compiler, ringcompile.cost.simulate\n"
+        "late = ('ringcompile.capture.export', 'torch._dynamo', 'networkx', 'transformers')\n"
+        "print([name for name in late if name in sys.modules])"
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
 # -- usage -----------------------------------------------------------------------------------------
 
 COMPLETION = "bash_complete"

@@ -256,7 +256,8 @@ def _first_reads(nodes: list[fx.Node]) -> Mapping[fx.Node, tuple[str, ...]]:
     pending: dict[fx.Node, str] = {}  # a collective's result, and views of it
     found: dict[fx.Node, tuple[str, ...]] = {}
     for node in nodes:
-        read = dict.fromkeys(pending[n] for n in node.all_input_nodes if n in pending)
+        inputs = node.all_input_nodes if pending else ()
+        read = dict.fromkeys(pending[n] for n in inputs if n in pending)
         if read and node.target is operator.getitem:
             pending[node] = next(iter(read))
             continue

@@ -10,8 +10,9 @@ waits, compute continues until a result is read, which is the most that any runt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ringcompile.cost.collectives import collective_seconds, held_up, message_seconds
 from ringcompile.cost.hardware import Cluster
@@ -22,8 +23,7 @@ COMPUTE = "compute"
 HOST = "host"
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A period of time on a stream of a rank.
 
     Attributes:
@@ -178,11 +178,13 @@ class _Builder:
         self.taken: dict[tuple[str, int, int], list[_InFlight]] = {}
         self.shared: dict[tuple[str, tuple[int, ...], int], int] = {}
         self.times: dict[Kernel, Time] = {}
+        self.known: dict[int, Time] = {}
+        self.host = 0.0
         self.transfers: list[Transfer] = []
 
     def build(self, costs: Sequence[RankCost]) -> Timeline:
         for cost in costs:
-            rank = _Streams()
+            rank, self.host = _Streams(), self._host_seconds(cost)
             for microbatch in range(self.how.microbatches):
                 for step in cost.steps:
                     self._step(cost, rank, step, microbatch)
@@ -218,7 +220,7 @@ class _Builder:
     def _collect(self, cost: RankCost, rank: _Streams, step: TimedStep) -> None:
         """Collect a step's kernels, to merge them with the next ones into one event."""
         if not self.cluster.device.asynchronous:
-            rank.parts[HOST] = rank.parts.get(HOST, 0.0) + self._host_seconds(cost)
+            rank.parts[HOST] = rank.parts.get(HOST, 0.0) + self.host
         for kernel in step.kernels:
             time = self._time(kernel)
             rank.parts[time.bound] = rank.parts.get(time.bound, 0.0) + time.seconds
@@ -231,8 +233,7 @@ class _Builder:
             rank.parts = {}
 
     def _compute(self, cost: RankCost, rank: _Streams, step: TimedStep, microbatch: int) -> None:
-        device = self.cluster.device
-        host = self._host_seconds(cost)
+        device, host = self.cluster.device, self.host
         if device.asynchronous and self.how.eager:
             event = Event(cost.rank, HOST, step.name, HOST, host, step.layer, microbatch)
             rank.host = self._add(event, (rank.host,))
@@ -246,9 +247,12 @@ class _Builder:
             rank.compute = self._add(event, (rank.compute, rank.host))
 
     def _time(self, kernel: Kernel) -> Time:
-        if kernel not in self.times:
-            self.times[kernel] = time_of(kernel, self.cluster.device)
-        return self.times[kernel]
+        found = self.known.get(id(kernel))  # calls that are alike have the same kernels
+        if found is None:
+            if kernel not in self.times:
+                self.times[kernel] = time_of(kernel, self.cluster.device)
+            found = self.known[id(kernel)] = self.times[kernel]
+        return found
 
     def _host_seconds(self, cost: RankCost) -> float:
         """The host's time for a step in seconds, including the views around it."""
@@ -341,29 +345,30 @@ class _Builder:
         self.before[expected.done].append(number)
 
     def _timed(self) -> Timeline:
-        ends = [0.0] * len(self.events)
-        last: list[int | None] = [None] * len(self.events)
-        for number in _in_order(self.before):
-            start = 0.0
-            for before in self.before[number]:
-                if last[number] is None or ends[before] > start:
-                    start, last[number] = ends[before], before
-            ends[number] = start + self.events[number].seconds
+        ends, last = _ends(self.before, [event.seconds for event in self.events])
         return Timeline(self.before, self.events, ends, last, self.transfers)
 
 
-def _in_order(before: Sequence[Sequence[int]]) -> Iterator[int]:
-    """All events, each behind those before it."""
+def _ends(
+    before: Sequence[Sequence[int]], seconds: Sequence[float]
+) -> tuple[list[float], list[int | None]]:
+    """When each event ends, and which one delayed it: all that it begins behind go first."""
     after: list[list[int]] = [[] for _ in before]
     for number, others in enumerate(before):
         for other in others:
             after[other].append(number)
     missing = list(map(len, before))
     ready = [number for number, count in enumerate(missing) if not count]
+    ends, last = [0.0] * len(before), list[int | None]([None]) * len(before)
     for number in ready:
-        yield number
+        start, delayed = 0.0, None
+        for other in before[number]:
+            if delayed is None or ends[other] > start:
+                start, delayed = ends[other], other
+        ends[number], last[number] = start + seconds[number], delayed
         for other in after[number]:
             missing[other] -= 1
             if not missing[other]:
                 ready.append(other)
     assert len(ready) == len(before), "events wait for each other"
+    return ends, last

@@ -93,6 +93,7 @@ class Values:
     of: dict[fx.Node, Value] = field(default_factory=dict, init=False)
     _shapes: dict[TensorType, tuple[int, ...]] = field(default_factory=dict, init=False)
     _rows: dict[str, int] = field(default_factory=dict, init=False)
+    _numbers: dict[Size, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for node in self.program.graph.nodes:
@@ -117,11 +118,15 @@ class Values:
         Of sizes that only the data tells, the rows that arrive for a rank's experts are as many as
         it sent, and others as many as its tokens.
         """
-        bound = bind(size, {**self.lengths, **self._rows})
-        if isinstance(bound, int):
-            return bound
-        share = self.lengths.get(OWN, self.lengths.get(SEQUENCE, 1))
-        return int(bind(bound, {str(s): share for s in bound.free_symbols}))
+        if isinstance(size, int):
+            return size
+        if size not in self._numbers:
+            bound = bind(size, {**self.lengths, **self._rows})
+            if not isinstance(bound, int):
+                share = self.lengths.get(OWN, self.lengths.get(SEQUENCE, 1))
+                bound = int(bind(bound, {str(s): share for s in bound.free_symbols}))
+            self._numbers[size] = bound
+        return self._numbers[size]
 
     def shape(self, type_: TensorType) -> tuple[int, ...]:
         """The local shape of a type."""
@@ -143,7 +148,9 @@ class Values:
                 return self._merged(node)
             if target == DISPATCH:
                 arriving, order = type_of(node).shape[0], self.argument(node.args[1])
-                self._rows |= {str(arriving): order.numel()} if is_symbolic(arriving) else {}
+                if is_symbolic(arriving):
+                    self._rows[str(arriving)] = order.numel()
+                    self._numbers.clear()
         made = tuple(self._made(node, type_) for type_ in results_of(node))
         return made if isinstance(node.meta["type"], tuple) else made[0]
 

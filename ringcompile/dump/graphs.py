@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 from torch import fx
 
 from ringcompile.ir.call_text import op_name

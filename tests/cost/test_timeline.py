@@ -291,6 +291,21 @@ def test_short_messages_may_be_slower() -> None:
 # -- scaling --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", [How(), How(3), How(2, eager=True), How(2, deferred=True),
+                                 How(merged=True)], ids=str)
+def test_every_event_begins_when_the_last_of_those_before_it_ends(how: How) -> None:
+    steps = [compute(1), start("x", 1, 1, 3 * MB), compute(2, "more"), wait("x"),
+             reduce("sum", (0, 1)), compute(1, "end", ("sum",))]
+    others = [start("x", 0, 0), compute(4), wait("x"), reduce("sum", (0, 1)), compute(2, "end")]
+    found = timeline([rank(0, *steps), rank(1, *others)], cluster(), how)
+    assert len(found.events) > len(steps) + len(others) or how.merged
+    for number, before in enumerate(found.before):
+        ends = [found.ends[other] for other in before]
+        assert found.start(number) == pytest.approx(max(ends, default=0.0))
+        delayed = before[ends.index(max(ends))] if before else None
+        assert found.last[number] == delayed
+
+
 def test_a_batch_multiplies_all_but_the_weights() -> None:
     product = Kernel("matmul", torch.float32, 4 * (2 * 3 + 3 * 5 + 2 * 5), 60, 2, 3, 5)
     attended = Kernel("attention", torch.float32, 80, 40, 2, 8, 2, batch=3)
