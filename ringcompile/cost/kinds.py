@@ -21,7 +21,7 @@ _OURS = {
         "positions": "stream", "window_positions": "stream", "redistribute": "same", "wait": "same",
         "ring_attention": "attention", "block_attention": "block_attention",
         "cached_attention": "cached_attention", "attend_merge": "attend_merge", "merge": "merge",
-        "finish": "finish", "pack": "join", "route": "sort", "store": "stream",
+        "finish": "finish", "pack": "view", "route": "sort", "store": "stream",
         "sort_rows": "sort_rows",
         "merge_states": "stream", "pack_state": "join", "running_sum": "scan",
         "running_recurrence": "recurrence", "linear_state": "linear_state",

@@ -79,22 +79,27 @@ def _contiguous(tensor: torch.Tensor) -> list[Kernel]:
 
 
 def _around_communication(work: Work) -> list[Kernel]:
-    """What is sent is contiguous, parts of peers side by side; what arrives is put in order."""
+    """What is sent is contiguous, parts of peers side by side; what arrives is put in order.
+
+    Along dim 0 both are so already.
+    """
     target, arrived = target_name(work.node.target), list(work.results)
     if target == SHIFT:
         return _contiguous(work.operands[0]) if work.call["to"] is not None else []
     sent = work.operands[0]
-    if target == ALL_REDUCE:
-        return _contiguous(sent)
     parts, joined = [kernel("strided", [sent], [sent])], [kernel("strided", arrived, arrived)]
-    kernels = {
-        GATHER: [*_contiguous(sent), *joined],
-        REDUCE_SCATTER: parts,
-        ALL_TO_ALL: parts + joined,
-        DISPATCH: parts,
-        COMBINE: joined,
-    }
-    return kernels[target]
+    if target in (DISPATCH, COMBINE):
+        return parts if target == DISPATCH else joined
+    cut, to = (work.call.get(name, 0) for name in _CUT_AND_JOINED[target])
+    in_order = to == 0 and work.call.get("limit") is None
+    return [*(parts if cut else _contiguous(sent)), *([] if in_order else joined)]
+
+
+# By which arguments a collective says along which dim it cuts what it sends, and joins what comes.
+_CUT_AND_JOINED = {
+    ALL_REDUCE: ("", ""), GATHER: ("", "dim"), REDUCE_SCATTER: ("dim", ""),
+    ALL_TO_ALL: ("split", "concat"),
+}
 
 
 def _matmul(work: Work) -> list[Kernel]:
@@ -238,7 +243,8 @@ def _cached_attention(work: Work) -> list[Kernel]:
 def _block_kernels(work: Work, value_dim: int) -> list[Kernel]:
     q, kv = work["q"], work["kv"]
     found = blocks(
-        work["queries"], work["keys"], q.shape[2], kv[0].shape[2], chunk=work["chunk"],
+        work["queries"], work["keys"], q.shape[2], kv[0].shape[2 if len(kv) == 2 else 0],
+        chunk=work["chunk"],
         limit=work["limit"], band=_band(work), masked=_is_masked(work),
     )
     return [_attend(q, block, work["head_dim"], value_dim) for block in found]

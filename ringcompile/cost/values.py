@@ -28,6 +28,11 @@ from ringcompile.ir.verifier import CONSUMING
 from ringcompile.mesh import Mesh
 from ringcompile.ops.bodies import body_of
 
+# Attention over queries [B,H,S,D], and its state brought into the model's dtype.
+_IN_ORDER = frozenset(
+    f"ringcompile.{name}.default"
+    for name in ("attention", "block_attention", "cached_attention", "finish")
+)
 Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
 
@@ -151,6 +156,8 @@ class Values:
                 if is_symbolic(arriving):
                     self._rows[str(arriving)] = order.numel()
                     self._numbers.clear()
+            if target in _IN_ORDER:
+                return self._in_order(node, self.of[node.all_input_nodes[0]])
         made = tuple(self._made(node, type_) for type_ in results_of(node))
         return made if isinstance(node.meta["type"], tuple) else made[0]
 
@@ -158,6 +165,22 @@ class Values:
         args, kwargs = map_values((list(node.args), dict(node.kwargs)), self.argument)
         viewed: torch.Tensor = body_of(node.target)(*args, **kwargs)
         return viewed
+
+    def _in_order(self, node: fx.Node, like: Value) -> Value:
+        """What an attention gives, its first three dims in memory as those of its queries."""
+        like = like[0] if isinstance(like, tuple) else like
+        order = sorted(range(3), key=like.stride, reverse=True)
+        back = [*map(order.index, range(3)), 3]
+        made = []
+        for type_ in results_of(node):
+            shape = self.shape(type_)
+            if len(shape) == 4:
+                sizes = [*(shape[dim] for dim in order), shape[3]]
+                out = torch.empty(sizes, dtype=type_.dtype, device="meta").permute(back)
+            else:
+                out = torch.empty(shape, dtype=type_.dtype, device="meta")
+            made.append(out)
+        return tuple(made) if isinstance(node.meta["type"], tuple) else made[0]
 
     def _merged(self, node: fx.Node) -> Value:
         """The state that a block is merged into, which is widened once."""

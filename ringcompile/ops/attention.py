@@ -56,17 +56,34 @@ def attention(
 def pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Keys and values in one buffer, so that one transfer carries both.
 
+    Tokens come first, so that a run of them is dense and can be sent as it is. Where keys and
+    values already lie in one such buffer, this is a view of it, as `reshape` is one if it can be.
+
+    Args:
+        k: [B,G,S,D].
+        v: [B,G,S,E].
+
     Returns:
-        [B,2G,S,D] where both have the same head dim, so that rows stay dense; else [B,G,S,D+E].
+        [S,B,2G,D] where both have the same head dim; else [S,B,G,D+E].
     """
-    return torch.cat([k, v], 1 if k.shape[3] == v.shape[3] else 3)
+    k, v, dim = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3), 2 if k.shape[3] == v.shape[3] else 3
+    apart = v.storage_offset() - k.storage_offset()
+    beside = (
+        k.untyped_storage()._cdata == v.untyped_storage()._cdata
+        and k.stride() == v.stride()
+        and apart == k.stride(dim) * k.shape[dim]
+    )
+    if not beside:
+        return torch.cat([k, v], dim)
+    shape = (*k.shape[:dim], k.shape[dim] + v.shape[dim], *k.shape[dim + 1 :])
+    return k.as_strided(shape, k.stride())
 
 
 def unpack(kv: Sequence[torch.Tensor], head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [B,G,S,D] and values [B,G,S,E]: from `pack`, or as they are where there are two."""
     if len(kv) == 2:
         return kv[0], kv[1]
-    packed = kv[0]
+    packed = kv[0].permute(1, 2, 0, 3)
     if packed.shape[3] == head_dim:
         k, v = packed.chunk(2, 1)
         return k, v
@@ -94,7 +111,7 @@ def block_attention(
 
     Args:
         q: [B,H,Sq,D].
-        kv: [B,G,Sk,D+E], packed.
+        kv: keys [B,G,Sk,D] and values [B,G,Sk,E], or both in one buffer, see `pack`.
         key_mask: as in `attention`; its key dim spans the whole sequence.
         mask: as in `attention`; its key dim spans the whole sequence, its query dim these queries.
         head_dim: D.
@@ -162,12 +179,13 @@ class _Blocks:
 def _block_calls(
     q: torch.Tensor, kv: Sequence[torch.Tensor], head_dim: int, masks: _Masks, blocks: _Blocks
 ) -> list[_KernelCall]:
+    k, v = unpack(kv, head_dim)
     rows = pieces(blocks.queries, blocks.chunk, limit=_NO_LIMIT, num_rows=q.shape[2])
-    columns = pieces(blocks.keys, blocks.chunk, blocks.limit, num_rows=kv[0].shape[2])
+    columns = pieces(blocks.keys, blocks.chunk, blocks.limit, num_rows=k.shape[2])
     if blocks.queries == blocks.keys and masks.only_causal:
-        kv = [_cleared(x, columns) for x in kv]
+        k, v = _cleared(k, columns), _cleared(v, columns)
         columns = rows  # padding sits behind every token: no need to leave it out
-    return _calls(q, *unpack(kv, head_dim), masks, rows, columns)
+    return _calls(q, k, v, masks, rows, columns)
 
 
 def _cleared(x: torch.Tensor, tokens: Sequence[Piece]) -> torch.Tensor:
@@ -242,7 +260,10 @@ def _attended(calls: list[_KernelCall], scoring: _Scoring, wide: bool = False) -
     ]
     if len(states) == 1:
         return list(states[0])
-    return [torch.cat([state[i] for state in states], 2) for i in (0, 1)]
+    outs, lses = zip(*states, strict=True)
+    # Tokens first, as keys come: what reads them by token then reads memory in order.
+    out = torch.cat([x.permute(2, 0, 1, 3) for x in outs]).permute(1, 2, 0, 3)
+    return [out, torch.cat(lses, 2)]
 
 
 # Larger than any sequence: query rows are never cut off, padded ones are dropped at the exit.

@@ -9,7 +9,7 @@ from ringcompile.ir.types import TensorType
 from ringcompile.ops.schemas import COMMUNICATION, name_of
 
 # Ours that are written in torch's own ops.
-_PLAIN = frozenset({None, "pack", "finish", "redistribute", "tokenwise"})
+_PLAIN = frozenset({None, "finish", "redistribute", "tokenwise"})
 
 
 def is_compilable(node: fx.Node) -> bool:

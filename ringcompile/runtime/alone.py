@@ -72,6 +72,6 @@ def _as_sent(asked: Collective, num_ranks: int) -> torch.Tensor:
 
 
 _STANDS_IN: dict[str, Callable[[Collective, int], Any]] = {
-    "gather": lambda asked, num_ranks: [asked.tensor] * num_ranks,
+    "gather": lambda asked, num_ranks: asked.tensor.expand(num_ranks, *asked.tensor.shape),
     "reduce_scatter": lambda asked, num_ranks: asked.tensor[0],
 }

@@ -1,7 +1,8 @@
 """What ranks do together: what each brings, what each gets, and how a rank's program uses it.
 
 A collective brings one dense tensor. Where every peer gets a part of its own, or sends one, the
-parts stand along a new first dim; cutting and joining along the op's own dim is the program's side.
+parts stand along a new first dim. An op along dim 0 is just that, and nothing is copied around it;
+one along another dim has parts cut out before, or put side by side behind it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _rows(brought: Brought, place: int) -> torch.Tensor:
 
 # What a rank gets, from what all ranks of the group brought and its place in the group.
 ANSWERS: dict[str, Callable[[Brought, int], Any]] = {
-    "gather": lambda brought, place: [one.tensor for one in brought],
+    "gather": lambda brought, place: torch.stack([one.tensor for one in brought]),
     "all_reduce": lambda brought, place: _sum(one.tensor for one in brought),
     "reduce_scatter": lambda brought, place: _sum(one.tensor[place] for one in brought),
     "all_to_all": lambda brought, place: torch.stack([one.tensor[place] for one in brought]),
@@ -104,7 +105,8 @@ def asked(
         return Collective(node, kind, axis, x.contiguous())
     dim = arguments["dim" if kind == "reduce_scatter" else "split"]
     detail = f"along dim {dim}" + (f" to {arguments['concat']}" if kind == "all_to_all" else "")
-    return Collective(node, kind, axis, torch.stack(x.chunk(num_ranks, dim)), detail)
+    parts = x.unflatten(dim, (num_ranks, x.shape[dim] // num_ranks)).movedim(dim, 0)
+    return Collective(node, kind, axis, parts.contiguous(), detail)
 
 
 def used(
@@ -133,13 +135,18 @@ def used(
         back[operands[1]] = answer
         return back.reshape(tuple(shape))
     if kind == "all_to_all":
-        return torch.cat(answer.unbind(), arguments["concat"])
+        return _joined(answer, arguments["concat"])
     if kind != "gather":
         return answer
     dim, limit = arguments["dim"], arguments["limit"]
     if limit is None:
-        return torch.cat(answer, dim)
+        return _joined(answer, dim)
     assert sequence is not None
     level = sequence.level(arguments["axis"].split(","))
     chunks: Any = [level.chunks(rank) for rank in range(level.num_ranks)]
-    return join(answer, chunks, dim, limit)
+    return join(answer.unbind(), chunks, dim, limit)
+
+
+def _joined(parts: torch.Tensor, dim: int) -> torch.Tensor:
+    """Parts [num_ranks, ...] side by side along a dim of theirs."""
+    return parts.movedim(0, dim).flatten(dim, dim + 1)

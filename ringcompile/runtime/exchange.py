@@ -197,9 +197,7 @@ class Exchange:
             asked = replace(asked, tensor=asked.tensor[order])
         answer = BY_KIND[asked.kind](asked, group)
         back = sorted(range(len(order)), key=order.__getitem__)
-        if asked.kind == "gather":
-            return [answer[place] for place in back]
-        return answer[back] if asked.kind == "all_to_all" else answer
+        return answer[back] if asked.kind in ("gather", "all_to_all") else answer
 
     def _group(self, axis: str) -> dist.ProcessGroup:
         """The process group along an axis, or along several together."""
@@ -301,10 +299,9 @@ _gather_single = getattr(funcol, "all_gather_single", funcol.all_gather_tensor)
 _reduce_scatter_single = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor)
 
 
-def _gather(asked: Collective, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Every rank's tensor: [num_ranks, ...], taken apart."""
-    whole = _gather_single(asked.tensor.unsqueeze(0), 0, group)
-    return list(funcol.wait_tensor(whole).unbind())
+def _gather(asked: Collective, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's tensor: [num_ranks, ...]."""
+    return funcol.wait_tensor(_gather_single(asked.tensor.unsqueeze(0), 0, group))
 
 
 def _all_reduce(asked: Collective, group: dist.ProcessGroup) -> torch.Tensor:

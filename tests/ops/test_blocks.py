@@ -309,9 +309,44 @@ def test_unpack_undoes_pack(groups: int, value_dim: int) -> None:
         found = unpack(kv, DIM)
         assert torch.equal(found[0], k)
         assert torch.equal(found[1], v)
-    rows = unpack([pack(k, v)[:, :, 2:5]], DIM)
+    rows = unpack([pack(k, v)[2:5]], DIM)
     assert torch.equal(rows[0], k[:, :, 2:5])
     assert torch.equal(rows[1], v[:, :, 2:5])
+    assert pack(k, v)[2:5].is_contiguous()
+
+
+@pytest.mark.parametrize("value_dim", [1, DIM])
+def test_keys_and_values_that_lie_side_by_side_are_packed_already(value_dim: int) -> None:
+    k, v = torch.randn(BATCH, 3, 7, DIM), torch.randn(BATCH, 3, 7, value_dim)
+    packed = pack(k, v)
+    again = pack(*unpack([packed], DIM))
+    assert again.data_ptr() == packed.data_ptr()
+    assert again.is_contiguous()
+    assert torch.equal(again, packed)
+    part = pack(*(x[:, :, 2:4] for x in unpack([packed], DIM)))
+    assert part.data_ptr() == packed[2:4].data_ptr()
+    assert torch.equal(part, packed[2:4])
+
+
+def _side_by_side() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values in one buffer, but not as `pack` puts them."""
+    buffer = torch.randn(7, BATCH, 6, DIM).permute(1, 2, 0, 3)
+    one = torch.randn(BATCH, 1, 7, DIM)
+    return {
+        "values first": (buffer[:, 3:], buffer[:, :3]),
+        "a gap between": (buffer[:, :2], buffer[:, 4:]),
+        "overlapping": (buffer[:, :3], buffer[:, 2:5]),
+        "the same": (buffer[:, :3], buffer[:, :3]),
+        "other tokens": (buffer[:, :3, :3], buffer[:, :3, 3:6]),
+        "one head for all": (one.expand(-1, 3, -1, -1), one.expand(-1, 3, -1, -1)),
+    }
+
+
+@pytest.mark.parametrize("k_v", _side_by_side().values(), ids=_side_by_side())
+def test_what_lies_otherwise_is_packed_anew(k_v: tuple[torch.Tensor, torch.Tensor]) -> None:
+    k, v = unpack([pack(*k_v)], DIM)
+    assert torch.equal(k, k_v[0])
+    assert torch.equal(v, k_v[1])
 
 
 def test_a_merge_touches_its_rows_only() -> None:

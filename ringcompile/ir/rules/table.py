@@ -301,6 +301,7 @@ RULES: dict[str, Rule] = {
     **_rows([f"{name}.default" for name in _COSTLY_UNARY], pointwise, cost="special"),
     **_rows([f"{name}.default" for name in _SAME], pointwise, cost="same"),
     **_rows(["real.default"], pointwise, cost="view"),
+    **_rows(["contiguous.default"], pointwise, cost="view", linear=FIRST),
     **_rows(_BINARY, pointwise),
     **_rows(_COSTLY_BINARY, pointwise, cost="special"),
     **_rows(["neg.default", "mul.Scalar", "div.Scalar", "div.Tensor"], pointwise, linear=FIRST),

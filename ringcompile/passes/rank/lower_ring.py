@@ -220,7 +220,7 @@ class _Ring:
         q, mask = self.slots(self.q, self.rows, rows, self.unit), self.mask
         if mask is not None and type_of(mask).shape[2] != 1:
             mask = self.slots(mask, self.rows, rows, self.unit)
-        kv = [self.slots(node, held.slots, columns, self.of_keys.chunk) for node in held.nodes]
+        kv = self.some_of(held, columns)
         out, whose = type_of(q), f"rank {held.block}" if self.ranks > 1 else f"chunks {keys}"
         return self.builder.call(
             op("block_attention"),
@@ -239,34 +239,43 @@ class _Ring:
 
     # -- parts of tensors ----------------------------------------------------------------------
 
-    def slots(self, x: fx.Node, have: _Slots, kept: _Slots, unit: Size) -> fx.Node:
-        """Some of the chunks, of so many tokens each, of a tensor [.., .., tokens, ..]."""
+    def some_of(self, held: _Held, kept: _Slots) -> list[fx.Node]:
+        """Some of the chunks of a block: of packed keys and values, whose first dim they are."""
+        dim = 2 if len(held.nodes) == 2 else 0
+        return [
+            self.slots(node, held.slots, kept, self.of_keys.chunk, dim) for node in held.nodes
+        ]
+
+    def slots(
+        self, x: fx.Node, have: _Slots, kept: _Slots, unit: Size, dim: int = 2
+    ) -> fx.Node:
+        """Some of the chunks, of so many tokens each, of a tensor [.., tokens, ..]."""
         if kept == have:
             return x
         if (x, kept) not in self.cut:
-            parts = [self._slice(x, have, run, unit) for run in runs_of(have, kept)]
+            parts = [self._slice(x, have, run, unit, dim) for run in runs_of(have, kept)]
             self.cut[x, kept] = parts[0] if len(parts) == 1 else self.builder.call(
-                aten.cat.default, (parts, 2), self._local_type(type_of(x), len(kept) * unit),
-                name="chunks",
+                aten.cat.default, (parts, dim),
+                self._local_type(type_of(x), len(kept) * unit, dim), name="chunks",
             )
         return self.cut[x, kept]
 
-    def _slice(self, x: fx.Node, have: _Slots, run: _Slots, unit: Size) -> fx.Node:
+    def _slice(self, x: fx.Node, have: _Slots, run: _Slots, unit: Size, dim: int) -> fx.Node:
         """Chunks that lie side by side in a tensor."""
         first = have.index(run[0])
         start, end = simplify(first * unit), simplify((first + len(run)) * unit)
         return self.builder.call(
-            aten.slice.Tensor, (x, 2, start, end), self._local_type(type_of(x), len(run) * unit),
-            name="chunks",
+            aten.slice.Tensor, (x, dim, start, end),
+            self._local_type(type_of(x), len(run) * unit, dim), name="chunks",
         )
 
     def local(self, type_: TensorType) -> tuple[Size, ...]:
         """The shape of this rank's share."""
         return local_shape(type_, self.mesh, self.sequence)
 
-    def _local_type(self, type_: TensorType, rows: Size) -> TensorType:
+    def _local_type(self, type_: TensorType, rows: Size, dim: int) -> TensorType:
         local = self.local(type_)
-        return TensorType.whole(type_.dtype, (*local[:2], rows, local[3]))
+        return TensorType.whole(type_.dtype, (*local[:dim], rows, *local[dim + 1 :]))
 
 
 @dataclass
@@ -373,8 +382,7 @@ class _Stream:
         return _Held((node,), self._from(way, step), slots) if slots else None
 
     def _payload(self, held: _Held, slots: _Slots) -> fx.Node:
-        unit = self.ring.of_keys.chunk
-        nodes = [self.ring.slots(node, held.slots, slots, unit) for node in held.nodes]
+        nodes = self.ring.some_of(held, slots)
         return self._pack(*nodes) if len(nodes) == 2 else nodes[0]
 
     def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
@@ -389,5 +397,5 @@ class _Stream:
         batch, heads, _, head_dim = self.ring.local(type_of(self.k))
         value_dim = type_of(self.v).shape[3]
         if head_dim == value_dim:
-            return batch, 2 * heads, rows, head_dim
-        return batch, heads, rows, head_dim + value_dim
+            return rows, batch, 2 * heads, head_dim
+        return rows, batch, heads, head_dim + value_dim

@@ -1,8 +1,14 @@
-"""Queries, keys and values go from tokens to heads in one exchange (DeepSpeed-Ulysses, 2023).
+"""Attention's rows go from tokens to heads, and its results back (DeepSpeed-Ulysses, 2023).
 
-q [B,H,n,D], k and v [B,G,n,D]   each cut into U groups of heads, side by side:
-packed [B, U, (H+2G)/U, n, D]    group u goes to rank u, and tokens come from all ranks
-packed [B, (H+2G)/U, U*n, D]     taken apart into q, k and v of a rank's heads
+q [B,H,n,D]              cut into U groups of heads                       [B, U, H/U, n, D]
+sent [U, n, B, H/U, D]   one dense tensor, group u for rank u: the only copy on the way
+came [U, n, B, H/U, D]   tokens of all ranks, which is [U*n, B, H/U, D]   seen as [B, H/U, U*n, D]
+
+Keys and values go in one tensor, side by side as a ring passes them on. Where they go no further,
+queries go with them. Results go back in the same order, and are copied where they arrive:
+
+o [B, H/U, U*n, D]       tokens first in memory, so sent as it is         [U, n, B, H/U, D]
+came [U, n, B, H/U, D]   each token's heads side by side                  [B, n, U*H/U, D]
 """
 
 from __future__ import annotations
@@ -15,48 +21,47 @@ from torch import fx
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, divide, simplify
-from ringcompile.ir.layout import DimLayout
+from ringcompile.ir.layout import DimLayout, Layout
 from ringcompile.ir.nodes import type_of
-from ringcompile.ir.types import SequenceSplit, TensorType, local_shape
-from ringcompile.mesh import Mesh
+from ringcompile.ir.types import TensorType, local_shape
 from ringcompile.ops.schemas import op
-from ringcompile.passes.base import Builder
+from ringcompile.passes.shares.redistribute import Mover
+from ringcompile.passes.views import permuted, reshaped
 
 aten = torch.ops.aten
 _AXIS = "ulysses"
 _HEADS, _TOKENS = 1, 2
 _ROWS = ("q", "k", "v")
+_TOKENS_FIRST, _HEADS_FIRST = (2, 0, 1, 3), (1, 2, 0, 3)
 
 
 @dataclass
 class HeadExchange:
-    """Writes the exchanges of an attention's operands.
+    """Writes the exchanges around an attention.
 
     Attributes:
-        builder: the graph that is written.
-        mesh: the mesh.
-        sequence: how the sequence is divided.
+        mover: writes other redistributions into the same graph.
         waiting: redistributions that are written beside the attention that reads them. Until then
             the builder has no entry for them, so that nothing else can read them by mistake.
     """
 
-    builder: Builder
-    mesh: Mesh
-    sequence: SequenceSplit
+    mover: Mover
     waiting: set[fx.Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.builder, self.mesh = self.mover.builder, self.mover.mesh
 
     def takes(self, node: fx.Node) -> bool:
         """Whether a redistribution moves queries, keys or values of attention alone to heads."""
         read = bool(node.users) and all(_as_rows(user, node) for user in node.users)
-        if not read or len(type_of(node).shape) != 4:
-            return False
-        have, want = (type_of(n).layout.dims for n in (node.args[0], node))  # type: ignore[arg-type]
-        return (
-            _split_last(have[_TOKENS], _AXIS)
-            and have[_TOKENS][0].axes[:-1] == _axes(want[_TOKENS])
-            and _split_last(want[_HEADS], _AXIS)
-            and want[_HEADS][0].axes[:-1] == _axes(have[_HEADS])
-        )
+        return read and _moves(node, _TOKENS, _HEADS)
+
+    def returns(self, node: fx.Node) -> bool:
+        """Whether a redistribution moves what attention gives back to tokens."""
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        return source.target is op("attention") and _moves(node, _HEADS, _TOKENS)
+
+    # -- to heads ---------------------------------------------------------------------------------
 
     def write(self, call: Call) -> None:
         """The exchanges that operands of an attention wait for; one for those of like rows."""
@@ -66,45 +71,56 @@ class HeadExchange:
         self.waiting.difference_update(here)
         alike: dict[Any, list[fx.Node]] = {}
         for node in here:
-            alike.setdefault(type_of(node).shape[2:], []).append(node)
-        for nodes in alike.values():
+            alike.setdefault(self._company(node, call), []).append(node)
+        for nodes in sorted(alike.values(), key=lambda nodes: nodes[0] is call["q"]):
             self._exchange(nodes)
 
+    @staticmethod
+    def _company(node: fx.Node, call: Call) -> Any:
+        """Equal for rows that are sent together."""
+        type_ = type_of(node)
+        passed_on = bool(type_of(call["k"]).layout.dims[_TOKENS])
+        return (node is call["q"],) if passed_on else type_.shape[_TOKENS:]
+
     def _exchange(self, nodes: list[fx.Node]) -> None:
-        ways = self.mesh.size(_AXIS)
-        packed = [self._grouped(node, ways) for node in nodes]
-        x = packed[0]
-        if len(packed) > 1:
-            sizes = [type_of(n).shape for n in packed]
-            shape = (*sizes[0][:2], simplify(sum(s[2] for s in sizes)), *sizes[0][3:])
-            x = self._call(aten.cat.default, (packed, 2), nodes[0], shape, "one exchange for all")
-        batch, _, heads, rows, width = type_of(x).shape
-        gathered = (batch, 1, heads, simplify(rows * ways), width)
-        x = self._call(
-            op("all_to_all"), (x,), nodes[0], gathered, "tokens to heads",
-            split=1, concat=3, axis=_AXIS,
+        came = self._call(
+            op("all_to_all"), (self._sent(nodes),), "tokens to heads", split=0, concat=0,
+            axis=_AXIS,
         )
-        flat = (batch, heads, gathered[3], width)
-        x = self._call(aten.reshape.default, (x, list(flat)), nodes[0], flat)
-        start: Size = 0
+        ways, rows, batch, heads, width = type_of(came).shape
+        flat = (simplify(ways * rows), batch, heads, width)
+        came = self._call(aten.reshape.default, (came, list(flat)), shape=flat)
+        dim, start = _beside(nodes) - 1, 0
         for node in nodes:
-            end = simplify(start + self._local(type_of(node))[_HEADS])
-            part = x
+            size = self._local(type_of(node))[_HEADS if dim == 2 else 3]
+            end, part = simplify(start + size), came
             if len(nodes) > 1:
-                shape = (batch, simplify(end - start), *flat[2:])
-                part = self._call(aten.slice.Tensor, (x, _HEADS, start, end), node, shape)
+                shape = (*flat[:dim], size, *flat[dim + 1 :])
+                part = self._call(aten.slice.Tensor, (came, dim, start, end), shape=shape)
+            part = permuted(self.builder, part, _HEADS_FIRST)
             self.builder.env[node] = self._without_padding(part, node)
             start = end
 
-    def _grouped(self, node: fx.Node, ways: int) -> fx.Node:
-        """One rank's tokens of all heads, [B, ways, heads/ways, n, D]."""
+    def _sent(self, nodes: list[fx.Node]) -> fx.Node:
+        """What goes to each rank, in one dense tensor: [ways, n, B, heads/ways, D]."""
+        groups = [self._groups(node) for node in nodes]
+        if len(groups) == 1:
+            return self._dense(groups[0])
+        dim, shape = _beside(nodes), list(type_of(groups[0]).shape)
+        shape[dim] = simplify(sum(type_of(x).shape[dim] for x in groups))
+        return self._call(
+            aten.cat.default, (groups, dim), "one exchange for all", shape=tuple(shape)
+        )
+
+    def _groups(self, node: fx.Node) -> fx.Node:
+        """One rank's tokens of all heads, seen as [ways, n, B, heads/ways, D]."""
         source: fx.Node = node.args[0]  # type: ignore[assignment]
+        ways = self.mesh.size(_AXIS)
         batch, heads, rows, width = self._local(type_of(source))
         each = divide(heads, ways)
         assert each is not None, f"{heads} heads over {ways} ranks"
-        shape = (batch, ways, each, rows, width)
-        x = self.builder.env[source]
-        return self._call(aten.reshape.default, (x, list(shape)), node, shape)
+        opened = reshaped(self.builder, self.builder.env[source], (batch, ways, each, rows, width))
+        return permuted(self.builder, opened, (1, 3, 0, 2, 4))
 
     def _without_padding(self, x: fx.Node, node: fx.Node) -> fx.Node:
         """What is whole along the sequence has no padding."""
@@ -116,15 +132,63 @@ class HeadExchange:
             aten.slice.Tensor, (x, _TOKENS, 0, type_.shape[_TOKENS]), type_, why="without padding"
         )
 
+    # -- back to tokens ---------------------------------------------------------------------------
+
+    def write_back(self, node: fx.Node) -> fx.Node:
+        """The exchange of what attention gives."""
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        have, want, ways = type_of(source), type_of(node), self.mesh.size(_AXIS)
+        first = TensorType(
+            have.dtype, tuple(have.shape[dim] for dim in _TOKENS_FIRST),
+            Layout(tuple(have.layout.dims[dim] for dim in _TOKENS_FIRST)),
+        )
+        x = self.builder.call(
+            aten.permute.default, (self.builder.env[source], [*_TOKENS_FIRST]), first
+        )
+        x = self.mover.padded(x, first, 0, want.layout.dims[_TOKENS])
+        batch, heads, rows, width = self._local(want)
+        each = self._local(have)[_HEADS]
+        x = self._dense(reshaped(self.builder, x, (ways, rows, batch, each, width)))
+        came = self._call(
+            op("all_to_all"), (x,), node.meta.get("why"), split=0, concat=0, axis=_AXIS
+        )
+        apart = permuted(self.builder, came, (2, 1, 0, 3, 4))
+        x = reshaped(self.builder, apart, (batch, rows, heads, width))
+        return self.builder.call(aten.permute.default, (x, [0, 2, 1, 3]), want)
+
+    def _dense(self, x: fx.Node) -> fx.Node:
+        return self._call(aten.contiguous.default, (x,))
+
     def _call(
-        self, target: Any, args: tuple[Any, ...], node: fx.Node, shape: tuple[Size, ...],
-        why: str | None = None, **how: Any,
+        self, target: Any, args: tuple[Any, ...], why: str | None = None,
+        shape: tuple[Size, ...] | None = None, **how: Any,
     ) -> fx.Node:
-        type_ = TensorType.whole(type_of(node).dtype, shape)
+        """An op on one rank's tensors; without a shape, its result has that of its operand."""
+        like = args[0] if isinstance(args[0], fx.Node) else args[0][0]
+        type_ = TensorType.whole(type_of(like).dtype, shape or type_of(like).shape)
         return self.builder.call(target, args, type_, why=why, **how)
 
     def _local(self, type_: TensorType) -> tuple[Size, ...]:
-        return local_shape(type_, self.mesh, self.sequence)
+        return local_shape(type_, self.mesh, self.mover.sequence)
+
+
+def _beside(nodes: list[fx.Node]) -> int:
+    """Along which dim of [ways, n, B, heads, D] rows lie side by side: heads, or their entries."""
+    widths = {type_of(node).shape[3] for node in nodes}
+    return 3 if len(widths) == 1 else 4
+
+
+def _moves(node: fx.Node, dim: int, to: int) -> bool:
+    """Whether a redistribution takes the last axis that splits one dim to another, and no more."""
+    if len(type_of(node).shape) != 4:
+        return False
+    have, want = (type_of(n).layout.dims for n in (node.args[0], node))  # type: ignore[arg-type]
+    return (
+        _split_last(have[dim], _AXIS)
+        and have[dim][0].axes[:-1] == _axes(want[dim])
+        and _split_last(want[to], _AXIS)
+        and want[to][0].axes[:-1] == _axes(have[to])
+    )
 
 
 def _as_rows(user: fx.Node, node: fx.Node) -> bool:

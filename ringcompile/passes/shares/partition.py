@@ -64,7 +64,7 @@ class _Partitioner:
         self.program, self.mesh, self.sequence = program, program.mesh, sequence
         self.builder = Builder()
         self.mover = Mover(self.builder, self.mesh, sequence, self._shape)
-        self.exchange = HeadExchange(self.builder, self.mesh, sequence)
+        self.exchange = HeadExchange(self.mover)
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -125,6 +125,8 @@ class _Partitioner:
 
     def _redistribute(self, node: fx.Node) -> fx.Node:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
+        if self.exchange.returns(node):
+            return self.exchange.write_back(node)
         try:
             return self.mover.move(
                 self.builder.env[source], type_of(source), type_of(node), node.meta.get("why")

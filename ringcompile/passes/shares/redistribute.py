@@ -100,7 +100,7 @@ class Mover:
         if dim is None or here.layout.dims[dim] != _without_last(wanted.dims[dim], axis):
             type_ = here.with_layout(layout)
             return self._call("all_reduce", x, type_, axis=axis), type_
-        x = self._padded(x, here, dim, wanted.dims[dim])
+        x = self.padded(x, here, dim, wanted.dims[dim])
         type_ = here.with_layout(layout.with_dim(dim, wanted.dims[dim]))
         return self._call("reduce_scatter", x, type_, dim=dim, axis=axis), type_
 
@@ -126,7 +126,7 @@ class Mover:
         left = _without_last(here.layout.dims[dim], axis)
         if here.layout.dims[to] != _without_last(wanted.dims[to], axis):
             return x, here
-        x = self._padded(x, here, to, wanted.dims[to])
+        x = self.padded(x, here, to, wanted.dims[to])
         layout = here.layout.with_dim(dim, left).with_dim(to, wanted.dims[to])
         type_ = here.with_layout(layout)
         atom = here.layout.dims[dim][0]
@@ -198,7 +198,7 @@ class Mover:
             )
         return self._positions[atom]
 
-    def _padded(self, x: fx.Node, here: TensorType, dim: int, want: DimLayout) -> fx.Node:
+    def padded(self, x: fx.Node, here: TensorType, dim: int, want: DimLayout) -> fx.Node:
         """A sequence that is whole, made ready to be cut into equal shares in order of ranks."""
         if here.layout.dims[dim] or not want or not want[0].sequence:
             return x
