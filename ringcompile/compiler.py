@@ -22,7 +22,7 @@ from ringcompile.later import Later
 from ringcompile.mesh import Mesh
 from ringcompile.options import Given, Options
 from ringcompile.parallel_program import Observer, ParallelProgram
-from ringcompile.pass_list import NUM_COMMON, front_passes, rank_passes, with_origin
+from ringcompile.pass_list import NUM_COMMON, front_passes, with_origin
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.carry.decode_features import check_helix, kept_along, may_be_helix
 from ringcompile.passes.carry.keep import caches_of, may_prefill
@@ -69,7 +69,7 @@ def transform(
         passes: rewrites of your own, run on the model's program once attention and masks are
             recognized and before anything is divided.
         options: the fields of `Options`: `order`, `capacity`, `ring`, `tp_sequence`, `stages`,
-            `microbatches`, `length`, `gather_unknown`, `cache`, `decode`.
+            `microbatches`, `length`, `gather_unknown`, `cache`, `decode`, `fuse`.
 
     Raises:
         RingCompileError: with the user's line, for what cannot be compiled.
@@ -252,7 +252,7 @@ def program_after(made: ParallelProgram, name: str, rank: int) -> Program:
     Raises:
         RingCompileError: no such pass, or the model it was made from is not known.
     """
-    late = rank_passes(rank, made.mesh, made.schedule)
+    late = made.passes_of(rank)
     if name in [step.name for step in late]:
         return Pipeline(_up_to(late, name)).run(made.program)
     plan = made.plan()

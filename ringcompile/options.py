@@ -31,7 +31,8 @@ FORMATS = ("text", "json", "python", "dot", "graphml")
 
 
 def _option(
-    default: Any, help_: str, *, choices: tuple[str, ...] = (), flag: str = "", metavar: str = ""
+    default: Any, help_: str, *, choices: tuple[str, ...] = (), flag: str = "", metavar: str = "",
+    off: str = "",
 ) -> Any:
     """A field, with what the command line says of it.
 
@@ -41,8 +42,9 @@ def _option(
         choices: the values that it takes, if they are few.
         flag: what the command line calls it, where that is not its name.
         metavar: what stands for the value in the help.
+        off: the flag that turns off what is on by default.
     """
-    about = {"help": help_, "choices": choices, "flag": flag, "metavar": metavar}
+    about = {"help": help_, "choices": choices, "flag": flag, "metavar": metavar, "off": off}
     return field(default=default, metadata=about)
 
 
@@ -71,6 +73,8 @@ class Options:
         decode: where the ranks of `ring` and `ulysses` share a cache, what they do with new tokens:
             "simple" computes all of a layer on each of them, "helix" shares out what is behind
             attention as well; "auto" is the faster one by the cost model.
+        fuse: mark groups of thin ops (pointwise ops, casts, copies, norms) that one kernel
+            computes; on GPUs they run so.
 
     Raises:
         RingCompileError: a value that an option does not take.
@@ -121,6 +125,11 @@ class Options:
         "each computes the whole layer. helix: they divide everything after attention. auto: the "
         "faster one by the cost model.",
         choices=("auto", *DECODES),
+    )
+
+    fuse: bool = _option(
+        True, "Compute thin ops between matmuls, attention and communication (pointwise ops, "
+        "casts, copies, norms) in fused groups, one kernel each.", off="no-fuse",
     )
 
     def __post_init__(self) -> None:
@@ -186,8 +195,9 @@ class Given(TypedDict, total=False):
     gather_unknown: bool
     cache: int | None
     decode: str
+    fuse: bool
 
 
 def option_fields() -> tuple[Field[Any], ...]:
-    """The fields of `Options`, in order; `metadata` has `help`, `choices`, `flag`, `metavar`."""
+    """The fields of `Options`, in order; for what `metadata` has of each, see `_option`."""
     return fields(Options)

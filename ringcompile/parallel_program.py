@@ -23,6 +23,7 @@ from ringcompile.ir.serialize import program_to_json
 from ringcompile.ir.shortened import Shortened, shorten
 from ringcompile.mesh import Mesh
 from ringcompile.ops.ownership import check_ownership
+from ringcompile.options import Options
 from ringcompile.pass_list import rank_passes
 from ringcompile.passes.base import Pass, Pipeline
 from ringcompile.passes.canonicalize.canonicalize import Canonicalize
@@ -108,6 +109,11 @@ class ParallelProgram:
             self._ranks[rank] = read(rank)
         return self._ranks[rank]
 
+    def passes_of(self, rank: int) -> list[Pass]:
+        """The passes that make a rank's program from the one for all ranks."""
+        fuse = Options.recorded(self.options).fuse
+        return rank_passes(rank, self.mesh, self.schedule, fuse=fuse)
+
     def _lower(self, rank: int) -> Program:
         """A rank's program; of blocks that are alike, few go through the passes."""
         if self._shortened is not None:
@@ -117,7 +123,7 @@ class ParallelProgram:
                 self._short[rank] = short
                 return stretched
         elif self._alike_rings:
-            passes = rank_passes(rank, self.mesh)
+            passes = self.passes_of(rank)
             found = outlined(self.program, self._alike_rings, passes, self.check)
             if found is not None:
                 self._short[rank] = found.short
@@ -125,8 +131,7 @@ class ParallelProgram:
         return self._passed(rank, self.program)
 
     def _passed(self, rank: int, program: Program) -> Program:
-        passes = rank_passes(rank, self.mesh, self.schedule)
-        return Pipeline(passes, self.observe, self.check).run(program)
+        return Pipeline(self.passes_of(rank), self.observe, self.check).run(program)
 
     @cached_property
     def _shortened(self) -> Shortened | None:

@@ -24,6 +24,7 @@ from ringcompile.passes.experts.expert_terms import ExpertTerms, with_experts
 from ringcompile.passes.experts.expert_weights import EP
 from ringcompile.passes.experts.sort_rows import SortRows
 from ringcompile.passes.masks.recognize_masks import RecognizeMasks
+from ringcompile.passes.rank.fuse import Fuse
 from ringcompile.passes.rank.fuse_merge import FuseMerge
 from ringcompile.passes.rank.lower_halo import LowerHalo
 from ringcompile.passes.rank.lower_ring import LowerRing
@@ -100,12 +101,24 @@ def _for_next_tokens(mesh: Mesh, options: Options) -> tuple[Mesh, Mesh, int, lis
     return placed, split, alike, [Carry(mesh, options.cache, helix), CleanUp()]
 
 
-def rank_passes(rank: int, mesh: Mesh, schedule: Schedule | None = None) -> list[Pass]:
-    """From the program for all ranks to that of one."""
+def rank_passes(
+    rank: int, mesh: Mesh, schedule: Schedule | None = None, *, fuse: bool = True
+) -> list[Pass]:
+    """From the program for all ranks to that of one.
+
+    Args:
+        rank: which one.
+        mesh: the parallel plan.
+        schedule: orders the program, if one does.
+        fuse: mark groups of thin ops that one kernel computes.
+    """
     take = [TakeStage(mesh)] if mesh.size("pp") > 1 else []
     pieces = [Unroll()] if any(mesh.size(axis) > 1 for axis in WITHOUT_RANKS) else []
     last = [schedule] if schedule is not None else []
-    return [Specialize(rank), *take, *pieces, LowerHalo(), LowerRing(), FuseMerge(), *last]
+    groups = [Fuse()] if fuse else []
+    return [
+        Specialize(rank), *take, *pieces, LowerHalo(), *groups, LowerRing(), FuseMerge(), *last
+    ]
 
 
 # The passes that come before any layout.

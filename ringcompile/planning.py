@@ -37,6 +37,7 @@ def plan(
     seq: int = 16384,
     batch: int = 1,
     dtype: str | None = None,
+    fuse: bool = True,
 ) -> list[Plan]:
     """Rank all parallel specs for a model on a cluster: those that fit in memory, fastest first.
 
@@ -47,12 +48,15 @@ def plan(
         seq: the sequence length in tokens.
         batch: the number of sequences in a step.
         dtype: cast the model to this dtype, if it is given by name.
+        fuse: as the option of `transform`.
 
     Raises:
         RingCompileError: an unknown cluster, a model that cannot be captured, or nothing fits.
     """
     ask = Ask(gpus, load_cluster(cluster).sized(gpus), seq, batch)
-    return plans_for(model, ask, dtype) if isinstance(model, str) else plans_of(model, ask)
+    if isinstance(model, str):
+        return plans_for(model, ask, dtype, fuse=fuse)
+    return plans_of(model, ask, fuse=fuse)
 
 
 def simulate(
@@ -61,7 +65,6 @@ def simulate(
     *,
     seq: int | None = None,
     microbatches: int = 1,
-    compiled: bool = False,
 ) -> Simulation:
     """Estimate compute, communication and memory of each rank on a cluster.
 
@@ -70,7 +73,6 @@ def simulate(
         cluster: the hardware: a name, or a file that `ringcompile calibrate` wrote.
         seq: tokens of a sequence; by default what the program is fixed to, or 16,384.
         microbatches: the number of runs of the program, one after another, as in a pipeline.
-        compiled: as `run --compile` runs it: chains of ops that only move bytes are one kernel.
 
     Raises:
         RingCompileError: an unknown cluster, one that is too small, or a length that the program
@@ -80,32 +82,37 @@ def simulate(
     if seq is not None and seq != length:
         raise RingCompileError(f"the program is for {length} tokens, but seq is {seq}")
     hardware = load_cluster(cluster).sized(parallel.world_size)
-    costs = [cost_of(program, length, compiled=compiled) for program in parallel.ranks()]
+    costs = [cost_of(program, length) for program in parallel.ranks()]
     return run_simulation(costs, hardware, How(microbatches))
 
 
-def plans_for(model: str, ask: Ask, dtype: str | None = None) -> list[Plan]:
+def plans_for(
+    model: str, ask: Ask, dtype: str | None = None, *, fuse: bool = True
+) -> list[Plan]:
     """All plans for a model by name, as `ringcompile plan` prints them.
 
     Args:
         model: as `load_model` takes it.
         ask: devices, cluster, sequence and batch.
         dtype: to cast the model to.
+        fuse: as the option of `transform`.
 
     Raises:
         RingCompileError: the model cannot be captured, or nothing fits.
     """
     loaded = load_model(model, dtype=dtype, weights=":" in model)
-    return plans_of(capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name), ask)
+    captured = capture(loaded.module, loaded.args, loaded.kwargs, name=loaded.name)
+    return plans_of(captured, ask, fuse=fuse)
 
 
 @few_collections()
-def plans_of(whole: Program, ask: Ask) -> list[Plan]:
+def plans_of(whole: Program, ask: Ask, *, fuse: bool = True) -> list[Plan]:
     """All plans for a captured model.
 
     Args:
         whole: captured with any batch.
         ask: devices, cluster, sequence and batch.
+        fuse: as the option of `transform`.
 
     Raises:
         RingCompileError: the batch is fixed at several sequences, or nothing fits.
@@ -137,7 +144,7 @@ def plans_of(whole: Program, ask: Ask) -> list[Plan]:
         schedule = Schedule(times) if variant.overlap != NONE else None
         return compiler.transform(
             ready(stages), mesh, check=False, checked=checked, schedule=schedule,
-            **variant.choices(length, starts),
+            **(variant.choices(length, starts) | {"fuse": fuse}),
         )
 
     # One that nothing reads is another name of a tied weight.

@@ -8,7 +8,7 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.program import Program
 from ringcompile.options import Options
 from ringcompile.parallel_program import ParallelProgram
-from ringcompile.pass_list import front_passes, rank_passes
+from ringcompile.pass_list import front_passes
 from ringcompile.passes.base import Pass, Pipeline
 
 
@@ -31,8 +31,8 @@ def front_stages(parallel: ParallelProgram) -> list[tuple[str, Program]]:
 
 def rank_stages(parallel: ParallelProgram, rank: int) -> list[tuple[str, Program]]:
     """The program of all ranks, and what each pass makes of it, up to that of one rank."""
-    passes = rank_passes(rank, parallel.mesh, parallel.schedule)
-    return [("every rank", parallel.program), *_observed(passes, parallel.program)]
+    observed = _observed(parallel.passes_of(rank), parallel.program)
+    return [("every rank", parallel.program), *observed]
 
 
 def around(parallel: ParallelProgram, name: str, rank: int) -> tuple[Program, Program]:

@@ -44,6 +44,7 @@ from ringcompile.ir.expr import (
     is_symbolic,
     symbols_in,
 )
+from ringcompile.ir.fused import MARK, Member
 from ringcompile.ir.layout import Atom, Layout
 from ringcompile.ir.program import IdLimit, Input, Program, Structure, Weight
 from ringcompile.ir.serialize import CONSTANTS, MAX_INT, portable, size_from_text
@@ -262,6 +263,8 @@ class _Reader:
             meta["loc"] = _entry(self.locations, row, "loc")
         if "stage" in row:
             meta["stage"] = count(row["stage"], "a stage")
+        if MARK in row:
+            meta[MARK] = Member(*_member_of_group(member(row, MARK, list)))
         for key in ("why", "mask_kind"):
             if key in row:
                 meta[key] = member(row, key, str)
@@ -387,6 +390,13 @@ def _values(given: Any) -> tuple[int, ...] | None:
     if len(values) > 4096 or not all(type(v) is int and abs(v) < MAX_INT for v in values):
         raise RingCompileError("the values of an input are too many, or no whole numbers")
     return tuple(values)
+
+
+def _member_of_group(value: list[Any]) -> tuple[int, int]:
+    """A node's place in its fused group, and the size of that."""
+    if len(value) != 2:
+        raise RingCompileError(f"'{MARK}' is not a place in a group and the group's size")
+    return count(value[0], "a place in a group"), count(value[1], "a group's size")
 
 
 def _entry(table: list[T], row: dict[str, Any], key: str) -> T:

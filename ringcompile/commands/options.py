@@ -251,6 +251,7 @@ def _read_dims(text: str) -> tuple[str, dict[int, str]]:
 def compile_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """An option of the command line for each field of `Options`; the command takes `options`."""
     flags = {option.metadata["flag"] or option.name: option for option in option_fields()}
+    texts = {flag: f"--{flag.replace('_', '-')}" for flag in flags}
 
     @functools.wraps(command)
     def call(**given: Any) -> Any:
@@ -258,7 +259,8 @@ def compile_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(**given, options=Options.of(chosen))
 
     for flag, option in reversed(flags.items()):
-        call = click.option(f"--{flag.replace('_', '-')}", **_settings(option))(call)
+        off = f"/--{option.metadata['off']}" if option.metadata["off"] else ""
+        call = click.option(texts[flag] + off, flag, **_settings(option))(call)
     return call
 
 
@@ -269,7 +271,7 @@ def _settings(option: Field[Any]) -> dict[str, Any]:
         kind = click.Choice(option.metadata["choices"])
         return {**about, "type": kind, "default": option.default, "show_default": True}
     if isinstance(option.default, bool):
-        return {**about, "is_flag": True}
+        return {**about, "is_flag": True, "default": option.default}
     if isinstance(option.default, tuple):
         return {**about, "callback": _names}
     return {**about, "type": click.IntRange(1)}

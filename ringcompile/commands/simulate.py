@@ -69,9 +69,6 @@ else:
 @EAGER
 @click.option("--deferred", is_flag=True,
               help="Assume that compute waits for a collective only where its result is used.")
-@click.option("--compile", "compiled", is_flag=True,
-              help="Estimate `ringcompile run --compile`: chains of ops that only move bytes, such "
-              "as a norm, are one kernel.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a trace for ui.perfetto.dev or chrome://tracing.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
@@ -90,7 +87,6 @@ def simulate(
     context: int | None,
     eager: bool,
     deferred: bool,
-    compiled: bool,
     trace: Path | None,
     plot: Path | None,
     measured: Path | None,
@@ -102,7 +98,7 @@ def simulate(
     --new-tokens one decode step is simulated: the one that makes the token in the middle of the
     new ones.
     """
-    _check_together(new_tokens, context, compiled)
+    _check_together(new_tokens, context)
     drawn = _Drawn.checked(trace, plot, measured)
     made = out.load()
     hardware = load_cluster(cluster).sized(made.world_size)
@@ -115,7 +111,7 @@ def simulate(
         return
     length, batch = _length(out, made, seq), _batch(made, batch)
     with working(f"simulating {made.world_size} ranks"):
-        costs = [ranks.cost_of(one, length, batch, compiled=compiled) for one in made.ranks()]
+        costs = [ranks.cost_of(one, length, batch) for one in made.ranks()]
         found = simulation.simulate(costs, hardware, how)
     if drawn.wanted:
         title = f"{out.path.name}: {made.mesh}, {length} tokens, simulated on {hardware.name}"
@@ -128,11 +124,9 @@ def simulate(
         _print(facts, found)
 
 
-def _check_together(new_tokens: int | None, context: int | None, compiled: bool) -> None:
+def _check_together(new_tokens: int | None, context: int | None) -> None:
     if context is not None and new_tokens is None:
         raise click.UsageError("--context needs --new-tokens")
-    if compiled and new_tokens is not None:
-        raise click.UsageError("--compile is for a whole step, without --new-tokens")
 
 
 def _batch(made: ParallelProgram, asked: int) -> int:

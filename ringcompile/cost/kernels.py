@@ -34,6 +34,9 @@ class Kernel:
         rows, inner, columns: the sizes of a matmul; of attention the numbers of queries,
             head_dim and keys; of a merge, `inner` is the head_dim.
         batch: the number of matmuls; of attention, heads times batch.
+        parts: of a fused group, the kernels that it stands for; CPUs run these.
+        less: of a part of a fused group, what the rest of the group takes by itself, where
+            `num_bytes` and `parts` are those of the whole group.
     """
 
     kind: str
@@ -44,6 +47,8 @@ class Kernel:
     inner: int = 0
     columns: int = 0
     batch: int = 1
+    parts: tuple[Kernel, ...] = ()
+    less: Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,11 @@ def time_of(kernel: Kernel, device: Device) -> Time:
     Raises:
         RingCompileError: the device's table does not have what is needed.
     """
+    if kernel.less is not None:
+        whole = time_of(replace(kernel, less=None), device)
+        return Time(max(whole.seconds - time_of(kernel.less, device).seconds, 0.0), whole.bound)
+    if kernel.parts and not device.asynchronous:
+        return Time(sum(time_of(part, device).seconds for part in kernel.parts), "memory")
     launch = device.value("launch")
     if kernel.kind == "merge":
         if device.asynchronous and kernel.inner in _FOLDING and kernel.dtype in _HALVES:

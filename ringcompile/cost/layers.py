@@ -180,6 +180,7 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
         times: how often the whole model has each block.
     """
     steps: list[TimedStep] = []
+    cost = replace(cost, steps=tuple(chain(*(_at_the_end(step, stack) for step in cost.steps))))
     between = {step.name for step in cost.steps if _crosses(step)}
     between |= {step.name for step in cost.steps
                 if isinstance(step.communicates, TimedWait) and step.communicates.of in between}
@@ -196,6 +197,21 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
     held = sum(num_bytes for _, num_bytes in (*more, *caches))
     return replace(cost, steps=tuple(steps), num_nodes=nodes, weights=(*cost.weights, *more),
                    caches=(*cost.caches, *caches), peak_bytes=cost.peak_bytes + held)
+
+
+def _at_the_end(step: TimedStep, stack: Stack) -> list[TimedStep]:
+    """A step, or two where a fused group reaches over the end of the repeated blocks.
+
+    What the nodes behind the end take by themselves is theirs, and the others have the rest. So the
+    sum is that of the groups between all blocks: each of them is the end of one block and the
+    beginning of the next, and the first block begins with nodes by themselves.
+    """
+    if len({stack.index(layer) is None for layer, _ in step.shares}) < 2:
+        return [step]
+    (whole,), (layer, behind) = step.kernels, step.shares[-1]
+    first = replace(step, name=f"{step.name}#begin", layer=step.shares[0][0], shares=(),
+                    kernels=(replace(whole, less=behind),))
+    return [first, replace(step, layer=layer, kernels=(behind,), shares=())]
 
 
 def _crosses(step: TimedStep) -> bool:

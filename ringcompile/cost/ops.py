@@ -13,7 +13,6 @@ from torch import fx
 from ringcompile.cost import scans
 from ringcompile.cost.attention import KernelCall, blocks
 from ringcompile.cost.kernels import Kernel
-from ringcompile.cost.kinds import kind_of
 from ringcompile.cost.values import Values
 from ringcompile.cost.work import Work, kernel, product, tensors
 from ringcompile.errors import RingCompileError
@@ -29,6 +28,7 @@ from ringcompile.ir.communication import (
     SHIFT,
     WAIT,
 )
+from ringcompile.ir.kinds import kind_of
 from ringcompile.ir.rules import FactorRule, find_rule
 from ringcompile.ir.rules.base import Names
 from ringcompile.ir.rules.contraction import TERMS
@@ -48,12 +48,17 @@ def kernels_of(values: Values, node: fx.Node) -> list[Kernel]:
     return ROWS[kind_of(node.target)](Work(values, node))
 
 
+# What runs at the rate of another kind of work.
+_RATES = {"scatter": "stream", "search": "stream", "passes": "reduction"}
+
+
 def _by_bytes(work: Work) -> list[Kernel]:
     """Every operand read once, every result written once.
 
     Kernels go over dense operands of one shape in long loads, over others element by element.
     """
     kind = kind_of(work.node.target)
+    kind = _RATES.get(kind, kind)
     shape = work.results[0].shape
     if kind == "stream" and any(
         x.numel() > 1 and (not x.is_contiguous() or x.shape != shape) for x in work.operands
@@ -342,6 +347,7 @@ ROWS: dict[str, Callable[[Work], list[Kernel]]] = {
     "stream": _by_bytes,
     "special": _by_bytes,
     "reduction": _by_bytes,
+    **dict.fromkeys(_RATES, _by_bytes),
     "outer": _streamed,
     "pick_rows": _rows_taken,
     "index_put": _index_put,

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import fx
 
-from ringcompile.cost.fusing import fused
+from ringcompile.cost.fusing import Shares, fused
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.ops import kernels_of
 from ringcompile.cost.values import Values, bind_lengths, storages
@@ -28,11 +27,11 @@ from ringcompile.ir.communication import (
     collective_bytes,
     short_name,
 )
+from ringcompile.ir.fused import units_of
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.state import KEPT
 from ringcompile.mesh import Mesh
-from ringcompile.ops.compilable import is_compilable
 
 PIPELINE = "pp"
 
@@ -93,6 +92,8 @@ class TimedStep:
         kernels: the kernels that it launches, before any communication.
         communicates: its communication, if it has any.
         reads: the collectives whose results it is the first to read, by name.
+        shares: where it is a fused group with nodes in several blocks of the model, the module path
+            and the kernel of those in each block alone.
     """
 
     name: str
@@ -101,6 +102,7 @@ class TimedStep:
     kernels: tuple[Kernel, ...]
     communicates: Exchange | None = None
     reads: tuple[str, ...] = ()
+    shares: Shares = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class RankCost:
         steps: the steps in order.
         weights: the names and bytes of its shares of the weights.
         peak_bytes: its peak memory: weights, inputs, values, and what it keeps of a sequence.
-        num_nodes: the number of calls that a host runs, views included.
+        num_nodes: the number of calls that a host runs, views included; a fused group is one.
         held: for each node by name, the bytes that the rank holds while it runs.
         caches: what it keeps of earlier tokens: module paths and bytes.
     """
@@ -158,7 +160,7 @@ def sent_by(step: TimedStep) -> int:
 
 def cost_of(
     program: Program, length: int | None = None, batch: int | None = None,
-    context: int | None = None, *, compiled: bool = False,
+    context: int | None = None,
 ) -> RankCost:
     """Compute the cost of a rank's program from its graph.
 
@@ -167,7 +169,6 @@ def cost_of(
         length: of the whole sequence; None where the program fixes it.
         batch: sequences that the program runs at a time; None for the fewest.
         context: as for `bind_lengths`.
-        compiled: as `run --compile` runs it, see `fusing`.
 
     Raises:
         RingCompileError: the length does not fit the program, or an op is not known.
@@ -179,32 +180,26 @@ def cost_of(
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     reads = _first_reads(nodes)
     held = _held_bytes(values)
-    kernels: Mapping[fx.Node, Sequence[Kernel]] = {n: kernels_of(values, n) for n in nodes}
-    if compiled:
-        kernels = fused(values, kernels)
+    kernels, shares = fused(values, {n: kernels_of(values, n) for n in nodes})
     steps = (
-        _step(values, mesh, rank, node, kernels[node], reads.get(node, ())) for node in nodes
+        replace(
+            _step(values, mesh, rank, node, kernels[node], reads.get(node, ())),
+            shares=shares.get(node, ()),
+        )
+        for node in nodes
     )
     return RankCost(
         rank,
         tuple(s for s in steps if s.kernels or s.communicates or s.reads),
         _weights(values),
         max(held.values(), default=0),
-        _calls(nodes, compiled),
+        len(units_of(nodes)),
         held,
         tuple(
             (location_of(next(iter(node.users), node)).layer, _num_bytes(values.tensor(node)))
             for node in program.graph.nodes if program.state.get(node.name) in KEPT
         ),
     )
-
-
-def _calls(nodes: Sequence[fx.Node], compiled: bool) -> int:
-    """The number of calls of a host; what is compiled is one for each run of neighbours."""
-    if not compiled:
-        return len(nodes)
-    runs = (list(run) if not piece else [0] for piece, run in groupby(nodes, is_compilable))
-    return sum(map(len, runs))
 
 
 def _step(

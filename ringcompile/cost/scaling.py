@@ -27,7 +27,8 @@ def with_batch(cost: RankCost, batch: int) -> RankCost:
         return cost
     steps = tuple(
         replace(step, kernels=tuple(_larger(kernel, batch) for kernel in step.kernels),
-                communicates=_more(step.communicates, batch))
+                communicates=_more(step.communicates, batch),
+                shares=tuple((layer, _larger(kernel, batch)) for layer, kernel in step.shares))
         for step in cost.steps
     )
     values = cost.peak_bytes - cost.weight_bytes
@@ -42,6 +43,8 @@ def _larger(kernel: Kernel, batch: int) -> Kernel:
         return replace(kernel, rows=rows, flops=kernel.flops * batch,
                        num_bytes=kernel.batch * moved * item)
     return replace(kernel, num_bytes=kernel.num_bytes * batch, flops=kernel.flops * batch,
+                   parts=tuple(_larger(part, batch) for part in kernel.parts),
+                   less=None if kernel.less is None else _larger(kernel.less, batch),
                    batch=kernel.batch * batch if kernel.rows else kernel.batch)
 
 

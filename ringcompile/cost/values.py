@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from ringcompile.axes import KEEP_TOKENS
-from ringcompile.cost.kinds import is_elementwise, looks_at
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import map_values, target_name
 from ringcompile.ir.communication import DISPATCH
 from ringcompile.ir.expr import BATCH, FIRST, OWN, PART, SEQUENCE, Size, bind, is_symbolic
+from ringcompile.ir.kinds import is_elementwise, looks_at
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import TensorType, local_shape

@@ -27,6 +27,7 @@ from ringcompile.errors import SourceLocation
 from ringcompile.ir import expr
 from ringcompile.ir.call_text import elided, given_arguments, python_name, symbols_of
 from ringcompile.ir.calls import target_name
+from ringcompile.ir.group_text import note_of
 from ringcompile.ir.legend import legend, rank_text, title
 from ringcompile.ir.nodes import kinds_of_nodes, location_of
 from ringcompile.ir.printer import block_at, runs_of_blocks, type_text
@@ -201,7 +202,8 @@ class _View:
             type_ = node.meta.get("type")
             if type_ not in self.types:
                 self.types[type_] = type_text(self.program, type_)
-            self.notes[node] = "; ".join(filter(None, (self.types[type_], node.meta.get("why"))))
+            parts = (self.types[type_], node.meta.get("why"), note_of(node))
+            self.notes[node] = "; ".join(filter(None, parts))
         return self.notes[node]
 
     @staticmethod

@@ -28,6 +28,7 @@ from ringcompile.ir.call_text import (
 )
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
+from ringcompile.ir.group_text import legend_entries
 from ringcompile.ir.layout import format_dim
 from ringcompile.ir.nodes import kinds_of_nodes
 from ringcompile.ir.types import SequenceSplit, TensorType, ValueType, bind_type, state_type
@@ -316,7 +317,7 @@ def _notes(uses: _Uses) -> _Entries:
 
 _ENTRIES = (
     _lengths, _batches, _own_sizes, _split_dims, _axes, _chunks, _transfers, _attention, _experts,
-    _weights, _lines, _notes,
+    _weights, lambda uses: legend_entries(uses.calls), _lines, _notes,
 )
 
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.expr import equal
+from ringcompile.ir.fused import MARK
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import Program
 from ringcompile.ir.serialize import op_name
@@ -103,9 +104,9 @@ def _differences(node: fx.Node, other: fx.Node) -> Iterator[tuple[str, Any, Any]
         value, wanted = mine.get(name, "absent"), theirs.get(name, "absent")
         if not _same(value, wanted):
             yield f"argument '{name}'", value, wanted
-    for key in ("type", "stage"):
+    for key, what in {"type": "the type", "stage": "the stage", MARK: "the fused group"}.items():
         if not _same(node.meta.get(key), other.meta.get(key)):
-            yield f"the {key}", node.meta.get(key), other.meta.get(key)
+            yield what, node.meta.get(key), other.meta.get(key)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

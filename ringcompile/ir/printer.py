@@ -8,7 +8,7 @@ The same program prints the same text on every machine: no addresses, no absolut
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import fx
 
 from ringcompile.ir.call_text import call_text, op_name
+from ringcompile.ir.fused import following, member_of
+from ringcompile.ir.group_text import opening
 from ringcompile.ir.legend import is_state, legend, summary, title
 from ringcompile.ir.nodes import location_of, type_of
 from ringcompile.ir.state import STATE_KINDS
@@ -45,11 +47,23 @@ def print_program(program: Program, *, weights: bool = False) -> str:
     ))
     body: list[str] = []
     for block, run in runs:
-        body += ["", f"// {block or outside(run)}", *itertools.islice(lines, len(run))]
+        body += ["", f"// {block or outside(run)}"]
+        for node in run:
+            body += _in_group(program, node, next(lines))
     foot = [f"// {line}" for line in summary(program)]
     return "\n".join(
         [*head, "", *_columns(entry), *body, "", _return(program, names), "", *foot]
     )
+
+
+def _in_group(program: Program, node: fx.Node, line: str) -> Iterator[str]:
+    """A line, in braces with the others of its fused group."""
+    member = member_of(node)
+    if member is not None and not member.index:
+        yield opening(program, following(node))
+    yield line
+    if member is not None and member.index + 1 == member.size:
+        yield "}"
 
 
 def value_names(program: Program) -> dict[fx.Node, str]:
@@ -112,7 +126,8 @@ def _line(program: Program, node: fx.Node, block: str, names: Mapping[fx.Node, s
     location = location_of(node)
     layer = location.layer.removeprefix(block) if block else location.layer
     type_, code = type_text(program, node.meta.get("type")), call_text(program, node, names)
-    return _Line(names[node], type_, code, location.short, layer, _why(program, node))
+    name = names[node] if member_of(node) is None else f"  {names[node]}"
+    return _Line(name, type_, code, location.short, layer, _why(program, node))
 
 
 def _why(program: Program, node: fx.Node) -> str:

@@ -22,7 +22,7 @@ from ringcompile.ir.program import Program
 # Fewer alike blocks than this gain nothing.
 FEWEST = 6
 _SAID = (int, str, sympy.Expr, type(None))
-_NOTES = ("why", "why_not", "mask_kind", "stage")
+_NOTES = ("why", "why_not", "mask_kind", "stage", "fused")
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from torch import fx
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.expr import Size, equal, parse, simplify, to_text
 from ringcompile.ir.expression_bounds import is_bounded
+from ringcompile.ir.fused import MARK
 from ringcompile.ir.layout import Atom
 from ringcompile.ir.nodes import error_at
 from ringcompile.ir.program import IdLimit, Program, Structure, Weight
@@ -236,6 +237,8 @@ class _NodeRows:
         for key in ("why", "mask_kind", "stage"):
             if key in node.meta:
                 data[key] = node.meta[key]
+        if MARK in node.meta:
+            data[MARK] = [node.meta[MARK].index, node.meta[MARK].size]
         return data
 
 

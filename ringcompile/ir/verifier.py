@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ringcompile.ir.calls import target_name
+from ringcompile.ir.fused import broken_group
 from ringcompile.ir.program import Program
 
 # Their first operand is updated in place, so nothing else may read it.
@@ -17,7 +18,8 @@ def verify_program(program: Program) -> None:
     """Check the graph's own rules.
 
     Every node has a type; every placeholder is a weight or an input; what an op consumes is read by
-    it alone; every transfer that starts is waited for exactly once.
+    it alone; every transfer that starts is waited for exactly once; the members of a fused group
+    stand one behind the other, and each may be fused.
 
     Raises:
         AssertionError: with the node and the passes that ran.
@@ -26,6 +28,8 @@ def verify_program(program: Program) -> None:
     for node in program.graph.nodes:
         problem = _problem(program, node)
         assert problem is None, f"after {ran}: %{node.name} ({node.target}): {problem}"
+    broken = broken_group([n for n in program.graph.nodes if n.op == "call_function"])
+    assert broken is None, f"after {ran}: %{broken[0].name} ({broken[0].target}): {broken[1]}"
     program.graph.lint()
 
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError, SourceLocation
 from ringcompile.ir.calls import append
+from ringcompile.ir.fused import MARK
 from ringcompile.ir.operands import attention_operands, lost_operand
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import ValueType
@@ -74,7 +75,7 @@ class Pipeline:
 
 
 # What a copied node keeps; `why_not` and `mask_kind` are texts for refusals and reports.
-_CARRIED = ("type", "loc", "why", "why_not", "mask_kind", "stage")
+_CARRIED = ("type", "loc", "why", "why_not", "mask_kind", "stage", MARK)
 
 
 @dataclass

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx
 
-from ringcompile.cost.kinds import kind_of
 from ringcompile.ir.call_text import op_name
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT, bytes_of
 from ringcompile.ir.expr import bind
+from ringcompile.ir.kinds import kind_of
 from ringcompile.ir.nodes import location_of, results_of
 from ringcompile.ir.printer import value_names
 from ringcompile.ir.program import Program

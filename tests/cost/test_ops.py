@@ -11,10 +11,10 @@ from torch import fx
 
 from ringcompile.cost.attention import blocks
 from ringcompile.cost.kernels import Kernel, time_of
-from ringcompile.cost.kinds import kind_of
 from ringcompile.cost.ops import has_cost, kernels_of
 from ringcompile.cost.values import Values, distinct_bytes
 from ringcompile.errors import RingCompileError
+from ringcompile.ir.kinds import kind_of
 from ringcompile.ir.program import Program, Structure
 from ringcompile.ir.rules import RULES
 from ringcompile.ir.types import TensorType

@@ -247,11 +247,11 @@ _COSTLY_BINARY = [
     "atan2.default", "polar.default", "logaddexp.default", "hypot.default", "pow.Tensor_Scalar",
     "pow.Tensor_Tensor", "pow.Scalar", "xlogy.Tensor",
 ]
+_SOFTMAX = ["softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default"]
+# They go over a row several times, in kernels of their own.
 _ALONG_DIM = [
-    "softmax.int", "_softmax.default", "log_softmax.int", "diff.default",
-    "topk.default", "cummax.default", "cummin.default", "fft_fft.default",
+    "diff.default", "topk.default", "cummax.default", "cummin.default", "fft_fft.default",
     "fft_ifft.default", "fft_rfft.default", "fft_irfft.default",
-    "_log_softmax.default",
 ]
 # What these return depends on all of what they read, in no way that dims could carry.
 _ALL_WHOLE = [
@@ -267,9 +267,9 @@ _REDUCTIONS = [
     "argmax.default", "argmin.default", "prod.dim_int", "var.correction", "var.dim",
     "linalg_norm.default",
     "std.correction", "logsumexp.default", "linalg_vector_norm.default", "max.dim", "min.dim",
-    "median.dim", "mode.default", "kthvalue.default", "count_nonzero.dim_IntList",
-    "var_mean.correction", "nansum.default",
+    "count_nonzero.dim_IntList", "var_mean.correction", "nansum.default",
 ]
+_SELECTIONS = ["median.dim", "mode.default", "kthvalue.default"]
 
 
 def _flip(call: Call) -> Factors:
@@ -310,7 +310,8 @@ RULES: dict[str, Rule] = {
     **_rows(["masked_fill.Scalar"], pointwise, linear=Linear(0, when=_fills_zero("value"))),
     **_rows(["where.ScalarOther"], pointwise, linear=Linear(1, when=_fills_zero("other"))),
     "ringcompile.tokenwise.default": FactorRule(pointwise, elementwise=True, cost="same"),
-    **_rows(_ALONG_DIM, along_dim, cost="reduction"),
+    **_rows(_SOFTMAX, along_dim, cost="reduction"),
+    **_rows(_ALONG_DIM, along_dim, cost="passes"),
     **_rows(["slice.Tensor"], along_dim, cost="view", linear=FIRST),
     **_rows(["cat.default"], along_dim, cost="join", linear=TOGETHER),
     **_rows(["sort.default", "sort.stable", "argsort.default", "argsort.stable"], along_dim,
@@ -318,6 +319,7 @@ RULES: dict[str, Rule] = {
     **_rows(["cumsum.default", "cumprod.default", "logcumsumexp.default"], scan, cost="scan"),
     "ringcompile.recurrence.default": FactorRule(scan, cost="recurrence"),
     **_rows(_REDUCTIONS, reduction, cost="reduction"),
+    **_rows(_SELECTIONS, reduction, cost="passes"),
     **_rows(["mean.dim", "sum.dim_IntList"], reduction, cost="reduction", linear=FIRST),
     **_rows(["mean.default", "sum.default", "max.default", "min.default", "any.default",
              "all.default", "prod.default"], reduce_all, cost="reduction"),
@@ -342,14 +344,14 @@ RULES: dict[str, Rule] = {
     **_rows(["gather.default"], indexing.gather, cost="pick_rows", linear=FIRST),
     **_rows(["index_put.default"], indexing.index_put, cost="index_put"),
     **_rows(["index_add.default", "index_copy.default", "index_fill.int_Scalar"],
-            indexing.index_add),
+            indexing.index_add, cost="scatter"),
     **_rows(["scatter.src", "scatter.value", "scatter.reduce", "scatter.value_reduce",
-             "scatter_add.default", "scatter_reduce.two"], indexing.scatter),
+             "scatter_add.default", "scatter_reduce.two"], indexing.scatter, cost="scatter"),
     **_rows(["slice_scatter.default"], indexing.slice_scatter),
     **_rows(["select_scatter.default"], indexing.select_scatter),
     **_rows(["one_hot.default"], indexing.one_hot),
-    **_rows(["bucketize.Tensor"], indexing.bucketize),
-    **_rows(["searchsorted.Tensor"], indexing.searchsorted),
+    **_rows(["bucketize.Tensor"], indexing.bucketize, cost="search"),
+    **_rows(["searchsorted.Tensor"], indexing.searchsorted, cost="search"),
     **_rows(["roll.default"], indexing.roll),
     **_rows(["linear.default"], contraction.matmul, cheap=False, sums=True, bias="bias",
             cost="matmul"),
@@ -361,7 +363,7 @@ RULES: dict[str, Rule] = {
              "_int_mm.default", "einsum.default"], contraction.matmul, cheap=False, sums=True,
             cost="matmul"),
     **_rows(["outer.default", "ger.default"], contraction.outer, cost="outer"),
-    **_rows(["_cdist_forward.default"], contraction.distances, cheap=False, cost="reduction",
+    **_rows(["_cdist_forward.default"], contraction.distances, cheap=False, cost="passes",
             inner=_features),
     **_rows(["_grouped_mm.default"], contraction.grouped_mm, cheap=False, cost="grouped_matmul",
             inner=_features),
@@ -373,19 +375,19 @@ RULES: dict[str, Rule] = {
             inner=_under_filter),
     **_rows(["avg_pool1d.default", "max_pool1d.default", "adaptive_avg_pool1d.default",
              "upsample_nearest1d.vec", "upsample_linear1d.vec"], partial(spatial.pooling, 1),
-            cost="reduction"),
+            cost="passes"),
     **_rows(["avg_pool2d.default", "max_pool2d.default", "adaptive_avg_pool2d.default",
              "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec",
              "max_pool2d_with_indices.default", "adaptive_max_pool2d.default"],
-            partial(spatial.pooling, 2), cost="reduction"),
+            partial(spatial.pooling, 2), cost="passes"),
     **_rows(["avg_pool3d.default", "max_pool3d_with_indices.default"],
-            partial(spatial.pooling, 3), cost="reduction"),
+            partial(spatial.pooling, 3), cost="passes"),
     **_rows(["pad.default"], spatial.pad),
     **_rows(["constant_pad_nd.default"], spatial.pad, linear=Linear(0, when=_fills_zero("value"))),
     **_rows(["unfold.default"], spatial.unfold, cost="view"),
-    **_rows(["batch_norm.default"], spatial.channel_norm, cost="reduction"),
-    **_rows(["group_norm.default"], spatial.group_norm, cost="reduction"),
-    **_rows(_ALL_WHOLE, all_whole, cost="reduction"),
+    **_rows(["batch_norm.default"], spatial.channel_norm, cost="passes"),
+    **_rows(["group_norm.default"], spatial.group_norm, cost="passes"),
+    **_rows(_ALL_WHOLE, all_whole, cost="passes"),
     "ringcompile.halo.default": WindowRule(cost="join"),
     "ringcompile.trim.default": WindowRule(cost="stream"),
     "ringcompile.own_tokens.default": WindowRule(cost="view", cheap=True),

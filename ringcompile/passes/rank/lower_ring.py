@@ -21,6 +21,7 @@ from torch import fx
 
 from ringcompile.ir.calls import Call
 from ringcompile.ir.expr import Size, bind, simplify
+from ringcompile.ir.fused import keep_mark
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import (
@@ -72,6 +73,7 @@ class LowerRing(Pass):
             builder.at(node)
             if node.target is op("ring_attention") and node.name not in self.left:
                 builder.env[node] = _Ring(program, node, builder).write()
+                keep_mark(node, builder.env[node])
             else:
                 builder.env[node] = builder.copy(node)
         return program.with_graph(builder.graph)

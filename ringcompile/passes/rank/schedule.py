@@ -3,8 +3,9 @@
 The order of a graph is the order in which kernels run, and a transfer starts when what stands
 before it is done. A list scheduler rewrites it: time goes by on a compute stream and on a channel
 for each mesh axis, and at every moment the node that brings the next transfer nearer is taken, or
-else any that need not wait. What ranks exchange keeps its order, so that they still fit together;
-messages from one rank are waited for in the order of their starts.
+else any that need not wait. The nodes of a fused group are taken together. What ranks exchange
+keeps its order, so that they still fit together; messages from one rank are waited for in the order
+of their starts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import fx
 
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import COLLECTIVES, SHIFT, WAIT
+from ringcompile.ir.fused import units_of
 from ringcompile.ir.program import Program
 from ringcompile.passes.base import Builder, Pass
 
@@ -56,6 +58,15 @@ class Schedule(Pass):
         return program.with_graph(builder.graph)
 
 
+class _Unit:
+    """A node, or the nodes of a fused group."""
+
+    def __init__(self, place: int, nodes: list[fx.Node]) -> None:
+        self.place, self.nodes, self.first = place, nodes, nodes[0]
+        inside = set(nodes)
+        self.reads = [x for node in nodes for x in node.all_input_nodes if x not in inside]
+
+
 class _Order:
     """A list scheduler for one program.
 
@@ -65,38 +76,42 @@ class _Order:
     """
 
     def __init__(self, calls: list[fx.Node], times: Times) -> None:
-        self.place = {node: i for i, node in enumerate(calls)}
+        self.units = [_Unit(i, nodes) for i, nodes in enumerate(units_of(calls))]
+        self.unit_of = {node: unit for unit in self.units for node in unit.nodes}
         self.times = times
         # What ranks must do in one order: starts of transfers, and collectives.
-        self.exchanges = deque(n for n in calls if target_name(n.target) in COLLECTIVES | {SHIFT})
+        self.exchanges = deque(
+            unit for unit in self.units if target_name(unit.first.target) in COLLECTIVES | {SHIFT}
+        )
         self.missing = {
-            node: sum(operand in self.place for operand in node.all_input_nodes) for node in calls
+            unit: sum(node in self.unit_of for node in dict.fromkeys(unit.reads))
+            for unit in self.units
         }
-        self.ready = {node for node, count in self.missing.items() if not count}
-        self.order: list[fx.Node] = []
+        self.ready = {unit for unit, count in self.missing.items() if not count}
+        self.order: list[_Unit] = []
         self.now = 0.0
         self.free: dict[str, float] = {}
         self.arrives: dict[fx.Node, float] = {}
         # Messages on their way, by axis and sender: they arrive in the order of their starts.
         self.coming: dict[tuple[Any, Any], deque[fx.Node]] = {}
-        self.wanted: set[fx.Node] = set()
+        self.wanted: set[_Unit] = set()
         self._look_ahead()
 
     def find(self) -> list[fx.Node]:
         """The new order."""
         while self.ready:
             self._take(self._choose())
-        assert len(self.order) == len(self.place)
-        return self.order
+        assert len(self.order) == len(self.units)
+        return [node for unit in self.order for node in unit.nodes]
 
-    def _choose(self) -> fx.Node:
+    def _choose(self) -> _Unit:
         if self.exchanges and self.exchanges[0] in self.ready:
             return self.exchanges[0]
-        able = [node for node in self.ready if self._has_its_turn(node)]
-        at_once = [node for node in able if self._stalls(node) <= 0]
+        able = [unit for unit in self.ready if self._has_its_turn(unit.first)]
+        at_once = [unit for unit in able if self._stalls(unit) <= 0]
         if not at_once:
-            return min(able, key=lambda node: (self._stalls(node), self.place[node]))
-        return min(at_once, key=lambda node: (node not in self.wanted, self.place[node]))
+            return min(able, key=lambda unit: (self._stalls(unit), unit.place))
+        return min(at_once, key=lambda unit: (unit not in self.wanted, unit.place))
 
     def _has_its_turn(self, node: fx.Node) -> bool:
         """Exchanges come one after the other, and so do messages from one rank."""
@@ -106,25 +121,25 @@ class _Order:
         queue = self.coming.get(_sender(started))
         return not queue or queue[0] is started
 
-    def _stalls(self, node: fx.Node) -> float:
-        """How long the compute would stand still for what the node reads."""
-        arrivals = [self.arrives[n] for n in node.all_input_nodes if n in self.arrives]
+    def _stalls(self, unit: _Unit) -> float:
+        """How long the compute would stand still for what the unit reads."""
+        arrivals = [self.arrives[n] for n in unit.reads if n in self.arrives]
         return max(arrivals, default=self.now) - self.now
 
-    def _take(self, node: fx.Node) -> None:
-        seconds, on_the_way = self.times.get(node.name, (0.0, 0.0))
-        self.now += seconds
-        if self.exchanges and node is self.exchanges[0]:
-            self._start(node, on_the_way)
+    def _take(self, unit: _Unit) -> None:
+        known = [self.times.get(node.name, (0.0, 0.0)) for node in unit.nodes]
+        self.now += sum(seconds for seconds, _ in known)
+        if self.exchanges and unit is self.exchanges[0]:
+            self._start(unit.first, known[0][1])
         else:
-            self._arrived(node)
-        self.order.append(node)
-        self.ready.discard(node)
-        for user in node.users:
-            if user in self.missing:
-                self.missing[user] -= sum(n is node for n in user.all_input_nodes)
-                if not self.missing[user]:
-                    self.ready.add(user)
+            self._arrived(unit)
+        self.order.append(unit)
+        self.ready.discard(unit)
+        readers = [(self.unit_of[u], n) for n in unit.nodes for u in n.users if u in self.unit_of]
+        for reader, _ in dict.fromkeys(pair for pair in readers if pair[0] is not unit):
+            self.missing[reader] -= 1
+            if not self.missing[reader]:
+                self.ready.add(reader)
 
     def _start(self, node: fx.Node, seconds: float) -> None:
         """Put an exchange on its channel."""
@@ -138,9 +153,9 @@ class _Order:
         self.exchanges.popleft()
         self._look_ahead()
 
-    def _arrived(self, node: fx.Node) -> None:
-        """The compute has waited for what this node reads; others need not wait for it again."""
-        for operand in node.all_input_nodes:
+    def _arrived(self, unit: _Unit) -> None:
+        """The compute has waited for what this unit reads; others need not wait for it again."""
+        for operand in dict.fromkeys(unit.reads):
             moment = self.arrives.pop(operand, None)
             if moment is None:
                 continue
@@ -155,11 +170,11 @@ class _Order:
         waiting = [self.exchanges[0]] if self.exchanges else []
         done = set(self.order)
         while waiting:
-            node = waiting.pop()
-            for operand in node.all_input_nodes:
-                if operand in self.place and operand not in done and operand not in self.wanted:
-                    self.wanted.add(operand)
-                    waiting.append(operand)
+            read = (self.unit_of[x] for x in waiting.pop().reads if x in self.unit_of)
+            for unit in read:
+                if unit not in done and unit not in self.wanted:
+                    self.wanted.add(unit)
+                    waiting.append(unit)
 
 
 def _sender(node: Any) -> tuple[Any, Any]:

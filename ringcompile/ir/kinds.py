@@ -2,6 +2,8 @@
 
 Most ops move bytes, at one of four rates (see `hardware.DEVICE_FIELDS`): plain streams, arithmetic
 that is costly for each element, reductions and everything else that goes over a tensor in passes.
+Many of these are *thin*: what they compute of an entry or of a row depends on little else, so that
+one kernel can do several of them (`ir/fused.py`).
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.pure_ops import is_pure
 from ringcompile.ir.rules import find_rule
-from ringcompile.ops.schemas import NAMESPACE
 
 # Of the operators that only appear while a program is partitioned, and so have no rule.
 _OURS = {
-    f"{NAMESPACE}.{name}.default": kind
+    f"ringcompile.{name}.default": kind
     for name, kind in {
         "positions": "stream", "window_positions": "stream", "redistribute": "same", "wait": "same",
         "ring_attention": "attention", "block_attention": "block_attention",
