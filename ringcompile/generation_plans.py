@@ -47,11 +47,13 @@ class GenerationRequest:
         context: tokens of the prompt.
         new_tokens: tokens that follow.
         batch: sequences at a time, of all replicas together.
+        fuse: as the option of `transform`, for programs that are compiled for it.
     """
 
     context: int
     new_tokens: int
     batch: int = 1
+    fuse: bool = True
 
     @property
     def middle(self) -> int:
@@ -297,7 +299,7 @@ class _Judge:
             starts = self.stack.starts(stages) if self.stack is not None else ()
             self._made[variant, decode] = compiler.transform(
                 self._ready(stages), variant.mesh, check=False, checked=self._checked,
-                cache=self.request.capacity, stages=starts, decode=decode,
+                cache=self.request.capacity, stages=starts, decode=decode, fuse=self.request.fuse,
             )
         return self._made[variant, decode]
 

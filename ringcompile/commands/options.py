@@ -116,6 +116,8 @@ PARALLEL = click.option(
     help="Mesh axes and their sizes, outermost first, such as ring=4 or pp=2,ring=4,tp=2."
 )
 DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model to this dtype.")
+FUSE = click.option("--fuse/--no-fuse", default=True, help="Whether thin ops, such as norms, run "
+                    "in fused groups, as `transform` makes them by default.")
 _BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N",
                       help="Number of sequences in the example inputs.")
 _EXTRA_INPUTS = click.option(

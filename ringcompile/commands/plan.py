@@ -15,6 +15,7 @@ from ringcompile.commands.options import (
     CLUSTER,
     CONTEXT,
     DTYPE,
+    FUSE,
     JSON,
     MODEL,
     NEW_TOKENS,
@@ -54,6 +55,7 @@ _SHOWN = 2  # specs of each kind of reason
 @NEW_TOKENS
 @CONTEXT
 @DTYPE
+@FUSE
 @click.option("--top", type=click.IntRange(1), default=12, show_default=True,
               metavar="N", help="Number of plans to print. --json prints all.")
 @JSON
@@ -67,6 +69,7 @@ def plan(
     new_tokens: int | None,
     context: int | None,
     dtype: str | None,
+    fuse: bool,
     top: int,
     as_json: bool,
 ) -> None:
@@ -77,28 +80,31 @@ def plan(
     output token after it.
     """
     if new_tokens is not None:
-        request = generation_plans.GenerationRequest(context or seq, new_tokens, batch)
+        request = generation_plans.GenerationRequest(context or seq, new_tokens, batch, fuse)
         _generation(model, load_cluster(cluster).sized(gpus), request, dtype, top, as_json)
         return
     if context is not None:
         raise click.UsageError("--context needs --new-tokens")
     ask = estimate.Ask(gpus, load_cluster(cluster).sized(gpus), seq, batch)
     with working(f"planning {model}"):
-        plans = planning.plans_for(model, ask, dtype)
+        plans = planning.plans_for(model, ask, dtype, fuse=fuse)
     if as_json:
         click.echo(json.dumps([found.to_json() for found in plans], indent=2))
         return
     title = f"{model} on {gpus} x {ask.cluster.device.title}, {ask.tokens} tokens a step"
     _print(title, plans, top)
-    click.echo(f"next: {_command(plans[0], model, cluster, seq, dtype)}")
+    click.echo(f"next: {_command(plans[0], model, cluster, seq, dtype, fuse)}")
 
 
-def _command(best: Plan, model: str, cluster: str, seq: int, dtype: str | None) -> str:
+def _command(
+    best: Plan, model: str, cluster: str, seq: int, dtype: str | None, fuse: bool
+) -> str:
     """What compiles the best plan."""
     words = ["ringcompile", "transform", shlex.quote(model), "-o", "out", "--parallel",
              str(best.variant), "--seq", str(seq)]
     if best.variant.overlap != NONE:
         words += ["--overlap-on", shlex.quote(cluster)]
+    words += [] if fuse else ["--no-fuse"]
     return " ".join([*words, *(["--dtype", dtype] if dtype else [])])
 
 

@@ -200,18 +200,24 @@ def repeat(cost: RankCost, stack: Stack, times: int) -> RankCost:
 
 
 def _at_the_end(step: TimedStep, stack: Stack) -> list[TimedStep]:
-    """A step, or two where a fused group reaches over the end of the repeated blocks.
+    """A step, or two where a fused group reaches over an end of the repeated blocks.
 
-    What the nodes behind the end take by themselves is theirs, and the others have the rest. So the
-    sum is that of the groups between all blocks: each of them is the end of one block and the
-    beginning of the next, and the first block begins with nodes by themselves.
+    Such groups lie between all blocks, each the end of one block and the beginning of the next,
+    while the first block begins with nodes by themselves. So the nodes of a block before its end
+    count as what the group adds to those behind it. The sum is then that of all groups.
     """
-    if len({stack.index(layer) is None for layer, _ in step.shares}) < 2:
+    group = step.across
+    if group is None or (stack.index(group.first) is None) == (stack.index(group.last) is None):
         return [step]
-    (whole,), (layer, behind) = step.kernels, step.shares[-1]
-    first = replace(step, name=f"{step.name}#begin", layer=step.shares[0][0], shares=(),
-                    kernels=(replace(whole, less=behind),))
-    return [first, replace(step, layer=layer, kernels=(behind,), shares=())]
+    (whole,) = step.kernels
+    first, last = replace(whole, less=group.behind), group.behind
+    if stack.index(group.first) is not None:
+        first = replace(group.between, less=group.behind)
+        last = replace(whole, less=first)  # what is read behind blocks alone need not be written
+    return [
+        replace(step, name=f"{step.name}#begin", layer=group.first, kernels=(first,), across=None),
+        replace(step, layer=group.last, kernels=(last,), across=None),
+    ]
 
 
 def _crosses(step: TimedStep) -> bool:

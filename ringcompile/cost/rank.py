@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from ringcompile.cost.fusing import Shares, fused
+from ringcompile.cost.fusing import AcrossBlocks, fused
 from ringcompile.cost.kernels import Kernel
 from ringcompile.cost.ops import kernels_of
 from ringcompile.cost.values import Values, bind_lengths, storages
@@ -92,8 +92,7 @@ class TimedStep:
         kernels: the kernels that it launches, before any communication.
         communicates: its communication, if it has any.
         reads: the collectives whose results it is the first to read, by name.
-        shares: where it is a fused group with nodes in several blocks of the model, the module path
-            and the kernel of those in each block alone.
+        across: of a fused group with nodes in several blocks of the model.
     """
 
     name: str
@@ -102,7 +101,7 @@ class TimedStep:
     kernels: tuple[Kernel, ...]
     communicates: Exchange | None = None
     reads: tuple[str, ...] = ()
-    shares: Shares = ()
+    across: AcrossBlocks | None = None
 
 
 @dataclass(frozen=True)
@@ -180,11 +179,11 @@ def cost_of(
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     reads = _first_reads(nodes)
     held = _held_bytes(values)
-    kernels, shares = fused(values, {n: kernels_of(values, n) for n in nodes})
+    kernels, across = fused(values, {n: kernels_of(values, n) for n in nodes})
     steps = (
         replace(
             _step(values, mesh, rank, node, kernels[node], reads.get(node, ())),
-            shares=shares.get(node, ()),
+            across=across.get(node),
         )
         for node in nodes
     )

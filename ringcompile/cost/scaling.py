@@ -28,7 +28,10 @@ def with_batch(cost: RankCost, batch: int) -> RankCost:
     steps = tuple(
         replace(step, kernels=tuple(_larger(kernel, batch) for kernel in step.kernels),
                 communicates=_more(step.communicates, batch),
-                shares=tuple((layer, _larger(kernel, batch)) for layer, kernel in step.shares))
+                across=step.across and replace(
+                    step.across, behind=_larger(step.across.behind, batch),
+                    between=_larger(step.across.between, batch),
+                ))
         for step in cost.steps
     )
     values = cost.peak_bytes - cost.weight_bytes

@@ -46,7 +46,7 @@ _INDENT = " " * 4
 _WIDTH, _MAX_CODE = 100, 84
 _NOTICE = "A view for reading: ringcompile never imports or executes this file."
 # Terms of the legend that stand in another form here.
-_NOT_HERE = ("@name", "file:line", "ring.op")
+_NOT_HERE = ("@name", "file:line", "ring.op", "{ ... }")
 
 
 def python_view(program: Program) -> str:

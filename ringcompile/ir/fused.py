@@ -20,6 +20,7 @@ from ringcompile.ir.expr import depends_on_data
 from ringcompile.ir.kinds import kind_of
 from ringcompile.ir.nodes import results_of
 from ringcompile.ir.rules import FactorRule, find_rule
+from ringcompile.ir.rules.bits import BitsRule
 
 # The key of `Node.meta` with a node's place in its group.
 MARK = "fused"
@@ -54,6 +55,14 @@ def following(first: fx.Node) -> list[fx.Node]:
     while member is not None and len(group) < member.size:
         group.append(group[-1].next)
     return group
+
+
+def mark_group(nodes: Sequence[fx.Node]) -> None:
+    """Make neighbours a group; a node by itself is in none."""
+    for index, node in enumerate(nodes):
+        node.meta.pop(MARK, None)
+        if len(nodes) > 1:
+            node.meta[MARK] = Member(index, len(nodes))
 
 
 def keep_mark(node: fx.Node, other: fx.Node) -> None:
@@ -111,7 +120,9 @@ def is_thin(node: fx.Node) -> bool:
     if node.target is operator.getitem or name in _PLAIN:
         return True
     rule = find_rule(node.target)
-    if rule is None or not name.startswith("aten.") or rule.cost not in _THIN:
+    if rule is None or not name.startswith("aten.") or isinstance(rule, BitsRule):
+        return False
+    if rule.cost not in _THIN:
         return False
     return rule.cost != "reduction" or _is_by_row(rule, node)
 
@@ -123,7 +134,9 @@ def is_view(node: fx.Node) -> bool:
 
 def needs_whole(node: fx.Node, operand: fx.Node) -> bool:
     """Whether a thin node may read any entry of an operand, which then has to be written first."""
-    return kind_of_thin(node) == "pick_rows" and node.args[0] is operand
+    return not starts_group(node) and (
+        kind_of_thin(node) == "pick_rows" and node.args[0] is operand
+    )
 
 
 def kind_of_thin(node: fx.Node) -> str:

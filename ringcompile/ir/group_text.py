@@ -10,7 +10,7 @@ from torch import fx
 
 from ringcompile.ir import expr
 from ringcompile.ir.expr import Size
-from ringcompile.ir.fused import following, member_of, name_of_group
+from ringcompile.ir.fused import following, member_of, name_of_group, needs_whole
 from ringcompile.ir.nodes import results_of
 from ringcompile.ir.types import local_shape
 
@@ -30,8 +30,10 @@ def legend_entries(calls: Iterable[fx.Node]) -> Iterator[tuple[str, str]]:
 def opening(program: Program, group: Sequence[fx.Node]) -> str:
     """The line in front of a group: `{  // add_rms_norm: reads 96*b bytes, writes 64*b bytes`."""
     read, written = border(group)
+    looked_up = {x: node for node in group for x in node.all_input_nodes if needs_whole(node, x)}
+    taken = [looked_up.get(x, x) for x in read]  # a gather reads no more of a table than it takes
     return (
-        f"{{  // {name_of_group(group)}: reads {_total(program, read)} bytes, "
+        f"{{  // {name_of_group(group)}: reads {_total(program, taken)} bytes, "
         f"writes {_total(program, written)} bytes"
     )
 

@@ -126,8 +126,7 @@ def _line(program: Program, node: fx.Node, block: str, names: Mapping[fx.Node, s
     location = location_of(node)
     layer = location.layer.removeprefix(block) if block else location.layer
     type_, code = type_text(program, node.meta.get("type")), call_text(program, node, names)
-    name = names[node] if member_of(node) is None else f"  {names[node]}"
-    return _Line(name, type_, code, location.short, layer, _why(program, node))
+    return _Line(names[node], type_, code, location.short, layer, _why(program, node))
 
 
 def _why(program: Program, node: fx.Node) -> str:

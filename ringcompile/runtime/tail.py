@@ -18,6 +18,7 @@ from torch import fx
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, replace_operands
 from ringcompile.ir.expr import Size, bind, equal
+from ringcompile.ir.fused import groups_of, mark_group
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.rules import FactorRule, find_rule
@@ -139,6 +140,7 @@ def last_positions(program: Program, lengths: Mapping[str, int], last: int) -> P
     graph: fx.Graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(program.graph, copies)
+    groups = groups_of(graph.nodes)
     tail = _Tail(program, graph, lengths)
     outputs = []
     for node in program.outputs:
@@ -151,6 +153,9 @@ def last_positions(program: Program, lengths: Mapping[str, int], last: int) -> P
         outputs.append(tail.reduced(copies[node], dim, rows))
     graph.output(tuple(outputs))
     _drop_unused(graph)
+    left = set(graph.nodes)
+    for group in groups:
+        mark_group([node for node in group if node in left])
     return program.with_graph(graph)
 
 
@@ -172,6 +177,7 @@ class _Tail:
     def _taken(self, node: fx.Node, dim: int, rows: Rows) -> fx.Node:
         made = self.graph.call_function(take_rows, (node, dim, rows))
         made.meta = {**node.meta, "rows": (dim, sum(map(len, rows)))}
+        mark_group([made])
         return made
 
     def _through(self, node: fx.Node, dim: int, rows: Rows) -> fx.Node | None:
@@ -209,6 +215,7 @@ class _Tail:
         """The op of a node, of other arguments."""
         made = self.graph.create_node("call_function", node.target, args, kwargs)
         made.meta = {**node.meta, "copy_of": node.name}
+        mark_group([made])
         return made
 
     def from_start(self, node: fx.Node, dim: int, rows: Rows) -> fx.Node | None:

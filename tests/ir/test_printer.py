@@ -142,7 +142,7 @@ def test_texts_are_the_same_every_time_and_everywhere(stages: Any, order: str) -
 
 def test_layers_are_apart(stages: Any) -> None:
     text = print_program(stages["zigzag"]["rank1"])
-    headings = re.findall(r"\n\n// (\S.*)\n%", text)
+    headings = re.findall(r"\n\n// (\S.*)\n[%{]", text)
     assert headings == ["token_embedding", "blocks.0", "norm, head"]
 
 
@@ -157,7 +157,7 @@ def test_only_used_symbols_are_explained(stages: Any) -> None:
     assert terms("every") == {*always, "s/ring", "n", "causal", "ring", "ring.op", "chunks"}
     assert terms("rank1") == {
         *always,
-        "s/ring",
+        "s/ring", "{ ... }",
         "n",
         "causal",
         "ring.op",

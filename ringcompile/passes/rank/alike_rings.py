@@ -20,6 +20,7 @@ from torch import fx
 
 from ringcompile.errors import SourceLocation
 from ringcompile.ir.calls import Call
+from ringcompile.ir.fused import Member, member_of
 from ringcompile.ir.nodes import location_of
 from ringcompile.ir.program import Program
 from ringcompile.ir.repeats import Pairs
@@ -98,21 +99,23 @@ def outlined(
     at = next(i for i, step in enumerate(passes) if isinstance(step, LowerRing))
     given = Pipeline(passes[:at], verify=verify).run(program)
     rings = [node for node in given.graph.nodes if node.name in alike]
-    shown: dict[str, str] = {}
+    # The last step takes the attention's place in a fused group, so that has to be the same place.
+    kinds = {node.name: (alike[node.name], member_of(node)) for node in rings}
+    shown: dict[tuple[str, Member | None], str] = {}
     for node in rings:
-        shown.setdefault(alike[node.name], node.name)
+        shown.setdefault(kinds[node.name], node.name)
     left = frozenset(node.name for node in rings) - set(shown.values())
     if not left:
         return None
     lowered = Pipeline([LowerRing(left)], verify=verify).run(given)
     short = Pipeline(passes[at + 1 :], verify=verify).run(lowered)
     writing = _Writing(given, lowered, short, {
-        node.name: shown[alike[node.name]] for node in rings
+        node.name: shown[kinds[node.name]] for node in rings
     })
     if not writing.is_clear:
         return None
-    kinds = [node for node in short.graph.nodes if node.name not in left]
-    graph = StretchedGraph(kinds, writing)
+    of_every_kind = [node for node in short.graph.nodes if node.name not in left]
+    graph = StretchedGraph(of_every_kind, writing)
     return Outlined(short.with_graph(graph), short)
 
 

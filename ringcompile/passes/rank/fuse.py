@@ -5,8 +5,8 @@ tensors and compute little, so what a chain of them costs is the bytes that pass
 kernel for the chain reads once what comes from outside, and writes once what is read outside
 (Ansel et al., PyTorch 2, ASPLOS 2024).
 
-Which ops share a group is found by one rule (`thin_groups.py`). Nothing is moved past an exchange or
-an attention, so transfers start and are waited for where they were.
+Which ops share a group is found by one rule (`thin_groups.py`). Nothing is moved past an exchange
+or an attention, so transfers start and are waited for where they were.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from ringcompile.ir.fused import MARK, Member, moves_on
+from ringcompile.ir.fused import mark_group, moves_on
 from ringcompile.ir.program import Program
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.rank.thin_groups import thin_groups
@@ -48,10 +48,9 @@ class Fuse(Pass):
             elif node.op == "placeholder":
                 builder.env[node] = builder.copy(node)
         for unit in (unit for piece in _pieces(calls) for unit in _ordered(piece)):
-            for index, node in enumerate(unit):
+            for node in unit:
                 builder.env[node] = builder.copy(node)
-                if len(unit) > 1:
-                    builder.env[node].meta[MARK] = Member(index, len(unit))
+            mark_group([builder.env[node] for node in unit])
         output = program.output_node
         builder.env[output] = builder.copy(output)
         return program.with_graph(builder.graph)

@@ -3,7 +3,8 @@
 Two thin ops share a group if one reads the other, unless
 
 - an op that runs by itself, such as a matmul, lies on a way from one to the other. So every node
-  has a *depth*, the number of such ops in front of it on the longest way, and a group has one;
+  has a *depth*, the number of such ops in front of it on the longest way, and a group has one.
+  What is read by a group alone has the group's depth;
 - groups would then wait for each other;
 - a result that others read would have to wait for what it does not need. The rotated keys of a
   layer, which are sent to another rank, do not wait for the queries because both read the same
@@ -87,7 +88,18 @@ class _Groups:
                 (depth[x] + (x not in thin or (node in thin and needs_whole(node, x)))
                  for x in self._read(node)), default=0,
             )
+        for node in reversed(calls):
+            readers = {depth.get(user, -1) for user in node.users}
+            if node in thin and len(readers) == 1 and self._may_wait(node, thin):
+                depth[node] = max(depth[node], *readers)
         return depth
+
+    @staticmethod
+    def _may_wait(node: fx.Node, thin: set[fx.Node]) -> bool:
+        """Whether a node may be computed along with its readers, however late these are."""
+        return not starts_group(node) and all(
+            user in thin and not needs_whole(user, node) for user in node.users
+        )
 
     def _without_outer_views(self, thin: Sequence[fx.Node]) -> list[fx.Node]:
         """The thin nodes but for views that only look at what a group reads or gives.
