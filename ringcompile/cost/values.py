@@ -33,6 +33,7 @@ _IN_ORDER = frozenset(
     f"ringcompile.{name}.default"
     for name in ("attention", "block_attention", "cached_attention", "finish")
 )
+_MERGED_STATES = "ringcompile.merge_states.default"  # of parts [ranks,S,B,H,E+1]
 Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
 
@@ -157,7 +158,10 @@ class Values:
                     self._rows[str(arriving)] = order.numel()
                     self._numbers.clear()
             if target in _IN_ORDER:
-                return self._in_order(node, self.of[node.all_input_nodes[0]])
+                like = self.of[node.all_input_nodes[0]]
+                return self._in_order(node, like[0] if isinstance(like, tuple) else like)
+            if target == _MERGED_STATES:
+                return self._in_order(node, self.tensor(node.args[0])[0].permute(1, 2, 0, 3))  # type: ignore[arg-type]
         made = tuple(self._made(node, type_) for type_ in results_of(node))
         return made if isinstance(node.meta["type"], tuple) else made[0]
 
@@ -166,9 +170,8 @@ class Values:
         viewed: torch.Tensor = body_of(node.target)(*args, **kwargs)
         return viewed
 
-    def _in_order(self, node: fx.Node, like: Value) -> Value:
+    def _in_order(self, node: fx.Node, like: torch.Tensor) -> Value:
         """What an attention gives, its first three dims in memory as those of its queries."""
-        like = like[0] if isinstance(like, tuple) else like
         order = sorted(range(3), key=like.stride, reverse=True)
         back = [*map(order.index, range(3)), 3]
         made = []

@@ -89,16 +89,32 @@ def cached_attention(
     return [out, lse]
 
 
-def pack_state(state: State) -> torch.Tensor:
-    """A state as one tensor [1,B,H,S,E+1], so that one transfer carries both of its parts."""
+def pack_state(state: State, *, dim: int = 2, ways: int = 1, runs: int = 1) -> torch.Tensor:
+    """A state as one tensor, so that one transfer carries both of its parts: a part for each rank.
+
+    Args:
+        state: [out, lse], out [B,H,S,E].
+        dim: what is divided over the ranks: heads (1) or tokens (2).
+        ways: the number of ranks.
+        runs: each rank's entries lie in so many runs; the first runs of all ranks come first.
+
+    Returns:
+        [ways,S,B,H/ways,E+1], or [ways,S/ways,B,H,E+1].
+    """
     out, lse = state
-    return torch.cat([out.to(lse.dtype), lse.unsqueeze(-1)], -1).unsqueeze(0)
+    parts = [x.permute(2, 0, 1, 3) for x in (out.to(lse.dtype), lse.unsqueeze(-1))]
+    place = {1: 2, 2: 0}[dim]
+    opened = [x.unflatten(place, (runs, ways, -1)).movedim(place + 1, 0) for x in parts]
+    return torch.cat(opened, -1).flatten(place + 1, place + 2)
 
 
 def merge_states(packed: torch.Tensor) -> State:
-    """The state over all keys, from those over each rank's: [ranks,B,H,S,E+1]."""
-    first, *others = (part.split([part.shape[-1] - 1, 1], -1) for part in packed.unbind())
-    out, lse = first[0].clone(), first[1].squeeze(-1).clone()
+    """The state over all keys, from those over each rank's: [ranks,S,B,H,E+1]."""
+    first, *others = (
+        part.permute(1, 2, 0, 3).split([part.shape[-1] - 1, 1], -1) for part in packed.unbind()
+    )
+    out = torch.empty_like(packed[0, ..., 1:]).permute(1, 2, 0, 3).copy_(first[0])
+    lse = first[1].squeeze(-1).clone(memory_format=torch.contiguous_format)
     for block_out, block_lse in others:
         kernels.merge(out, lse, block_out, block_lse.squeeze(-1))
     return [out, lse]

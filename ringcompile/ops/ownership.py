@@ -107,11 +107,11 @@ class _Owners:
         if self.num_ranks > 1:
             packed = _only_user(index, last, "pack_state")
             every = _only_user(index, packed, "gather", "all_to_all")
-            self._exchange(index, node, Call(every))
+            self._exchange(index, node, Call(packed), Call(every))
             last = _only_user(index, every, "merge_states")
         _only_user(index, last, "finish")
 
-    def _exchange(self, index: int, node: fx.Node, call: Call) -> None:
+    def _exchange(self, index: int, node: fx.Node, packed: Call, call: Call) -> None:
         """All ranks' states, of all heads or of this rank's, one behind the other."""
         along = ",".join(self.axes)
         if call["axis"] != along:
@@ -119,7 +119,8 @@ class _Owners:
                     f"along {along}")
         gathers = call.target is op("gather")
         dims = (call["dim"],) if gathers else (call["split"], call["concat"])
-        if dims != ((0,) if gathers else (2, 0)):
+        ways = 1 if gathers else self.num_ranks
+        if any(dims) or (packed["dim"], packed["ways"], packed["runs"]) != (1, ways, 1):
             _refuse(index, f"%{node.name} is brought together along the wrong dim")
 
     def stages(self, ranks: Sequence[Program]) -> None:

@@ -66,7 +66,7 @@ SCHEMAS = {
         "Tensor positions, Tensor? key_mask=None, Tensor? mask=None, *, float scale, "
         "float? softcap=None, SymInt? lower=None, SymInt? upper=None, bool wide=False) -> Tensor[]"
     ),
-    "pack_state": "(Tensor[] state) -> Tensor",
+    "pack_state": "(Tensor[] state, *, int dim=2, int ways=1, int runs=1) -> Tensor",
     "merge_states": "(Tensor packed) -> Tensor[]",
     "running_sum": (
         "(Tensor x, Tensor(a!) sums, Tensor positions, *, int dim, ScalarType? dtype=None, "

@@ -189,19 +189,22 @@ def test_who_keeps_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("name", "how", "reason"),
     [
-        ({"axis": "tp"}, "is brought together over tp, and keys lie along ring"),
-        ({"split": 1}, "is brought together along the wrong dim"),
-        ({"concat": 1}, "is brought together along the wrong dim"),
+        ("all_to_all", {"axis": "tp"}, "is brought together over tp, and keys lie along ring"),
+        ("all_to_all", {"split": 1}, "is brought together along the wrong dim"),
+        ("all_to_all", {"concat": 1}, "is brought together along the wrong dim"),
+        ("pack_state", {"dim": 2}, "is brought together along the wrong dim"),
+        ("pack_state", {"ways": 1}, "is brought together along the wrong dim"),
+        ("pack_state", {"runs": 2}, "is brought together along the wrong dim"),
     ],
 )
 def test_heads_are_brought_together_over_all_that_keep_them(
-    how: dict[str, Any], reason: str
+    name: str, how: dict[str, Any], reason: str
 ) -> None:
     parallel = rc.transform(captured(Rotary)[1], "ring=2", cache=80, decode="helix")
     assert parallel.carried is not None
-    exchange = nodes(parallel.carried.rank(1), "all_to_all")[1]
+    exchange = nodes(parallel.carried.rank(1), name)[1]
     exchange.kwargs = {**exchange.kwargs, **how}
     with pytest.raises(rc.RingCompileError, match=f"rank 1: .* {reason}"):
         check(parallel)

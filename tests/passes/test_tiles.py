@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ringcompile import artifact
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
+from ringcompile.cost.rank import cost_of
 from ringcompile.cost.specs import Variant, variants
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import bytes_sent
@@ -139,6 +140,22 @@ def test_keys_cannot_be_gathered_where_queries_are() -> None:
     said = "--ring gather cannot be combined with an axis along which queries are gathered: tile"
     assert caught.value.message == said
     assert caught.value.hint == "leave --ring out"
+
+
+@pytest.mark.parametrize(("order", "copied"), [
+    ("zigzag", {"reshape": 1, "pack_state": 1, "merge_states": 1}),
+    ("contiguous", {"pack_state": 1, "merge_states": 1}),
+])
+def test_queries_and_results_are_copied_once(order: str, copied: dict[str, int]) -> None:
+    """Into the order of chunks, and into one tensor with their log-sum-exps."""
+    module = Attention("window")
+    made = transform(capture(module, example(24)), "tile=4", order=order, length=32)
+    steps = [step for step in cost_of(made.rank(3), 32, 1).steps if step.op not in ("add", "mul")]
+    found = {step.op: len(step.kernels) for step in steps if {
+        kernel.kind for kernel in step.kernels} == {"strided"}}
+    assert found == copied
+    assert [step.op for step in steps if step.communicates] == ["gather", "all_to_all"]
+    assert not any(step.kernels for step in steps if step.communicates)
 
 
 def most_sent(parallel: str) -> int:

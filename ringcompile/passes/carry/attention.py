@@ -106,13 +106,10 @@ class AttentionWriter:
 
     def _exchanged(self, state: fx.Node, type_: tuple[TensorType, TensorType]) -> fx.Node:
         """The states of all ranks, of each rank's own heads: an all-to-all over heads."""
-        mine, (out, _) = self._packed(state), type_
-        shape = (self.into.ranks, *type_of(mine).shape[1:])
-        layout = Layout((WHOLE, *out.layout.dims))
+        mine = self._packed(state, type_[0], self.into.ranks)
         every = self.builder.call(
-            op("all_to_all"), (mine,), TensorType(out.dtype, shape, layout),
-            split=2, concat=0, axis=",".join(self.into.axes),
-            why="attention over each rank's keys, by heads",
+            op("all_to_all"), (mine,), type_of(mine), split=0, concat=0,
+            axis=",".join(self.into.axes), why="attention over each rank's keys, by heads",
         )
         return self.builder.call(op("merge_states"), (every,), type_)
 
@@ -141,7 +138,7 @@ class AttentionWriter:
 
     def _merged(self, state: fx.Node, type_: tuple[TensorType, TensorType]) -> fx.Node:
         """The states of all ranks that keep some of the sequence, as one."""
-        mine = self._packed(state)
+        mine = self._packed(state, type_[0], 1)
         packed = type_of(mine)
         every = self.builder.call(
             op("gather"), (mine,),
@@ -151,11 +148,21 @@ class AttentionWriter:
         )
         return self.builder.call(op("merge_states"), (every,), type_)
 
-    def _packed(self, state: fx.Node) -> fx.Node:
-        out, _ = state.meta["type"]
-        shape = (1, *out.shape[:3], out.shape[3] + 1)
-        packed = TensorType(out.dtype, shape, Layout((WHOLE, *out.layout.dims)))
-        return self.builder.call(op("pack_state"), (state,), packed)
+    def _packed(self, state: fx.Node, out: TensorType, ways: int) -> fx.Node:
+        """A state as it is sent: of all heads, or to each of several ranks that of its heads.
+
+        Args:
+            state: over this rank's keys.
+            out: the type of what a rank goes on with.
+            ways: the number of ranks that heads are divided over.
+        """
+        batch, heads, rows, width = out.shape
+        of_batch, of_heads, of_rows, of_width = out.layout.dims
+        packed = TensorType(
+            out.dtype, (ways, rows, batch, heads, width + 1),
+            Layout((WHOLE, of_rows, of_batch, of_heads, of_width)),
+        )
+        return self.builder.call(op("pack_state"), (state,), packed, dim=1, ways=ways)
 
 
 def splits_of(node: fx.Node) -> list[bool]:

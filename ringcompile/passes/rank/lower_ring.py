@@ -110,14 +110,15 @@ class _Ring:
         self.unit = self.level.chunk
         self.band = Band(self.call["lower"], self.call["upper"])
         by_rank = self._queries()
-        self.queries = tuple(tuple(sorted(chunks)) for chunks in by_rank)
+        tiles = [QueryTiles(builder, self.mesh, self.tile, own, self.unit) for own in by_rank]
+        self.tiles = tiles[self.rank]
+        self.queries = tuple(each.ordered for each in tiles)
         self.rows: _Slots = tuple(range(len(self.queries[self.rank])))
         self.cut: dict[tuple[fx.Node, _Slots], fx.Node] = {}
         self.q, self.key_mask, self.mask, self.sink = map(
             self.given, ("q", "key_mask", "mask", "sink")
         )
         self.out = type_of(self.node)
-        self.tiles = QueryTiles(builder, self.mesh, self.tile, by_rank[self.rank], self.unit)
         if self.tile is not None:
             self._gather_queries()
         self.streams = [_Stream(self, "k", "v", [self.call["piece"] or 0])]

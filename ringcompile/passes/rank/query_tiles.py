@@ -1,9 +1,10 @@
 """Attention in tiles of queries and keys: queries are gathered along an axis, results reduced.
 
-    q [B,H,n,D]          gathered along `tile`, put in order of positions   [B,H,T*n,D]
-    state [out, lse]     of all these queries over the keys that one rank of `tile` has
-    packed [1,B,H,T*n,E+1]  each rank's rows go back to it                  [T,B,H,n,E+1]
-    state [out, lse]     merged by the log-sum-exps, over the keys of all ranks
+    q [n,B,H,D]              tokens first, gathered along `tile`              [T*n,B,H,D]
+    queries [T*n,B,H,D]      early chunks of all ranks, then late ones: one copy in zigzag order
+    state [out, lse]         of all these queries over the keys that one rank of `tile` has
+    packed [T,n,B,H,E+1]     by rank, in one copy; each rank's rows go back to it
+    state [out, lse]         merged by the log-sum-exps, over the keys of all ranks
 
 R * T ranks in a ring send R * T - 1 blocks of keys and values each; in tiles they send R - 1 of
 those, and T - 1 blocks of queries and of results.
@@ -11,9 +12,9 @@ those, and T - 1 blocks of queries and of results.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,24 +53,45 @@ class QueryTiles:
         self.count = 1 if self.axis is None else self.mesh.size(self.axis)
 
     @property
+    def _runs(self) -> int:
+        """How many chunks of queries a rank has."""
+        return len(self.chunks) // self.count
+
+    @property
     def ordered(self) -> tuple[int, ...]:
-        """The chunks by position, in which those that see some keys lie side by side."""
-        return tuple(sorted(self.chunks))
+        """The chunks in the order of rows, in which those that see some keys lie side by side.
+
+        In zigzag order early chunks rise from rank to rank, and late ones fall.
+        """
+        return tuple(
+            chunk for run in range(self._runs) for chunk in self.chunks[run :: self._runs]
+        )
 
     def gathered(self, x: fx.Node, shape: Sequence[Size]) -> fx.Node:
-        """The rows of queries, or of their mask, of all ranks along the axis, by position.
+        """The rows of queries, or of their mask, of all ranks along the axis, as `ordered`.
 
         Args:
             x: [.., .., n, ..], this rank's.
             shape: of its share of x.
         """
-        rows = simplify(shape[_ROWS] * self.count)
-        type_ = TensorType.whole(type_of(x).dtype, (*shape[:_ROWS], rows, *shape[_ROWS + 1 :]))
-        every = self.builder.call(
-            op("gather"), (x,), type_, why="queries of a tile", dim=_ROWS, axis=self.axis,
-            limit=None,
+        lead, rows, width = tuple(shape[:_ROWS]), shape[_ROWS], shape[_ROWS + 1]
+        every = simplify(rows * self.count)
+        x = self._call(aten.permute.default, x, (rows, *lead, width), [2, 0, 1, 3])
+        x = self._call(aten.contiguous.default, x, (rows, *lead, width))
+        x = self._call(
+            op("gather"), x, (every, *lead, width), why="queries of a tile", dim=0,
+            axis=self.axis, limit=None,
         )
-        return self._moved(every, _ROWS, self.chunks, self.ordered)
+        if self._runs > 1:
+            by_rank = (self.count, self._runs, self.unit, *lead, width)
+            by_run = (self._runs, self.count, *by_rank[2:])
+            x = self._call(aten.reshape.default, x, by_rank, list(by_rank))
+            x = self._call(
+                aten.permute.default, x, by_run, [1, 0, *range(2, len(by_rank))]
+            )
+            flat = (every, *lead, width)
+            x = self._call(aten.reshape.default, x, flat, list(flat), why="chunk by chunk")
+        return self._call(aten.permute.default, x, (*lead, every, width), [1, 2, 0, 3])
 
     def reduced(self, state: fx.Node, out: TensorType, own: TensorType) -> fx.Node:
         """A rank's own rows of results over the keys of all ranks along the axis.
@@ -79,39 +101,23 @@ class QueryTiles:
             out: the type of its first tensor.
             own: the type of the attention's result on this rank.
         """
-        dtype = accumulator_type(out)[0].dtype
-        batch, heads, rows, width = out.shape
-        wide = simplify(width + 1)
-        packed = TensorType.whole(dtype, (1, batch, heads, rows, wide))
-        mine = self.builder.call(op("pack_state"), (state,), packed)
-        mine = self._moved(mine, _ROWS + 1, self.ordered, self.chunks)
-        each = simplify(self.unit * (len(self.chunks) // self.count))
+        batch, heads, _, width = out.shape
+        rows = simplify(self.unit * self._runs)
+        packed = TensorType.whole(
+            accumulator_type(out)[0].dtype,
+            (self.count, rows, batch, heads, simplify(width + 1)),
+        )
+        mine = self.builder.call(
+            op("pack_state"), (state,), packed, dim=_ROWS, ways=self.count, runs=self._runs
+        )
         every = self.builder.call(
-            op("all_to_all"), (mine,),
-            TensorType.whole(dtype, (self.count, batch, heads, each, wide)),
-            why="results over each rank's keys", split=_ROWS + 1, concat=0, axis=self.axis,
+            op("all_to_all"), (mine,), packed, why="results over each rank's keys", split=0,
+            concat=0, axis=self.axis,
         )
         return self.builder.call(op("merge_states"), (every,), accumulator_type(own))
 
-    def _moved(
-        self, x: fx.Node, dim: int, have: tuple[int, ...], wanted: tuple[int, ...]
+    def _call(
+        self, target: Any, x: fx.Node, shape: tuple[Size, ...], *args: Any, **how: Any
     ) -> fx.Node:
-        """The chunks along a dim in another order."""
-        if have == wanted:
-            return x
-        type_ = type_of(x)
-        parts = []
-        for first, length in _runs([have.index(chunk) for chunk in wanted]):
-            start, end = simplify(first * self.unit), simplify((first + length) * self.unit)
-            shape = (*type_.shape[:dim], simplify(end - start), *type_.shape[dim + 1 :])
-            parts.append(self.builder.call(
-                aten.slice.Tensor, (x, dim, start, end), TensorType.whole(type_.dtype, shape)
-            ))
-        return self.builder.call(aten.cat.default, (parts, dim), type_, why="by position")
-
-
-def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where neighbours in an order begin, and how many there are."""
-    for _, run in groupby(enumerate(places), key=lambda pair: pair[1] - pair[0]):
-        entries = [place for _, place in run]
-        yield entries[0], len(entries)
+        type_ = TensorType.whole(type_of(x).dtype, shape)
+        return self.builder.call(target, (x, *args), type_, **how)
