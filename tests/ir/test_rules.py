@@ -66,14 +66,14 @@ def test_every_row_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", FIRST)
-@profile(20, Phase.shrink)
+@profile(12, Phase.shrink)
 @given(st.data())
 def test_each_rank_computes_its_piece(name: str, data: st.DataObject) -> None:
     hold(name, RULES[name], data)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@profile(6, Phase.shrink)
+@profile(3, Phase.shrink)
 @given(st.data())
 def test_each_rank_computes_its_piece_of_another_op(name: str, data: st.DataObject) -> None:
     hold(name, RULES[name], data)

@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
@@ -45,7 +46,12 @@ def group_of(name: str) -> tuple[str, ...]:
 @cache
 def captured(group: tuple[str, ...]) -> tuple[Lambda, Program]:
     def attends(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(attend(x + 0.1 * i, attn_mask=MASKS[name](x)) for i, name in enumerate(group))
+        q, k, v = heads(x), heads(x) * 0.5, heads(x) - 1
+        return tuple(
+            F.scaled_dot_product_attention(
+                q, k, v + 0.1 * i, attn_mask=MASKS[name](x)).transpose(1, 2)
+            for i, name in enumerate(group)
+        )
 
     module = Lambda(attends).eval()
     return module, capture(module, (torch.randn(BATCH, 17, H),))
