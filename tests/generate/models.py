@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import pytest
@@ -220,6 +220,19 @@ def with_gain(module: nn.Module) -> nn.Module:
             scale = 1.6 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.2
             parameter.normal_(0, scale)
     return module.double().eval()
+
+
+@cache
+def given(kind: Callable[..., nn.Module], *parts: Any, **options: Any) -> Callable[[], nn.Module]:
+    """A kind of model, made of some parts: the same object for the same ones, captured once."""
+    return partial(kind, *parts, **options)
+
+
+@lru_cache
+def padded(kind: Callable[[], nn.Module] = Padded) -> tuple[nn.Module, Program]:
+    """The same as `captured`, of a model that takes a mask of keys beside its tokens."""
+    module = with_gain(kind())
+    return module, rc.capture(module, (ids(12, 2), torch.ones(2, 12, dtype=torch.int64)))
 
 
 @lru_cache

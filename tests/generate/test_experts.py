@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from ringcompile.ops import experts
 from ringcompile.ops.schemas import op
 from ringcompile.pass_list import prepare
 from tests.families.catalogue import FAMILIES
-from tests.generate.models import CAPACITY, WIDTH, cached, captured, checked_session, ids
+from tests.generate.models import CAPACITY, WIDTH, cached, captured, checked_session, given, ids
 from tests.generate.test_mixtures import EXACT, EXPERTS, Dense, Mixture, Routed
 from tests.generate.test_session import TURNS, worst
 from tests.generate.trial import CAPACITY as ROOM
@@ -86,7 +85,7 @@ FAST = {("Rows", "ring=2,ep=2"), ("Biased", "ep=2,tp=2")}
     ("kind", "spec"), some_fast(KINDS, SPECS, fast=lambda kind, spec: (kind, spec) in FAST)
 )
 def test_turns(kind: str, spec: str) -> None:
-    module, parallel = cached(partial(Routed, KINDS[kind]), spec)
+    module, parallel = cached(given(Routed, KINDS[kind]), spec)
     with checked_session(parallel) as session:
         assert worst(session, module, ids(76), TURNS) < EXACT
 
@@ -107,14 +106,14 @@ def test_families(name: str, spec: str) -> None:
 
 @pytest.mark.slow
 def test_several_sequences_and_replicas() -> None:
-    module, program = captured(partial(Routed, Rows), 2)
+    module, program = captured(given(Routed, Rows), 2)
     parallel = rc.transform(program, "dp=2,ep=2", cache=CAPACITY)
     with checked_session(parallel) as session:
         assert worst(session, module, ids(40, 2), (20, 1, 1, 5)) < EXACT
 
 
 def test_an_artifact_and_processes(tmp_path: Path) -> None:
-    module, parallel = cached(partial(Routed, Rows), "ring=2,ep=2")
+    module, parallel = cached(given(Routed, Rows), "ring=2,ep=2")
     parallel.save(tmp_path / "out")
     loaded = rc.load(tmp_path / "out")
     loaded.verify()
@@ -129,7 +128,7 @@ def test_an_artifact_and_processes(tmp_path: Path) -> None:
 )
 def test_one_sum_a_layer(spec: str, sent: list[str]) -> None:
     """Of one row a token, together with the sum over `tp`; a rank reads its experts alone."""
-    program = cached(partial(Routed, Rows), spec)[1].with_cache().rank(0)
+    program = cached(given(Routed, Rows), spec)[1].with_cache().rank(0)
     calls = [node for node in program.graph.nodes if node.kwargs.get("axis")]
     names = [f"{str(node.target).split('.')[1]} {node.kwargs['axis']}" for node in calls]
     first = names.index(sent[0])  # with tp, tokens are looked up over ranks before
@@ -144,7 +143,7 @@ def test_one_sum_a_layer(spec: str, sent: list[str]) -> None:
 
 def test_prompts_and_tokens_share_weights() -> None:
     """What whole sequences read of the experts is what next tokens read: one share."""
-    parallel = cached(partial(Routed, Rows), "ring=2,ep=2")[1]
+    parallel = cached(given(Routed, Rows), "ring=2,ep=2")[1]
     with rc.Session(parallel) as session:
         session.run(ids(20))
         session.extend(ids(5))
@@ -156,8 +155,8 @@ def test_prompts_and_tokens_share_weights() -> None:
 
 def test_the_cache_is_divided() -> None:
     """Each position is on one rank of ring x ep, which all compute a prompt."""
-    assert cached(partial(Routed, Rows), "ring=2,ep=2")[1].prefill is None
-    with rc.Session(cached(partial(Routed, Rows), "ring=2,ep=2")[1]) as session:
+    assert cached(given(Routed, Rows), "ring=2,ep=2")[1].prefill is None
+    with rc.Session(cached(given(Routed, Rows), "ring=2,ep=2")[1]) as session:
         session.extend(ids(70))
         counts = [runner.memory.ledger.count(runner.memory.rank)
                   for runner in session.driver.runners]
@@ -167,7 +166,7 @@ def test_the_cache_is_divided() -> None:
 
 @pytest.mark.slow
 def test_experts_that_are_not_found_are_whole() -> None:
-    module, parallel = cached(partial(Routed, Dense), "ep=2")
+    module, parallel = cached(given(Routed, Dense), "ep=2")
     assert (
         "no experts that could be split were found: their weights are replicated along ep=2, and "
         "each of its ranks runs all of them on all new tokens"
@@ -188,5 +187,5 @@ def test_experts_that_are_not_found_are_whole() -> None:
 )
 def test_what_is_refused(spec: str, options: dict[str, str], text: str) -> None:
     with pytest.raises(rc.RingCompileError) as refused:
-        rc.transform(captured(partial(Routed, Rows))[1], spec, cache=CAPACITY, **options)
+        rc.transform(captured(given(Routed, Rows))[1], spec, cache=CAPACITY, **options)
     assert text in str(refused.value)

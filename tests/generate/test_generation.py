@@ -20,7 +20,7 @@ from tests.generate.models import (
     Rotary,
     cached,
     ids,
-    with_gain,
+    padded,
 )
 
 
@@ -57,8 +57,7 @@ def test_a_prompt_that_starts_like_another_one() -> None:
 @torch.no_grad()
 def test_rows_of_unequal_length_end_on_their_own() -> None:
     """Each row as if it were alone; behind its end token there is padding."""
-    module = with_gain(Padded())
-    program = rc.capture(module, (ids(12, 2), torch.ones(2, 12, dtype=torch.int64)))
+    module, program = padded()
     parallel = rc.transform(program, "ring=2", cache=64)
     short, long = ids(5), ids(8)
     prompt = torch.cat([torch.cat([torch.full((1, 3), 7), short], 1), long])
@@ -135,8 +134,7 @@ def test_what_is_refused(arguments: dict[str, object], message: str) -> None:
 
 
 def test_padding_on_the_right_is_refused() -> None:
-    program = rc.capture(with_gain(Padded()), (ids(12), torch.ones(1, 12, dtype=torch.int64)))
-    parallel = rc.transform(program, "tp=2", cache=64)
+    parallel = rc.transform(padded()[1], "tp=2", cache=64)
     mask = torch.ones(1, 9, dtype=torch.int64)
     mask[0, -2:] = 0
     with pytest.raises(rc.RingCompileError, match="padded on the left"):
@@ -150,12 +148,11 @@ class ByPlace(Padded):
         return torch.arange(attention_mask.shape[1])
 
 
-@pytest.mark.parametrize("module", [Padded(), ByPlace()])
-def test_padding_that_takes_places_is_said(module: Padded) -> None:
+@pytest.mark.parametrize("kind", [Padded, ByPlace])
+def test_padding_that_takes_places_is_said(kind: type[Padded]) -> None:
     """Learned positions count padding too, unless they are counted from the mask."""
     mask = torch.ones(1, 9, dtype=torch.int64)
-    example = (ids(12), torch.ones(1, 12, dtype=torch.int64))
-    parallel = rc.transform(rc.capture(with_gain(module), example), "tp=2", cache=64)
+    parallel = rc.transform(padded(kind)[1], "tp=2", cache=64)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         rc.generate(parallel, ids(9), 2, attention_mask=mask)
@@ -164,7 +161,7 @@ def test_padding_that_takes_places_is_said(module: Padded) -> None:
         rc.generate(parallel, ids(9), 2, attention_mask=mask)
     expected = "it numbers tokens by their place, padding included"
     assert [expected in str(warning.message) for warning in said] == (
-        [True] if isinstance(module, ByPlace) else [])
+        [True] if kind is ByPlace else [])
 
 
 def test_an_option_that_a_session_does_not_have() -> None:

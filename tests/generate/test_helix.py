@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ringcompile.ir.nodes import layout_of
 from ringcompile.ir.program import Program
 from ringcompile.pass_list import prepare
 from tests.families.catalogue import FAMILIES
-from tests.generate.models import ALL, CAPACITY, Rotary, captured, checked_session, ids
+from tests.generate.models import ALL, CAPACITY, Rotary, captured, checked_session, given, ids
 from tests.generate.test_mixtures import Dense, Routed
 from tests.generate.test_session import EXACT, TURNS, worst
 from tests.generate.trial import CAPACITY as ROOM
@@ -29,7 +29,7 @@ from tests.support import some_fast
 
 SPECS = ("ring=2", "ring=3", "ring=4", "ring=2,tp=3", "ring=3,tp=2", "ring=6", "ulysses=3",
          "ring=3,ulysses=2", "pp=2,ring=2", "ring=2,tp=2")
-KINDS: dict[str, Any] = {**ALL, "mixture": partial(Routed, Dense)}
+KINDS: dict[str, Any] = {**ALL, "mixture": given(Routed, Dense)}
 FAST = {("grouped", spec) for spec in ("ring=2", "ring=4", "ring=2,tp=3", "pp=2,ring=2")} | {
     ("mixture", "ring=2,tp=2"), ("Alibi", "ring=3"),
 }
@@ -130,6 +130,7 @@ class Layer(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+@cache
 def one_layer(width: int) -> Program:
     with torch.device("meta"):
         x = torch.empty(1, 8, width, dtype=torch.bfloat16)

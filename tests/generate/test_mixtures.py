@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import partial
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from tests.generate.models import (
     captured,
     checked_session,
     difference,
+    given,
     ids,
 )
 
@@ -150,7 +150,7 @@ class Behind(Rotary):
     )],
 )
 def test_turns(mixture: type[Mixture], spec: str) -> None:
-    module, parallel = cached(partial(Routed, mixture), spec)
+    module, parallel = cached(given(Routed, mixture), spec)
     tokens = ids(60)
     expected = module(tokens)
     with checked_session(parallel) as session:
@@ -165,7 +165,7 @@ def test_turns(mixture: type[Mixture], spec: str) -> None:
 @pytest.mark.parametrize("spec", [pytest.param("ring=2", marks=pytest.mark.slow), "ep=2"])
 def test_a_capacity_may_count_the_tokens_of_a_call(spec: str) -> None:
     """A prompt drops what the model drops of it as a whole sequence; one token is never dropped."""
-    (module, program), (free, _) = (captured(partial(Behind, factor)) for factor in (1, None))
+    (module, program), (free, _) = (captured(given(Behind, factor)) for factor in (1, None))
     parallel = rc.transform(program, spec, cache=CAPACITY, capacity="local")
     assert any("capacity is counted over these" in note for note in parallel.notes)
     assert parallel.with_cache().program.notes == (
@@ -183,7 +183,7 @@ def test_a_capacity_may_count_the_tokens_of_a_call(spec: str) -> None:
 
 def test_a_capacity_over_several_sequences_is_refused() -> None:
     with pytest.raises(rc.RingCompileError) as refused:
-        cached(partial(Behind, 1), "ring=2")
+        cached(given(Behind, 1), "ring=2")
     assert str(refused.value).endswith(
         "error: a prefix sum runs over the tokens of several sequences\n"
         "    arrival = ((one_hot.cumsum(dim=0) - 1) * one_hot).sum(dim=-1)\n"
@@ -195,5 +195,5 @@ def test_a_capacity_over_several_sequences_is_refused() -> None:
 
 def test_a_capacity_that_counts_all_tokens_is_refused() -> None:
     with pytest.raises(rc.RingCompileError, match="is used as a number") as refused:
-        cached(partial(Routed, HalfOfAll), "ring=2")
+        cached(given(Routed, HalfOfAll), "ring=2")
     assert "test_mixtures.py:" in str(refused.value)

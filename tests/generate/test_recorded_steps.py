@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -27,12 +26,13 @@ from tests.generate.models import (
     ALL,
     CAPACITY,
     WIDTH,
-    Padded,
     Rotary,
     Window,
     captured,
     difference,
+    given,
     ids,
+    padded,
     with_gain,
 )
 from tests.generate.models import cached as compiled
@@ -95,10 +95,10 @@ def test_replayed_steps_equal_the_whole_model(name: str, spec: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "spec"),
-    [(partial(Routed, Rows), "ring=2,ep=2"), *(
+    [(given(Routed, Rows), "ring=2,ep=2"), *(
         pytest.param(kind, spec, marks=pytest.mark.slow) for kind, spec in (
-            (partial(Routed, Rows), "ring=1"), (partial(Routed, Rows), "pp=2"),
-            (partial(Routed, Gathered), "ring=2"), (partial(Routed, FirstFew), "tp=2"),
+            (given(Routed, Rows), "ring=1"), (given(Routed, Rows), "pp=2"),
+            (given(Routed, Gathered), "ring=2"), (given(Routed, FirstFew), "tp=2"),
             (Convolution, "ring=2"), (TokenShift, "pp=2"),
         )
     )],
@@ -149,10 +149,9 @@ def test_families_are_recorded(name: str, spec: str) -> None:
 @torch.no_grad()
 def test_rows_of_unequal_length() -> None:
     """The mask of all tokens so far is an input that the program keeps."""
-    module = with_gain(Padded())
+    module, program = padded()
     tokens, mask = ids(24, batch=2), torch.ones(2, 24, dtype=torch.int64)
     mask[1, :6] = 0
-    program = rc.capture(module, (tokens[:, :12], mask[:, :12]))
     expected = module(tokens, mask)
     with rehearsed(rc.transform(program, "ring=2", cache=40)) as session:
         for new in (9, *(1,) * 15):
@@ -255,7 +254,7 @@ def check_note(parallel: ParallelProgram, module: Any, note: str, **options: Any
 
 
 def test_sizes_that_depend_on_the_data() -> None:
-    module, parallel = compiled(partial(Routed, Dropless), "pp=2")
+    module, parallel = compiled(given(Routed, Dropless), "pp=2")
     lines, first = inspect.getsourcelines(Dropless)
     line = next(first + i for i, text in enumerate(lines) if "torch.where" in text)
     check_note(parallel, module, f"{__file__}:{line}: the size of aten.where.default depends on "
@@ -270,7 +269,7 @@ def test_an_op_that_needs_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_many_rows_for_experts_need_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ringcompile.ops.experts._FEW_ROWS", 1)
-    module, parallel = compiled(partial(Routed, Rows), "ring=1")
+    module, parallel = compiled(given(Routed, Rows), "ring=1")
     check_note(parallel, module, "aten.bincount.default needs the host (%expert_linear")
 
 
@@ -328,7 +327,7 @@ def test_a_rehearsal_is_for_cpus() -> None:
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("kind", [Rotary, Window, partial(Routed, Rows)])
+@pytest.mark.parametrize("kind", [Rotary, Window, given(Routed, Rows)])
 def test_cuda_graphs_compute_the_same(
     kind: Callable[[], nn.Module], dtype: torch.dtype, tolerance: float
 ) -> None:

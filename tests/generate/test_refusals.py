@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import transformers
 from torch import nn
 
 import ringcompile as rc
-from tests.generate.models import Rotary, cached, captured, ids
+from tests.generate.models import Rotary, cached, captured, given, ids
 from tests.generate.test_mixtures import HalfOfAll, Routed
 from tests.generate.test_session import Encoder, Furthest, Mean, TwoWays
 
@@ -44,27 +43,27 @@ class Earlier(Rotary):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
-    "an encoder": (Encoder, "test_session.py", (
+    "an encoder": (given(Encoder, layers=1), "test_session.py", (
         BOTH_WAYS, "    x = x + F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)",
         "  node: %scaled_dot_product_attention", CAUSAL,
     )),
-    "attention both ways": (TwoWays, "models.py", (
+    "attention both ways": (given(TwoWays, layers=1), "models.py", (
         BOTH_WAYS,
         "    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)",
         "  node: %scaled_dot_product_attention", "  layer: layers.0.attention", CAUSAL,
     )),
-    "a mean": (Mean, "test_session.py", (
+    "a mean": (given(Mean, layers=1), "test_session.py", (
         ALL, "    return x - x.mean(1, keepdim=True)", "  node: %mean", BEFORE,
     )),
-    "a scale by the last position": (Furthest, "test_session.py", (
+    "a scale by the last position": (given(Furthest, layers=1), "test_session.py", (
         ALL, "    return self.embed(ids) + self.positions(at) * (at.max() + 1)", "  node: %max_1",
         BEFORE,
     )),
-    "earlier tokens by number": (Earlier, "test_refusals.py", (
+    "earlier tokens by number": (given(Earlier, layers=1), "test_refusals.py", (
         AT_ONCE, "    return x + x[:, (torch.arange(x.shape[1]) - 1).clamp(min=0)]",
         "  node: %index_1", BEFORE,
     )),
-    "a capacity": (partial(Routed, HalfOfAll), "test_mixtures.py", (
+    "a capacity": (given(Routed, HalfOfAll), "test_mixtures.py", (
         ("error: with a cache, the length of the sequence (floor(s/2)) is used as a number, which "
          "would change with every new token"),
         "    kept = (hot.cumsum(1) * hot).sum(-1) <= x.shape[1] // 2", "  node: %le",

@@ -20,6 +20,7 @@ from tests.generate.models import (
     cached,
     checked_session,
     difference,
+    given,
     ids,
 )
 from tests.support import some_fast
@@ -206,7 +207,7 @@ def turns(kind: Callable[[], nn.Module], spec: str) -> None:
     "kind", some_fast(CAUSAL, fast=lambda kind: kind in (Convolution, ByCat, Twice, Changes))
 )
 def test_turns(kind: type[nn.Module]) -> None:
-    turns(kind, "ring=2")
+    turns(given(kind, layers=1), "ring=2")
 
 
 def test_where_the_table_of_tokens_is_split() -> None:
@@ -276,7 +277,7 @@ class Strided(Mixed):
 ))
 def test_what_later_tokens_would_change_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(rc.RingCompileError, match="with a cache, this ") as refused:
-        cached(kind, "ring=2")
+        cached(given(kind, layers=1), "ring=2")
     reasons = ("needs all tokens", "cannot be shown to use only", "reads the whole sequence")
     assert any(reason in str(refused.value) for reason in reasons)
     assert "test_shifts.py:" in str(refused.value)

@@ -79,8 +79,9 @@ class WideHead(Rotary):
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [
-        (SharedByLayers, "pp=2"), (SharedByLayers, "pp=2,ring=2"), (WithoutNumbers, "pp=2"),
-        (WithoutNumbers, "pp=2,ring=2"), (WideHead, "pp=2,ring=2"),
+        (SharedByLayers, "pp=2,ring=2"), (WithoutNumbers, "pp=2"), (WideHead, "pp=2,ring=2"),
+        pytest.param(SharedByLayers, "pp=2", marks=pytest.mark.slow),
+        pytest.param(WithoutNumbers, "pp=2,ring=2", marks=pytest.mark.slow),
         pytest.param(SharedByLayers, "pp=4", marks=pytest.mark.slow),
         pytest.param(WithoutNumbers, "pp=5", marks=pytest.mark.slow),
     ],
