@@ -22,6 +22,7 @@ from ringcompile.passes.cleanup import CleanUp
 from ringcompile.passes.experts.expert_parallel import ExpertParallel
 from ringcompile.passes.experts.expert_terms import ExpertTerms, with_experts
 from ringcompile.passes.experts.expert_weights import EP
+from ringcompile.passes.experts.rows_of_slots import RowsOfSlots
 from ringcompile.passes.experts.sort_rows import SortRows
 from ringcompile.passes.masks.recognize_masks import RecognizeMasks
 from ringcompile.passes.rank.fuse import Fuse
@@ -79,6 +80,7 @@ def front_passes(
           if mesh.size("dp") * mesh.size("pp") * mesh.size(HALVES) > 1 else []),
         Place(placed, options.order, options.gather_unknown, options.capacity, options.ring,
               options.tp_sequence, known, windows=not carried),
+        *([RowsOfSlots()] if mesh.size(EP) == 1 and not carried else []),
         CleanUp(),
         *([experts, CleanUp()] if mesh.size(EP) > 1 else []),
         *([TensorParallel(split, told or {}, alike), CleanUp()] if split.size("tp") > 1 else []),

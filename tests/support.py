@@ -140,7 +140,8 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def counts(parallel: ParallelProgram, rank: int) -> dict[str, int]:
-    """How often each of our ops stands in a rank's graph, but for those about padding."""
+    """How often each of our ops stands in a rank's graph, but for padding and sorted rows."""
     names = (str(node.target).split(".") for node in parallel.rank(rank).graph.nodes)
     ours = Counter(name[1] for name in names if name[0] == "ringcompile")
-    return {name: n for name, n in ours.items() if name not in ("own_tokens", "padded_tokens")}
+    local = ("own_tokens", "padded_tokens", "sort_rows", "grouped_linear")
+    return {name: n for name, n in ours.items() if name not in local}

@@ -17,6 +17,7 @@ from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit
 from ringcompile.models.config import TransformerConfig
 from ringcompile.models.moe import MoE
+from ringcompile.ops.schemas import op
 from ringcompile.passes.experts import regions, token_wise
 from tests.moe_table import STYLES, Style
 from tests.support import TOLERANCE, compiled, counts, difference, run, some_fast
@@ -352,15 +353,19 @@ def test_unknown_capacity() -> None:
         transform(captured("scatter_add"), "ring=4", capacity="most")
 
 
-def test_experts_have_slots_for_one_ranks_tokens_only() -> None:
-    """Exact capacity: buffers are as long as a rank's own tokens need, not as the whole's."""
+def test_experts_compute_the_rows_of_one_ranks_tokens_only() -> None:
+    """Two choices a token, though each expert may need as many slots as the rank has tokens."""
     loaded = _moe()
     parallel = compiled(loaded.module, loaded.args, "ring=16", length=256)
     lengths = {**parallel.program.sequence.bindings({"s": 256}), "m": 16, "b": 1}
-    buffers = [n for n in parallel.rank(3).graph.nodes if str(n.target) == "aten.bmm.default"]
-    assert buffers
-    for node in buffers:
-        slots = node.meta["type"].shape[1]
-        assert bind(slots, lengths) == 16
+    graph = parallel.rank(3).graph
+    products = [n for n in graph.nodes if n.target is op("grouped_linear")]
+    assert len(products) == 2 * 4
+    assert {bind(n.meta["type"].shape[0], lengths) for n in products} == {2 * 16}
+    slots = [n.meta["type"].shape for n in graph.nodes
+             if n.target is torch.ops.aten.index_put.default and len(n.meta["type"].shape) == 2]
+    assert slots
+    for _, of_expert in slots:
+        assert bind(of_expert, lengths) == 16 + 1
         few = {"s": 32, "n": 2, "m": 16, "b": 1}
-        assert bind(slots, few) == 10, "never more than the model's own"
+        assert bind(of_expert, few) == 10 + 1, "never more than the model's own"

@@ -1,8 +1,9 @@
-"""Rows that are repeated, once for each expert that a token chose: what they are repeated from.
+"""Rows that are repeated or picked, one for each expert that a token chose: where they come from.
 
 A mixture expands each token to a row for each of its K choices before it sorts rows by expert.
 Row i of the expanded tensor is row i // K of the tokens, so that sorted rows can be read from the
-tokens, without writing the expanded tensor first.
+tokens, without writing the expanded tensor first. Likewise row i of rows that were picked by an
+index is the row that entry i of the index says.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Repeated:
-    """Rows of which each stands for several.
+    """What rows are read from.
 
     Attributes:
         rows: in the new graph, [..., features].
-        times: how often each of them is repeated, side by side.
+        steps: what makes the number of a row there of one here, in order: a number that it is
+            divided by, because rows are repeated so often side by side, or an index that is read.
     """
 
     rows: fx.Node
-    times: int
+    steps: tuple[int | fx.Node, ...]
 
 
 @dataclass
@@ -65,7 +67,15 @@ class RepeatedRows:
             len(source.shape) == len(size)) else []
         if grown != [len(size) - 2] or not isinstance(size[-2], int):
             return None
-        return Repeated(self.builder.env[call["self"]], size[-2])
+        return Repeated(self.builder.env[call["self"]], (size[-2],))
+
+    def _picked(self, x: fx.Node, call: Call) -> Repeated | None:
+        source, indices = call["self"], call["indices"]
+        if len(type_of(source).shape) != 2 or len(indices) != 1:
+            return None
+        found = self.of(source)
+        rows, steps = (found.rows, found.steps) if found else (self.builder.env[source], ())
+        return Repeated(rows, (self.builder.env[indices[0]], *steps))
 
     def _reshaped(self, x: fx.Node, call: Call) -> Repeated | None:
         source = type_of(call["self"])
@@ -74,17 +84,17 @@ class RepeatedRows:
 
     def _own(self, x: fx.Node, call: Call) -> Repeated | None:
         """Padding that is cut off before rows are repeated, not after it."""
-        source, made, dim = type_of(call["self"]), type_of(x), call["dim"]
-        found = self.of(call["self"])
+        source, made, dim = type_of(call["x"]), type_of(x), call["dim"]
+        found = self.of(call["x"])
         repeats = len(source.shape) - 2
-        if found is None or dim >= repeats or not equal(source.shape[repeats], found.times):
+        if found is None or dim >= repeats or found.steps != (source.shape[repeats],):
             return None
         before, after = _without(source, repeats), _without(made, repeats)
         rows = self.call(aten.reshape.default, (found.rows, self.spelled(before)), before)
         rows = self.call(
             op("own_tokens"), (rows,), after, dim=dim, size=call["size"], why=x.meta.get("why")
         )
-        return Repeated(rows, found.times)
+        return Repeated(rows, found.steps)
 
     def call(self, target: Any, args: tuple[Any, ...], type_: TensorType, **how: Any) -> fx.Node:
         """Append a call; see `Builder.call`."""
@@ -103,5 +113,6 @@ def _without(type_: TensorType, dim: int) -> TensorType:
 _FINDERS: dict[Any, Callable[[RepeatedRows, fx.Node, Call], Repeated | None]] = {
     aten.expand.default: RepeatedRows._expanded,
     aten.reshape.default: RepeatedRows._reshaped,
+    aten.index.Tensor: RepeatedRows._picked,
     op("own_tokens"): RepeatedRows._own,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call, replace_operands
-from ringcompile.ir.expr import Size, divide, equal, product, spelled
+from ringcompile.ir.expr import Size, equal, product, spelled
 from ringcompile.ir.layout import WHOLE, Layout
 from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.program import Program
@@ -89,7 +89,7 @@ class _Sorted:
         mask: which rows have an expert; None if all do.
         count: of rows.
         expert: in the old graph, the index of each row's expert.
-        divided: by how many rows a token has, which token each row is of, in order.
+        through: by steps, which row of what they are read from each row is, in order.
     """
 
     order: fx.Node
@@ -98,7 +98,7 @@ class _Sorted:
     mask: fx.Node | None
     count: Size
     expert: fx.Node
-    divided: dict[int, fx.Node] = field(default_factory=dict)
+    through: dict[tuple[int | fx.Node, ...], fx.Node] = field(default_factory=dict)
 
     @property
     def lead(self) -> int:
@@ -118,19 +118,27 @@ class _Writer:
         self.program, self.builder = program, Builder()
         self.repeated = RepeatedRows(self.builder, self._spelled)
         self.group_of = {node: group for group in groups for node in group.nodes}
+        self.picked = {
+            pick: node for group in groups for node in group.leaving for pick in _picks_of(node)
+        }
         self.sorted: dict[fx.Node, _Sorted] = {}  # by the index of each row's expert
         self.env: dict[Any, fx.Node] = {}  # in order: nodes of groups, and by index what enters
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
             self.builder.at(node)
+            if node in self.picked:
+                rows = self._rows_of(self.group_of[self.picked[node]])
+                self.builder.env[node] = self._put_back(self.picked[node], rows, node)
+                continue
             if node not in self.group_of:
-                self.builder.env[node] = self.builder.copy(node)
+                if all(n in self.builder.env for n in node.all_input_nodes):
+                    self.builder.env[node] = self.builder.copy(node)
                 continue
             group = self.group_of[node]
             rows = self._rows_of(group)
             self.env[node] = self._in_order(node, group, rows)
-            if node in group.leaving:
+            if node in group.leaving and not _picks_of(node):
                 self.builder.env[node] = self._put_back(node, rows)
         return self.program.with_graph(self.builder.graph)
 
@@ -196,8 +204,8 @@ class _Writer:
         alike = type_.shape[:lead] == type_of(rows.expert).shape
         found = self.repeated.of(x) if alike and len(type_.shape) == lead + 1 else None
         if found is not None:
-            source, count = found.rows, divide(count, found.times)
-            index = self._divided(rows, found.times)
+            source, count = found.rows, product(self._local(type_of(found.rows))[:-1])
+            index = self._through(rows, found.steps)
         elif not alike:
             type_ = self._full(type_, rows)
             source = self.builder.call(aten.expand.default, (source, self._spelled(type_)), type_)
@@ -206,13 +214,19 @@ class _Writer:
             aten.index.Tensor, (source, [index]), rows.type_of(type_), why="rows by expert"
         )
 
-    def _divided(self, rows: _Sorted, times: int) -> fx.Node:
-        if times not in rows.divided:
-            rows.divided[times] = self.builder.call(
-                aten.floor_divide.Scalar, (rows.order, times), type_of(rows.order),
-                why="which token a row is of",
+    def _through(self, rows: _Sorted, steps: tuple[int | fx.Node, ...]) -> fx.Node:
+        """Which row of what they are read from each row is, in order."""
+        if not steps:
+            return rows.order
+        if steps not in rows.through:
+            before, step = self._through(rows, steps[:-1]), steps[-1]
+            target, args, why = (
+                (aten.floor_divide.Scalar, (before, step), "which token a row is of")
+                if isinstance(step, int) else
+                (aten.index.Tensor, (self._reshaped(step, self._flat(type_of(step))), [before]), "")
             )
-        return rows.divided[times]
+            rows.through[steps] = self.builder.call(target, args, type_of(rows.order), why=why)
+        return rows.through[steps]
 
     def _full(self, type_: TensorType, rows: _Sorted) -> TensorType:
         """The type of what is one for all choices of a token, once for each."""
@@ -222,25 +236,45 @@ class _Writer:
             Layout((*of_rows.layout.dims, *type_.layout.dims[lead:]), type_.layout.partial),
         )
 
-    def _put_back(self, node: fx.Node, rows: _Sorted) -> fx.Node:
-        type_ = type_of(node)
+    def _put_back(self, node: fx.Node, rows: _Sorted, pick: fx.Node | None = None) -> fx.Node:
+        """Rows as the model has them after a node of a group, or those that it picks of them."""
+        type_ = type_of(pick or node)
+        place, mask, lead = rows.place, rows.mask, rows.type_of(type_of(node))
+        if pick is not None:
+            at = self.builder.env[Call(pick)["indices"][0]]
+            place = self.builder.call(aten.index.Tensor, (place, [at]), type_of(at))
+            lead = TensorType(
+                type_.dtype, (*type_of(at).shape, *lead.shape[1:]),
+                Layout((*type_of(at).layout.dims, *lead.layout.dims[1:]), lead.layout.partial),
+            )
+            if mask is not None:
+                flat = self._reshaped(mask, self._flat(type_of(mask)))
+                known = TensorType(torch.bool, type_of(at).shape, type_of(at).layout)
+                mask = self.builder.call(aten.index.Tensor, (flat, [at]), known)
         back = self.builder.call(
-            aten.index.Tensor, (self.env[node], [rows.place]), rows.type_of(type_),
-            why="back in their places",
+            aten.index.Tensor, (self.env[node], [place]), lead, why="back in their places"
         )
-        back = self._reshaped(back, type_)
-        if rows.mask is None:
-            return back
-        of_rows = type_of(rows.mask)
-        behind = len(type_.shape) - rows.lead
-        mask = TensorType(
+        return self._masked(self._reshaped(back, type_), mask, type_, (pick or node).name)
+
+    def _masked(
+        self, rows: fx.Node, mask: fx.Node | None, type_: TensorType, name: str
+    ) -> fx.Node:
+        if mask is None:
+            return rows
+        of_rows = type_of(mask)
+        behind = len(type_.shape) - len(of_rows.shape)
+        wide = TensorType(
             torch.bool, (*of_rows.shape, *(1,) * behind),
             Layout((*of_rows.layout.dims, *(WHOLE,) * behind)),
         )
         return self.builder.call(
-            aten.where.ScalarOther, (self._reshaped(rows.mask, mask), back, 0.0), type_,
-            name=node.name, why="rows without an expert give 0",
+            aten.where.ScalarOther, (self._reshaped(mask, wide), rows, 0.0), type_, name=name,
+            why="rows without an expert give 0",
         )
+
+    def _flat(self, type_: TensorType) -> TensorType:
+        """The type with all of a rank's entries in one dim."""
+        return TensorType.whole(type_.dtype, (product(self._local(type_)),))
 
     def _reshaped(self, x: fx.Node, type_: TensorType) -> fx.Node:
         if self._local(type_of(x)) == self._local(type_):
@@ -252,6 +286,22 @@ class _Writer:
 
     def _spelled(self, type_: TensorType) -> list[Size]:
         return spelled(self._local(type_))
+
+
+def _picks_of(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What picks rows of a node by an index, if that is all that reads it."""
+    work, found = list(node.users), list[fx.Node]()
+    while work:
+        user = work.pop()
+        width = type_of(node).shape[-1:]
+        if user.target is aten.reshape.default and type_of(user).shape[1:] == width:
+            work += user.users
+        elif user.target is aten.index.Tensor and len(type_of(Call(user)["self"]).shape) == 2 and (
+                len(Call(user)["indices"]) == 1):
+            found.append(user)
+        else:
+            return ()
+    return tuple(found)
 
 
 def _all_have_one(expert: fx.Node, num_experts: int) -> bool:
