@@ -99,7 +99,7 @@ def test_plans_are_the_same_however_many_compile(monkeypatch: pytest.MonkeyPatch
     found = []
     for processors in (1, 2):
         monkeypatch.setattr(forks, "_processors", lambda n=processors: n)
-        found.append([plan.to_json() for plan in dense.__wrapped__()])
+        found.append([plan.to_json() for plan in dense.__wrapped__(num_gpus=2)])
     assert found[0] == found[1]
 
 

@@ -1,8 +1,8 @@
 """The checks of each of our own kernels, on a GPU or in Triton's interpreter.
 
-Run as `python -m tests.ops.own_kernels DEVICE PROVIDER ...`: a line for each check, with the fault
-behind it. The interpreter needs a process of its own: TRITON_INTERPRET=1 counts when triton is
-imported.
+Run as `python -m tests.ops.own_kernels DEVICE PROVIDER/CHECK ...`: a line for each check, with
+the fault behind it. The interpreter needs a process of its own: TRITON_INTERPRET=1 counts when
+triton is imported.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def fault(provider: str, name: str, device: str) -> str:
     return ""
 
 
-def main(device: str, *providers: str) -> None:
-    for provider in providers:
-        for name in CHECKS[provider]:
-            print(provider, name, fault(provider, name, device), sep="\t", flush=True)
+def main(device: str, *checks: str) -> None:
+    for check in checks:
+        provider, name = check.split("/")
+        print(provider, name, fault(provider, name, device), sep="\t", flush=True)
 
 
 if __name__ == "__main__":
