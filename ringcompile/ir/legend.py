@@ -360,18 +360,19 @@ def _gathers(program: Program, nodes: list[fx.Node]) -> str:
 
 
 def _rings(program: Program, nodes: list[fx.Node]) -> str:
-    """Not lowered yet: how far keys and values travel depends on who sees them."""
+    """Not lowered yet: to how many ranks keys and values go depends on who sees them."""
     operands = [operand for node in nodes for operand in node.args[1:3]]
     assert program.mesh is not None
     axes = str(nodes[0].kwargs["axis"]).split(",")
     across = [axis for axis in axes if axis != TIME]
     if not across:
         return f"has {_count(nodes, 'block')} of keys and values of every piece, sends nothing"
-    often = f"up to {program.mesh.size(','.join(across)) - 1} times"
+    others = program.mesh.size(",".join(across)) - 1
+    often = f"to {others} other rank" if others == 1 else f"to up to {others} other ranks"
     if len(across) < len(axes):
         often = f"of every piece, {often} for each piece that sees it"
     said = (
-        f"passes on {_count(nodes, 'block')} of keys and values, {_total(program, operands)} "
+        f"sends {_count(nodes, 'block')} of keys and values, {_total(program, operands)} "
         f"bytes, each {often}"
     )
     tile = nodes[0].kwargs.get("tile")

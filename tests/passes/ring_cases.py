@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ringcompile.capture.export import capture
 from ringcompile.compiler import transform
-from ringcompile.ir.communication import SHIFT, WAIT
 from ringcompile.ir.program import Program
 from ringcompile.ir.types import SequenceSplit
 from ringcompile.ops.blocks import Band
@@ -26,7 +25,6 @@ FOLD = "ringcompile.attend_merge.default"  # a block attention and the merge of 
 FINISH = "ringcompile.finish.default"
 PACK = "ringcompile.pack.default"
 SLICE = "aten.slice.Tensor"
-LETTERS = {SHIFT: "s", ATTEND: "a", FOLD: "a", WAIT: "w"}
 BATCH, HEADS, DIM = 2, 3, H // 3
 # One token of packed keys and values, of one attention.
 TOKEN_BYTES = BATCH * HEADS * 2 * DIM * torch.float32.itemsize

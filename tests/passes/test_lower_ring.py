@@ -5,7 +5,6 @@ What is needed is counted from positions by a double loop here, not by the pass'
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import product as pairs
@@ -20,13 +19,12 @@ from ringcompile.ir.expr import bind
 from ringcompile.ir.program import Program
 from ringcompile.ops.blocks import Band
 from ringcompile.parallel_program import ParallelProgram
+from ringcompile.passes.rank.ring_routes import reached
 from tests.passes.ring_cases import (
     ATTEND,
     BATCH,
     FINISH,
     FOLD,
-    LENGTHS,
-    LETTERS,
     NUM_ATTENTIONS,
     ORDERS,
     PACK,
@@ -101,41 +99,12 @@ def attentions_of(program: Program) -> list[fx.Node]:
     return [node for node in program.graph.nodes if str(node.target) in (ATTEND, FOLD)]
 
 
-def received_by(case: Case, rank: int) -> dict[int, set[tuple[int, int]]]:
-    """The chunks a rank takes in, by the direction they come from: 1 is from the rank before.
-
-    On a ring every chunk goes as far down as its readers reach without a gap, and up to the rest;
-    where all can be reached going down, they are.
-    """
-    found: dict[int, set[tuple[int, int]]] = {1: set(), -1: set()}
-    for chunk in needed(case, rank):
-        owner = chunk[0]
-        distance = (rank - owner) % case.ranks
-        others = range(1, case.ranks)
-        readers = {d for d in others if chunk in needed(case, (owner + d) % case.ranks)}
-        down = next(d for d in range(case.ranks) if d + 1 not in readers)
-        found[1 if distance <= down else -1].add(chunk)
+def given_by(case: Case, rank: int) -> dict[int, list[int]]:
+    """The chunks that a rank needs of each other one."""
+    found: dict[int, list[int]] = {}
+    for owner, slot in sorted(needed(case, rank)):
+        found.setdefault(owner, []).append(chunks_of(case, owner)[slot])
     return found
-
-
-def distances(case: Case, rank: int, way: int) -> set[int]:
-    """From how far the chunks come that a rank takes from one direction."""
-    return {way * (rank - owner) % case.ranks for owner, _ in received_by(case, rank)[way]}
-
-
-def steps_of(case: Case, rank: int) -> tuple[set[int], set[int]]:
-    """The steps of one attention in which a rank passes on or takes in: down and up the ring.
-
-    What comes from a distance of d arrives in step d - 1, and leaves its neighbour in that step.
-    """
-    down, up = (
-        {
-            d - 1
-            for d in distances(case, rank, way) | distances(case, (rank + way) % case.ranks, way)
-        }
-        for way in (1, -1)
-    )
-    return down, up
 
 
 def rank_programs(ring: str) -> Iterator[tuple[Case, int, Program]]:
@@ -145,42 +114,28 @@ def rank_programs(ring: str) -> Iterator[tuple[Case, int, Program]]:
             yield case, rank, program
 
 
-@every_ring
-def test_number_of_transfers(ring: str) -> None:
-    for case, rank, program in rank_programs(ring):
-        starts, waits = nodes_of(program, SHIFT), nodes_of(program, WAIT)
-        expected = NUM_ATTENTIONS * sum(len(steps) for steps in steps_of(case, rank))
-        assert len(starts) == len(waits) == expected, (case, rank)
-
-
-def transfers_by_formula(case: Case, rank: int) -> int:
-    """Of causal attention: how often a rank meets its neighbours."""
-    ranks = case.ranks
-    if case.order == "contiguous":
-        return min(rank + 1, ranks - 1)
-    down = ranks - 1  # every early chunk goes all around
-    up = ranks - 2 if rank == 0 else ranks - 1 - rank  # the last rank's late chunk goes down too
-    return down + up
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("ranks", RANKS)
-def test_number_of_transfers_of_causal_attention(ranks: int, order: str) -> None:
-    case = Case(Band(0), ranks, order)
-    for rank in range(ranks):
-        assert sum(map(len, steps_of(case, rank))) == transfers_by_formula(case, rank)
+def by_attention(program: Program) -> list[list[fx.Node]]:
+    """The transfers of each attention, in the order of their starts."""
+    found: dict[str, list[fx.Node]] = {}
+    for start in nodes_of(program, SHIFT):
+        found.setdefault(str(start.kwargs["of"]), []).append(start)
+    return list(found.values())
 
 
 @every_ring
-def test_transfers_are_between_neighbours(ring: str) -> None:
+def test_each_rank_sends_its_own_chunks_to_those_that_see_them(ring: str) -> None:
     for case, rank, program in rank_programs(ring):
-        before, after = (rank - 1) % case.ranks, (rank + 1) % case.ranks
-        for start in nodes_of(program, SHIFT):
-            to, source = start.kwargs["to"], start.kwargs["source"]
-            assert (to, source) != (None, None), (case, rank, start)
-            down = to in (after, None) and source in (before, None)
-            up = to in (before, None) and source in (after, None)
-            assert down or up, (case, rank, start)
+        others = [other for other in range(case.ranks) if other != rank]
+        takes = given_by(case, rank)
+        sends = {other: given_by(case, other).get(rank, []) for other in others}
+        for starts in by_attention(program):
+            assert all(start.kwargs["to"] != rank != start.kwargs["source"] for start in starts)
+            for end, chunks, expected in (("source", "takes", takes), ("to", "sends", sends)):
+                found = [s.kwargs for s in starts if s.kwargs[end] is not None]
+                assert len({s[end] for s in found}) == len(found), (case, rank)
+                assert {s[end]: s[chunks] for s in found} == {
+                    other: wanted for other, wanted in expected.items() if wanted
+                }, (case, rank)
 
 
 def blocks_behind(node: fx.Node) -> set[fx.Node]:
@@ -191,48 +146,75 @@ def blocks_behind(node: fx.Node) -> set[fx.Node]:
 
 
 @every_ring
-def test_what_is_passed_on_leaves_before_it_is_computed_with(ring: str) -> None:
+def test_no_rank_passes_on_what_it_got(ring: str) -> None:
     for case, rank, program in rank_programs(ring):
-        order = {node: i for i, node in enumerate(program.graph.nodes)}
-        first: dict[fx.Node, int] = {}
-        for attention in attentions_of(program)[::-1]:
-            for kv in Call(attention)["kv"]:
-                first.update(dict.fromkeys(blocks_behind(kv), order[attention]))
         for start in nodes_of(program, SHIFT):
-            if start.kwargs["to"] is not None:
-                used = min(first[block] for block in blocks_behind(start.args[0]))  # type: ignore[arg-type]
-                assert order[start] < used, (case, rank, start)
+            sent = blocks_behind(start.args[0])  # type: ignore[arg-type]
+            assert not [node for node in sent if str(node.target) == WAIT], (case, rank, start)
 
 
-def num_exposed(case: Case, rank: int) -> int:
-    """Transfers of one attention in steps for which nothing has arrived to compute with."""
-    down, up = steps_of(case, rank)
-    arrived = {0} | distances(case, rank, 1) | distances(case, rank, -1)
-    return len(down - arrived) + len(up - arrived)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_no_rank_of_causal_attention_has_more_turns_than_peers(ranks: int, order: str) -> None:
+    for program in compiled(Case(Band(0), ranks, order)).ranks():
+        assert all(len(starts) < ranks for starts in by_attention(program))
+
+
+@pytest.mark.parametrize("ranks", [8, 16])
+def test_messages_of_a_turn_all_stay_on_their_nodes_or_all_leave_them(ranks: int) -> None:
+    """For nodes of 2, 4 and 8 places; near ones come first."""
+    parallel = compiled(Case(Band(0), ranks, "zigzag"))
+    for per_node in (2, 4, 8):
+        for rank, program in enumerate(parallel.ranks()):
+            for starts in by_attention(program):
+                peers = [{s.kwargs["to"], s.kwargs["source"]} for s in starts]
+                away = [{peer // per_node != rank // per_node for peer in pair} for pair in peers]
+                near = per_node - 1
+                assert away == [{False}] * near + [{True}] * (ranks - 1 - near)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 9, 12, 16, 30])
+def test_each_place_is_reached_once_from_each_other_one(ranks: int) -> None:
+    for bases in ((ranks,), tuple(primefactors_of(ranks))):
+        for turn in range(1, ranks):
+            to = [reached(place, turn, bases) for place in range(ranks)]
+            assert sorted(to) == list(range(ranks))
+            assert [reached(place, -turn, bases) for place in to] == list(range(ranks))
+        for place in range(ranks):
+            others = {reached(place, turn, bases) for turn in range(1, ranks)}
+            assert others == set(range(ranks)) - {place}
+
+
+def primefactors_of(number: int) -> list[int]:
+    for divisor in range(2, number + 1):
+        if number % divisor == 0:
+            return [divisor, *primefactors_of(number // divisor)]
+    return []
 
 
 @every_ring
 def test_transfers_hide_behind_attention(ring: str) -> None:
-    """Every wait stands behind all attention of its step, right before what needs it."""
+    """Between the start of what comes and its wait, there is the attention over one other block."""
     for case, rank, program in rank_programs(ring):
-        targets = [str(node.target) for node in program.graph.nodes]
-        targets = [target for target in targets if target in LETTERS]
-        steps = re.findall(r"(s{0,2})(a*)(w{0,2})", "".join(LETTERS[target] for target in targets))
-        for starts, _, waits in steps:
-            assert len(starts) == len(waits), (case, rank)
-        exposed = sum(len(starts) for starts, attention, _ in steps if not attention)
-        assert exposed == NUM_ATTENTIONS * num_exposed(case, rank), (case, rank)
+        place = {node: i for i, node in enumerate(program.graph.nodes)}
+        ends = {node.args[0]: place[node] for node in nodes_of(program, WAIT)}
+        computed = {node: place[node] for node in attentions_of(program)}
+        for starts in by_attention(program):
+            first, last = place[starts[0]], place[attention_of(program, starts)]
+            own = [at for at in computed.values() if first < at < last]
+            assert len(own) == 1 + len(given_by(case, rank)), (case, rank)
+            for start in starts:
+                between = sum(place[start] < at < ends[start] for at in own)
+                behind = sum(at > ends[start] for at in own)
+                if start.kwargs["source"] is None:
+                    assert not behind, (case, rank, start)
+                else:
+                    assert between == 1, (case, rank, start)
 
 
-def test_one_sided_bands_leave_no_transfer_exposed() -> None:
-    """Of two-sided windows that go once around a small ring, some ranks wait with nothing to do."""
-    exposed = {
-        case.band: sum(num_exposed(case, rank) for rank in range(case.ranks))
-        for ring in RINGS.values()
-        for case in ring
-    }
-    assert [band for band in LENGTHS if band.lower == 0 and exposed[band]] == []
-    assert exposed[Band()] == 0
+def attention_of(program: Program, starts: list[fx.Node]) -> fx.Node:
+    """The node that has the name of the attention that transfers are for."""
+    return next(n for n in program.graph.nodes if n.name == starts[0].kwargs["of"])
 
 
 # -- blocks ----------------------------------------------------------------------------------------
@@ -263,8 +245,8 @@ def test_every_visible_block_is_computed_once(ring: str) -> None:
 
 
 def blocks_of(case: Case, rank: int) -> int:
-    """Attention calls of one rank: its own block, and what arrives together from each other."""
-    return 1 + sum(len(distances(case, rank, way)) for way in (1, -1))
+    """Attention calls of one rank: its own block, and what arrives from each other one."""
+    return 1 + len(given_by(case, rank))
 
 
 @every_ring
@@ -282,7 +264,7 @@ def test_number_of_blocks_of_causal_attention(ranks: int) -> None:
     for rank in range(ranks):
         assert blocks_of(Case(Band(0), ranks, "contiguous"), rank) == rank + 1
         zigzag = Case(Band(0), ranks, "zigzag")
-        assert blocks_of(zigzag, rank) == ranks + max(ranks - 2 - rank, 0)
+        assert blocks_of(zigzag, rank) == ranks
         pairs_computed = computed(compiled(zigzag).rank(rank))
         assert sum(pairs_computed.values()) == NUM_ATTENTIONS * (2 * ranks + 2)
 

@@ -1,26 +1,26 @@
 """Write ring attention out as block attention, transfers and merges, for one rank.
 
-In step t a rank works on what the ranks t places before it and t places behind it started with,
-while it passes that on to its neighbours. Every chunk of keys and values travels on its own: down
-the ring, up, or both ways, whichever reaches the ranks that see it in the fewest hops, and no
-further. A chunk that a rank does not see it does not compute.
+In every turn a rank sends its own keys and values straight to one other rank, and takes what it
+sees of another one's: no rank passes on what it got, so none waits for another one's progress. A
+chunk that a rank does not see it neither gets nor computes.
 
-With causal attention and zigzag order, the early chunk of a rank is seen by all and goes once
-around; the late one is seen by the ranks before it only and goes the other way. Each rank receives
-exactly what it sees, three quarters of what passing whole blocks around would cost.
+With causal attention and zigzag order, what a rank takes from any other is the same work: from a
+rank before it the early chunk, which all its queries see, and from a rank behind it both chunks,
+which its late queries see. It receives exactly what it sees, three quarters of whole blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from ringcompile.ir.calls import Call
-from ringcompile.ir.expr import Size, bind, simplify
+from ringcompile.ir.expr import Size, bind
 from ringcompile.ir.fused import keep_mark
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
@@ -28,14 +28,14 @@ from ringcompile.ir.types import (
     SequenceSplit,
     TensorType,
     accumulator_type,
-    local_shape,
     state_type,
 )
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
+from ringcompile.passes.rank.chunk_cuts import ChunkCuts
 from ringcompile.passes.rank.query_tiles import QueryTiles
-from ringcompile.passes.rank.ring_routes import Route, chunk_shares, route, runs_of
+from ringcompile.passes.rank.ring_routes import Meeting, Route, chunk_shares, route
 
 aten = torch.ops.aten
 _Slots = tuple[int, ...]
@@ -46,12 +46,13 @@ class LowerRing(Pass):
     """Expand `ring_attention` into transfers, attention over blocks of keys, and merges.
 
         o = ring_attention(q, k, v, axis=ring)
-    ->  t = shift_start(pack(k, v), to=r + 1, source=r - 1)  # before the attention that hides it
+    ->  kv = pack(k, v); t = shift_start(kv, to=r + 1, source=r - 1)
         state = block_attention(q, [k, v], keys=[r])
-        kv = wait(t)                                         # and so on, with merge(state, block)
+        u = shift_start(kv, to=r + 2, source=r - 2)  # before the attention that hides it
+        state = merge(state, block_attention(q, [wait(t)], keys=[r - 1]))  # and so on
         o = finish(state)
 
-    Keys and values of earlier pieces in time, `past_k` and `past_v`, go round beside those of the
+    Keys and values of earlier pieces in time, `past_k` and `past_v`, travel beside those of the
     queries' own piece, and are merged into the same state. Along `tile` queries are gathered before
     and results reduced behind it: see `query_tiles`.
 
@@ -89,7 +90,7 @@ class _Held:
 
 
 class _Ring:
-    """Writes one attention: what goes round is some streams of keys and values."""
+    """Writes one attention: what ranks send each other is some streams of keys and values."""
 
     def __init__(self, program: Program, node: fx.Node, builder: Builder) -> None:
         assert program.sequence is not None
@@ -114,7 +115,7 @@ class _Ring:
         self.tiles = tiles[self.rank]
         self.queries = tuple(each.ordered for each in tiles)
         self.rows: _Slots = tuple(range(len(self.queries[self.rank])))
-        self.cut: dict[tuple[fx.Node, _Slots], fx.Node] = {}
+        self.cuts = ChunkCuts(builder, self.mesh, self.sequence)
         self.q, self.key_mask, self.mask, self.sink = map(
             self.given, ("q", "key_mask", "mask", "sink")
         )
@@ -134,10 +135,10 @@ class _Ring:
 
     def _gather_queries(self) -> None:
         """Those of all ranks along `tile`, by position, and the rows of their mask."""
-        self.q = self.tiles.gathered(self.q, self.local(type_of(self.q)))
+        self.q = self.tiles.gathered(self.q, self.cuts.local(type_of(self.q)))
         if self.mask is not None and type_of(self.mask).shape[2] != 1:
-            self.mask = self.tiles.gathered(self.mask, self.local(type_of(self.mask)))
-        width = self.local(self.out)[3]
+            self.mask = self.tiles.gathered(self.mask, self.cuts.local(type_of(self.mask)))
+        width = self.cuts.local(self.out)[3]
         self.out = TensorType.whole(self.out.dtype, (*type_of(self.q).shape[:3], width))
 
     @property
@@ -183,16 +184,10 @@ class _Ring:
         return held[piece * each : (piece + 1) * each]
 
     def write(self) -> fx.Node:
-        """All steps; returns the attention output."""
+        """All turns; returns the attention output."""
         state: fx.Node | None = None
-        for step in range(self.ranks):
-            for stream in self.streams:
-                stream.start(step)
-            for stream in self.streams:
-                for block in stream.here(step):
-                    state = self._attend(stream, block, state)
-            for stream in self.streams:
-                stream.wait(step)
+        for stream, held in self._blocks():
+            state = self._attend(stream, held, state)
         assert state is not None
         if self.tile is not None:
             state = self.tiles.reduced(state, self.out, type_of(self.node))
@@ -200,6 +195,29 @@ class _Ring:
             op("finish"), (state, self.sink), self.node.meta["type"], name=self.node.name,
             dtype=type_of(self.node).dtype,
         )
+
+    def _blocks(self) -> Iterator[tuple[_Stream, _Held]]:
+        """This rank's own block, then what it takes, with the transfers written around them.
+
+        While one block is computed with, the next one is on its way.
+        """
+        # All ranks have the same order of turns and streams, so that none waits for ever.
+        exchanges = sorted(
+            ((stream, meeting) for stream in self.streams for meeting in stream.meetings),
+            key=lambda exchange: exchange[1].turn,
+        )
+        started: list[fx.Node] = []
+        coming = [i for i, (_, meeting) in enumerate(exchanges) if meeting.takes]
+        for before, upto in pairwise((-1, *coming, len(exchanges) - 1)):
+            started += [stream.start(one) for stream, one in exchanges[len(started) : upto + 1]]
+            if before < 0:
+                yield from ((stream, stream.own) for stream in self.streams)
+            else:
+                stream, meeting = exchanges[before]
+                yield stream, stream.arrived(meeting, started[before])
+        for (stream, meeting), transfer in zip(exchanges, started, strict=True):
+            if not meeting.takes:  # what it only sends hides behind all of its attention
+                stream.wait(transfer)
 
     # -- attention over what is here -----------------------------------------------------------
 
@@ -220,10 +238,10 @@ class _Ring:
     def _block(self, stream: _Stream, held: _Held, rows: _Slots, columns: _Slots) -> fx.Node:
         queries = [self.queries[self.rank][row] for row in rows]
         keys = stream.indices(held.block, columns)
-        q, mask = self.slots(self.q, self.rows, rows, self.unit), self.mask
+        q, mask = self.cuts.of(self.q, self.rows, rows, self.unit), self.mask
         if mask is not None and type_of(mask).shape[2] != 1:
-            mask = self.slots(mask, self.rows, rows, self.unit)
-        kv = self.some_of(held, columns)
+            mask = self.cuts.of(mask, self.rows, rows, self.unit)
+        kv = self._some_of(held, columns)
         out, whose = type_of(q), f"rank {held.block}" if self.ranks > 1 else f"chunks {keys}"
         return self.builder.call(
             op("block_attention"),
@@ -240,50 +258,17 @@ class _Ring:
             **{name: self.call[name] for name in ("scale", "softcap", "lower", "upper")},
         )
 
-    # -- parts of tensors ----------------------------------------------------------------------
-
-    def some_of(self, held: _Held, kept: _Slots) -> list[fx.Node]:
+    def _some_of(self, held: _Held, kept: _Slots) -> list[fx.Node]:
         """Some of the chunks of a block: of packed keys and values, whose first dim they are."""
         dim = 2 if len(held.nodes) == 2 else 0
         return [
-            self.slots(node, held.slots, kept, self.of_keys.chunk, dim) for node in held.nodes
+            self.cuts.of(node, held.slots, kept, self.of_keys.chunk, dim) for node in held.nodes
         ]
-
-    def slots(
-        self, x: fx.Node, have: _Slots, kept: _Slots, unit: Size, dim: int = 2
-    ) -> fx.Node:
-        """Some of the chunks, of so many tokens each, of a tensor [.., tokens, ..]."""
-        if kept == have:
-            return x
-        if (x, kept) not in self.cut:
-            parts = [self._slice(x, have, run, unit, dim) for run in runs_of(have, kept)]
-            self.cut[x, kept] = parts[0] if len(parts) == 1 else self.builder.call(
-                aten.cat.default, (parts, dim),
-                self._local_type(type_of(x), len(kept) * unit, dim), name="chunks",
-            )
-        return self.cut[x, kept]
-
-    def _slice(self, x: fx.Node, have: _Slots, run: _Slots, unit: Size, dim: int) -> fx.Node:
-        """Chunks that lie side by side in a tensor."""
-        first = have.index(run[0])
-        start, end = simplify(first * unit), simplify((first + len(run)) * unit)
-        return self.builder.call(
-            aten.slice.Tensor, (x, dim, start, end),
-            self._local_type(type_of(x), len(run) * unit, dim), name="chunks",
-        )
-
-    def local(self, type_: TensorType) -> tuple[Size, ...]:
-        """The shape of this rank's share."""
-        return local_shape(type_, self.mesh, self.sequence)
-
-    def _local_type(self, type_: TensorType, rows: Size, dim: int) -> TensorType:
-        local = self.local(type_)
-        return TensorType.whole(type_.dtype, (*local[:dim], rows, *local[dim + 1 :]))
 
 
 @dataclass
 class _Stream:
-    """Keys and values that go round the ring together.
+    """Keys and values that ranks send each other together.
 
     Args:
         ring: the attention that they are for.
@@ -295,8 +280,7 @@ class _Stream:
     k_name: str
     v_name: str
     pieces: list[int]
-    held: dict[int, _Held | None] = field(default_factory=dict)
-    transfers: dict[int, fx.Node | None] = field(default_factory=dict)
+    packed: fx.Node | None = None
 
     def __post_init__(self) -> None:
         ring, chunk = self.ring, bind(self.ring.of_keys.chunk, self.ring.program.lengths)
@@ -305,28 +289,16 @@ class _Stream:
         known = chunk if isinstance(chunk, int) else None
         self.route: Route = route(ring.queries, keys, ring.band, known)
         self.own = _Held((self.k, self.v), ring.rank, tuple(range(len(keys[ring.rank]))))
-        self.held = {1: self.own, -1: self.own}
-
-    def start(self, step: int) -> None:
-        """Pass on what moves, in both directions, and take what comes."""
-        self.transfers = {way: self._start(self.held[way], way, step) for way in (1, -1)}
-
-    def here(self, step: int) -> list[_Held]:
-        """The blocks that this rank has since the last step."""
-        return [self.own] if step == 0 else [block for block in self.held.values() if block]
-
-    def wait(self, step: int) -> None:
-        """Wait for what comes."""
-        self.held = {way: self._wait(self.transfers[way], way, step) for way in (1, -1)}
+        self.meetings = self.route.meetings(ring.rank)
 
     def seen(self, held: _Held) -> list[_Slots]:
         """The slots that this rank sees of a block, by the kernel call that they are for.
 
         What all queries see in full is one call, without a mask; other pieces are one call each.
         """
-        columns = [s for s in held.slots if self.route.sees(self.ring.rank, held.block, s)]
+        columns = self.route.seen(self.ring.rank, held.block)
         if len(self.pieces) == 1:
-            return [tuple(columns)] if columns else []
+            return [columns] if columns else []
         each = len(self.route.keys[held.block]) // len(self.pieces)
         groups: dict[int, list[int]] = {}
         for slot in columns:
@@ -351,45 +323,43 @@ class _Stream:
 
     # -- transfers -----------------------------------------------------------------------------
 
-    def _from(self, way: int, step: int) -> int:
-        """The place whose block comes at this step."""
-        return (self.ring.rank - way * (step + 1)) % self.ring.ranks
-
-    def _coming(self, way: int, step: int) -> _Slots:
-        return self.route.moving(self._from(way, step), way, step)
-
-    def _start(self, held: _Held | None, way: int, step: int) -> fx.Node | None:
-        ring = self.ring
-        out = self.route.moving(held.block, way, step) if held else ()
-        coming = self._coming(way, step)
-        if not out and not coming:
-            return None
-        arriving = self._packed_shape(len(coming) * ring.of_keys.chunk) if coming else (0,)
+    def start(self, meeting: Meeting) -> fx.Node:
+        """Send what this rank sends in a turn, and take what comes."""
+        ring, takes = self.ring, meeting.takes
+        arriving = self._packed_shape(len(takes) * ring.of_keys.chunk) if takes else (0,)
         return ring.builder.call(
             op("shift_start"),
-            (self._payload(held, out) if held and out else self.k,),
+            (self._payload(meeting.sends) if meeting.sends else self.k,),
             TensorType.whole(type_of(self.k).dtype, arriving),
             axis=ring.axis,
-            to=(ring.rank + way) % ring.ranks if out else None,
-            source=(ring.rank - way) % ring.ranks if coming else None,
-            sends=self.indices(held.block, out) if held else [],
-            takes=self.indices(self._from(way, step), coming),
+            to=meeting.to,
+            source=meeting.source,
+            sends=self.indices(ring.rank, meeting.sends),
+            takes=[] if meeting.source is None else self.indices(meeting.source, takes),
             of=ring.node.name,
         )
 
-    def _wait(self, transfer: fx.Node | None, way: int, step: int) -> _Held | None:
-        if transfer is None:
-            return None
-        node = self.ring.builder.call(op("wait"), (transfer,), type_of(transfer))
-        slots = self._coming(way, step)
-        return _Held((node,), self._from(way, step), slots) if slots else None
+    def wait(self, transfer: fx.Node) -> fx.Node:
+        """The end of a transfer."""
+        return self.ring.builder.call(op("wait"), (transfer,), type_of(transfer))
 
-    def _payload(self, held: _Held, slots: _Slots) -> fx.Node:
-        nodes = self.ring.some_of(held, slots)
-        return self._pack(*nodes) if len(nodes) == 2 else nodes[0]
+    def arrived(self, meeting: Meeting, transfer: fx.Node) -> _Held:
+        """What a transfer brings, once it is there."""
+        assert meeting.source is not None
+        return _Held((self.wait(transfer),), meeting.source, meeting.takes)
+
+    def _payload(self, slots: _Slots) -> fx.Node:
+        """Some of this rank's own chunks: a part of one buffer with all that it ever sends."""
+        cuts, unit = self.ring.cuts, self.ring.of_keys.chunk
+        ever = tuple(sorted({slot for meeting in self.meetings for slot in meeting.sends}))
+        if self.packed is None:
+            self.packed = self._pack(
+                *(cuts.of(node, self.own.slots, ever, unit) for node in self.own.nodes)
+            )
+        return cuts.of(self.packed, ever, slots, unit, 0)
 
     def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
-        packed = self._packed_shape(self.ring.local(type_of(k))[2])
+        packed = self._packed_shape(self.ring.cuts.local(type_of(k))[2])
         return self.ring.builder.call(
             op("pack"), (k, v), TensorType.whole(type_of(k).dtype, packed),
             why="one transfer for both",
@@ -397,7 +367,7 @@ class _Stream:
 
     def _packed_shape(self, rows: Size) -> tuple[Size, ...]:
         """The shape of packed keys and values with so many rows; see `ops.attention.pack`."""
-        batch, heads, _, head_dim = self.ring.local(type_of(self.k))
+        batch, heads, _, head_dim = self.ring.cuts.local(type_of(self.k))
         value_dim = type_of(self.v).shape[3]
         if head_dim == value_dim:
             return rows, batch, 2 * heads, head_dim
