@@ -58,8 +58,9 @@ class Options:
         capacity: where experts take a limited number of tokens: "exact" drops the tokens that a
             single device drops, "local" lets each rank count its own tokens only, or with a cache
             the new tokens of each call.
-        ring: "rotate" passes keys and values around the ring; "gather" brings all of them to
-            every rank at once, which is faster for short sequences.
+        ring: with "rotate", each rank sends its keys and values to one other rank at a time, while
+            it computes; "gather" brings all of them to every rank at once, which is faster for
+            short sequences.
         tp_sequence: between the layers that `tp` splits, divide the sequence over it: a
             reduce-scatter and an all-gather in place of each all-reduce.
         stages: the layer that each pipeline stage but the first begins with; cut by cost if empty.
@@ -92,8 +93,9 @@ class Options:
         choices=("exact", "local"),
     )
     ring: str = _option(
-        "rotate", "How keys and values move along the axis ring. rotate: from rank to rank, step "
-        "by step. gather: in one all-gather, which is faster for short sequences.",
+        "rotate", "How keys and values move along the axis ring. rotate: to one other rank at a "
+        "time, while attention runs. gather: in one all-gather, which is faster for short "
+        "sequences.",
         choices=("rotate", "gather"),
     )
     tp_sequence: bool = _option(

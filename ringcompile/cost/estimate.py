@@ -289,7 +289,7 @@ class Estimator:
         Where stages differ, the slowest rank of each stage.
         """
         variant = one_stage(variant) if self._stages_alike(variant) else variant
-        return _part(variant, length, [slowest_place(variant, self.ask.cluster)])
+        return _part(variant, length, [slowest_place(variant)])
 
     def _whole(self, variant: Variant) -> CompiledForm:
         """The ranks at every place of the ring, in all stages."""

@@ -166,22 +166,17 @@ def ranks_of(mesh: Mesh, places: Iterable[int], stages: Iterable[int]) -> list[i
     return found
 
 
-def slowest_place(variant: Variant, cluster: Cluster) -> int:
+def slowest_place(variant: Variant) -> int:
     """The place of a ring whose rank is the slowest, which a quick estimate simulates.
 
-    It is the last place that receives from another node. If all places are on one node, it is the
-    one with most work. Under zigzag all have equal work, but the first place has it in kernels with
-    the fewest queries, because only its last chunk sees the chunks of other places.
+    The last place sees the keys of all others. Under zigzag all have equal work, but the first
+    place has it in kernels with the fewest queries, because only its last chunk sees the chunks of
+    other places, and it receives both chunks of each.
 
     Args:
         variant: the spec.
-        cluster: the hardware, which says what ranks share a node.
     """
-    ring = variant.mesh.size("ring")
-    ranks = ranks_of(variant.mesh, range(ring), [0])
-    far = [p for p in range(1, ring) if cluster.node_of(ranks[p]) != cluster.node_of(ranks[p - 1])]
-    busy = 0 if variant.order == "zigzag" else ring - 1
-    return far[-1] if far else busy
+    return 0 if variant.order == "zigzag" else variant.mesh.size("ring") - 1
 
 
 def with_ring(variant: Variant, size: int) -> Variant:

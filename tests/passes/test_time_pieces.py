@@ -204,7 +204,7 @@ def test_a_dump_says_what_pieces_are() -> None:
         in text
     assert "this rank holds 1 and 2 and 5 and 6" in text
     everyone = " ".join(str(parallel.program).replace("//", "").split())
-    assert "each of every piece, up to 1 times for each piece that sees it" in everyone
+    assert "each of every piece, to 1 other rank for each piece that sees it" in everyone
     report = check(captured("dense-4l-tiny"), "ring=2,time=2")
     assert {row.form for row in report.attention} == {"ring: keys and values rotate"}
 
