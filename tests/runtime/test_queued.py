@@ -208,7 +208,7 @@ SEEDED = (
     (reuses_a_buffer, REUSED,
      ((RING, 0, 0), (RING, 2, 5), (STAGES, 1, 0), (MOE, 3, 1), (PIECES, 0, 2))),
     (swaps_starts, STUCK,
-     ((RING, 0, 2), (RING, 1, 5), (RING, 2, 4), (STAGES, 3, 1), (PIECES, 1, 8))),
+     ((RING, 0, 1), (RING, 1, 4), (RING, 2, 3), (STAGES, 3, 1), (PIECES, 1, 8))),
     (sends_nothing, STUCK, ((RING, 1, 2), (STAGES, 0, 1))),
     (takes_nothing, STUCK, ((RING, 2, 0),)),
     (stays_away, STUCK, ((BOTH, 3, 2), (MOE, 0, 1))),
