@@ -300,4 +300,4 @@ def test_the_command_writes_no_graph_out(
     given = ["dense-4l-tiny", "--parallel", "ring=8", "--no-weights", "-o"]
     result = CliRunner().invoke(transform_command, [*given, str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "8 programs of 287 nodes" in result.output
+    assert "8 programs of 283 nodes" in result.output
