@@ -24,6 +24,7 @@ from ringcompile.compiler import transform
 from ringcompile.dump.python_view import python_view
 from ringcompile.errors import RingCompileError
 from ringcompile.ir import stretched
+from ringcompile.ir.communication import bytes_of, bytes_sent
 from ringcompile.ir.program import Program
 from ringcompile.ir.repeats import FEWEST
 from ringcompile.ir.serialize import program_to_json, program_to_text
@@ -104,11 +105,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def same(parallel: ParallelProgram) -> None:
     parallel.verify()
     saved = list(map(files, parallel.ranks()))
+    sent = list(map(bytes_sent, parallel.ranks()))
     counts = [num_nodes(program.graph) for program in parallel.ranks()]
     for rank, found in enumerate(parallel.ranks()):
         expected = parallel._passed(rank, parallel.program)
         assert saved[rank] == files(expected), f"rank {rank}"
         assert counts[rank] == len(expected.graph.nodes), f"rank {rank}"
+        assert sent[rank] == sum(bytes_of(expected, node) for node in expected.graph.nodes)
         texts = [json.dumps(program_to_json(program)) for program in (found, expected)]
         assert texts[0] == texts[1], f"rank {rank}"
         assert list(map(repr, vars(found))) == list(map(repr, vars(expected)))
@@ -129,7 +132,7 @@ def test_a_decoder() -> None:
         parallel = transform(program, spec)
         parallel.verify()
         graphs = [program.graph for program in parallel.ranks()]
-        _ = list(map(files, parallel.ranks()))
+        _ = list(map(files, parallel.ranks())), list(map(bytes_sent, parallel.ranks()))
         assert not any("_root" in vars(graph) for graph in graphs)
         same(parallel)
         assert all("_root" in vars(graph) for graph in graphs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import sympy
@@ -10,6 +11,7 @@ from torch import fx
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.expr import Size, product, simplify
 from ringcompile.ir.nodes import type_of
+from ringcompile.ir.stretched import sections_of
 from ringcompile.ir.types import local_shape
 
 if TYPE_CHECKING:
@@ -86,8 +88,12 @@ def weight_bytes(program: Program) -> int:
 
 
 def bytes_sent(program: Program) -> Size:
-    """The bytes that this rank sends in one run, as an expression in the lengths."""
-    total: Size = 0
-    for node in program.graph.nodes:
-        total = simplify(total + bytes_of(program, node))
-    return total
+    """The bytes that this rank sends in one run, as an expression in the lengths.
+
+    Layers that are alike are looked at once, and the graph is not written for it.
+    """
+    times = Counter(node for section in sections_of(program.graph) for node in section.nodes)
+    sent = Counter[Size]()
+    for node, count in times.items():
+        sent[bytes_of(program, node)] += count
+    return simplify(sum((count * size for size, count in sent.items()), sympy.Integer(0)))

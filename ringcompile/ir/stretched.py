@@ -11,15 +11,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import fx
 from torch.fx.node import map_aggregate
 
 from ringcompile.errors import SourceLocation
 from ringcompile.ir.calls import append
-from ringcompile.ir.program import Program
-from ringcompile.ir.repeats import Repeats
+
+if TYPE_CHECKING:
+    from ringcompile.ir.program import Program
+    from ringcompile.ir.repeats import Repeats
 
 # Of each run, the first three blocks and the last one are kept.
 HEAD = 3

@@ -7,7 +7,7 @@ other names. So its text is made once, with marks in place of names, and filled 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -18,6 +18,8 @@ from ringcompile.ir.stretched import Section
 Said = Callable[[Any], Any]
 # A character for private use; JSON writes it as an escape, between quotes.
 _MARK, _ESCAPED = "\ue000", r"\ue000"
+# Stands between two texts, in none of which it can be.
+_END = "\x00"
 _GAP = re.compile(r'\ue000(\d+)\ue000|"\\ue000(\d+)\\ue000"')
 
 
@@ -32,6 +34,7 @@ class Templates:
         """
         self.write = write
         self._known: dict[fx.Node, _Template | None] = {}
+        self._joined: dict[tuple[fx.Node, ...], _Joined | None] = {}
 
     def texts(self, section: Section, said: Said, fill: Said) -> list[str]:
         """The texts of a section's nodes.
@@ -43,12 +46,21 @@ class Templates:
         """
         if not section.ahead:  # its nodes are shown nowhere else
             return [self.write(node, said) for node in section.nodes]
-        return [self._filled(node, said, fill) for node in section.nodes]
+        nodes = tuple(section.nodes)
+        if nodes not in self._joined:
+            self._joined[nodes] = _joined([self._template(node) for node in nodes])
+        joined = self._joined[nodes]
+        if joined is not None:
+            return joined.filled(fill)
+        return [self._filled(node, said, fill) for node in nodes]
 
-    def _filled(self, node: fx.Node, said: Said, fill: Said) -> str:
+    def _template(self, node: fx.Node) -> _Template | None:
         if node not in self._known:
             self._known[node] = _template(lambda mark: self.write(node, mark))
-        template = self._known[node]
+        return self._known[node]
+
+    def _filled(self, node: fx.Node, said: Said, fill: Said) -> str:
+        template = self._template(node)
         if template is None:
             return self.write(node, said)
         return template.text % tuple([fill(gap) for gap in template.gaps])
@@ -59,6 +71,41 @@ class _Template(NamedTuple):
 
     text: str
     gaps: tuple[Any, ...]
+
+
+class _Joined(NamedTuple):
+    """The templates of a section one behind another, to be filled at once.
+
+    Attributes:
+        text: with `_END` between two templates.
+        gaps: what is said in any of them, each once.
+        places: for each `%s` of the text, which of the gaps it is.
+    """
+
+    text: str
+    gaps: tuple[Any, ...]
+    places: tuple[int, ...]
+
+    def filled(self, fill: Said) -> list[str]:
+        """The texts of the section."""
+        said = [fill(gap) for gap in self.gaps]
+        return (self.text % tuple([said[place] for place in self.places])).split(_END)
+
+
+def _joined(templates: Sequence[_Template | None]) -> _Joined | None:
+    """Templates as one; None where that of a node is not known, or one holds what stands between.
+
+    Names and JSON hold no character that does not print, so what fills the gaps does not either.
+    """
+    known = [template for template in templates if template is not None]
+    if len(known) < len(templates) or any(_END in template.text for template in known):
+        return None
+    gaps = [gap for template in known for gap in template.gaps]
+    numbers = {gap: i for i, gap in enumerate(dict.fromkeys(gaps))}
+    return _Joined(
+        _END.join(template.text for template in known), tuple(numbers),
+        tuple(numbers[gap] for gap in gaps),
+    )
 
 
 def _template(write: Callable[[Said], str]) -> _Template | None:
