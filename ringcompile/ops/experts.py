@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_BYTES_PER_LOAD = 16
+from ringcompile.ops.kernels import grouped
+
 # Rows for which a GPU takes as long to multiply a matrix as to read it, or longer.
 _FEW_ROWS = 128
 # To copy a matrix and multiply the copy takes as long as reading so many.
@@ -38,7 +39,7 @@ def expert_linear(
     """
     matrices = weight.mT if transposed else weight
     rows, chosen = x.reshape(-1, x.shape[-1]), expert.reshape(-1)
-    few = on_device and expert.numel() <= _FEW_ROWS and not _groups_on_device(rows, matrices)
+    few = on_device and expert.numel() <= _FEW_ROWS and not grouped.takes_torch(rows, matrices)
     product = _batched if few else _sorted
     return product(rows, chosen, matrices, bias).view(*x.shape[:-1], matrices.shape[1])
 
@@ -88,10 +89,12 @@ def grouped_linear(
     """
     matrices = weight.mT if transposed else weight
     rows = x.reshape(-1, x.shape[-1])
-    if _groups_on_device(rows, matrices):
-        out = _in_one_launch(rows, ends, matrices, bias)
-    else:
+    out = grouped.in_one_launch(rows, ends, matrices)
+    if out is None:
         out = _one_by_one(rows, ends, matrices, bias)
+    elif bias is not None:
+        number = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
+        out += bias[torch.searchsorted(ends, number, right=True).clamp_(max=len(matrices) - 1)]
     return out.view(*x.shape[:-1], matrices.shape[1])
 
 
@@ -106,15 +109,6 @@ def _one_by_one(rows: Tensor, ends: Tensor, matrices: Tensor, bias: Tensor | Non
             )
         start = end
     out[start:] = 0.0
-    return out
-
-
-def _in_one_launch(rows: Tensor, ends: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-    """One launch for all experts, which finds each one's rows on the device."""
-    out = torch._grouped_mm(rows, matrices.mT, offs=ends)
-    if bias is not None:
-        number = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
-        out += bias[torch.searchsorted(ends, number, right=True).clamp_(max=len(matrices) - 1)]
     return out
 
 
@@ -138,16 +132,6 @@ def _batched(rows: Tensor, chosen: Tensor, matrices: Tensor, bias: Tensor | None
     if bias is not None:
         out = out + bias.index_select(0, index)
     return out.masked_fill((group >= num_experts).unsqueeze(1), 0.0)
-
-
-def _groups_on_device(rows: Tensor, matrices: Tensor) -> bool:
-    """Whether torch has the grouped product as one kernel; elsewhere it asks the host, as we do."""
-    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not len(rows):
-        return False
-    if torch.cuda.get_device_capability(rows.device)[0] not in (9, 10):
-        return False
-    sizes = (rows.shape[1], matrices.shape[1])
-    return not any(size * rows.element_size() % _BYTES_PER_LOAD for size in sizes)
 
 
 def route(expert: Tensor, *, each: int, ways: int) -> list[Tensor]:

@@ -12,12 +12,13 @@ import traceback
 
 import torch
 
-from tests.ops import few_queries, wide_heads
+from tests.ops import few_queries, sorted_rows, wide_heads
 
 CHECKS = {
     "hopper": wide_heads.CHECKS,
     "triton": wide_heads.CHECKS,
     "decode": few_queries.CHECKS,
+    "grouped": sorted_rows.CHECKS,
 }
 
 

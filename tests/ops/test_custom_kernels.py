@@ -20,7 +20,7 @@ from tests.ops.own_kernels import CHECKS, fault
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-INTERPRETED = ("triton", "decode")
+INTERPRETED = ("triton", "decode", "grouped")
 # What shapes, layouts and masks of ours differ in; the others are these with other numbers.
 SOME = {
     "triton": {"full", "grouped", "causal", "narrow-value", "head-dim-320-causal", "transposed-qkv",
@@ -29,6 +29,8 @@ SOME = {
     "decode": {"one-query", "heads", "one-key", "head-dim-8", "two-head-dims", "causal",
                "rows-of-longer", "mask-of-all", "additive", "one-query-mask-of-keys", "many-parts",
                "blind", "capped", "one-nan", "wide"},
+    "grouped": {"float16", "transposed", "experts-without-rows", "rows-without-an-expert",
+                "no-expert-has-rows", "whole-tiles", "one-row"},
 }
 PAIRS = [(provider, name) for provider, checks in CHECKS.items() for name in checks]
 NO_BFLOAT16 = "Triton's interpreter multiplies bfloat16 as if it were integers"
@@ -197,7 +199,7 @@ def test_expanded_tensors_are_refused() -> None:
 def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "ringcompile.ops.kernels.triton_kernel", raising=False)
-    assert "no fitting Triton" in str(custom._load.__wrapped__("triton_kernel"))
+    assert "no fitting Triton" in str(custom.load.__wrapped__("triton_kernel"))
 
 
 def test_providers_for_gpus_say_so_on_the_cpu() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ringcompile.ops import experts
 from ringcompile.ops.experts import expert_linear, grouped_linear, sort_rows
+from ringcompile.ops.kernels import grouped
 from ringcompile.ops.schemas import op
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -140,7 +141,7 @@ def test_the_grouped_product(
     expert[expert == 2] = 4
     weight = torch.randn(5, *((16, 24) if transposed else (24, 16))).to(dtype)
     bias = torch.randn(5, 24).to(dtype) if with_bias else None
-    monkeypatch.setattr(experts, "_groups_on_device", lambda rows, matrices: True)
+    monkeypatch.setattr(grouped, "takes_torch", lambda rows, matrices: True)
     found = expert_linear(x, expert, weight, bias, transposed=transposed)
     expected = by_row(x, expert, weight, bias, transposed)
     assert (found[expert == 5] == 0).all()
@@ -175,13 +176,14 @@ def test_sorted_rows_one_product_an_expert(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-def test_experts_on_a_gpu_never_wait_for_it(with_bias: bool) -> None:
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
-        pytest.skip("torch has the grouped product as a kernel for capability 9 and 10 only")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_experts_on_a_gpu_never_wait_for_it(dtype: torch.dtype, with_bias: bool) -> None:
+    if torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("our kernel takes capability 8 and later")
     x, weight = torch.randn(300, 64), torch.randn(5, 128, 64)
     bias = torch.randn(5, 128) if with_bias else None
     expert = torch.randint(0, 6, (300,))
-    parts = [None if t is None else t.cuda().bfloat16() for t in (x, weight, bias)]
+    parts = [None if t is None else t.cuda().to(dtype) for t in (x, weight, bias)]
     on_gpu = (parts[0], expert.cuda(), *parts[1:])
     expert_linear(*on_gpu)
     torch.cuda.synchronize()
@@ -190,6 +192,6 @@ def test_experts_on_a_gpu_never_wait_for_it(with_bias: bool) -> None:
         found = expert_linear(*on_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    rounded = [None if t is None else t.bfloat16() for t in (x, weight, bias)]
+    rounded = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
     expected = by_row(rounded[0], expert, *rounded[1:], False)
     torch.testing.assert_close(found.cpu().double(), expected, atol=0.2, rtol=2e-2)

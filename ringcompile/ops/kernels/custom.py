@@ -27,15 +27,15 @@ from ringcompile.ops.kernels.contract import (
 )
 
 # Triton's own switch, read when it is imported: kernels then run on the CPU, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_DEVICE = "cpu" if _INTERPRETED else "cuda"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE = "cpu" if INTERPRETED else "cuda"
 _HEAD_DIMS = range(257, 513)
 _FEW_QUERIES = 8
 _DECODE_FLOATS = (*HALVES, torch.float32)
 
 
 @lru_cache
-def _load(name: str) -> ModuleType | str:
+def load(name: str) -> ModuleType | str:
     """A module of kernels, or why it is not there."""
     try:
         return import_module(f"ringcompile.ops.kernels.{name}")
@@ -68,7 +68,7 @@ def _repeated(call: BlockCall) -> str | None:
 
 
 def _triton_refuses(call: BlockCall) -> str | None:
-    reason = _refuses(call) or (None if _INTERPRETED else older_gpu(call, (9, 0)))
+    reason = _refuses(call) or (None if INTERPRETED else older_gpu(call, (9, 0)))
     return reason or _missing("triton_kernel")
 
 
@@ -87,12 +87,12 @@ def _decode_refuses(call: BlockCall) -> str | None:
         return f"a head_dim is above {_HEAD_DIMS.stop - 1}"
     if call.q.dtype not in _DECODE_FLOATS:
         return f"dtype is {call.q.dtype}, it takes float16, bfloat16 and float32"
-    reason = None if _INTERPRETED else older_gpu(call, (8, 0))
+    reason = None if INTERPRETED else older_gpu(call, (8, 0))
     return reason or strided_last_dim(call) or _missing("decode_kernel")
 
 
 def _missing(module: str) -> str | None:
-    found = _load(module)
+    found = load(module)
     return found if isinstance(found, str) else None
 
 
@@ -118,7 +118,7 @@ def _provider(
 
 
 def _launch(module: str, call: BlockCall, out: Tensor, lse: Tensor, *, fold: bool) -> None:
-    kernels = _load(module)
+    kernels = load(module)
     assert isinstance(kernels, ModuleType)
     if call.q.is_cuda and call.q.device.index != torch.cuda.current_device():
         with torch.cuda.device(call.q.device):
