@@ -25,7 +25,7 @@ from tests.families.trial import CRASHED, MATCHED, REFUSED, WRONG, Outcome, Tria
 from tests.support import captured
 
 # One of each kind, quick to compile.
-FAST = ["gemma2", "gpt2", "vit", "bart"]
+FAST = ["gemma2", "vit", "bart"]
 LEAST_MATCHED = 0.9
 
 

@@ -159,10 +159,16 @@ def module_of(name: str) -> Lambda:
 ORDERS = ("contiguous", "zigzag")
 
 
+def in_turns(name: str, order: str) -> bool:
+    """Two of three cases, half of them in each order; tests of the rules have each op by itself."""
+    place = list(CASES).index(name)
+    return place % 3 < 2 and order == ORDERS[place // 3 % 2]
+
+
 @pytest.mark.parametrize(
     ("name", "order"),
     some_fast(
-        CASES, ORDERS, fast=lambda name, order: order == ORDERS[list(CASES).index(name) % 2]
+        CASES, ORDERS, fast=in_turns
     ),
 )
 def test_matches(name: str, order: str) -> None:

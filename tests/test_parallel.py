@@ -65,6 +65,8 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "pp=2,time=3": ("Phi3",),
     "time=4,tp=2": ("llama-tiny",),
 }
+# Others have the same axes with more or fewer ranks.
+AGAIN = {"tp=3", "tp=8", "ep=2", "ep=4", "ulysses=4", "pp=2,ring=4,tp=2"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ring=2,tp=2": {"tp_sequence": True},
     "tp=2,pp=2": {"tp_sequence": True, "order": "zigzag"},
@@ -127,7 +129,9 @@ def hold(name: str, spec: str, lengths: Sequence[int] = (LENGTH,), **options: An
 
 
 @pytest.mark.parametrize(
-    ("spec", "name"), [(spec, name) for spec, names in STRATEGIES.items() for name in names]
+    ("spec", "name"),
+    [pytest.param(spec, name, marks=pytest.mark.slow if spec in AGAIN else ())
+     for spec, names in STRATEGIES.items() for name in names],
 )
 def test_a_strategy(spec: str, name: str) -> None:
     hold(name, spec)

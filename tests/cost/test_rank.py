@@ -42,7 +42,8 @@ def costs(name: str, spec: str, length: int, capacity: str = "exact") -> tuple[R
 
 
 CASES = [
-    *(("dense-4l-tiny", spec) for spec in SPECS), ("llama-tiny", "ring=4"), ("llama-tiny", "tp=2"),
+    *(("dense-4l-tiny", spec) for spec in SPECS), ("llama-tiny", "ring=4"),
+    pytest.param("llama-tiny", "tp=2", marks=pytest.mark.slow),
     pytest.param("moe-4l-tiny", "ep=2", marks=pytest.mark.slow), ("moe-4l-tiny", "ring=2,ep=2"),
 ]
 
