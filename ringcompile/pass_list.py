@@ -25,6 +25,7 @@ from ringcompile.passes.experts.expert_weights import EP
 from ringcompile.passes.experts.rows_of_slots import RowsOfSlots
 from ringcompile.passes.experts.sort_rows import SortRows
 from ringcompile.passes.masks.recognize_masks import RecognizeMasks
+from ringcompile.passes.rank.dense_exchange import DenseExchange
 from ringcompile.passes.rank.fuse import Fuse
 from ringcompile.passes.rank.fuse_merge import FuseMerge
 from ringcompile.passes.rank.lower_halo import LowerHalo
@@ -119,7 +120,8 @@ def rank_passes(
     last = [schedule] if schedule is not None else []
     groups = [Fuse()] if fuse else []
     return [
-        Specialize(rank), *take, *pieces, LowerHalo(), *groups, LowerRing(), FuseMerge(), *last
+        Specialize(rank), *take, *pieces, DenseExchange(), LowerHalo(), *groups, LowerRing(),
+        FuseMerge(), *last,
     ]
 
 

@@ -179,11 +179,11 @@ def working(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 def only_looks(node: fx.Node) -> bool:
     """Whether a thin node makes no kernel: it is a view, and need not copy what it looks at.
 
-    A reshape copies behind a view that puts entries in another order.
+    A reshape copies behind a view that puts entries in another order, and so does `contiguous`.
     """
     if starts_group(node) or not is_view(node):
         return False
-    if aten_name(node.target) != "reshape":
+    if aten_name(node.target) not in _COPYING:
         return True
     source = node.args[0]
     while isinstance(source, fx.Node) and source.op == "call_function" and is_thin(source):
@@ -195,6 +195,7 @@ def only_looks(node: fx.Node) -> bool:
     return True
 
 
+_COPYING = frozenset({"reshape", "contiguous"})
 _REORDERING = frozenset({"permute", "expand", "slice", "select", "unfold", "diagonal"})
 
 

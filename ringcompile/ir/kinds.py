@@ -23,7 +23,7 @@ _OURS = {
         "ring_attention": "attention", "block_attention": "block_attention",
         "cached_attention": "cached_attention", "attend_merge": "attend_merge", "merge": "merge",
         "finish": "finish", "pack": "view", "route": "sort", "store": "stream",
-        "sort_rows": "sort_rows",
+        "sort_rows": "sort_rows", "in_order": "join",
         "merge_states": "stream", "pack_state": "join", "running_sum": "scan",
         "running_recurrence": "recurrence", "linear_state": "linear_state",
         "chained_states": "chained_states",

@@ -16,6 +16,7 @@ from ringcompile.ops.experts import expert_linear, grouped_linear, route, sort_r
 from ringcompile.ops.linear_attention import chained_states, linear_attention, linear_state
 from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import (
+    in_order,
     own_tokens,
     padded_tokens,
     positions,
@@ -74,6 +75,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "tokenwise": _tokenwise,
     "positions": positions,
     "window_positions": window_positions,
+    "in_order": in_order,
     "own_tokens": own_tokens,
     "padded_tokens": padded_tokens,
     "trim": trim,

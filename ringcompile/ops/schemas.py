@@ -37,6 +37,7 @@ SCHEMAS = {
         "(SymInt[] chunks, *, SymInt chunk, int before, int after) -> Tensor"
     ),
     "gather": "(Tensor x, *, int dim, str axis, SymInt? limit) -> Tensor",
+    "in_order": "(Tensor x, int[] chunks) -> Tensor",
     "all_reduce": "(Tensor x, *, str axis) -> Tensor",
     "reduce_scatter": "(Tensor x, *, int dim, str axis) -> Tensor",
     "all_to_all": "(Tensor x, *, int split, int concat, str axis) -> Tensor",

@@ -64,6 +64,17 @@ def trim(x: torch.Tensor, *, dim: int, before: int, after: int, chunks: int) -> 
     return apart.narrow(dim + 1, before, size).flatten(dim, dim + 1)
 
 
+def in_order(x: torch.Tensor, chunks: Sequence[int]) -> torch.Tensor:
+    """Chunks of equal length, one behind the other along dim 0, in the order of their indices.
+
+    Args:
+        x: [len(chunks) * chunk, ..].
+        chunks: their indices, each from 0 to len(chunks) - 1 once.
+    """
+    apart = x.unflatten(0, (len(chunks), x.shape[0] // len(chunks))).unbind()
+    return torch.cat([apart[place] for place in sorted(range(len(chunks)), key=chunks.__getitem__)])
+
+
 def own_tokens(x: torch.Tensor, *, dim: int, size: int) -> torch.Tensor:
     """A rank's share [.., n, ..] of a split dim without its padding: the first `size` entries."""
     return x.narrow(dim, 0, size)

@@ -120,4 +120,4 @@ class QueryTiles:
         self, target: Any, x: fx.Node, shape: tuple[Size, ...], *args: Any, **how: Any
     ) -> fx.Node:
         type_ = TensorType.whole(type_of(x).dtype, shape)
-        return self.builder.call(target, (x, *args), type_, **how)
+        return self.builder.call(target, (x, *args), type_, name="tile", **how)

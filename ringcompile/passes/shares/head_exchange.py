@@ -64,7 +64,10 @@ class HeadExchange:
     # -- to heads ---------------------------------------------------------------------------------
 
     def write(self, call: Call) -> None:
-        """The exchanges that operands of an attention wait for; one for those of like rows."""
+        """The exchanges that operands of an attention wait for; one for those of like rows.
+
+        What is sent is ready before the first of them, so that one kernel can compute and copy it.
+        """
         here = [
             node for node in dict.fromkeys(call[name] for name in _ROWS) if node in self.waiting
         ]
@@ -72,8 +75,9 @@ class HeadExchange:
         alike: dict[Any, list[fx.Node]] = {}
         for node in here:
             alike.setdefault(self._company(node, call), []).append(node)
-        for nodes in sorted(alike.values(), key=lambda nodes: nodes[0] is call["q"]):
-            self._exchange(nodes)
+        in_turn = sorted(alike.values(), key=lambda nodes: nodes[0] is call["q"])
+        for nodes, sent in [(nodes, self._sent(nodes)) for nodes in in_turn]:
+            self._exchange(nodes, sent)
 
     @staticmethod
     def _company(node: fx.Node, call: Call) -> Any:
@@ -82,10 +86,9 @@ class HeadExchange:
         passed_on = bool(type_of(call["k"]).layout.dims[_TOKENS])
         return (node is call["q"],) if passed_on else type_.shape[_TOKENS:]
 
-    def _exchange(self, nodes: list[fx.Node]) -> None:
+    def _exchange(self, nodes: list[fx.Node], sent: fx.Node) -> None:
         came = self._call(
-            op("all_to_all"), (self._sent(nodes),), "tokens to heads", split=0, concat=0,
-            axis=_AXIS,
+            op("all_to_all"), (sent,), "tokens to heads", split=0, concat=0, axis=_AXIS
         )
         ways, rows, batch, heads, width = type_of(came).shape
         flat = (simplify(ways * rows), batch, heads, width)
