@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import collective_bytes
 from ringcompile.ir.types import SequenceSplit
 from ringcompile.ops.sequence import join
@@ -89,6 +90,9 @@ def asked(
         operands: its operands, what is sent first.
         arguments: its other arguments.
         num_ranks: ranks of the group.
+
+    Raises:
+        RingCompileError: what is sent cannot be cut into equal parts for all ranks.
     """
     axis, x = arguments["axis"], operands[0]
     if kind in _ROWS:
@@ -105,6 +109,11 @@ def asked(
         return Collective(node, kind, axis, x.contiguous())
     dim = arguments["dim" if kind == "reduce_scatter" else "split"]
     detail = f"along dim {dim}" + (f" to {arguments['concat']}" if kind == "all_to_all" else "")
+    if x.shape[dim] % num_ranks:
+        raise RingCompileError(
+            f"{kind} in %{node} cannot cut dim {dim} of {list(x.shape)} into {num_ranks} equal "
+            "parts", node=node,
+        )
     parts = x.unflatten(dim, (num_ranks, x.shape[dim] // num_ranks)).movedim(dim, 0)
     return Collective(node, kind, axis, parts.contiguous(), detail)
 

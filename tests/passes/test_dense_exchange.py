@@ -11,9 +11,11 @@ import torch
 
 from ringcompile.compiler import transform
 from ringcompile.cost.rank import cost_of
+from ringcompile.errors import RingCompileError
 from ringcompile.ir.communication import ALL_TO_ALL, GATHER, REDUCE_SCATTER
 from ringcompile.models import zoo
 from ringcompile.ops.sequence import in_order
+from ringcompile.runtime.collectives import asked
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.queued import Queued
 from tests.random_plans import captured
@@ -80,3 +82,22 @@ def test_chunks_are_put_in_order(chunks: list[int], length: int) -> None:
     found = in_order(torch.cat(each), chunks)
     wanted = torch.arange(len(chunks)).repeat_interleave(length)
     assert torch.equal(found, wanted[:, None].expand(-1, 2))
+
+
+@pytest.mark.parametrize(("kind", "how"), [
+    ("reduce_scatter", {"dim": 1}), ("all_to_all", {"split": 1, "concat": 0}),
+])
+def test_what_cannot_be_cut_evenly_is_refused(kind: str, how: dict[str, int]) -> None:
+    with pytest.raises(RingCompileError) as caught:
+        asked("y", kind, [torch.zeros(4, 3)], {"axis": "tp", **how}, 2)
+    said = f"{kind} in %y cannot cut dim 1 of [4, 3] into 2 equal parts"
+    assert caught.value.message == said
+
+
+@pytest.mark.parametrize(("kind", "how"), [
+    ("reduce_scatter", {"dim": 0}), ("all_to_all", {"split": 0, "concat": 0}),
+    ("gather", {"dim": 0, "limit": None}), ("all_reduce", {}),
+])
+def test_along_dim_0_the_tensor_itself_is_sent(kind: str, how: dict[str, Any]) -> None:
+    x = torch.zeros(4, 3)
+    assert asked("y", kind, [x], {"axis": "tp", **how}, 2).tensor.data_ptr() == x.data_ptr()
