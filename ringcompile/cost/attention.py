@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ringcompile.ops.blocks import Band, Piece, pieces
+from ringcompile.ops.blocks import Band, Piece, is_diagonal, pieces, rise
 
 _NO_LIMIT = 2**62
+_Seen = tuple[tuple[Piece, str], ...]
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,46 @@ def blocks(
     if band.is_causal and not masked:
         if queries == keys and queries is not None:
             columns = rows
-        if rows == columns and num_rows == num_columns:
+        if rows == columns and rise(rows) and num_rows == num_columns:
             scores = num_rows * (num_rows + 1) // 2
             return [KernelCall("attention_causal", num_rows, num_rows, scores)]
     made: list[KernelCall] = []
-    last: tuple[tuple[Piece, str], ...] = ()
+    added: list[KernelCall] = []
+    last: _Seen = ()
     for row in rows:
         seen = _seen(row, columns, band)
-        partial = any(relation == "partial" for _, relation in seen)
-        kind = "attention_masked" if partial or masked else "attention"
-        num_seen = sum(column.length for column, _ in seen)
-        visible = sum(_visible(row, column, band) for column, _ in seen)
-        if made and seen == last and not partial:  # they see the same: one call
-            made[-1] = KernelCall(
-                kind, made[-1].rows + row.length, num_seen, made[-1].visible + visible
-            )
-        else:
-            made.append(KernelCall(kind, row.length, num_seen, visible))
+        own = [column for column, relation in seen if relation == "partial"]
+        if len(own) == 1 and not masked and is_diagonal(row, own[0], band):
+            below = row.length * (row.length + 1) // 2
+            causal = KernelCall("attention_causal", row.length, row.length, below)
+            seen = tuple(each for each in seen if each[1] == "full")
+            if not seen:
+                made.append(causal)
+                last = ((own[0], "partial"),)
+                continue
+            added.append(causal)
+        _join(made, row, seen, last, band, masked)
         last = seen
-    return made
+    return made + added
 
 
-def _seen(
-    row: Piece, columns: Sequence[Piece], band: Band
-) -> tuple[tuple[Piece, str], ...]:
+def _join(
+    made: list[KernelCall], row: Piece, seen: _Seen, last: _Seen, band: Band, masked: bool
+) -> None:
+    """Add a run of rows to the last call if they see the same in full, or make a call of it."""
+    partial = any(relation == "partial" for _, relation in seen)
+    kind = "attention_masked" if partial or masked else "attention"
+    num_seen = sum(column.length for column, _ in seen)
+    visible = sum(_visible(row, column, band) for column, _ in seen)
+    if made and seen == last and not partial:  # they see the same: one call
+        made[-1] = KernelCall(
+            kind, made[-1].rows + row.length, num_seen, made[-1].visible + visible
+        )
+    else:
+        made.append(KernelCall(kind, row.length, num_seen, visible))
+
+
+def _seen(row: Piece, columns: Sequence[Piece], band: Band) -> _Seen:
     relations = (
         (column, band.relation(row.start - (column.start + column.length - 1),
                                row.start + row.length - 1 - column.start))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 
 import torch
 
 from ringcompile.ops import kernels
-from ringcompile.ops.blocks import Band, Piece, pieces
+from ringcompile.ops.blocks import Band, Piece, is_diagonal, pieces, rise
 
 State = list[torch.Tensor]
 
@@ -158,11 +158,7 @@ def attend_merge(
     blocks = _Blocks(queries, keys, chunk, limit)
     masks = _Masks(key_mask, mask, Band(lower, upper))
     for call in _block_calls(q, kv, head_dim, masks, blocks):
-        rows = start + call.first, call.q.shape[2]
-        kernels.attend_merge(
-            out.narrow(2, *rows), lse.narrow(2, *rows), call.q, call.k, call.v,
-            scale=scale, causal=call.causal, mask=call.mask, softcap=softcap,
-        )
+        _add(out, lse, call, start + call.first, _Scoring(scale, softcap))
     return [out, lse]
 
 
@@ -217,13 +213,20 @@ class _Masks:
     band: Band
 
     @property
+    def only_positions(self) -> bool:
+        return self.by_key is None and self.by_pair is None
+
+    @property
     def only_causal(self) -> bool:
-        return self.band.is_causal and self.by_key is None and self.by_pair is None
+        return self.band.is_causal and self.only_positions
 
 
 @dataclass(frozen=True)
 class _KernelCall:
-    """What one call of a kernel computes: a run of the queries, from row `first` on."""
+    """What one call of a kernel computes: a run of the queries, from row `first` on.
+
+    A call that `adds` goes on from what another call has made of the same rows.
+    """
 
     first: int
     q: torch.Tensor
@@ -231,6 +234,7 @@ class _KernelCall:
     v: torch.Tensor
     causal: bool = False
     mask: torch.Tensor | None = None
+    adds: bool = False
 
 
 def _calls(
@@ -241,29 +245,65 @@ def _calls(
     rows: tuple[Piece, ...],
     columns: tuple[Piece, ...],
 ) -> list[_KernelCall]:
-    """As few as the positions allow, each over what its rows see; together all rows, in order."""
-    if masks.only_causal and rows == columns and q.shape[2] == k.shape[2]:
+    """As few as the positions allow, each over what its rows see; together all rows, in order.
+
+    Rows that see their own positions, and others in full, are two calls, neither of which needs a
+    mask: the second one adds to the first.
+    """
+    if masks.only_causal and rows == columns and rise(rows) and q.shape[2] == k.shape[2]:
         # Positions rise along both, in step: the kernel's own causal mask is the right one.
         return [_KernelCall(0, q, k, v, causal=True)]
-    plan = [(row, _visible(row, columns, masks.band)) for row in rows]
-    return [_call(q, k, v, masks, run, seen) for run, seen in _runs(plan)]
+    plan: list[tuple[Piece, _Seen]] = []
+    added: list[tuple[Piece, _Seen]] = []
+    for row in rows:
+        seen = _visible(row, columns, masks.band)
+        full = tuple(each for each in seen if each[1] == "full")
+        own = tuple(each for each in seen if each[1] == "partial")
+        if full and masks.only_positions and _is_own(row, own, masks.band):
+            added.append((row, own))
+            seen = full
+        plan.append((row, seen))
+    made = [_call(q, k, v, masks, run, seen) for run, seen in _runs(plan)]
+    later = [_call(q, k, v, masks, (row,), own) for row, own in added]
+    return made + [replace(call, adds=True) for call in later]
+
+
+def _is_own(row: Piece, seen: _Seen, band: Band) -> bool:
+    """Whether what a run of rows sees is its own positions up to each of them."""
+    return len(seen) == 1 and is_diagonal(row, seen[0][0], band)
 
 
 def _attended(calls: list[_KernelCall], scoring: _Scoring, wide: bool = False) -> State:
     """The state of all their rows."""
+    added = [call for call in calls if call.adds]
     states = [
         kernels.attend(
             call.q, call.k, call.v, scale=scoring.scale, causal=call.causal, mask=call.mask,
-            softcap=scoring.softcap, wide=wide,
+            softcap=scoring.softcap, wide=wide or bool(added),
         )
-        for call in calls
+        for call in calls if not call.adds
     ]
     if len(states) == 1:
-        return list(states[0])
-    outs, lses = zip(*states, strict=True)
-    # Tokens first, as keys come: what reads them by token then reads memory in order.
-    out = torch.cat([x.permute(2, 0, 1, 3) for x in outs]).permute(1, 2, 0, 3)
-    return [out, torch.cat(lses, 2)]
+        out, lse = states[0]
+    else:
+        outs, lses = zip(*states, strict=True)
+        # Tokens first, as keys come: what reads them by token then reads memory in order.
+        out = torch.cat([x.permute(2, 0, 1, 3) for x in outs]).permute(1, 2, 0, 3)
+        lse = torch.cat(lses, 2)
+    for call in added:
+        _add(out, lse, call, call.first, scoring)
+    return [out if wide or not added else out.to(calls[0].q.dtype), lse]
+
+
+def _add(
+    out: torch.Tensor, lse: torch.Tensor, call: _KernelCall, start: int, scoring: _Scoring
+) -> None:
+    """Fold a call into the rows of an accumulator from `start` on."""
+    rows = start, call.q.shape[2]
+    kernels.attend_merge(
+        out.narrow(2, *rows), lse.narrow(2, *rows), call.q, call.k, call.v,
+        scale=scoring.scale, causal=call.causal, mask=call.mask, softcap=scoring.softcap,
+    )
 
 
 # Larger than any sequence: query rows are never cut off, padded ones are dropped at the exit.
@@ -309,6 +349,8 @@ def _call(
     first, num_rows = rows[0].offset, sum(row.length for row in rows)
     columns = [column for column, _ in seen]
     k, v = (_take(x, [(c.offset, c.length) for c in columns], 2) for x in (k, v))
+    if masks.only_positions and len(rows) == 1 and _is_own(rows[0], seen, masks.band):
+        return _KernelCall(first, q.narrow(2, first, num_rows), k, v, causal=True)
     by_position = [(c.start, c.length) for c in columns]
     parts = []
     if any(relation == "partial" for _, relation in seen):

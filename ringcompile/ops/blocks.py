@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 
 import torch
@@ -78,6 +79,18 @@ class Piece:
     def positions(self, device: torch.device) -> torch.Tensor:
         """Int64 [length], one position a row."""
         return torch.arange(self.start, self.start + self.length, device=device)
+
+
+def rise(runs: Sequence[Piece]) -> bool:
+    """Whether positions rise from each run to the next."""
+    return all(one.start < other.start for one, other in pairwise(runs))
+
+
+def is_diagonal(row: Piece, column: Piece, band: Band) -> bool:
+    """Whether queries and keys are the same positions, and a query sees all of them before it."""
+    same = row.start == column.start and row.length == column.length
+    reaches = band.upper is None or band.upper >= row.length - 1
+    return same and band.lower == 0 and reaches
 
 
 def pieces(

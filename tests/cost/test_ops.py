@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_what_was_expanded_is_read_once() -> None:
 
 CHUNKS: list[tuple[list[int], list[int]]] = [
     ([0, 1], [0, 1]), ([1, 6], [1, 6]), ([1, 6], [0]), ([6], [3, 4]), ([2, 5], [2, 4, 5]),
-    ([3], [3]), ([0], [1]), ([4], [0]),
+    ([3], [3]), ([0], [1]), ([4], [0]), ([2, 3, 5, 4], [3, 4]), ([0, 1, 2], [1]), ([6, 5], [5, 6]),
 ]
 
 
@@ -217,14 +218,18 @@ def test_kernel_calls_are_those_of_the_op(
 ) -> None:
     """The op's body is run, and what it asks the kernels for is held against the cost model."""
     chunk, called = 4, []
-    seen = kernels.attend
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> Any:
-        kind = "attention_causal" if how["causal"] else "attention"
-        called.append((kind if how["mask"] is None else "attention_masked", q.shape[2], k.shape[2]))
-        return seen(q, k, v, **how)
+    def watched(seen: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*operands: torch.Tensor, **how: Any) -> Any:
+            (q, k, _), kind = operands[-3:], "attention_causal" if how["causal"] else "attention"
+            kind = kind if how["mask"] is None else "attention_masked"
+            called.append((kind, q.shape[2], k.shape[2]))
+            return seen(*operands, **how)
 
-    monkeypatch.setattr(attention.kernels, "attend", attend)
+        return call
+
+    for name in ("attend", "attend_merge"):
+        monkeypatch.setattr(attention.kernels, name, watched(getattr(kernels, name)))
     rows, columns = chunk * len(queries), chunk * len(keys)
     q = torch.randn(1, 2, rows, 8)
     kv = [torch.randn(1, 2, columns, 8) for _ in range(2)]

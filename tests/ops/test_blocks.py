@@ -224,6 +224,9 @@ chunk_sets = st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True).ma
     lambda chunks: tuple(sorted(chunks))
 )
 
+# Tiles have some chunks of queries in falling order.
+orders = st.lists(st.integers(0, 5), min_size=1, max_size=5, unique=True).map(tuple)
+
 
 @st.composite
 def blocks(draw: st.DrawFn) -> Block:
@@ -231,7 +234,7 @@ def blocks(draw: st.DrawFn) -> Block:
     lower, upper = draw(ends), draw(ends)
     if lower is not None and upper is not None and draw(st.booleans()):
         lower, upper = min(lower, upper), max(lower, upper)
-    queries = draw(chunk_sets)
+    queries = draw(chunk_sets | orders)
     return Block(
         queries,
         draw(st.none() | st.just(queries) | chunk_sets),
@@ -258,6 +261,12 @@ BLOCKS = {
     "own zigzag block, causal": Block((1, 4), (1, 4), 3, 18, Band(0)),
     "own zigzag block, causal, padded": Block((0, 5), (0, 5), 3, 16, Band(0)),
     "own block, causal, with a key mask": Block((0, 3), (0, 3), 3, 11, Band(0), "bool"),
+    "queries of a tile": Block((2, 3, 9, 8), (3, 8), 2, 24, Band(0)),
+    "queries of a tile, padded": Block((4, 5, 7, 6), (5, 6), 3, 20, Band(0)),
+    "queries of a tile, a window": Block((2, 3, 9, 8), (3, 8), 2, 24, Band(0, 5)),
+    "queries of a tile, a short window": Block((2, 3, 9, 8), (3, 8), 4, 48, Band(0, 2)),
+    "queries of a tile, with a key mask": Block((2, 3, 9, 8), (3, 8), 2, 24, Band(0), "bool"),
+    "falling, causal": Block((5, 2), (5, 2), 3, 18, Band(0)),
     "a block in sight": Block((3,), (0,), 4, 16, Band(0)),
     "a block out of sight": Block((0,), (3,), 4, 16, Band(0)),
     "half a block in sight": Block((1, 2), (0, 3), 4, 16, Band(0)),

@@ -158,6 +158,17 @@ def test_queries_and_results_are_copied_once(order: str, copied: dict[str, int])
     assert not any(step.kernels for step in steps if step.communicates)
 
 
+@pytest.mark.parametrize("parallel", ["tile=4", "ring=2,tile=4", "ring=4,tile=2"])
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+def test_no_kernel_of_causal_attention_in_tiles_needs_a_mask(parallel: str, order: str) -> None:
+    """Rows that see their own positions and others are a causal call and one without a mask."""
+    made = transform(captured("dense-4l-tiny"), parallel, order=order, length=64)
+    for program in made.ranks():
+        kinds = {kernel.kind for step in cost_of(program, 64).steps for kernel in step.kernels}
+        assert "attention_causal" in kinds
+        assert "attention_masked" not in kinds
+
+
 def most_sent(parallel: str) -> int:
     made = transform(captured("bert-tiny"), parallel, length=512)
     lengths = {**made.rank(0).lengths, BATCH: 1, PART: 1, FIRST: 0}
