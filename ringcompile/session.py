@@ -71,8 +71,8 @@ class Session:
             job, or if a process group is initialized, this process is one of the ranks: all ranks
             must make the same calls, and rank 0 returns the outputs.
         check_types: check the shape and dtype of every value against its node.
-        compiler: a backend of torch.compile, such as "inductor", for the code between
-            communications.
+        compiler: a backend of torch.compile, such as "inductor", for fused groups. By default GPUs
+            compile them with Inductor when a length comes for the second time.
         check_finite: find the first op, layer and line where NaN or infinity appears.
         cuda_graphs: how the step of one new token runs. "auto" records it as a CUDA graph on GPUs
             and replays that for every token; on CPUs it runs op by op. "off" runs it op by op

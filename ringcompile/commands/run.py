@@ -110,7 +110,8 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--join-timeout", type=float, default=120.0, show_default=True, metavar="SECONDS",
               help="Give up if not all ranks, on all hosts, have connected by then.")
 @click.option("--compile", "compiled", is_flag=True,
-              help="Apply torch.compile to the code between communications.")
+              help="Compile fused groups with torch.compile before the first run. By default GPUs "
+              "compile them before the second run of a length, and CPUs run their ops one by one.")
 @click.option("--check", "check_finite", is_flag=True,
               help="Stop at the first NaN or infinity and name its op, layer, line and rank. "
               "Ranks also compare op, shape and dtype before each exchange.")

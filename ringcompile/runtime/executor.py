@@ -23,7 +23,7 @@ from ringcompile.ops import schemas
 from ringcompile.ops.bodies import CREATION, body_of
 from ringcompile.runtime.budget import check_memory
 from ringcompile.runtime.collectives import Collective, asked, used
-from ringcompile.runtime.piecewise import in_pieces
+from ringcompile.runtime.groups import with_groups
 from ringcompile.runtime.steps import Slot, Step, holds_slot
 
 
@@ -74,8 +74,10 @@ class Executor:
         lengths: the values of its length symbols.
         device: where tensors that the program makes are put.
         check_types: hold every value against the type that its node declares.
-        compiler: a backend of torch.compile, such as "inductor", for what is computed between
-            communications; None to run op by op. See `piecewise`.
+        compiler: a backend of torch.compile, such as "inductor", for fused groups; None to run op
+            by op. See `groups`.
+        at_once: compile before the first run, not before the second: lengths that come once are not
+            worth it.
         watch: called in place of every op that does not communicate.
         on_device: run bodies that ask the device for nothing; see `bodies.ON_DEVICE`.
 
@@ -92,6 +94,7 @@ class Executor:
         check_types: bool = False,
         *,
         compiler: str | None = None,
+        at_once: bool = True,
         watch: Watch | None = None,
         on_device: bool = False,
     ) -> None:
@@ -114,9 +117,18 @@ class Executor:
         if program.from_file:
             check_memory(nodes, self.steps, self._local_shape, self.device, self._pairs())
         self.watch, self.num_slots = watch, len(nodes)
-        if compiler is not None:
-            kept = [self.slots[node] for node in program.outputs]
-            self.steps, self.num_slots = in_pieces(self.steps, len(nodes), kept, compiler)
+        self.compiler = compiler
+        if at_once:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Make one step of each fused group."""
+        if self.compiler is not None:
+            kept = [self.slots[node] for node in self.program.outputs]
+            self.steps, self.num_slots = with_groups(
+                self.steps, self.num_slots, kept, self.compiler
+            )
+        self.compiler = None
 
     def _pairs(self) -> int:
         """Sequences times tokens times tokens, as far as lengths tell."""
@@ -167,6 +179,7 @@ class Executor:
                 self._check(step.node, held[step.out])
             for slot in step.frees:
                 held[slot] = None
+        self._compile()
         return tuple(held[self.slots[node]] for node in self.program.outputs)
 
     def _called(self, step: Step, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, assert_never
 import torch
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ir.expr import SEQUENCE, equal, symbol
+from ringcompile.ir.expr import SEQUENCE
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program, WeightSource
 from ringcompile.ir.types import TensorType
@@ -28,8 +28,9 @@ from ringcompile.runtime.data import (
 from ringcompile.runtime.decode_step import DecodeSteps, recorder
 from ringcompile.runtime.executor import Executor, Request, Watch
 from ringcompile.runtime.finite import finite_watch
+from ringcompile.runtime.groups import INDUCTOR, bodies_of
 from ringcompile.runtime.outputs import EVERYTHING, Kept, Summary
-from ringcompile.runtime.tail import has_last_positions
+from ringcompile.runtime.tail import has_last_positions, last_rows
 from ringcompile.runtime.tasks import CARRIED, WHOLE, Extend, Inputs, Prompt, Run, Task
 from ringcompile.runtime.tracer import Tracer
 
@@ -113,8 +114,8 @@ class Settings:
 
     Attributes:
         check_types: hold every value against the type that its node declares.
-        compiler: a backend of torch.compile for what is computed between communications; see
-            `Executor`.
+        compiler: a backend of torch.compile for fused groups, from the first run on; see
+            `Executor`. By default GPUs compile groups when a length comes for the second time.
         check_finite: look for the first NaN or infinity, and have ranks compare what they are about
             to exchange; see `finite_watch` and `stamps`.
         trace: write down what ranks do when; nothing is compiled then. A run is done twice, as the
@@ -127,6 +128,13 @@ class Settings:
     check_finite: bool = False
     trace: bool = False
     cuda_graphs: str = "auto"
+
+    def compiler_on(self, device: torch.device) -> str | None:
+        """The backend of torch.compile for fused groups, if they are compiled."""
+        watched = self.check_types or self.check_finite or self.trace
+        if device.type != "cuda" or watched:
+            return self.compiler
+        return self.compiler or INDUCTOR
 
 
 class Runs(Protocol):
@@ -214,7 +222,7 @@ class Runner:
         self._memory: Memory | None = None
         self._record = recorder(settings.cuda_graphs, weights.device)
         self._steps: DecodeSteps | None = None
-        self._told = False
+        self._told: set[str] = set()
 
     def open(self, kind: str) -> _Opened:
         """The program of a kind, its weights read."""
@@ -284,15 +292,24 @@ class Runner:
         return [
             Executor(opened.program, lengths, self.weights.device, settings.check_types,
                      compiler=compiler, on_device=True)
-            for compiler in dict.fromkeys((None, settings.compiler))
+            for compiler in dict.fromkeys((None, self._compiler))
         ]
 
     def notes(self) -> tuple[str, ...]:
-        """Why steps are not recorded though they should be; said once."""
-        if self._told or self._steps is None or self._steps.refusal is None:
-            return ()
-        self._told = True
-        return (f"decode steps run op by op instead of as CUDA graphs: {self._steps.refusal}",)
+        """Why steps are not recorded, or groups not compiled, though they should be; said once."""
+        refusals = {
+            "decode steps run op by op instead of as CUDA graphs":
+                None if self._steps is None else self._steps.refusal,
+            "some fused groups run op by op instead of as one kernel":
+                None if self._compiler is None else bodies_of(self._compiler).refusal,
+        }
+        new = {what: why for what, why in refusals.items() if why and what not in self._told}
+        self._told |= new.keys()
+        return tuple(f"{what}: {why}" for what, why in new.items())
+
+    @property
+    def _compiler(self) -> str | None:
+        return self.settings.compiler_on(self.weights.device)
 
     def _taken(
         self, task: Task, opened: _Opened, parts: Iterable[Part], fixed: bool
@@ -334,7 +351,8 @@ class Runner:
             program, settings = keep.program(opened.program, lengths), self.settings
             made[key] = Executor(
                 program, lengths, self.weights.device, settings.check_types,
-                compiler=settings.compiler, watch=self._watch(program),
+                compiler=self._compiler, at_once=settings.compiler is not None,
+                watch=self._watch(program),
             )
         return made[key]
 
@@ -360,7 +378,7 @@ def computed(prepared: Prepared) -> Generator[Request, Any, Computed]:
             prepared.tracer.begin(number, executor.lengths)
         made = yield from executor.run(values)
         kept, summary = prepared.keep.of(executor.program, made, executor.lengths)
-        outputs.append(_last_rows(executor.program, kept) if prepared.last else kept)
+        outputs.append(last_rows(executor.program, kept) if prepared.last else kept)
         summaries.append(summary)
     dealt = _of_last(prepared.dealt) if prepared.last else prepared.dealt
     return Computed(tuple(outputs), dealt, tuple(summaries))
@@ -378,16 +396,3 @@ def _of_last(dealt: Deal) -> Deal:
         for hand in dealt.hands
     )
     return Deal({**dealt.lengths, SEQUENCE: 1}, hands)
-
-
-def _last_rows(
-    program: Program, outputs: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    """A rank's share of its outputs, of the last of the new tokens only."""
-    made = []
-    for node, x in zip(program.outputs, outputs, strict=True):
-        for dim, size in enumerate(type_of(node).shape):
-            if equal(size, symbol(SEQUENCE)):
-                x = x.narrow(dim, x.shape[dim] - 1, 1).clone()
-        made.append(x)
-    return tuple(made)

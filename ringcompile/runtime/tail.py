@@ -17,7 +17,7 @@ from torch import fx
 
 from ringcompile.errors import RingCompileError
 from ringcompile.ir.calls import Call, replace_operands
-from ringcompile.ir.expr import Size, bind, equal
+from ringcompile.ir.expr import SEQUENCE, Size, bind, equal, symbol
 from ringcompile.ir.fused import groups_of, mark_group
 from ringcompile.ir.nodes import type_of
 from ringcompile.ir.program import Program
@@ -261,3 +261,16 @@ def _drop_unused(graph: fx.Graph) -> None:
         talks = schemas.name_of(node.target) in schemas.COMMUNICATION
         if node.op == "call_function" and not node.users and not talks:
             graph.erase_node(node)
+
+
+def last_rows(
+    program: Program, outputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """A rank's share of its outputs, of the last of the new tokens only."""
+    made = []
+    for node, x in zip(program.outputs, outputs, strict=True):
+        for dim, size in enumerate(type_of(node).shape):
+            if equal(size, symbol(SEQUENCE)):
+                x = x.narrow(dim, x.shape[dim] - 1, 1).clone()
+        made.append(x)
+    return tuple(made)

@@ -10,7 +10,10 @@ from ringcompile.compiler import transform
 from ringcompile.ir.program import Program
 from ringcompile.models import zoo
 from ringcompile.parallel_program import ParallelProgram
+from ringcompile.runtime.alone import Alone
 from ringcompile.runtime.data import name_inputs, share_inputs
+from ringcompile.runtime.drive import drive
+from ringcompile.runtime.executor import Executor
 from ringcompile.runtime.runner import read_weights
 from tests.support import zoo_program
 
@@ -51,3 +54,7 @@ def one_rank(
         key: x.to(device) for key, x in share_inputs(program, whole, lengths).items()
     }
     return OneRank(made, program, lengths, read_weights(program, made.source, device), share)
+
+
+def run_alone(made: OneRank, executor: Executor) -> tuple[torch.Tensor, ...]:
+    return drive(executor.run(made.values), Alone(made.parallel.mesh, executor.device).answer)

@@ -17,7 +17,7 @@ from ringcompile.runtime.drive import drive
 from ringcompile.runtime.executor import Executor
 from ringcompile.runtime.inprocess import run_lockstep
 from ringcompile.runtime.needs_host import HostWatch, NeedsHost
-from tests.runtime.one_rank import OneRank, one_rank
+from tests.runtime.one_rank import one_rank, run_alone
 from tests.support import difference
 
 CPU = torch.device("cpu")
@@ -28,9 +28,6 @@ CASES = {
     "tensor-parallel": ("dense-4l-tiny", "tp=4"),
     "ulysses": ("dense-4l-tiny", "ring=2,ulysses=2"),
 }
-
-def run_alone(made: OneRank, executor: Executor) -> tuple[torch.Tensor, ...]:
-    return drive(executor.run(made.values), Alone(made.parallel.mesh, executor.device).answer)
 
 
 @pytest.mark.parametrize(("name", "parallel"), CASES.values(), ids=CASES)
@@ -88,7 +85,7 @@ def test_arrivals_of_a_shape_take_turns_in_two_buffers() -> None:
         for name, case in CASES.items()
     ],
 )
-def test_compiled_pieces_compute_the_same(name: str, parallel: str) -> None:
+def test_compiled_groups_compute_the_same(name: str, parallel: str) -> None:
     made = one_rank(name, parallel)
     plain = run_alone(made, Executor(made.program, made.lengths, check_types=True))
     executor = Executor(made.program, made.lengths, check_types=True, compiler="eager")

@@ -88,7 +88,7 @@ def test_sixteen_ranks(saved: Saved) -> None:
         hold(ranks, parallel, "dense-4l-tiny", 45)
 
 
-def test_compiled_between_communications(saved: Saved) -> None:
+def test_compiled_groups(saved: Saved) -> None:
     """With torch's tracing backend, which generates no code: the ranks' own numbers stay."""
     parallel, folder = saved("llama-tiny", "ring=2", "zigzag")
     settings = Settings(compiler="eager")
