@@ -49,7 +49,7 @@ class RowsOfSlots(Pass):
         groups = groups_of_buffers(program, of_own_tokens=False)
         found = [made for group in groups
                  if (made := _slotted(with_what_follows(program, group))) is not None]
-        return _Writer(program, found).run() if found else program
+        return _SlotReader(program, found).run() if found else program
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def _slotted(group: Group) -> _Slotted | None:
     return _Slotted(group, put, reads, gives_zeros(group))
 
 
-class _Writer:
+class _SlotReader:
     def __init__(self, program: Program, found: list[_Slotted]) -> None:
         self.program, self.builder = program, Builder()
         self.reads = {
             read.node: (rows, node, read)
-            for slotted in found for rows in [_Rows(self.builder, slotted)]
+            for slotted in found for rows in [_SlotRows(self.builder, slotted)]
             for node, reads in slotted.reads.items() for read in reads
         }
 
@@ -108,7 +108,7 @@ class _Writer:
         return self.program.with_graph(self.builder.graph)
 
 
-class _Rows:
+class _SlotRows:
     """One group on rows: [N', 1, F] where the model has [E, C, F].
 
     Args:

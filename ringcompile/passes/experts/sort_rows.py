@@ -44,7 +44,7 @@ class SortRows(Pass):
     def run(self, program: Program) -> Program:
         """Rewrite what lies between matmuls of the same rows; other nodes are copied."""
         groups = [group for group in groups_of_rows(program) if _keeps_rows(group)]
-        return _Writer(program, groups).run() if groups else program
+        return _RowSorter(program, groups).run() if groups else program
 
 
 def _keeps_rows(group: Group) -> bool:
@@ -79,7 +79,7 @@ def _by_row(node: fx.Node, rows: set[fx.Node], expert: fx.Node, lead: int) -> bo
 
 
 @dataclass
-class _Sorted:
+class _InOrder:
     """The rows of one group in order.
 
     Attributes:
@@ -113,7 +113,7 @@ class _Sorted:
         return TensorType(type_.dtype, shape, Layout(dims, type_.layout.partial))
 
 
-class _Writer:
+class _RowSorter:
     def __init__(self, program: Program, groups: list[Group]) -> None:
         self.program, self.builder = program, Builder()
         self.repeated = RepeatedRows(self.builder, self._spelled)
@@ -121,7 +121,7 @@ class _Writer:
         self.picked = {
             pick: node for group in groups for node in group.leaving for pick in _picks_of(node)
         }
-        self.sorted: dict[fx.Node, _Sorted] = {}  # by the index of each row's expert
+        self.sorted: dict[fx.Node, _InOrder] = {}  # by the index of each row's expert
         self.env: dict[Any, fx.Node] = {}  # in order: nodes of groups, and by index what enters
 
     def run(self) -> Program:
@@ -142,7 +142,7 @@ class _Writer:
                 self.builder.env[node] = self._put_back(node, rows)
         return self.program.with_graph(self.builder.graph)
 
-    def _in_order(self, node: fx.Node, group: Group, rows: _Sorted) -> fx.Node:
+    def _in_order(self, node: fx.Node, group: Group, rows: _InOrder) -> fx.Node:
         """A node of a group, on rows in order."""
         call, type_, why = Call(node), rows.type_of(type_of(node)), node.meta.get("why")
         if node.target is op("expert_linear"):
@@ -157,7 +157,7 @@ class _Writer:
         args, kwargs = replace_operands(node, operands)
         return self.builder.call(node.target, args, type_, why=why, **kwargs)
 
-    def _operand(self, x: fx.Node, group: Group, rows: _Sorted) -> fx.Node:
+    def _operand(self, x: fx.Node, group: Group, rows: _InOrder) -> fx.Node:
         if self.group_of.get(x) is group:
             return self.env[x]
         if x not in group.entering:
@@ -166,7 +166,7 @@ class _Writer:
             self.env[x, rows.expert] = self._taken(x, rows)
         return self.env[x, rows.expert]
 
-    def _rows_of(self, group: Group) -> _Sorted:
+    def _rows_of(self, group: Group) -> _InOrder:
         expert = group.expert
         assert expert is not None
         if expert not in self.sorted:
@@ -175,7 +175,7 @@ class _Writer:
             self.sorted[expert] = self._sort(expert, int(experts))
         return self.sorted[expert]
 
-    def _sort(self, expert: fx.Node, num_experts: int) -> _Sorted:
+    def _sort(self, expert: fx.Node, num_experts: int) -> _InOrder:
         type_ = type_of(expert)
         count = product(self._local(type_))
         numbers = TensorType.whole(torch.int64, (count,))
@@ -195,9 +195,9 @@ class _Writer:
                 aten.lt.Scalar, (self.builder.env[expert], num_experts), known,
                 why="rows that have an expert",
             )
-        return _Sorted(order, place, end, mask, count, expert)
+        return _InOrder(order, place, end, mask, count, expert)
 
-    def _taken(self, x: fx.Node, rows: _Sorted) -> fx.Node:
+    def _taken(self, x: fx.Node, rows: _InOrder) -> fx.Node:
         """The rows of a value that enters a group, in order."""
         type_, lead = type_of(x), rows.lead
         source, index, count = self.builder.env[x], rows.order, rows.count
@@ -214,7 +214,7 @@ class _Writer:
             aten.index.Tensor, (source, [index]), rows.type_of(type_), why="rows by expert"
         )
 
-    def _through(self, rows: _Sorted, steps: tuple[int | fx.Node, ...]) -> fx.Node:
+    def _through(self, rows: _InOrder, steps: tuple[int | fx.Node, ...]) -> fx.Node:
         """Which row of what they are read from each row is, in order."""
         if not steps:
             return rows.order
@@ -228,7 +228,7 @@ class _Writer:
             rows.through[steps] = self.builder.call(target, args, type_of(rows.order), why=why)
         return rows.through[steps]
 
-    def _full(self, type_: TensorType, rows: _Sorted) -> TensorType:
+    def _full(self, type_: TensorType, rows: _InOrder) -> TensorType:
         """The type of what is one for all choices of a token, once for each."""
         of_rows, lead = type_of(rows.expert), rows.lead
         return TensorType(
@@ -236,7 +236,7 @@ class _Writer:
             Layout((*of_rows.layout.dims, *type_.layout.dims[lead:]), type_.layout.partial),
         )
 
-    def _put_back(self, node: fx.Node, rows: _Sorted, pick: fx.Node | None = None) -> fx.Node:
+    def _put_back(self, node: fx.Node, rows: _InOrder, pick: fx.Node | None = None) -> fx.Node:
         """Rows as the model has them after a node of a group, or those that it picks of them."""
         type_ = type_of(pick or node)
         place, mask, lead = rows.place, rows.mask, rows.type_of(type_of(node))
