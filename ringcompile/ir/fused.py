@@ -26,7 +26,9 @@ from ringcompile.ir.rules.bits import BitsRule
 MARK = "fused"
 RING_ATTENTION = "ringcompile.ring_attention.default"
 # Ours that are written in torch's own ops, and so can share a kernel with them.
-_PLAIN = frozenset({"ringcompile.pack.default", "ringcompile.finish.default"})
+_PLAIN = frozenset({
+    "ringcompile.pack.default", "ringcompile.finish.default", "ringcompile.padded_tokens.default",
+})
 # What each kind of work is to a group. Of reductions those along the last dims alone are thin.
 _THIN = frozenset({
     "stream", "special", "reduction", "join", "pick_rows", "outer", "finish", "view", "same",
