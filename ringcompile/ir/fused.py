@@ -16,9 +16,9 @@ from torch import fx
 
 from ringcompile.ir.calls import Call, aten_name, target_name
 from ringcompile.ir.communication import COMMUNICATION
-from ringcompile.ir.expr import depends_on_data
+from ringcompile.ir.expr import depends_on_data, product
 from ringcompile.ir.kinds import kind_of
-from ringcompile.ir.nodes import results_of
+from ringcompile.ir.nodes import results_of, type_of
 from ringcompile.ir.rules import FactorRule, find_rule
 from ringcompile.ir.rules.bits import BitsRule
 
@@ -29,12 +29,15 @@ RING_ATTENTION = "ringcompile.ring_attention.default"
 _PLAIN = frozenset({
     "ringcompile.pack.default", "ringcompile.finish.default", "ringcompile.padded_tokens.default",
 })
-# What each kind of work is to a group. Of reductions those along the last dims alone are thin.
+# What each kind of work is to a group. Of reductions those along the last dims are thin, and those
+# of a few entries, such as the results of the experts that a token chose.
 _THIN = frozenset({
     "stream", "special", "reduction", "join", "pick_rows", "outer", "finish", "view", "same",
 })
 _VIEWS = frozenset({"view", "same"})
 _NAME = 48
+# Entries that a reduction of a few takes at most.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def starts_group(node: fx.Node) -> bool:
 def is_thin(node: fx.Node) -> bool:
     """Whether one kernel can compute a node along with other such nodes.
 
-    These are torch's pointwise ops, views and copies, gathers, and reductions along the last dims.
+    These are torch's pointwise ops, views and copies, gathers, and reductions along the last dims
+    or of a few entries.
     """
     name = target_name(node.target)
     if node.op != "call_function" or not _has_known_sizes(node):
@@ -126,7 +130,7 @@ def is_thin(node: fx.Node) -> bool:
         return False
     if rule.cost not in _THIN:
         return False
-    return rule.cost != "reduction" or _is_by_row(rule, node)
+    return rule.cost != "reduction" or _is_by_row(rule, node) or _is_of_few(rule, node)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -210,6 +214,20 @@ def _has_known_sizes(node: fx.Node) -> bool:
     return not any(
         type_.dtype.is_complex or any(map(depends_on_data, type_.shape)) for type_ in types
     )
+
+
+def _is_of_few(rule: object, node: fx.Node) -> bool:
+    """Whether a sum or the like takes so few entries that a compiler writes them all out.
+
+    Inductor does so up to 8 (`unroll_reductions_threshold`): it is a pointwise op then.
+    """
+    assert isinstance(rule, FactorRule)
+    factors = rule.factors(Call(node))
+    if len(results_of(node)) > 1 or len(factors.operands) != 1:
+        return False
+    sizes = zip(factors.operands[0], type_of(node.all_input_nodes[0]).shape, strict=True)
+    taken = product([size for name, size in sizes if name is None])
+    return isinstance(taken, int) and 1 < taken <= _FEW and None not in factors.output
 
 
 def _is_by_row(rule: object, node: fx.Node) -> bool:

@@ -85,6 +85,10 @@ GROUPS: dict[str, tuple[Forward, list[str]]] = {
     ),
     "a matmul lies between": (inner_reader, ["add_tanh"]),
     "sums over tokens are no rows": (lambda m, x: m.b((m.a(x) * 2).sum(1, keepdim=True) + x), []),
+    "a sum of a few": (
+        lambda m, x: m.b((m.a(x)[:, :, None] * m.table[:3]).sum(2) + x), ["mul_sum_add"]
+    ),
+    "a sum of many": (lambda m, x: m.b((m.a(x)[:, :, None] * m.table).sum(2)), []),
     "the largest few": (lambda m, x: m.b(torch.topk(m.a(x) * 2, WIDTH)[0] + 1), []),
     "prefix sums": (lambda m, x: m.b((m.a(x) * 2).cumsum(-1) + 1), []),
     "views alone": (lambda m, x: m.b(m.a(x).unflatten(-1, (4, 4)).flatten(-2)), []),
