@@ -57,8 +57,7 @@ def worst(session: rc.Session, module: nn.Module, tokens: torch.Tensor, turns: A
     some_fast(
         ALL, ("ring=2,tp=3", "ring=2", "tp=2"),  # what masks hide is the same for all heads
         fast=lambda kind, spec: kind not in ("Counted", "Table", "Alibi") and spec == (
-            "ring=2" if kind in ("Window", "Chunked", "Documents") else "ring=2,tp=3"),
-    ),
+            "ring=2" if kind in ("Window", "Chunked", "Documents") else "ring=2,tp=3")),
 )
 def test_turns(kind: str, spec: str) -> None:
     """Every logit of every turn, values held against their types."""
