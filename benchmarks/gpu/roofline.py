@@ -66,6 +66,13 @@ def _num_bytes(x: torch.Tensor) -> int:
     return x.element_size() * torch.Size(shape).numel()
 
 
+def moved_bytes(value: Any) -> int:
+    """The bytes of all tensors in nested values, each storage no more than once."""
+    found = {(x.untyped_storage().data_ptr(), x.storage_offset(), x.shape): x
+             for x in _tensors(value)}
+    return sum(map(_num_bytes, found.values()))
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]

@@ -1,4 +1,7 @@
-"""One rank's step without its peers: measured over roofline, and what launching costs of it."""
+"""One rank's step without its peers: measured over roofline, and what launching costs of it.
+
+Of a step with compiled groups, each group is measured beside the bytes that pass its border.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,18 @@ from torch import fx
 
 from benchmarks.gpu.programs import compiled
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.roofline import Roofline
+from benchmarks.gpu.roofline import Roofline, moved_bytes
 from benchmarks.gpu.timing import device, event_seconds, kernel_seconds, on_gpu
 from benchmarks.gpu.weights import DrawnWeights
 from ringcompile.ir.call_text import op_name
+from ringcompile.ir.expr import FIRST, PART
+from ringcompile.ir.fused import group_of, name_of_group
 from ringcompile.runtime.alone import Alone
 from ringcompile.runtime.cuda_graph import GraphedStep
 from ringcompile.runtime.data import name_inputs, share_inputs
 from ringcompile.runtime.drive import drive
 from ringcompile.runtime.executor import Executor
+from ringcompile.runtime.groups import Body
 from ringcompile.runtime.runner import read_weights
 
 _PLANS = (("dense-4l", "ring=16"), ("moe-4l", "ring=16"), ("dense-4l", "tp=8,pp=2"),
@@ -47,7 +53,9 @@ def run(report: Report, *, dry: bool, seconds: float) -> None:
     small = dry or not on_gpu()
     # torch.compile takes longest, and is left for last.
     todo = [(plan, None) for plan in _PLANS] + [(plan, "inductor") for plan in _PLANS[:2]]
-    for (model, parallel), compiler in todo[: len(_PLANS)] if small else todo:
+    if small:
+        todo = [*todo[: len(_PLANS)], (_PLANS[0], "eager")]
+    for (model, parallel), compiler in todo:
         if time.monotonic() > end - (15 if compiler is None else 40):
             return
         tokens = 256 if small else 16384
@@ -72,7 +80,7 @@ class _Step:
         torch.manual_seed(2)
         hidden = torch.randn(1, tokens, source.config.hidden_size, device=device()).to(dtype)
         whole = name_inputs(self.program, (hidden,))
-        self.lengths = self.program.bindings(whole)
+        self.lengths = {PART: 1, FIRST: 0, **self.program.bindings(whole)}
         self.weights = read_weights(self.program, source, device())
         self.share = {
             name: x.to(device())
@@ -98,6 +106,8 @@ class _Step:
         )
         if on_gpu() and compiler is None:
             self._by_op(roof)
+        if compiler is not None:
+            self._by_group(compiler)
 
     def _executor(self, **options: Any) -> Executor:
         return Executor(self.program, self.lengths, device(), **options)
@@ -110,6 +120,27 @@ class _Step:
             return None
         step = GraphedStep(executor, self.weights, self.share, self.alone.answer)
         return event_seconds(step.replay)
+
+    def _by_group(self, compiler: str) -> None:
+        """Each fused group that is another one: its time beside what its bytes take."""
+        measured = set[Body]()
+
+        def watch(
+            node: fx.Node, args: list[Any], kwargs: dict[str, Any], function: Callable[..., Any]
+        ) -> Any:
+            result = function(*args, **kwargs)
+            if isinstance(function, Body) and function not in measured:
+                measured.add(function)
+                seconds = kernel_seconds(function, [tuple(args)])
+                least = moved_bytes((args, result)) / self.ceiling[1]
+                self.report.add(
+                    **self.columns, group=name_of_group(group_of(node)), ms=seconds * 1e3,
+                    bytes_ms=least * 1e3, over_bytes=seconds / least,
+                )
+            return result
+
+        executor = self._executor(compiler=compiler, watch=watch)
+        self._run(executor)
 
     def _by_op(self, roof: Roofline) -> None:
         """What each kind of op takes of an eager step, beside what it has to."""

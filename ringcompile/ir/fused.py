@@ -54,9 +54,11 @@ def member_of(node: fx.Node) -> Member | None:
     return found
 
 
-def following(first: fx.Node) -> list[fx.Node]:
-    """The group that a node is the first member of."""
-    member, group = member_of(first), [first]
+def group_of(node: fx.Node) -> list[fx.Node]:
+    """The group that a node is a member of; itself alone if it is in none."""
+    member, group = member_of(node), [node]
+    for _ in range(member.index if member else 0):
+        group.insert(0, group[0].prev)
     while member is not None and len(group) < member.size:
         group.append(group[-1].next)
     return group

@@ -10,7 +10,7 @@ from torch import fx
 
 from ringcompile.ir import expr
 from ringcompile.ir.expr import Size
-from ringcompile.ir.fused import following, member_of, name_of_group, needs_whole
+from ringcompile.ir.fused import group_of, member_of, name_of_group, needs_whole
 from ringcompile.ir.nodes import results_of
 from ringcompile.ir.types import local_shape
 
@@ -54,7 +54,7 @@ def note_of(node: fx.Node) -> str:
     place = f"{member.index + 1} of {member.size}"
     if member.index:
         return f"fused, {place}"
-    return f"fused {name_of_group(following(node))}, {place}"
+    return f"fused {name_of_group(group_of(node))}, {place}"
 
 
 def _total(program: Program, nodes: Iterable[fx.Node]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import fx
 
 from ringcompile.ir.call_text import call_text, op_name
-from ringcompile.ir.fused import following, member_of
+from ringcompile.ir.fused import group_of, member_of
 from ringcompile.ir.group_text import opening
 from ringcompile.ir.legend import is_state, legend, summary, title
 from ringcompile.ir.nodes import location_of, type_of
@@ -60,7 +60,7 @@ def _in_group(program: Program, node: fx.Node, line: str) -> Iterator[str]:
     """A line, in braces with the others of its fused group."""
     member = member_of(node)
     if member is not None and not member.index:
-        yield opening(program, following(node))
+        yield opening(program, group_of(node))
     yield line
     if member is not None and member.index + 1 == member.size:
         yield "}"

@@ -37,9 +37,9 @@ class Bodies:
     def __init__(self, compiler: str) -> None:
         self.compiler = compiler
         self.refusal: str | None = None
-        self._known: dict[Any, _Body] = {}
+        self._known: dict[Any, Body] = {}
 
-    def of(self, piece: Sequence[Step], inputs: Mapping[int, int], outs: Sequence[int]) -> _Body:
+    def of(self, piece: Sequence[Step], inputs: Mapping[int, int], outs: Sequence[int]) -> Body:
         """The body of some steps.
 
         Args:
@@ -54,7 +54,7 @@ class Bodies:
             tuple((step.function, _text(step, numbers)) for step in piece),
         )
         if key not in self._known:
-            self._known[key] = _Body(_graph(piece, inputs, outs), self)
+            self._known[key] = Body(_graph(piece, inputs, outs), self)
         return self._known[key]
 
     def compiled(self, module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> _Function:
@@ -73,7 +73,7 @@ class Bodies:
         return made
 
 
-class _Body:
+class Body:
     """What a group computes, compiled for each way in which its inputs lie in memory."""
 
     def __init__(self, graph: fx.Graph, bodies: Bodies) -> None:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import ringcompile as rc
+from benchmarks import fused
 from ringcompile.ir.fused import groups_of
 from ringcompile.ir.program import Program
 from ringcompile.runtime import groups
@@ -145,3 +146,9 @@ def runner_of(program: Program, compiler: str | None, device: str = "cpu") -> Ru
 )
 def test_who_compiles_groups(settings: Settings, device: str, expected: str | None) -> None:
     assert settings.compiler_on(torch.device(device)) == expected
+
+
+def test_the_benchmark_runs_both_sides() -> None:
+    found = fused.compare("llama-tiny", 48, 2, "eager")
+    assert found["fused"] > 0
+    assert found["ratio"] > 0
