@@ -59,7 +59,7 @@ def test_a_cross_attention_sends_keys_of_the_encoder_only() -> None:
     program = parallel("plain", "ring=4").ranks()[3]
     started = [n.meta["type"].shape for n in program.graph.nodes
                if str(n.target) == "ringcompile.shift_start.default"]
-    sizes = [str(shape[2]) for shape in started if len(shape) > 1]
+    sizes = [str(shape[0]) for shape in started if len(shape) > 1]  # tokens lie first
     # Two layers of the encoder and two cross attentions; two of the decoder's own.
     assert sizes.count("n") == 4 * 3
     assert sizes.count("n2") == 2 * 3
