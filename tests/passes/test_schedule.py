@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,42 @@ def test_a_schedule_is_not_slower(spec: str) -> None:
         costs = [cost_of(program, length) for program in parallel.ranks()]
         seconds.append(simulate(costs, cluster).seconds)
     assert seconds[1] <= seconds[0] * 1.001
+
+
+def under_way(program: Program) -> int:
+    """How many transfers of one attention are under way at most."""
+    now, most = Counter[str](), 0
+    for node in program.graph.nodes:
+        if str(node.target) == SHIFT and node.kwargs["source"] is not None:
+            now[node.kwargs["of"]] += 1
+            most = max(most, *now.values())
+        if str(node.target) == WAIT and node.args[0].kwargs["source"] is not None:
+            now[node.args[0].kwargs["of"]] -= 1
+    return most
+
+
+def test_more_transfers_are_under_way_where_that_hides_them() -> None:
+    """A slow link has work before the attention begins; a fast one needs no more than two.
+
+    While queries are projected, a tenth of a millisecond, three of the slow transfers are done.
+    """
+    def after(slower: float) -> list[Program]:
+        def times(program: Program) -> dict[str, tuple[float, float]]:
+            known = node_times(load_cluster("h100x16"), LENGTH)(program)
+            return {
+                name: (1e-4 if name.startswith("linear") else 1e-6, slower if sent else 0.0)
+                for name, (_, sent) in known.items()
+            }
+
+        made = transform(captured("dense-4l-tiny"), "ring=8", schedule=Schedule(times))
+        made.verify()
+        return made.ranks()
+
+    for slower, most in ((1e-7, 2), (3e-5, 4)):
+        for program in after(slower):
+            assert under_way(program) == most
+            said = {n.meta.get("why") for n in program.graph.nodes if str(n.target) == SHIFT}
+            assert said == {f"at most {most} of them under way"}
 
 
 # -- pieces of a sequence -------------------------------------------------------------------------
