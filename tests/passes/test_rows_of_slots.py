@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ringcompile as rc
 from ringcompile.ir.calls import aten_name
 from ringcompile.ops.schemas import op
 from ringcompile.parallel_program import ParallelProgram
@@ -273,3 +275,17 @@ def test_features_are_read_once_and_put_back_once() -> None:
     moved = [name for node in wide if (name := aten_name(node.target)) in (
         "index", "index_put", "full", "cat", "expand")]
     assert moved == ["index", "index"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's, about itself
+def test_fused_groups_around_sorted_rows() -> None:
+    """Padding and sums over choices inside compiled groups; the last ranks have no tokens."""
+    module = Slots(past_the_last).eval()
+    parallel = compiled(module, (tokens(12),), "ring=4")
+    with rc.Session(parallel, backend="lockstep", compiler="inductor") as session:
+        for length in (16, 13, 3):
+            x = tokens(length)
+            with torch.no_grad():
+                assert difference(session.run((x,)), module(x)) <= TOLERANCE, length
