@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from ringcompile import compiler, planning
+from ringcompile import planning
 from ringcompile.capture import export
 from tests.support import captured_once
 
@@ -71,7 +71,7 @@ def _seeded() -> None:
 @pytest.fixture
 def zoo_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands in this process capture a model of the zoo only where no test before has."""
-    for module in (export, planning, compiler):
+    for module in (export, planning):
         monkeypatch.setattr(module, "capture", captured_once)
 
 

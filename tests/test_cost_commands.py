@@ -129,6 +129,16 @@ def test_plan_as_json_is_a_list_of_specs() -> None:
         assert row["why"]
 
 
+def test_plan_costs_fused_groups_unless_told_otherwise() -> None:
+    words = ("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "h100x16", "--seq", "4096")
+    times = [
+        {row["spec"]: row["step_ms"] for row in rows if row["fits"]}
+        for rows in (told(*words), told(*words, "--no-fuse"))
+    ]
+    assert times[0].keys() == times[1].keys()
+    assert all(times[0][spec] < times[1][spec] for spec in times[0])
+
+
 def test_plan_prints_the_best_and_the_rejected() -> None:
     result = invoke("plan", "dense-4l-tiny", "--gpus", "2", "--cluster", "cpu", "--top", "2")
     assert result.exit_code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import ringcompile as rc
+from ringcompile.artifact.graph import program_from_json
+from ringcompile.artifact.ops import allowed_ops
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import COMMUNICATION
 from ringcompile.ir.fused import MARK, Member, groups_of, moves_on, name_of_group
 from ringcompile.ir.nodes import results_of
 from ringcompile.ir.program import Program
+from ringcompile.ir.serialize import program_to_json
 from ringcompile.ir.verifier import verify_program
 from ringcompile.models import zoo
 from ringcompile.passes.rank import fuse
@@ -153,7 +157,7 @@ def test_random_plans_keep_data_and_exchanges(seed: int) -> None:
 
 def test_a_group_across_a_collective_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule that nothing moves past an exchange is what keeps it in place."""
-    program = rc.transform(zoo_program("moe-4l-tiny", 24), "ring=2", fuse=False).rank(0)
+    program = rc.transform(zoo_program("moe-4l-tiny", sequence=24), "ring=2", fuse=False).rank(0)
     assert not stays(program)
     monkeypatch.setattr(fuse, "moves_on", lambda node: True)
     assert stays(program) == "nodes were moved past an exchange or an attention"
@@ -161,7 +165,7 @@ def test_a_group_across_a_collective_would_be_noticed(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("spec", ["ring=2", "tp=2", "pp=2", "ulysses=2,tp=2", "ring=2,time=2"])
 def test_numbers_are_the_same_to_the_bit(spec: str) -> None:
-    program = zoo_program("llama-tiny", 24)
+    program = zoo_program("llama-tiny", sequence=24)
     _, inputs = zoo.build("llama-tiny", sequence=29, seed=3)
     outputs = [
         run(rc.transform(program, spec, fuse=on), inputs).outputs
@@ -171,7 +175,7 @@ def test_numbers_are_the_same_to_the_bit(spec: str) -> None:
 
 
 def test_what_ranks_send_stays() -> None:
-    program = zoo_program("moe-4l-tiny", 24)
+    program = zoo_program("moe-4l-tiny", sequence=24)
     for one, other in zip(*(rc.transform(program, "ring=2,ep=2", fuse=on).ranks()
                             for on in (False, True)), strict=True):
         sent = [[(node.name, results_of(node)) for node in calls(each)
@@ -184,7 +188,7 @@ def test_what_ranks_send_stays() -> None:
 
 def marked() -> tuple[Program, list[fx.Node]]:
     """A program of its own, and its first group of three or more nodes."""
-    program = rc.transform(zoo_program("llama-tiny", 24), "tp=2").rank(0)
+    program = rc.transform(zoo_program("llama-tiny", sequence=24), "tp=2").rank(0)
     return program, next(g for g in groups_of(calls(program)) if len(g) > 2)
 
 
@@ -231,3 +235,22 @@ def test_the_verifier_refuses(fault: str) -> None:
     damage(program, group)
     with pytest.raises(AssertionError, match=message):
         verify_program(program)
+
+
+FILES: dict[str, tuple[Any, str]] = {
+    "no pair": ([0], "'fused' is not a place in a group and the group's size"),
+    "no numbers": (["0", "2"], "a place in a group"),
+    "no such member": ([5, 9], "is member 5 of a fused group that does not begin before it"),
+    "a size that others do not have": ([0, 99], "stands between the members of a fused group"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_damaged_file_is_refused(case: str) -> None:
+    value, message = FILES[case]
+    data = json.loads(json.dumps(program_to_json(marked()[0])))
+    assert program_to_json(program_from_json(data, allowed_ops())) == data
+    row = next(row for row in data["nodes"] if row.get("fused", [1])[0] == 0)
+    row["fused"] = value
+    with pytest.raises(rc.RingCompileError, match=message):
+        program_from_json(data, allowed_ops())
