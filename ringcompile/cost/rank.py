@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -181,9 +181,8 @@ def cost_of(
     held = _held_bytes(values)
     kernels, across = fused(values, {n: kernels_of(values, n) for n in nodes})
     steps = (
-        replace(
-            _step(values, mesh, rank, node, kernels[node], reads.get(node, ())),
-            across=across.get(node),
+        _step(
+            values, mesh, rank, node, kernels[node], reads.get(node, ()), across.get(node)
         )
         for node in nodes
     )
@@ -203,13 +202,13 @@ def cost_of(
 
 def _step(
     values: Values, mesh: Mesh, rank: int, node: fx.Node, kernels: Sequence[Kernel],
-    reads: tuple[str, ...],
+    reads: tuple[str, ...], across: AcrossBlocks | None,
 ) -> TimedStep:
     name = target_name(node.target)
     op = name.split(".")[1] if "." in name else name
     return TimedStep(
         node.name, op, location_of(node).layer, tuple(kernels),
-        _exchanged(values, mesh, rank, node) if name in COMMUNICATION else None, reads,
+        _exchanged(values, mesh, rank, node) if name in COMMUNICATION else None, reads, across,
     )
 
 

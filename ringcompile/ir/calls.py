@@ -21,6 +21,13 @@ def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...]:
 
 
 @lru_cache(maxsize=4096)
+def _defaults(target: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of an operator's arguments, and for each its default, None where it has none."""
+    defaults = {name: default for name, _, default in _signature(target)}
+    return tuple(defaults), defaults
+
+
+@lru_cache(maxsize=4096)
 def target_name(target: Any) -> str:
     """The text of a node's target, `aten.linear.default`; torch puts it together at every `str`."""
     return str(target)
@@ -38,10 +45,9 @@ class Call:
     def __init__(self, node: fx.Node) -> None:
         self.node = node
         self.target: Any = node.target
-        args, kwargs = node.args, node.kwargs  # torch looks them up anew at every access
-        self.arguments: dict[str, Any] = {}
-        for i, (name, _, default) in enumerate(_signature(node.target)):
-            self.arguments[name] = args[i] if i < len(args) else kwargs.get(name, default)
+        names, defaults = _defaults(node.target)
+        given = zip(names, node.args, strict=False)
+        self.arguments: dict[str, Any] = {**defaults, **dict(given), **node.kwargs}
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
