@@ -73,7 +73,7 @@ _OF_REAL = [
     "abs", "neg", "exp", "exp2", "expm1", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu",
     "silu", "mish", "hardswish", "hardsigmoid", "sign", "floor", "ceil", "round", "trunc", "square",
     "selu", "relu6", "log_sigmoid", "sinh", "cosh", "atan", "asinh", "erfc", "frac", "signbit",
-    "positive", "reciprocal", "i0",
+    "positive", "reciprocal", "i0", "contiguous",
 ]
 _UNARY: dict[str, Case] = {
     **{name: _unary() for name in _OF_REAL},
