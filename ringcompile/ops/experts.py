@@ -59,10 +59,8 @@ def sort_rows(expert: Tensor, *, num_experts: int) -> list[Tensor]:
     order = group.argsort(stable=True)
     numbers = torch.arange(len(order), device=order.device)
     place = torch.empty_like(order).scatter_(0, order, numbers)
-    if group.is_cuda:  # `bincount` asks the device for its largest index
-        counts = group.new_zeros(num_experts + 1).scatter_add_(0, group, torch.ones_like(group))
-    else:
-        counts = torch.bincount(group, minlength=num_experts + 1)
+    # `bincount` would ask the device for its largest index.
+    counts = group.new_zeros(num_experts + 1).scatter_add_(0, group, torch.ones_like(group))
     return [order, place, counts[:num_experts].cumsum(0).to(torch.int32)]
 
 

@@ -22,8 +22,8 @@ _COPIES = "aten.lift_fresh.default"
 _MOVES = frozenset({"aten._to_copy.default", "aten.copy_.default"})
 # What a tensor gives the host without an op that a dispatch mode sees.
 _GIVES = frozenset({"tolist", "numpy", "__array__", "cpu", "__repr__"})
-# On CPUs alone these look whether their indices are in range.
-_CHECKED_ON_CPU = ("aten.one_hot",)
+# What asks for numbers on CPUs alone: whether indices are in range, how many rows an expert has.
+_ASKS_ON_CPU = ("aten.one_hot", "ringcompile.grouped_linear")
 
 
 class NeedsHost(TorchDispatchMode):
@@ -76,6 +76,11 @@ def _needs_host(func: Any, args: Any, kwargs: Any) -> bool:
     return name == _COPIES or not _READS.isdisjoint(func.tags)
 
 
+def _asks_on_cpu(node: fx.Node, args: list[Any]) -> bool:
+    tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+    return str(node.target).startswith(_ASKS_ON_CPU) and not any(x.is_cuda for x in tensors)
+
+
 class HostWatch:
     """What an `Executor` calls in place of every op: it computes, and notes what needs the host.
 
@@ -90,7 +95,7 @@ class HostWatch:
         self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], function: Callable[..., Any]
     ) -> Any:
         """Compute one op."""
-        if self.found is not None or str(node.target).startswith(_CHECKED_ON_CPU):
+        if self.found is not None or _asks_on_cpu(node, args):
             return function(*args, **kwargs)
         with NeedsHost().everywhere() as mode:
             result = function(*args, **kwargs)

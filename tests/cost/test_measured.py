@@ -25,19 +25,14 @@ from tests.support import captured_once
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200-step.json"
 
 
-# Run in another way since the card was at hand; see `ops/bodies.py`.
-CHANGED = "cumsum"
+# Its experts had buffers of slots when the card was at hand, and multiply sorted rows now.
+CHANGED = "moe-4l"
 
 
 def steps() -> list[dict[str, Any]]:
-    """Measured steps, less the ops that are run in another way now."""
+    """Measured steps of programs that are still the same."""
     rows = json.loads(RESULTS.read_text())["rows"]
-    changed = {(row["model"], row["parallel"]): row["ms"] for row in rows
-               if row.get("op") == CHANGED}
-    return [
-        {**row, "graph_ms": row["graph_ms"] - changed.get((row["model"], row["parallel"]), 0.0)}
-        for row in rows if "graph_ms" in row
-    ]
+    return [row for row in rows if "graph_ms" in row and row["model"] != CHANGED]
 
 
 @lru_cache
@@ -60,6 +55,6 @@ def test_a_ranks_step(row: dict[str, Any]) -> None:
     device = load_cluster("h200x16").device
     seconds = sum(
         time_of(kernel, device).seconds
-        for step in cost.steps if step.op != CHANGED for kernel in step.kernels
+        for step in cost.steps for kernel in step.kernels
     )
     assert seconds * 1e3 == pytest.approx(row["graph_ms"], rel=0.1)
