@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str | None, str]] = {
         None, "transform {folder}/llama --parallel ring=16 --no-weights -o {folder}/out --overwrite"
     ),
     "simulate dense-4l ring=128": (
-        "transform dense-4l --parallel ring=128 -o {folder}/out --overwrite",
+        "transform dense-4l --parallel ring=128 --no-weights -o {folder}/out --overwrite",
         "simulate {folder}/out --cluster h100x8x2 --seq 1048576",
     ),
 }

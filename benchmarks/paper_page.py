@@ -79,7 +79,28 @@ def page(rows: Rows, long: dict[str, float], cluster: Cluster, plot: str) -> str
              "best plan of it"]
     lines += ["## Why", "", *_reasons(rows, cluster), ""]
     lines += ["## Over lengths", "", f"![tokens per second over tokens per step]({plot})", ""]
-    return "\n".join([*lines, *table(heads, body), "", *_long(long)])
+    lines += [*table(heads, body), "", *_spent(rows, lengths)]
+    return "\n".join([*lines, *_long(long)])
+
+
+def _spent(rows: Rows, lengths: list[int]) -> list[str]:
+    """Where the step of each best plan goes."""
+    heads = ["model", "tokens per step", "step of the best plan", "matmuls and attention",
+             "other kernels", "at the kernels' limit"]
+    body = []
+    for model in MODELS:
+        for tokens in lengths:
+            row = of(rows, model, "best", tokens)
+            limit = tokens / row["kernel_limit_tps"] * 1e3
+            times = (row["step_ms"], row["kernels_ms"], row["thin_ms"], limit)
+            body.append([model, f"{tokens:,}", *(f"{ms:.2f} ms" for ms in times)])
+    return [
+        ("What keeps the best plans from the limit: matmuls of few rows and attention over few "
+         "keys run at lower rates than the best ones.\nOther kernels (norms, rotary embedding, "
+         "activations, residuals, what is packed and sorted) are one for each fused group, and "
+         "read and write at\nwhat torch's own kernels reach by the table, 1.1 to 3 TB/s. The rest "
+         "of a step are transfers, and stages that wait."), "", *table(heads, body), "",
+    ]
 
 
 def _long(row: dict[str, float]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,8 +40,9 @@ from ringcompile.capture.loaders import load_model
 from ringcompile.cost import limits
 from ringcompile.cost.estimate import Ask
 from ringcompile.cost.hardware import Cluster, load_cluster
+from ringcompile.cost.kernels import time_of
 from ringcompile.cost.node_times import node_times
-from ringcompile.cost.rank import cost_of
+from ringcompile.cost.rank import RankCost, cost_of
 from ringcompile.cost.simulate import simulate
 from ringcompile.cost.timeline import How
 from ringcompile.ir.program import Program
@@ -62,6 +64,8 @@ class Row:
         unhindered_tps: of the fastest form if the compute waited for nothing before it needs it,
             which is as far as any runtime could go; not known of the planner's plans.
         exposed_ms: seconds of a step that compute stands still for transfers; likewise.
+        kernels_ms: of the rank that computes longest, in matmuls and attention.
+        thin_ms: of the same rank, in all other kernels.
     """
 
     model: str
@@ -75,6 +79,8 @@ class Row:
     exposed_ms: float | None
     bound: str
     memory_gb: float
+    kernels_ms: float
+    thin_ms: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,23 @@ def _simulated(
         model, METHODS[spec], tokens, str(form), tokens / period,
         tokens * steps / deferred.period, period * 1e3, once.seconds * 1e3,
         once.exposed_seconds * 1e3 / steps, found.bound, found.memory_bytes / 1e9,
+        *(ms / steps for ms in busy(costs, cluster)),
     )
+
+
+def busy(costs: Sequence[RankCost], cluster: Cluster) -> tuple[float, float]:
+    """Milliseconds of the busiest rank: in matmuls and attention, and in its other kernels."""
+    found = []
+    for cost in costs:
+        kernels = thin = 0.0
+        for kernel in (kernel for step in cost.steps for kernel in step.kernels):
+            ms = time_of(kernel, cluster.device).seconds * 1e3
+            if kernel.kind == "matmul" or kernel.kind.startswith("attention"):
+                kernels += ms
+            else:
+                thin += ms
+        found.append((kernels, thin))
+    return max(found, key=sum)
 
 
 def kernel_limit(model: str, program: Program, tokens: int, cluster: Cluster) -> float:
@@ -147,16 +169,24 @@ def kernel_limit(model: str, program: Program, tokens: int, cluster: Cluster) ->
     )
 
 
-def best(model: str, tokens: int, cluster: Cluster, batch: int = 1) -> Row:
+def best(model: str, program: Program, tokens: int, cluster: Cluster, batch: int = 1) -> Row:
     """The first of the planner's list."""
     plan = plans_for(model, Ask(NUM_GPUS, cluster, tokens, batch))[0]
     assert plan.tps is not None
     assert plan.seconds is not None
     assert plan.latency is not None
-    method = f"{'best' if batch == 1 else SEVERAL}: {plan.variant}"
+    method, chosen = f"{'best' if batch == 1 else SEVERAL}: {plan.variant}", plan.variant
+    mesh = chosen.mesh
+    made = compiler.transform(
+        program, mesh.with_axis("halves", 2) if chosen.overlap == "halves" else mesh,
+        **chosen.choices(tokens), check=False,
+    )
+    together = batch // (mesh.size("dp") * chosen.microbatches) or None
+    costs = [cost_of(rank, tokens, together) for rank in made.ranks()]
     return Row(
         model, method, tokens * batch, "", plan.tps, None, plan.seconds * 1e3,
         plan.latency * 1e3, None, plan.bound or "", (plan.memory_bytes or 0) / 1e9,
+        *(ms * chosen.microbatches / chosen.sequences for ms in busy(costs, cluster)),
     )
 
 
@@ -196,14 +226,14 @@ def run(cluster: Cluster, lengths: tuple[int, ...]) -> Rows:
         for tokens in lengths:
             limit = limits_of[tokens]
             found = [simulated(model, program, spec, tokens, cluster) for spec in METHODS]
-            for row in [*found, best(model, tokens, cluster)]:
+            for row in [*found, best(model, program, tokens, cluster)]:
                 rows.append({**asdict(row), "kernel_limit_tps": limit, "weight_bytes": weights})
                 click.echo(
                     f"{model:9} {tokens:7,} {row.method:12} {row.form:20} "
                     f"{row.tps / 1e6:6.3f} M tokens/s  step {row.step_ms:7.2f} ms  "
                     f"limit {limit / 1e6:.2f} M"
                 )
-        row = best(model, 1024, cluster, NUM_SEQUENCES)
+        row = best(model, program, 1024, cluster, NUM_SEQUENCES)
         rows.append({**asdict(row), "kernel_limit_tps": limits_of[1024], "weight_bytes": weights})
         click.echo(f"{model:9} {row.tokens:7,} {row.method:40} {row.tps / 1e6:6.3f} M tokens/s")
     return rows
