@@ -71,11 +71,7 @@ def front_passes(
         experts = ExpertTerms(with_experts(placed, mesh))
         options = replace(options, order="auto", gather_unknown=False, tp_sequence=False)
     return [
-        Canonicalize(),
-        RecognizeAttention(),
-        RecognizeMasks(),
-        CleanUp(),
-        LimitIds(),
+        *(Canonicalize(), RecognizeAttention(), RecognizeMasks(), CleanUp(), LimitIds()),
         *([Unfuse()] if mesh.size("tp") > 1 else []),
         *([DealBatch(mesh, known, options.capacity), CleanUp()]
           if mesh.size("dp") * mesh.size("pp") * mesh.size(HALVES) > 1 else []),

@@ -112,3 +112,21 @@ def _output_constant(value: Any) -> bool | int | float | str:
     if isinstance(value, bool | int | float | str):
         return value
     raise RingCompileError(f"a constant output is {type(value).__name__}")
+
+
+def values_from_json(given: Any) -> tuple[int, ...] | None:
+    """The only entries that an input may have, if there are such."""
+    if given is None:
+        return None
+    values = expect(given, list, "the values of an input")
+    if len(values) > 4096 or not all(type(v) is int and abs(v) < MAX_INT for v in values):
+        raise RingCompileError("the values of an input are too many, or no whole numbers")
+    return tuple(values)
+
+
+def entry(table: list[T], row: dict[str, Any], key: str) -> T:
+    """What a row names by its place in a table."""
+    index = member(row, key, int)
+    if not 0 <= index < len(table):
+        raise RingCompileError(f"'{key}' {index} is not in its table")
+    return table[index]

@@ -17,10 +17,10 @@ import torch
 from torch import fx
 
 from ringcompile.artifact.fields import (
-    T,
     constant,
     count,
     dtype_from_json,
+    entry,
     expect,
     member,
     mesh_from_json,
@@ -28,6 +28,7 @@ from ringcompile.artifact.fields import (
     range_from_json,
     structure_from_json,
     texts,
+    values_from_json,
     weight_from_json,
 )
 from ringcompile.artifact.ops import check_arguments, resolve
@@ -258,9 +259,9 @@ class _Reader:
     def _meta(self, row: dict[str, Any]) -> dict[str, Any]:
         meta: dict[str, Any] = {}
         if "type" in row:
-            meta["type"] = _entry(self.types, row, "type")
+            meta["type"] = entry(self.types, row, "type")
         if "loc" in row:
-            meta["loc"] = _entry(self.locations, row, "loc")
+            meta["loc"] = entry(self.locations, row, "loc")
         if "stage" in row:
             meta["stage"] = count(row["stage"], "a stage")
         if MARK in row:
@@ -350,7 +351,7 @@ class _Reader:
         limits = member(data, "limits", list) if "limits" in data else []
         return Input(
             member(data, "name", str), self.tensor_type(data.get("type")),
-            tuple(map(self._limit, limits)), _values(data.get("values")),
+            tuple(map(self._limit, limits)), values_from_json(data.get("values")),
         )
 
     def _limit(self, value: Any) -> IdLimit:
@@ -382,25 +383,8 @@ def _named_size(text: str) -> tuple[Size, frozenset[str], frozenset[str]]:
     return size, names, frozenset(s.name for s in found if not depends_on_data(s))
 
 
-def _values(given: Any) -> tuple[int, ...] | None:
-    """The only entries that an input may have, if there are such."""
-    if given is None:
-        return None
-    values = expect(given, list, "the values of an input")
-    if len(values) > 4096 or not all(type(v) is int and abs(v) < MAX_INT for v in values):
-        raise RingCompileError("the values of an input are too many, or no whole numbers")
-    return tuple(values)
-
-
 def _member_of_group(value: list[Any]) -> tuple[int, int]:
     """A node's place in its fused group, and the size of that."""
     if len(value) != 2:
         raise RingCompileError(f"'{MARK}' is not a place in a group and the group's size")
     return count(value[0], "a place in a group"), count(value[1], "a group's size")
-
-
-def _entry(table: list[T], row: dict[str, Any], key: str) -> T:
-    index = member(row, key, int)
-    if not 0 <= index < len(table):
-        raise RingCompileError(f"'{key}' {index} is not in its table")
-    return table[index]

@@ -78,7 +78,7 @@ def check_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             raise RingCompileError(f"the argument '{name}' does not fit {target._schema}")
 
 
-class _Kind(NamedTuple):
+class _ArgumentKind(NamedTuple):
     """What a schema says of an argument.
 
     Attributes:
@@ -88,7 +88,7 @@ class _Kind(NamedTuple):
     """
 
     optional: bool
-    entries: _Kind | None
+    entries: _ArgumentKind | None
     tensor: bool
 
     def fits(self, value: Any) -> bool:
@@ -100,15 +100,15 @@ class _Kind(NamedTuple):
         return not (self.tensor and isinstance(value, str))
 
 
-def _kind(of: Any) -> _Kind:
+def _kind(of: Any) -> _ArgumentKind:
     if isinstance(of, torch.OptionalType):
         return _kind(of.getElementType())._replace(optional=True)
     entries = _kind(of.getElementType()) if isinstance(of, torch.ListType) else None
-    return _Kind(False, entries, isinstance(of, torch.TensorType))
+    return _ArgumentKind(False, entries, isinstance(of, torch.TensorType))
 
 
 @lru_cache(maxsize=4096)  # torch looks every type up anew
-def _parameters(target: Any) -> tuple[list[str], dict[str, _Kind], frozenset[str]]:
+def _parameters(target: Any) -> tuple[list[str], dict[str, _ArgumentKind], frozenset[str]]:
     """The names of an op's positional arguments, the kinds of all, and those without a default."""
     arguments = target._schema.arguments
     return (

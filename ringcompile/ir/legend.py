@@ -28,6 +28,7 @@ from ringcompile.ir.call_text import (
 )
 from ringcompile.ir.calls import target_name
 from ringcompile.ir.communication import GATHER, SHIFT, num_bytes
+from ringcompile.ir.fused import RING_ATTENTION
 from ringcompile.ir.group_text import legend_entries
 from ringcompile.ir.layout import format_dim
 from ringcompile.ir.nodes import kinds_of_nodes
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from ringcompile.ir.program import Program
 
 WIDTH = 97
-RING_ATTENTION = "ringcompile.ring_attention.default"
 # Kept together when lines are filled.
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -278,10 +278,7 @@ _SCORES = {
 }
 _EXPERTS = {
     "expert_linear": "each row times the matrix of its own expert",
-    "sort_rows": (
-        "rows by expert: their numbers in that order, the place of each row in it, and the place "
-        "behind each expert's last row"
-    ),
+    "sort_rows": "rows by expert: their numbers in that order, the place of each, experts' ends",
     "grouped_linear": "rows that are sorted by expert, each times the matrix of its own",
 }
 

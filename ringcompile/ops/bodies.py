@@ -14,6 +14,7 @@ from ringcompile.ir.rules import find_rule
 from ringcompile.ops import attention, bindings, cached, schemas
 from ringcompile.ops.experts import expert_linear, grouped_linear, route, sort_rows
 from ringcompile.ops.linear_attention import chained_states, linear_attention, linear_state
+from ringcompile.ops.packed_keys import pack
 from ringcompile.ops.running import recurrence
 from ringcompile.ops.sequence import (
     in_order,
@@ -79,7 +80,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "own_tokens": own_tokens,
     "padded_tokens": padded_tokens,
     "trim": trim,
-    "pack": attention.pack,
+    "pack": pack,
     "block_attention": attention.block_attention,
     "merge": attention.merge,
     "attend_merge": attention.attend_merge,

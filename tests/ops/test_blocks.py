@@ -11,15 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringcompile.ops.attention import (
-    attention,
-    block_attention,
-    finish,
-    merge,
-    pack,
-    unpack,
-)
+from ringcompile.ops.attention import attention, block_attention, finish, merge
 from ringcompile.ops.blocks import Band, Piece, pieces
+from ringcompile.ops.packed_keys import pack, unpack
 
 ENDS = (None, *range(-4, 5))
 BANDS = [

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ringcompile.errors import RingCompileError
-from ringcompile.ops.attention import attention, block_attention, finish, merge, pack
+from ringcompile.ops.attention import attention, block_attention, finish, merge
 from ringcompile.ops.blocks import Band
 from ringcompile.ops.kernels import attend, providers
+from ringcompile.ops.packed_keys import pack
 
 HEADS, GROUPS, DIM, VALUE_DIM = 4, 2, 8, 6
 SCALE = 1.5  # scores of several units: a cap of 1 or 2 bends most of them

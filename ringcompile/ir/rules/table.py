@@ -14,7 +14,7 @@ from typing import Any
 from ringcompile.ir.calls import Call, target_name
 from ringcompile.ir.expr import Size, product
 from ringcompile.ir.nodes import type_of
-from ringcompile.ir.rules import contraction, indexing, spatial
+from ringcompile.ir.rules import contraction, indexing, ours, spatial
 from ringcompile.ir.rules.base import FactorRule, Factors, Names, Rule, ViewRule, rank_of, shapes
 from ringcompile.ir.rules.bits import BitsRule
 from ringcompile.ir.rules.linear import EACH, FIRST, TOGETHER, Linear
@@ -140,75 +140,9 @@ def last_two_whole(call: Call) -> Factors:
     return Factors((names,), names)
 
 
-def attention(call: Call) -> Factors:
-    """B h q d, b g k d, b g k e -> b h q e.
-
-    Keys and values may be split along their sequence on the axis that splits the queries: that
-    is ring attention; `sequence.place` keeps such a split. The key mask must know all keys.
-    A sink has one number a query head. Heads pass where each has keys of its own (g is h) or all
-    have the same; in groups, a rank's heads would have to be those of its groups.
-    """
-    heads, groups = (shapes(call)[i][1] for i in range(2))
-    g = "h" if groups == heads else None
-    h = "h" if g or groups == 1 else None
-    names: list[Names] = [("b", h, "q", "d"), ("b", g, "k", "d"), ("b", g, "k", "e")]
-    if call["key_mask"] is not None:
-        shape = type_of(call["key_mask"]).shape
-        names.append((None if shape[0] == 1 else "b", None, None, None))
-    if call["mask"] is not None:
-        shape = type_of(call["mask"]).shape
-        rows = zip(("b", h, "q"), shape, strict=False)
-        names.append((*(None if size == 1 else f for f, size in rows), None))
-    if call["sink"] is not None:
-        names.append((h,))
-    return Factors(tuple(names), ("b", h, "q", "e"))
-
-
-def linear_attention(call: Call) -> Factors:
-    """... s n, ... s n, ... s p, ... s [n], ... s, ... n p -> ... s p; along s, see `scan`."""
-    batch = tuple(range(rank_of(call) - 2))
-    key, value = (*batch, "s", None), (*batch, "s", "p")
-    names: dict[str, Names] = {
-        "q": key, "k": key, "v": value, "decay": key[: len(type_of(call["decay"]).shape)],
-        "beta": key[:-1], "state": (*batch, None, "p"),
-    }
-    return Factors(tuple(of for name, of in names.items() if call[name] is not None), value)
-
-
-def expert_linear(call: Call) -> Factors:
-    """... i, ..., e o i (or e i o), e o -> ... o; rows are of the experts that are here."""
-    batch = tuple(range(rank_of(call) - 1))
-    weight: Names = ("e", "i", "o") if call["transposed"] else ("e", "o", "i")
-    bias: tuple[Names, ...] = (("e", "o"),) if call["bias"] is not None else ()
-    return Factors(((*batch, "i"), batch, weight, *bias), (*batch, "o"))
-
-
-def grouped_linear(call: Call) -> Factors:
-    """... i, e, e o i (or e i o), e o -> ... o; rows are sorted, so that none can be left out."""
-    batch: Names = (None, *range(1, rank_of(call) - 1))
-    weight: Names = ("e", "i", "o") if call["transposed"] else ("e", "o", "i")
-    bias: tuple[Names, ...] = (("e", "o"),) if call["bias"] is not None else ()
-    return Factors(((*batch, "i"), (None,), weight, *bias), (*batch, "o"))
-
-
-def _keys_twice(call: Call) -> Size:
-    """Of attention: each key is multiplied with the query, and its weight with the value."""
-    return product([2, shapes(call)[1][2]])
-
-
-def _state_twice(call: Call) -> Size:
-    """Of linear attention: each feature takes part in states as they are written and read."""
-    return product([2, shapes(call)[0][-1]])
-
-
 def _under_filter(call: Call) -> Size:
     """Of a convolution: what lies under one filter."""
     return product(shapes(call)[1][1:])
-
-
-def _features(call: Call) -> Size:
-    """Of a product with matrices that are chosen by row: the row's features."""
-    return product(shapes(call)[0][-1:])
 
 
 _UNARY = [
@@ -364,9 +298,9 @@ RULES: dict[str, Rule] = {
             cost="matmul"),
     **_rows(["outer.default", "ger.default"], contraction.outer, cost="outer"),
     **_rows(["_cdist_forward.default"], contraction.distances, cheap=False, cost="passes",
-            inner=_features),
+            inner=ours.features),
     **_rows(["_grouped_mm.default"], contraction.grouped_mm, cheap=False, cost="grouped_matmul",
-            inner=_features),
+            inner=ours.features),
     **_rows(["conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding",
              "conv2d.padding"], spatial.convolution, cheap=False, cost="convolution",
             inner=_under_filter),
@@ -393,19 +327,19 @@ RULES: dict[str, Rule] = {
     "ringcompile.own_tokens.default": WindowRule(cost="view", cheap=True),
     "ringcompile.padded_tokens.default": WindowRule(cost="view", cheap=True),
     "ringcompile.attention.default": FactorRule(
-        attention, cheap=False, cost="attention", inner=_keys_twice
+        ours.attention, cheap=False, cost="attention", inner=ours.keys_twice
     ),
     "ringcompile.linear_attention.default": FactorRule(
-        linear_attention, cheap=False, cost="linear_attention", linear=Linear(2),
-        inner=_state_twice,
+        ours.linear_attention, cheap=False, cost="linear_attention", linear=Linear(2),
+        inner=ours.state_twice,
     ),
     "ringcompile.expert_linear.default": FactorRule(
-        expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"}),
-        cost="expert_matmul", inner=_features,
+        ours.expert_linear, cheap=False, sums=True, bias="bias", kept=frozenset({"e"}),
+        cost="expert_matmul", inner=ours.features,
     ),
     "ringcompile.grouped_linear.default": FactorRule(
-        grouped_linear, cheap=False, sums=True, bias="bias", cost="sorted_matmul",
-        inner=_features,
+        ours.grouped_linear, cheap=False, sums=True, bias="bias", cost="sorted_matmul",
+        inner=ours.features,
     ),
 }
 

@@ -48,7 +48,7 @@ class DenseExchange(Pass):
         for node in program.graph.nodes:
             builder.at(node)
             builder.env[node] = (
-                _Exchange(program, node, builder).write() if _is_along_another_dim(node)
+                _Dense(program, node, builder).write() if _is_along_another_dim(node)
                 else builder.copy(node)
             )
         return program.with_graph(builder.graph)
@@ -62,7 +62,7 @@ def _is_along_another_dim(node: fx.Node) -> bool:
     return how.get("limit") is not None or any(how.get(x) for x in ("dim", "split", "concat"))
 
 
-class _Exchange:
+class _Dense:
     """Writes one collective."""
 
     def __init__(self, program: Program, node: fx.Node, builder: Builder) -> None:
@@ -177,8 +177,8 @@ def _in_front(rank: int, dim: int) -> list[int]:
     return [dim, *(other for other in range(rank) if other != dim)]
 
 
-_WRITERS: dict[str, Callable[[_Exchange], fx.Node]] = {
-    GATHER: _Exchange.gather,
-    REDUCE_SCATTER: _Exchange.reduce_scatter,
-    ALL_TO_ALL: _Exchange.all_to_all,
+_WRITERS: dict[str, Callable[[_Dense], fx.Node]] = {
+    GATHER: _Dense.gather,
+    REDUCE_SCATTER: _Dense.reduce_scatter,
+    ALL_TO_ALL: _Dense.all_to_all,
 }

@@ -35,7 +35,7 @@ from ringcompile.ops.schemas import op
 from ringcompile.passes.base import Builder, Pass
 from ringcompile.passes.rank.chunk_cuts import ChunkCuts
 from ringcompile.passes.rank.query_tiles import QueryTiles
-from ringcompile.passes.rank.ring_routes import Meeting, Route, chunk_shares, route
+from ringcompile.passes.rank.ring_routes import Route, Turn, chunk_shares, route
 
 aten = torch.ops.aten
 _Slots = tuple[int, ...]
@@ -323,7 +323,7 @@ class _Stream:
 
     # -- transfers -----------------------------------------------------------------------------
 
-    def start(self, meeting: Meeting) -> fx.Node:
+    def start(self, meeting: Turn) -> fx.Node:
         """Send what this rank sends in a turn, and take what comes."""
         ring, takes = self.ring, meeting.takes
         arriving = self._packed_shape(len(takes) * ring.of_keys.chunk) if takes else (0,)
@@ -343,7 +343,7 @@ class _Stream:
         """The end of a transfer."""
         return self.ring.builder.call(op("wait"), (transfer,), type_of(transfer))
 
-    def arrived(self, meeting: Meeting, transfer: fx.Node) -> _Held:
+    def arrived(self, meeting: Turn, transfer: fx.Node) -> _Held:
         """What a transfer brings, once it is there."""
         assert meeting.source is not None
         return _Held((self.wait(transfer),), meeting.source, meeting.takes)
@@ -366,7 +366,7 @@ class _Stream:
         )
 
     def _packed_shape(self, rows: Size) -> tuple[Size, ...]:
-        """The shape of packed keys and values with so many rows; see `ops.attention.pack`."""
+        """The shape of packed keys and values with so many rows; see `ops.packed_keys.pack`."""
         batch, heads, _, head_dim = self.ring.cuts.local(type_of(self.k))
         value_dim = type_of(self.v).shape[3]
         if head_dim == value_dim:

@@ -16,7 +16,7 @@ _Slots = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Turn:
     """What a rank sends of its own keys and values in one turn, and what it takes of another's.
 
     Attributes:
@@ -73,7 +73,7 @@ class Route:
         return self.band.chunk_relation(query, key, self.chunk)
 
     @lru_cache(maxsize=1 << 12)  # noqa: B019  (as for `seen`)
-    def meetings(self, rank: int) -> tuple[Meeting, ...]:
+    def meetings(self, rank: int) -> tuple[Turn, ...]:
         """What a rank exchanges, turn by turn; turns in which it has nothing to do are left out."""
         turns = range(1, len(self.keys))
         found = (self._meeting(rank, turn, self._bases) for turn in turns)
@@ -104,10 +104,10 @@ class Route:
             for rank in ranks
         )
 
-    def _meeting(self, rank: int, turn: int, bases: _Slots) -> Meeting:
+    def _meeting(self, rank: int, turn: int, bases: _Slots) -> Turn:
         to, source = reached(rank, turn, bases), reached(rank, -turn, bases)
         sends, takes = self.seen(to, rank), self.seen(rank, source)
-        return Meeting(turn, to if sends else None, sends, source if takes else None, takes)
+        return Turn(turn, to if sends else None, sends, source if takes else None, takes)
 
 
 def reached(place: int, turn: int, bases: Sequence[int]) -> int:
